@@ -1,0 +1,130 @@
+"""First derivatives by two back ends that agree: the tape outside transforms, functorch inside.
+
+`torch.func.grad` always builds the graph of a second derivative; `torch.autograd.grad` is faster
+and lighter but does not exist inside `vmap`, `grad` or `jvp`. Everything here chooses by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+
+from metafocus import tree
+from metafocus.errors import ProblemError, TransformError
+from metafocus.types import Params
+
+
+def transforming() -> bool:
+    """Return whether a functorch transform or a compiler is looking at this code."""
+    return torch.compiler.is_compiling() or _functorch.peek_interpreter_stack() is not None
+
+
+def refuse_nested_forward_mode(name: str) -> None:
+    """Raise if two forward-mode levels are active: through a custom Function they are wrong."""
+    if torch.compiler.is_compiling():
+        return
+    stack = _functorch.get_interpreter_stack() or []
+    if sum(level.key() == _functorch.TransformType.Jvp for level in stack) > 1:
+        raise TransformError(
+            f"{name} inside two nested torch.func.jvp / jacfwd: torch returns a wrong second "
+            "derivative there without an error. Use jacfwd(jacrev(f)) or jacrev(jacrev(f))."
+        )
+
+
+def scalar(value: Any, name: str) -> Tensor:
+    """Return `value` if it is a floating-point scalar tensor, else raise."""
+    if not isinstance(value, Tensor):
+        raise ProblemError(f"{name} must return a scalar tensor, got {type(value).__name__}.")
+    if value.ndim != 0:
+        raise ProblemError(
+            f"{name} must return a scalar, got shape {list(value.shape)}. Reduce it: .mean()."
+        )
+    if not value.is_floating_point():
+        raise ProblemError(f"{name} must return a floating-point scalar, got {value.dtype}.")
+    return value
+
+
+def fresh(x: Tensor, track: bool) -> Tensor:
+    """Return an alias of `x` that needs a derivative and cuts it from its own past."""
+    return x.view_as(x) if track and x.requires_grad else x.detach().requires_grad_()
+
+
+def value_and_grad(
+    loss: Callable[[Params], Tensor], fast: Params, *, differentiable: bool
+) -> tuple[Tensor, Params]:
+    """Return `loss(fast)`, detached, and its gradient.
+
+    With `differentiable`, the gradient can be differentiated again, also by everything that
+    `loss` closes over; without, it is a constant.
+    """
+    if transforming():
+        point = fast if differentiable else tree.detach(fast)
+        grads, value = torch.func.grad_and_value(lambda p: scalar(loss(p), "inner_loss"))(point)
+        return value.detach(), grads if differentiable else tree.detach(grads)
+    track = differentiable and torch.is_grad_enabled()
+    with torch.enable_grad():
+        leaves = {k: fresh(v, track) for k, v in fast.items()}
+        value = scalar(loss(leaves), "inner_loss")
+        grads = _grad([value], list(leaves.values()), None, create_graph=track)
+    filled = [
+        torch.zeros_like(x) if g is None else g for g, x in zip(grads, fast.values(), strict=True)
+    ]
+    return value.detach(), dict(zip(fast, filled, strict=True))
+
+
+def pullback(
+    fn: Callable[..., Sequence[Tensor]],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """Return the vector-Jacobian product of `fn` for each input, None where not `wanted`."""
+    chosen = [i for i, w in enumerate(wanted) if w and inputs[i].is_floating_point()]
+
+    def on_chosen(*xs: Tensor) -> Sequence[Tensor]:
+        merged = list(inputs)
+        for i, x in zip(chosen, xs, strict=True):
+            merged[i] = x
+        return fn(*merged)
+
+    at = [inputs[i] for i in chosen]
+    if transforming():
+        outputs, vjp = torch.func.vjp(lambda *xs: tuple(on_chosen(*xs)), *at)
+        filled = tuple(
+            torch.zeros_like(y) if c is None else c
+            for y, c in zip(outputs, cotangents, strict=True)
+        )
+        grads: Sequence[Tensor | None] = vjp(filled)
+    else:
+        track = torch.is_grad_enabled()
+        with torch.enable_grad():
+            leaves = [fresh(x, track) for x in at]
+            pairs = [
+                (y, c)
+                for y, c in zip(on_chosen(*leaves), cotangents, strict=True)
+                if c is not None and y.requires_grad
+            ]
+            ys, cs = [y for y, _ in pairs], [c for _, c in pairs]
+            grads = _grad(ys, leaves, cs, create_graph=track) if ys else [None] * len(leaves)
+    result: list[Tensor | None] = [None] * len(inputs)
+    for i, g in zip(chosen, grads, strict=True):
+        result[i] = g
+    return result
+
+
+def _grad(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor] | None,
+    *,
+    create_graph: bool,
+) -> Sequence[Tensor | None]:
+    if not any(y.requires_grad for y in outputs):
+        return [None] * len(inputs)
+    return torch.autograd.grad(
+        outputs, inputs, cotangents, create_graph=create_graph, allow_unused=True
+    )

@@ -1,0 +1,168 @@
+"""The verb: a problem, an inner solver and an estimator become one differentiable function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metafocus import tree
+from metafocus.autodiff import scalar, transforming
+from metafocus.errors import ProblemError
+from metafocus.estimators import Estimator
+from metafocus.probe import probe
+from metafocus.problem import Problem, check_finite, check_params
+from metafocus.solvers import count, descend, stacked
+from metafocus.types import Aux, Episode, Params, Solution, Solver
+
+MetaLoss = Callable[[Params, Any], tuple[Tensor, Aux]]
+"""`meta_loss(outer, episode) -> (loss, Aux)`."""
+
+
+def bilevel(problem: Problem, *, solver: Solver, estimator: Estimator) -> MetaLoss:
+    """Return the outer loss after adaptation, whose derivative is the chosen hypergradient.
+
+    `meta_loss(outer, episode) = outer_loss(estimator(...), outer, episode.query)`: an ordinary
+    scalar function of the outer parameters, for `loss.backward()`, `torch.func.grad`, `vmap` and
+    their compositions.
+
+    Args:
+        problem: the losses of both levels and the start.
+        solver: the inner optimiser.
+        estimator: how the adapted fast weights depend on the outer parameters.
+
+    Returns:
+        `meta_loss(outer, episode) -> (loss, Aux)`. `outer` is a flat dict of floating-point
+        tensors; `{}` means the parameters that the losses close over, for estimators that ride
+        on the tape. `Aux` is detached.
+
+    Raises:
+        ProblemError: at the first call, for losses that are not scalars, keys that do not fit,
+            integer outer parameters, or an empty `outer` where explicit tensors are needed.
+        ClosureError: at the first call, if the estimator would miss a closed-over tensor.
+        NonFiniteError: at any call outside transforms, if an inner loss is NaN or infinite.
+
+    Example:
+        >>> import metafocus as mf
+        >>> def loss(fast, slow, x):
+        ...     return ((fast["w"] - x) ** 2).sum()
+        >>> maml = mf.Problem(loss, loss, init=lambda slow: slow)
+        >>> meta = mf.bilevel(maml, solver=mf.SGD(0.1, steps=1), estimator=mf.Unrolled())
+        >>> w = {"w": torch.tensor([1.0], requires_grad=True)}
+        >>> value, aux = meta(w, mf.Episode(torch.tensor([0.0]), torch.tensor([0.0])))
+        >>> value.backward()
+        >>> w["w"].grad
+        tensor([1.2800])
+    """
+    probed = False
+
+    def meta_loss(outer: Params, episode: Any) -> tuple[Tensor, Aux]:
+        nonlocal probed
+        check_params(outer, "outer", "outer parameters")
+        explicit = getattr(estimator, "explicit", False)
+        if explicit and not outer:
+            raise ProblemError(
+                f"outer={{}} with {estimator}: this estimator differentiates explicit tensors "
+                "only. Pass dict(model.named_parameters()) as outer (never state_dict(): tied "
+                "names clash), or use Unrolled() or FirstOrder()."
+            )
+        support, query = problem.prepared(outer, Episode(*episode))
+        current = problem
+        if not probed and not torch.compiler.is_compiling():
+            current = probe(problem, outer, support, explicit=explicit)
+            probed = True
+        solution = estimator(current, solver, outer, support)
+        if not transforming():
+            check_finite(solution.losses)
+        loss = scalar(problem.outer_loss(solution.params, outer, query), "outer_loss")
+        return loss, Aux(tree.detach(solution.params), solution.losses.detach())
+
+    return meta_loss
+
+
+def hypergrad(meta_loss: MetaLoss) -> Callable[[Params, Any], tuple[Params, tuple[Tensor, Aux]]]:
+    """Return `(outer, episode) -> (hypergradient, (loss, aux))`.
+
+    Equal to `torch.func.grad` of the loss with auxiliary output, also in that the result can be
+    differentiated again where `outer` requires grad or a transform is active. Outside transforms
+    it rides on the tape, which is faster.
+
+    Example:
+        >>> import metafocus as mf
+        >>> def loss(fast, slow, x):
+        ...     return ((fast["w"] - x) ** 2).sum()
+        >>> maml = mf.Problem(loss, loss, init=lambda slow: slow)
+        >>> meta = mf.bilevel(maml, solver=mf.SGD(0.1, steps=1), estimator=mf.FirstOrder())
+        >>> episode = mf.Episode(torch.tensor([0.0]), torch.tensor([0.0]))
+        >>> grads, (value, aux) = mf.hypergrad(meta)({"w": torch.tensor([1.0])}, episode)
+        >>> grads["w"]
+        tensor([1.6000])
+    """
+
+    def value_and_hypergrad(outer: Params, episode: Any) -> tuple[Params, tuple[Tensor, Aux]]:
+        check_params(outer, "outer", "outer parameters")
+        if transforming():
+            grads, (loss, aux) = torch.func.grad_and_value(meta_loss, has_aux=True)(outer, episode)
+            return grads, (loss, aux)
+        track = torch.is_grad_enabled() and any(v.requires_grad for v in outer.values())
+        with torch.enable_grad():
+            leaves = {
+                k: v.view_as(v) if track and v.requires_grad else v.detach().requires_grad_()
+                for k, v in outer.items()
+            }
+            loss, aux = meta_loss(leaves, episode)
+            if not loss.requires_grad or not leaves:
+                return tree.zeros_like(outer), (loss.detach(), aux)
+            grads = torch.autograd.grad(
+                loss, list(leaves.values()), create_graph=track, materialize_grads=True
+            )
+        return dict(zip(leaves, grads, strict=True)), (loss if track else loss.detach(), aux)
+
+    return value_and_hypergrad
+
+
+def adapt(problem: Problem, outer: Params, support: Any, *, solver: Solver) -> Solution:
+    """Run the inner loop for evaluation: adapted fast weights without any outer graph.
+
+    Args:
+        problem: the bilevel problem; its outer loss is not used.
+        outer: the outer parameters.
+        support: what the inner loss sees.
+        solver: the inner optimiser.
+
+    Raises:
+        ProblemError: as `bilevel` does.
+        NonFiniteError: if an inner loss is NaN or infinite (always checked outside `vmap`).
+
+    Example:
+        >>> import metafocus as mf
+        >>> def loss(fast, slow, x):
+        ...     return ((fast["w"] - x) ** 2).sum()
+        >>> maml = mf.Problem(loss, loss, init=lambda slow: slow)
+        >>> w = {"w": torch.tensor([1.0])}
+        >>> mf.adapt(maml, w, torch.tensor([0.0]), solver=mf.SGD(0.1, steps=2)).losses
+        tensor([1.0000, 0.6400])
+    """
+    check_params(outer, "outer", "outer parameters")
+    outer = tree.detach(outer)
+    prepared = problem.prepared(outer, Episode(support, support))
+    support = tree.detach(prepared.support)
+    if not transforming():
+        problem = probe(problem, outer, support, explicit=False)
+    start = tree.detach(problem.start(outer))
+    params, _, losses = descend(
+        problem.inner_loss,
+        solver,
+        start,
+        solver.init(start),
+        outer,
+        support,
+        range(count(solver, start)),
+        differentiable=False,
+    )
+    solution = Solution(params, stacked(losses, params))
+    if not transforming():
+        check_finite(solution.losses)
+    return solution

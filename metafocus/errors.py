@@ -1,0 +1,35 @@
+"""Errors and warnings: each text names the argument, its value and the fix."""
+
+from __future__ import annotations
+
+
+class MetafocusError(ValueError):
+    """Base of every error that a wrong argument or a wrong input raises."""
+
+
+class ProblemError(MetafocusError):
+    """A bilevel problem that is ill-posed: shapes, keys or dtypes that do not fit together."""
+
+
+class ClosureError(ProblemError):
+    """A loss uses a tensor that needs a derivative and that the estimator cannot see."""
+
+
+class NonFiniteError(MetafocusError):
+    """An inner loss is NaN or infinite."""
+
+
+class TransformError(MetafocusError):
+    """A composition of function transforms that would be silently wrong."""
+
+
+class PlacementError(MetafocusError):
+    """A placement that matches no module, or modules that an adapter cannot wrap."""
+
+
+class DataError(MetafocusError):
+    """A data file, a chat or a batch that cannot be used as it is."""
+
+
+class NotStationaryWarning(UserWarning):
+    """An implicit estimate is taken where the inner gradient is not small."""

@@ -1,0 +1,125 @@
+"""Three ways to multiply with second derivatives, one signature (see `types.HVP`).
+
+Each linearises once and can be used for many products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metafocus import tree
+from metafocus.autodiff import fresh, transforming
+from metafocus.types import HVP, Params
+
+Product = Callable[[Params], tuple[Any, ...]]
+
+
+def hvp_reverse(loss: Callable[..., Tensor], fast: Params, *rest: Any) -> tuple[Params, Product]:
+    """Linearise by reverse over reverse: one double backward a product, exact.
+
+    Args:
+        loss: `(fast, *rest) -> scalar`.
+        fast: where the Hessian is taken.
+        rest: further differentiable arguments, pytrees of floating-point tensors.
+
+    Returns:
+        The gradient by `fast`, and `product(d) = (H d, M_1' d, ...)`.
+
+    Example:
+        >>> x = {"x": torch.tensor([1.0, 2.0])}
+        >>> g, product = hvp_reverse(lambda p: (p["x"] ** 3).sum(), x)
+        >>> product({"x": torch.ones(2)})[0]["x"]
+        tensor([ 6., 12.])
+    """
+    if transforming():
+        return torch.func.vjp(torch.func.grad(loss), fast, *rest)
+    track = torch.is_grad_enabled()
+    inputs, rebuild = tree.partition((fast, *rest))
+    with torch.enable_grad():
+        leaves = [fresh(x, track) for x in inputs]
+        primals = rebuild(leaves)
+        value = loss(*primals)
+        grads = torch.autograd.grad(
+            value, list(primals[0].values()), create_graph=True, materialize_grads=True
+        )
+
+    def product(direction: Params) -> tuple[Any, ...]:
+        pairs = [(g, direction[k]) for k, g in zip(fast, grads, strict=True) if g.requires_grad]
+        if not pairs:
+            return rebuild([torch.zeros_like(x) for x in inputs])
+        ys, ds = [y for y, _ in pairs], [d for _, d in pairs]
+        return rebuild(
+            torch.autograd.grad(
+                ys, leaves, ds, retain_graph=True, create_graph=track, materialize_grads=True
+            )
+        )
+
+    gradient = dict(zip(fast, grads, strict=True))
+    return (gradient if track else tree.detach(gradient)), product
+
+
+def hvp_forward(loss: Callable[..., Tensor], fast: Params, *rest: Any) -> tuple[Params, Product]:
+    """Linearise by forward over reverse: one `jvp` of the gradient a product, exact.
+
+    Mixed partial derivatives commute, so the tangent of the gradient by *all* arguments along a
+    direction of `fast` is the Hessian product together with the mixed products
+    (MixFlow-MG, arXiv 2505.00793).
+    """
+
+    def gradient(f: Params) -> tuple[Any, ...]:
+        return torch.func.grad(loss, argnums=tuple(range(1 + len(rest))))(f, *rest)
+
+    def product(direction: Params) -> tuple[Any, ...]:
+        return torch.func.jvp(gradient, (fast,), (direction,))[1]
+
+    return torch.func.grad(loss)(fast, *rest), product
+
+
+@dataclass(frozen=True)
+class _Finite:
+    eps: float | None
+
+    def __call__(
+        self, loss: Callable[..., Tensor], fast: Params, *rest: Any
+    ) -> tuple[Params, Product]:
+        def gradient(f: Params) -> tuple[Any, ...]:
+            return torch.func.grad(loss, argnums=tuple(range(1 + len(rest))))(f, *rest)
+
+        def product(direction: Params) -> tuple[Any, ...]:
+            step = self._step(fast, direction)
+            ahead, behind = (gradient(tree.add(fast, direction, s)) for s in (step, -step))
+            inputs, rebuild = tree.partition(ahead)
+            others, _ = tree.partition(behind)
+            return rebuild([(a - b) / (2 * step) for a, b in zip(inputs, others, strict=True)])
+
+        return torch.func.grad(loss)(fast, *rest), product
+
+    def _step(self, fast: Params, direction: Params) -> Tensor:
+        length = tree.norm(direction)
+        length = torch.where(length > 0, length, torch.ones_like(length))
+        if self.eps is not None:
+            return self.eps / length
+        size = tree.norm(fast)
+        eps = torch.finfo(size.dtype).eps ** (1 / 3)
+        return eps * torch.clamp(size, min=1.0) / length
+
+
+def hvp_finite(eps: float | None = None) -> HVP:
+    """Return central differences of first derivatives: no double backward is ever asked for.
+
+    `product(d) = (g(fast + h d) - g(fast - h d)) / (2 h)` for the gradient `g` by all arguments.
+    The error is `O(h^2)` from the third derivative plus `O(u / h)` from rounding, with `u` the
+    unit round-off.
+
+    Args:
+        eps: length of the displacement `h |d|`, absolute (DARTS, arXiv 1806.09055, uses
+            0.01). None: `u^(1/3) max(|fast|, 1)`, relative to the fast weights.
+    """
+    if eps is not None and not eps > 0:
+        raise ValueError(f"eps must be positive, got {eps}.")
+    return _Finite(eps)

@@ -1,0 +1,180 @@
+"""Activation checkpointing that every function transform can see through.
+
+`torch.utils.checkpoint` uses saved-tensor hooks, which `torch.func.grad` refuses. This is a
+custom Function instead: it saves only its inputs, all of them explicit tensors, and rebuilds the
+graph when a derivative is asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from metafocus import autodiff, tree
+
+Pullback = Callable[[tuple[Any, ...], Any], tuple[Any, ...]]
+
+
+class _Ambient:
+    """The random state and the autocast state of the forward pass, to run the same code again."""
+
+    def __init__(self, tensors: Sequence[Tensor]):
+        self.devices = sorted({x.get_device() for x in tensors if x.is_cuda})
+        self.cpu_state = torch.get_rng_state()
+        self.cuda_states = [torch.cuda.get_rng_state(d) for d in self.devices]
+        kinds = {"cpu", *(x.device.type for x in tensors)}
+        self.autocast = [
+            (kind, torch.get_autocast_dtype(kind))
+            for kind in sorted(kinds)
+            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        ]
+
+    @contextlib.contextmanager
+    def same_precision(self) -> Iterator[None]:
+        # The weight cache of autocast would hand a cast made without a graph to a later forward
+        # pass that needs one.
+        with contextlib.ExitStack() as stack:
+            for kind, dtype in self.autocast:
+                stack.enter_context(torch.autocast(kind, dtype=dtype, cache_enabled=False))
+            yield
+
+    @contextlib.contextmanager
+    def same_randomness(self) -> Iterator[None]:
+        with torch.random.fork_rng(self.devices):
+            torch.set_rng_state(self.cpu_state)
+            for device, state in zip(self.devices, self.cuda_states, strict=True):
+                torch.cuda.set_rng_state(state, device)
+            yield
+
+
+class _Spec:
+    """What does not need a derivative: the function, and how its arguments are put together."""
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        rebuild: Callable[[Any], tuple[Any, ...]],
+        inputs: Sequence[Tensor],
+        pullback: Pullback | None,
+    ):
+        self.fn = fn
+        self.rebuild = rebuild
+        self.pullback = pullback
+        self.ambient = None if torch.compiler.is_compiling() else _Ambient(inputs)
+        self.out_spec: pytree.TreeSpec | None = None
+
+    def flat(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        outputs, self.out_spec = pytree.tree_flatten(self.fn(*self.rebuild(inputs)))
+        # Returning an input as it is would make it an output of the custom Function.
+        return tuple(y.clone() if any(y is x for x in inputs) else y for y in outputs)
+
+    def again(self) -> contextlib.AbstractContextManager[Any]:
+        if self.ambient is None:
+            return contextlib.nullcontext()
+        stack = contextlib.ExitStack()
+        stack.enter_context(self.ambient.same_randomness())
+        stack.enter_context(self.ambient.same_precision())
+        return stack
+
+    def first(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self.ambient is None else self.ambient.same_precision()
+
+    def grads(
+        self, inputs: Sequence[Tensor], cotangents: Sequence[Tensor | None], wanted: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        with self.again():
+            if self.pullback is None:
+                return autodiff.pullback(self.flat, inputs, cotangents, wanted)
+            assert self.out_spec is not None
+            args = self.rebuild(inputs)
+            grads = self.pullback(args, pytree.tree_unflatten(list(cotangents), self.out_spec))
+            return [g if w else None for g, w in zip(_aligned(grads, args), wanted, strict=True)]
+
+
+def _aligned(grads: tuple[Any, ...], args: tuple[Any, ...]) -> list[Tensor | None]:
+    """Return one gradient for each tensor leaf of `args`; a None subtree means no gradient."""
+    leaves: list[Tensor | None] = []
+    for grad, arg in zip(grads, args, strict=True):
+        if grad is None:
+            leaves += [None] * len(tree.tensors(arg))
+        else:
+            chosen = [isinstance(x, Tensor) for x in pytree.tree_leaves(arg)]
+            flat = pytree.tree_leaves(grad)
+            leaves += [g for g, c in zip(flat, chosen, strict=True) if c]
+    return leaves
+
+
+class _Recompute(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(spec: _Spec, *inputs: Tensor) -> tuple[Tensor, ...]:
+        with spec.first():
+            return spec.flat(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.spec = inputs[0]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[1:])
+        ctx.save_for_forward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        return None, *ctx.spec.grads(ctx.saved_tensors, cotangents, ctx.needs_input_grad[1:])
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Any:
+        # Forward mode as the transpose of the pullback: torch.func.jvp here would refuse to run
+        # below torch.autograd.forward_ad.
+        spec, inputs = ctx.spec, ctx.saved_tensors
+        chosen = [i for i, t in enumerate(tangents) if t is not None]
+        at = [inputs[i] for i in chosen]
+
+        def fn(*xs: Tensor) -> tuple[Tensor, ...]:
+            merged = list(inputs)
+            for i, x in zip(chosen, xs, strict=True):
+                merged[i] = x
+            return spec.flat(*merged)
+
+        with spec.again():
+            outputs, vjp = torch.func.vjp(fn, *at)
+            zeros = tuple(torch.zeros_like(y) for y in outputs)
+            _, transpose = torch.func.vjp(vjp, zeros)
+            (out,) = transpose(tuple(tangents[i] for i in chosen))
+        return out
+
+
+def recompute(fn: Callable[..., Any], *args: Any, pullback: Pullback | None = None) -> Any:
+    """Return `fn(*args)`, and keep only `args` for the derivatives.
+
+    The value is computed without a graph; each derivative runs `fn` again, with the random and
+    autocast state of the first time. Exact under `backward`, `torch.func.grad`, `vmap`, `jvp`
+    and their compositions, except forward mode inside forward mode, which is refused.
+
+    Args:
+        fn: a function of pytrees of tensors that returns a pytree of tensors. Every tensor that
+            needs a derivative, and every tensor batched by `vmap`, must be in `args`.
+        args: pytrees; leaves that are not tensors are passed as they are.
+        pullback: `(args, cotangents) -> gradients`, trees like `args` with None where there is
+            none, to be used instead of differentiating `fn`; a cotangent may be None.
+
+    Raises:
+        TransformError: under two nested forward-mode transforms.
+
+    Example:
+        >>> x = torch.tensor(2.0)
+        >>> torch.func.grad(lambda x: recompute(lambda y: y**3, x))(x)
+        tensor(12.)
+    """
+    autodiff.refuse_nested_forward_mode("recompute")
+    inputs, rebuild = tree.partition(args)
+    spec = _Spec(fn, rebuild, inputs, pullback)
+    outputs = _Recompute.apply(spec, *inputs)
+    assert spec.out_spec is not None
+    return pytree.tree_unflatten(list(outputs), spec.out_spec)

@@ -11,28 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
 
 from metafocus import tree
 from metafocus.errors import ProblemError, TransformError
+from metafocus.levels import transforming
 from metafocus.types import Params
-
-
-def transforming() -> bool:
-    """Return whether a functorch transform or a compiler is looking at this code."""
-    return torch.compiler.is_compiling() or _functorch.peek_interpreter_stack() is not None
-
-
-def refuse_nested_forward_mode(name: str) -> None:
-    """Raise if two forward-mode levels are active: through a custom Function they are wrong."""
-    if torch.compiler.is_compiling():
-        return
-    stack = _functorch.get_interpreter_stack() or []
-    if sum(level.key() == _functorch.TransformType.Jvp for level in stack) > 1:
-        raise TransformError(
-            f"{name} inside two nested torch.func.jvp / jacfwd: torch returns a wrong second "
-            "derivative there without an error. Use jacfwd(jacrev(f)) or jacrev(jacrev(f))."
-        )
 
 
 def scalar(value: Any, name: str) -> Tensor:
@@ -48,9 +31,37 @@ def scalar(value: Any, name: str) -> Tensor:
     return value
 
 
+def vjp(fn: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., tuple[Any, ...]]]:
+    """Return `fn(*primals)` and its pullback, by `torch.func`."""
+    result = torch.func.vjp(fn, *primals)
+    return result[0], result[1]
+
+
 def fresh(x: Tensor, track: bool) -> Tensor:
     """Return an alias of `x` that needs a derivative and cuts it from its own past."""
     return x.view_as(x) if track and x.requires_grad else x.detach().requires_grad_()
+
+
+def replayed(fn: Callable[..., Any], near: Sequence[Tensor]) -> Callable[..., Any]:
+    """Return `fn`, but each call draws the random numbers that a call now would draw.
+
+    Linearising a loss with dropout at one point means one mask for every product. `near` tells
+    the devices.
+    """
+    if torch.compiler.is_compiling():
+        return fn
+    devices = sorted({x.get_device() for x in near if x.is_cuda})
+    state = torch.get_rng_state()
+    states = [torch.cuda.get_rng_state(d) for d in devices]
+
+    def again(*args: Any) -> Any:
+        with torch.random.fork_rng(devices):
+            torch.set_rng_state(state)
+            for device, own in zip(devices, states, strict=True):
+                torch.cuda.set_rng_state(own, device)
+            return fn(*args)
+
+    return again
 
 
 def value_and_grad(
@@ -60,7 +71,15 @@ def value_and_grad(
 
     With `differentiable`, the gradient can be differentiated again, also by everything that
     `loss` closes over; without, it is a constant.
+
+    Raises:
+        TransformError: in inference mode, where every gradient would be zero.
     """
+    if torch.is_inference_mode_enabled():
+        raise TransformError(
+            "torch.inference_mode() has no gradients, so the inner loop would not adapt. Use "
+            "torch.no_grad() instead."
+        )
     if transforming():
         point = fast if differentiable else tree.detach(fast)
         grads, value = torch.func.grad_and_value(lambda p: scalar(loss(p), "inner_loss"))(point)
@@ -68,7 +87,7 @@ def value_and_grad(
     track = differentiable and torch.is_grad_enabled()
     with torch.enable_grad():
         leaves = {k: fresh(v, track) for k, v in fast.items()}
-        value = scalar(loss(leaves), "inner_loss")
+        value = scalar(loss(dict(leaves)), "inner_loss")
         grads = _grad([value], list(leaves.values()), None, create_graph=track)
     filled = [
         torch.zeros_like(x) if g is None else g for g, x in zip(grads, fast.values(), strict=True)
@@ -83,7 +102,7 @@ def pullback(
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
     """Return the vector-Jacobian product of `fn` for each input, None where not `wanted`."""
-    chosen = [i for i, w in enumerate(wanted) if w and inputs[i].is_floating_point()]
+    chosen = [i for i, w in enumerate(wanted) if w and smooth(inputs[i])]
 
     def on_chosen(*xs: Tensor) -> Sequence[Tensor]:
         merged = list(inputs)
@@ -93,12 +112,20 @@ def pullback(
 
     at = [inputs[i] for i in chosen]
     if transforming():
-        outputs, vjp = torch.func.vjp(lambda *xs: tuple(on_chosen(*xs)), *at)
+        # Integer outputs have no derivative; torch.func.vjp refuses them.
+        kept: list[bool] = []
+
+        def on_smooth(*xs: Tensor) -> tuple[Tensor, ...]:
+            ys = on_chosen(*xs)
+            kept[:] = [smooth(y) for y in ys]
+            return tuple(y for y in ys if smooth(y))
+
+        outputs, pull = vjp(on_smooth, *at)
+        given = [c for c, wants in zip(cotangents, kept, strict=True) if wants]
         filled = tuple(
-            torch.zeros_like(y) if c is None else c
-            for y, c in zip(outputs, cotangents, strict=True)
+            torch.zeros_like(y) if c is None else c for y, c in zip(outputs, given, strict=True)
         )
-        grads: Sequence[Tensor | None] = vjp(filled)
+        grads: Sequence[Tensor | None] = pull(filled)
     else:
         track = torch.is_grad_enabled()
         with torch.enable_grad():
@@ -114,6 +141,11 @@ def pullback(
     for i, g in zip(chosen, grads, strict=True):
         result[i] = g
     return result
+
+
+def smooth(x: Tensor) -> bool:
+    """Return whether a tensor of this dtype can have a derivative."""
+    return x.is_floating_point() or x.is_complex()
 
 
 def _grad(

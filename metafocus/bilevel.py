@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from metafocus import tree
-from metafocus.autodiff import scalar, transforming
+from metafocus.autodiff import scalar
 from metafocus.errors import ProblemError
 from metafocus.estimators import Estimator
+from metafocus.levels import transforming
 from metafocus.probe import probe
 from metafocus.problem import Problem, check_finite, check_params
 from metafocus.solvers import count, descend, stacked
@@ -71,7 +72,7 @@ def bilevel(problem: Problem, *, solver: Solver, estimator: Estimator) -> MetaLo
         support, query = problem.prepared(outer, Episode(*episode))
         current = problem
         if not probed and not torch.compiler.is_compiling():
-            current = probe(problem, outer, support, explicit=explicit)
+            current = probe(problem, solver, outer, support, explicit=explicit)
             probed = True
         solution = estimator(current, solver, outer, support)
         if not transforming():
@@ -147,10 +148,9 @@ def adapt(problem: Problem, outer: Params, support: Any, *, solver: Solver) -> S
     """
     check_params(outer, "outer", "outer parameters")
     outer = tree.detach(outer)
-    prepared = problem.prepared(outer, Episode(support, support))
-    support = tree.detach(prepared.support)
+    support = tree.detach(problem.prepared(outer, Episode(support, support)).support)
     if not transforming():
-        problem = probe(problem, outer, support, explicit=False)
+        problem = probe(problem, solver, outer, support, explicit=False)
     start = tree.detach(problem.start(outer))
     params, _, losses = descend(
         problem.inner_loss,

@@ -13,16 +13,17 @@ First-order work never comes here and keeps the fused kernels.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C import _functorch
-from torch.overrides import TorchFunctionMode
+from torch.nn import _reduction as _Reduction
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from metafocus.autodiff import transforming
+from metafocus.levels import forward_levels, transforming
 
 
 def attention(
@@ -37,21 +38,46 @@ def attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """Compute `softmax(q k' scale + mask) v` like `F.scaled_dot_product_attention`."""
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        low = torch.get_autocast_dtype(device)
+        query, key, value = query.to(low), key.to(low), value.to(low)
+    with torch.autocast(device, enabled=False):
+        return _attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    *,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor:
     dtype = query.dtype
     wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
     if enable_gqa:
         repeats = query.shape[-3] // key.shape[-3]
         key = key.repeat_interleave(repeats, dim=-3)
         value = value.repeat_interleave(repeats, dim=-3)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    scores = (query.to(wide) * scale) @ key.to(wide).transpose(-1, -2)
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = (query.to(wide) * factor) @ key.to(wide).transpose(-1, -2)
     allowed = None
+    if is_causal and attn_mask is not None:
+        raise ValueError("attention takes is_causal=True or attn_mask, not both.")
     if is_causal:
         allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
     elif attn_mask is not None and attn_mask.dtype == torch.bool:
         allowed = attn_mask
     elif attn_mask is not None:
-        scores = scores + attn_mask
+        # -inf is taken out before the softmax: a row of nothing else would be NaN.
+        allowed = ~torch.isneginf(attn_mask)
+        scores = scores + attn_mask.masked_fill(~allowed, 0.0)
     if allowed is not None:
         scores = scores.masked_fill(~allowed, torch.finfo(wide).min)
     weights = scores.softmax(-1)
@@ -61,6 +87,12 @@ def attention(
     if dropout_p:
         weights = F.dropout(weights, dropout_p)
     return (weights @ value.to(wide)).to(dtype)
+
+
+def multi_head_attention(*args: Any, **kwargs: Any) -> Any:
+    """Compute `F.multi_head_attention_forward`, which calls the fused attention inside."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.multi_head_attention_forward(*args, **kwargs)
 
 
 def batch_norm(
@@ -102,7 +134,7 @@ def instance_norm(
 
 def _norm(
     x: Tensor,
-    axes: Sequence[int],
+    axes: list[int],
     running_mean: Tensor | None,
     running_var: Tensor | None,
     weight: Tensor | None,
@@ -110,7 +142,7 @@ def _norm(
     use_batch: bool,
     momentum: float,
     eps: float,
-    running_axes: Sequence[int],
+    running_axes: list[int],
 ) -> Tensor:
     shape = [1, -1, *[1] * (x.ndim - 2)]
     if use_batch:
@@ -169,6 +201,8 @@ def mse_loss(
     weight: Tensor | None = None,
 ) -> Tensor:
     """Compute the squared error, like `F.mse_loss`."""
+    if size_average is not None or reduce is not None:
+        reduction = _Reduction.legacy_get_string(size_average, reduce)
     return _reduced((input - target) ** 2, reduction, weight)
 
 
@@ -180,9 +214,13 @@ def huber_loss(
     weight: Tensor | None = None,
 ) -> Tensor:
     """Compute the Huber loss, like `F.huber_loss`."""
-    size = (input - target).abs()
-    error = torch.where(size <= delta, 0.5 * size * size, delta * (size - 0.5 * delta))
-    return _reduced(error, reduction, weight)
+    # The square of the difference, not of its size: |x| has no second derivative at 0.
+    difference = input - target
+    size = difference.abs()
+    inside = 0.5 * difference * difference
+    error = torch.where(size <= delta, inside, delta * (size - 0.5 * delta))
+    # Unlike mse_loss, the mean of the weighted errors is not divided by the weights.
+    return _reduced(error if weight is None else error * weight, reduction, None)
 
 
 def _reduced(error: Tensor, reduction: str, weight: Tensor | None) -> Tensor:
@@ -193,7 +231,10 @@ def _reduced(error: Tensor, reduction: str, weight: Tensor | None) -> Tensor:
     return {"mean": error.mean, "sum": error.sum, "none": lambda: error}[reduction]()
 
 
-_ALWAYS = {F.scaled_dot_product_attention: attention}
+_ALWAYS = {
+    F.scaled_dot_product_attention: attention,
+    F.multi_head_attention_forward: multi_head_attention,
+}
 _IN_TRANSFORMS = {
     F.batch_norm: batch_norm,
     F.instance_norm: instance_norm,
@@ -207,19 +248,21 @@ _IN_FORWARD_MODE = {
 }
 
 
-def _forward_mode() -> bool:
-    stack = _functorch.get_interpreter_stack() or []
-    return any(level.key() == _functorch.TransformType.Jvp for level in stack)
+class Swapped(TorchFunctionMode):
+    """Inside this block, operators of the table are swapped where they need to be."""
 
-
-class _Swapped(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         composite = _ALWAYS.get(func)
         if composite is None and func in _IN_TRANSFORMS and transforming():
             composite = _IN_TRANSFORMS[func]
-        if composite is None and func in _IN_FORWARD_MODE and _forward_mode():
+        if composite is None and func in _IN_FORWARD_MODE and forward_levels():
             composite = _IN_FORWARD_MODE[func]
         return (composite or func)(*args, **(kwargs or {}))
+
+
+def active() -> bool:
+    """Return whether operators are being swapped."""
+    return any(isinstance(mode, Swapped) for mode in _get_current_function_mode_stack())
 
 
 def differentiable_twice(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -233,7 +276,7 @@ def differentiable_twice(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @functools.wraps(loss)
     def swapped(*args: Any) -> Tensor:
-        with _Swapped():
+        with Swapped():
             return loss(*args)
 
     return swapped

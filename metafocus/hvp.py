@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from metafocus import tree
-from metafocus.autodiff import fresh, transforming
+from metafocus.autodiff import fresh, replayed, vjp
+from metafocus.levels import transforming
 from metafocus.types import HVP, Params
 
 Product = Callable[[Params], tuple[Any, ...]]
@@ -37,16 +38,15 @@ def hvp_reverse(loss: Callable[..., Tensor], fast: Params, *rest: Any) -> tuple[
         tensor([ 6., 12.])
     """
     if transforming():
-        return torch.func.vjp(torch.func.grad(loss), fast, *rest)
+        return vjp(torch.func.grad(loss), fast, *rest)
     track = torch.is_grad_enabled()
     inputs, rebuild = tree.partition((fast, *rest))
     with torch.enable_grad():
         leaves = [fresh(x, track) for x in inputs]
         primals = rebuild(leaves)
+        at = list(primals[0].values())
         value = loss(*primals)
-        grads = torch.autograd.grad(
-            value, list(primals[0].values()), create_graph=True, materialize_grads=True
-        )
+        grads = torch.autograd.grad(value, at, create_graph=True, materialize_grads=True)
 
     def product(direction: Params) -> tuple[Any, ...]:
         pairs = [(g, direction[k]) for k, g in zip(fast, grads, strict=True) if g.requires_grad]
@@ -70,6 +70,7 @@ def hvp_forward(loss: Callable[..., Tensor], fast: Params, *rest: Any) -> tuple[
     direction of `fast` is the Hessian product together with the mixed products
     (MixFlow-MG, arXiv 2505.00793).
     """
+    loss = replayed(loss, tree.tensors((fast, rest)))
 
     def gradient(f: Params) -> tuple[Any, ...]:
         return torch.func.grad(loss, argnums=tuple(range(1 + len(rest))))(f, *rest)
@@ -87,11 +88,14 @@ class _Finite:
     def __call__(
         self, loss: Callable[..., Tensor], fast: Params, *rest: Any
     ) -> tuple[Params, Product]:
+        loss = replayed(loss, tree.tensors((fast, rest)))
+
         def gradient(f: Params) -> tuple[Any, ...]:
             return torch.func.grad(loss, argnums=tuple(range(1 + len(rest))))(f, *rest)
 
         def product(direction: Params) -> tuple[Any, ...]:
-            step = self._step(fast, direction)
+            # The step is a constant: also for second derivatives, and where a norm is zero.
+            step = self._step(tree.detach(fast), tree.detach(direction))
             ahead, behind = (gradient(tree.add(fast, direction, s)) for s in (step, -step))
             inputs, rebuild = tree.partition(ahead)
             others, _ = tree.partition(behind)

@@ -48,7 +48,7 @@ class Problem:
 
     def prepared(self, outer: Params, episode: Episode) -> Episode:
         """Return the episode as `prepare` makes it."""
-        return episode if self.prepare is None else self.prepare(outer, episode)
+        return episode if self.prepare is None else Episode(*self.prepare(outer, episode))
 
 
 def proximal(inner_loss: InnerLoss, strength: float) -> InnerLoss:
@@ -66,7 +66,7 @@ def proximal(inner_loss: InnerLoss, strength: float) -> InnerLoss:
         >>> loss(w, {"w": torch.tensor([0.0])}, None)
         tensor(2.)
     """
-    if strength < 0:
+    if not strength >= 0:
         raise ValueError(f"strength must be >= 0, got {strength}.")
 
     def loss(fast: Params, slow: Params, support: Any) -> Tensor:
@@ -76,8 +76,10 @@ def proximal(inner_loss: InnerLoss, strength: float) -> InnerLoss:
                 f"proximal pulls every fast weight to the slow weight of the same name; slow has "
                 f"no {missing[0]!r}. Return those names from init."
             )
-        distance = [((v - slow[k]) ** 2).sum() for k, v in fast.items()]
-        return inner_loss(fast, slow, support) + strength / 2 * torch.stack(distance).sum()
+        value = inner_loss(fast, slow, support)
+        for k, v in fast.items():
+            value = value + strength / 2 * ((v - slow[k]) ** 2).sum()
+        return value
 
     return loss
 

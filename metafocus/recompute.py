@@ -15,18 +15,20 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from metafocus import autodiff, tree
+from metafocus import autodiff, composites, tree
+from metafocus.levels import refuse_nested_forward_mode
 
 Pullback = Callable[[tuple[Any, ...], Any], tuple[Any, ...]]
 
 
 class _Ambient:
-    """The random state and the autocast state of the forward pass, to run the same code again."""
+    """What the forward pass ran in: to run the same code again in the same surroundings."""
 
     def __init__(self, tensors: Sequence[Tensor]):
         self.devices = sorted({x.get_device() for x in tensors if x.is_cuda})
         self.cpu_state = torch.get_rng_state()
         self.cuda_states = [torch.cuda.get_rng_state(d) for d in self.devices]
+        self.swapped = composites.active()
         kinds = {"cpu", *(x.device.type for x in tensors)}
         self.autocast = [
             (kind, torch.get_autocast_dtype(kind))
@@ -35,7 +37,7 @@ class _Ambient:
         ]
 
     @contextlib.contextmanager
-    def same_precision(self) -> Iterator[None]:
+    def first(self) -> Iterator[None]:
         # The weight cache of autocast would hand a cast made without a graph to a later forward
         # pass that needs one.
         with contextlib.ExitStack() as stack:
@@ -44,12 +46,19 @@ class _Ambient:
             yield
 
     @contextlib.contextmanager
-    def same_randomness(self) -> Iterator[None]:
-        with torch.random.fork_rng(self.devices):
+    def again(self) -> Iterator[None]:
+        swapped = composites.Swapped() if self.swapped else contextlib.nullcontext()
+        with torch.random.fork_rng(self.devices), self.first(), swapped:
             torch.set_rng_state(self.cpu_state)
             for device, state in zip(self.devices, self.cuda_states, strict=True):
                 torch.cuda.set_rng_state(state, device)
             yield
+
+
+class _Nothing:
+    """No surroundings: a compiler traces through them by itself."""
+
+    first = again = contextlib.nullcontext
 
 
 class _Spec:
@@ -65,7 +74,8 @@ class _Spec:
         self.fn = fn
         self.rebuild = rebuild
         self.pullback = pullback
-        self.ambient = None if torch.compiler.is_compiling() else _Ambient(inputs)
+        compiling = torch.compiler.is_compiling()
+        self.ambient = _Nothing() if compiling else _Ambient(inputs)
         self.out_spec: pytree.TreeSpec | None = None
 
     def flat(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -73,21 +83,10 @@ class _Spec:
         # Returning an input as it is would make it an output of the custom Function.
         return tuple(y.clone() if any(y is x for x in inputs) else y for y in outputs)
 
-    def again(self) -> contextlib.AbstractContextManager[Any]:
-        if self.ambient is None:
-            return contextlib.nullcontext()
-        stack = contextlib.ExitStack()
-        stack.enter_context(self.ambient.same_randomness())
-        stack.enter_context(self.ambient.same_precision())
-        return stack
-
-    def first(self) -> contextlib.AbstractContextManager[Any]:
-        return contextlib.nullcontext() if self.ambient is None else self.ambient.same_precision()
-
     def grads(
         self, inputs: Sequence[Tensor], cotangents: Sequence[Tensor | None], wanted: Sequence[bool]
     ) -> Sequence[Tensor | None]:
-        with self.again():
+        with self.ambient.again():
             if self.pullback is None:
                 return autodiff.pullback(self.flat, inputs, cotangents, wanted)
             assert self.out_spec is not None
@@ -114,7 +113,7 @@ class _Recompute(torch.autograd.Function):
 
     @staticmethod
     def forward(spec: _Spec, *inputs: Tensor) -> tuple[Tensor, ...]:
-        with spec.first():
+        with spec.ambient.first():
             return spec.flat(*inputs)
 
     @staticmethod
@@ -129,33 +128,39 @@ class _Recompute(torch.autograd.Function):
         return None, *ctx.spec.grads(ctx.saved_tensors, cotangents, ctx.needs_input_grad[1:])
 
     @staticmethod
-    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Any:
+    def jvp(ctx: Any, *tangents: Any) -> Any:
         # Forward mode as the transpose of the pullback: torch.func.jvp here would refuse to run
         # below torch.autograd.forward_ad.
-        spec, inputs = ctx.spec, ctx.saved_tensors
+        spec, inputs, tangents = ctx.spec, ctx.saved_tensors, tangents[1:]
         chosen = [i for i, t in enumerate(tangents) if t is not None]
         at = [inputs[i] for i in chosen]
+
+        kept: list[bool] = []
 
         def fn(*xs: Tensor) -> tuple[Tensor, ...]:
             merged = list(inputs)
             for i, x in zip(chosen, xs, strict=True):
                 merged[i] = x
-            return spec.flat(*merged)
+            outputs = spec.flat(*merged)
+            kept[:] = [autodiff.smooth(y) for y in outputs]
+            return tuple(y for y in outputs if autodiff.smooth(y))
 
-        with spec.again():
-            outputs, vjp = torch.func.vjp(fn, *at)
+        with spec.ambient.again():
+            outputs, pull = autodiff.vjp(fn, *at)
             zeros = tuple(torch.zeros_like(y) for y in outputs)
-            _, transpose = torch.func.vjp(vjp, zeros)
+            _, transpose = autodiff.vjp(pull, zeros)
             (out,) = transpose(tuple(tangents[i] for i in chosen))
-        return out
+        found = iter(out)
+        return tuple(next(found) if keep else None for keep in kept)
 
 
 def recompute(fn: Callable[..., Any], *args: Any, pullback: Pullback | None = None) -> Any:
     """Return `fn(*args)`, and keep only `args` for the derivatives.
 
-    The value is computed without a graph; each derivative runs `fn` again, with the random and
-    autocast state of the first time. Exact under `backward`, `torch.func.grad`, `vmap`, `jvp`
-    and their compositions, except forward mode inside forward mode, which is refused.
+    The value is computed without a graph; each derivative runs `fn` again, with the random state,
+    the autocast state and the swapped operators of the first time. Exact under `backward`,
+    `torch.func.grad`, `vmap`, `jvp` and their compositions, except forward mode inside forward
+    mode, which is refused.
 
     Args:
         fn: a function of pytrees of tensors that returns a pytree of tensors. Every tensor that
@@ -172,7 +177,7 @@ def recompute(fn: Callable[..., Any], *args: Any, pullback: Pullback | None = No
         >>> torch.func.grad(lambda x: recompute(lambda y: y**3, x))(x)
         tensor(12.)
     """
-    autodiff.refuse_nested_forward_mode("recompute")
+    refuse_nested_forward_mode("recompute")
     inputs, rebuild = tree.partition(args)
     spec = _Spec(fn, rebuild, inputs, pullback)
     outputs = _Recompute.apply(spec, *inputs)

@@ -213,6 +213,9 @@ def descend(
             lambda p: inner_loss(p, outer, support), params, differentiable=differentiable
         )
         params, state = solver.update(params, grads, state, step, outer)
+        if not differentiable:
+            # A learned rate may close over a tensor that requires grad.
+            params, state = tree.detach(params), tree.detach(state)
         losses.append(value)
     return params, state, losses
 
@@ -237,7 +240,7 @@ def _check(lr: Rate, steps: int, weight_decay: float) -> None:
         )
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
         raise ValueError(f"steps must be an integer >= 0 (0: no adaptation), got {steps!r}.")
-    if weight_decay < 0:
+    if not weight_decay >= 0:
         raise ValueError(f"weight_decay must be >= 0, got {weight_decay}.")
 
 

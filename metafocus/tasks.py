@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from metafocus.autodiff import transforming
 from metafocus.bilevel import MetaLoss
-from metafocus.errors import ProblemError
+from metafocus.errors import NonFiniteError, ProblemError
+from metafocus.levels import transforming
 from metafocus.problem import check_finite
 from metafocus.types import Aux, Params
 
@@ -71,7 +71,10 @@ def over_tasks(
         results = []
         for i in range(count):
             one = [x[i] if axis == 0 else x for x, axis in zip(leaves, axes, strict=True)]
-            results.append(meta_loss(outer, pytree.tree_unflatten(one, spec)))
+            try:
+                results.append(meta_loss(outer, pytree.tree_unflatten(one, spec)))
+            except NonFiniteError as error:
+                raise NonFiniteError(f"Task {i}: {error}") from error
         aux = pytree.tree_map(lambda *xs: torch.stack(xs), *(aux for _, aux in results))
         return torch.stack([loss for loss, _ in results]).mean(), aux
 

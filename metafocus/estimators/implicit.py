@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from metafocus import tree
-from metafocus.autodiff import refuse_nested_forward_mode, transforming, value_and_grad
+from metafocus.autodiff import replayed, value_and_grad, vjp
 from metafocus.composites import differentiable_twice
 from metafocus.errors import NotStationaryWarning, ProblemError
 from metafocus.hvp import hvp_reverse
+from metafocus.levels import refuse_nested_forward_mode, transforming
 from metafocus.linear import CG
 from metafocus.problem import Problem, detached
 from metafocus.solvers import count, descend, stacked
@@ -48,7 +49,7 @@ class Implicit:
         Rajeswaran et al., arXiv 1909.04630 (iMAML); Lorraine et al., arXiv 1911.02590.
     """
 
-    solve: LinearSolver = CG(10)
+    solve: LinearSolver = CG(10)  # noqa: RUF009 - frozen, so it can be shared
     hvp: HVP = hvp_reverse
 
     @property
@@ -62,8 +63,8 @@ class Implicit:
         decay = getattr(solver, "weight_decay", 0)
         if decay:
             raise ProblemError(
-                f"Implicit needs the minimum of inner_loss; weight_decay={decay} moves the solver's "
-                "fixed point away from it. Set weight_decay=0 and add the decay to inner_loss."
+                f"Implicit needs the minimum of inner_loss; weight_decay={decay} moves the "
+                "solver's fixed point away. Set weight_decay=0 and add the decay to inner_loss."
             )
         start = tree.detach(problem.start(outer))
         system = _System(problem, solver, self.solve, self.hvp, (start, outer, support))
@@ -71,18 +72,22 @@ class Implicit:
         return Solution(dict(zip(start, fast, strict=True)), losses.detach())
 
 
+def gradient_norms(problem: Problem, outer: Params, support: Any, *points: Params) -> list[Tensor]:
+    """Return the norm of the inner gradient at each point: how stationary it is."""
+    norms = []
+    for point in points:
+        _, grads = value_and_grad(
+            lambda p: problem.inner_loss(p, outer, support), point, differentiable=False
+        )
+        norms.append(tree.norm(grads))
+    return norms
+
+
 def warn_if_not_stationary(
     problem: Problem, outer: Params, support: Any, start: Params, fast: Params
 ) -> None:
     """Warn if the inner gradient has not fallen to `STATIONARY` of its initial norm."""
-
-    def size(at: Params) -> Tensor:
-        _, grads = value_and_grad(
-            lambda p: problem.inner_loss(p, outer, support), at, differentiable=False
-        )
-        return tree.norm(grads)
-
-    before, after = size(start), size(fast)
+    before, after = gradient_norms(problem, outer, support, start, fast)
     # Below the square root of the rounding unit a ratio of two gradients compares noise.
     floor = torch.finfo(after.dtype).eps ** 0.5
     if after > STATIONARY * before and after > floor:
@@ -111,8 +116,9 @@ class _System:
         self.solve = solve
         self.hvp = hvp
         self.names = tuple(args[0])
-        self.loss = differentiable_twice(problem.inner_loss)
         self.inputs, self.rebuild = tree.partition(args)
+        # One random draw for all products, or H would be a different matrix each time.
+        self.loss = replayed(differentiable_twice(problem.inner_loss), self.inputs)
 
     def solution(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         start, outer, support = self.rebuild(inputs)
@@ -128,7 +134,7 @@ class _System:
         if not transforming():
             warn_if_not_stationary(self.problem, *detached(outer, support), start, fast)
         # Without a step the solution is the start, and an input may not be an output.
-        values = [v.clone() if v is start[k] else v for k, v in fast.items()]
+        values = [fast[k].clone() if fast[k] is start[k] else fast[k] for k in self.names]
         return *values, stacked(losses, fast)
 
     def unpack(self, saved: Sequence[Tensor]) -> tuple[Params, Params, Any]:
@@ -139,7 +145,8 @@ class _System:
     def inverse(self, fast: Params, outer: Params, support: Any, right: Params) -> Params:
         """Return `H^-1 right` by the linear solver."""
         _, hessian = self.hvp(lambda f: self.loss(f, outer, support), fast)
-        return self.solve(lambda direction: hessian(direction)[0], right)
+        solved = self.solve(lambda direction: hessian(direction)[0], right)
+        return {k: solved[k] for k in right}
 
     def pull(
         self, saved: Sequence[Tensor], cotangents: Sequence[Tensor | None]
@@ -156,7 +163,7 @@ class _System:
         grads = iter(mixed(adjoint)[1])
         rest = saved[len(self.names) : len(self.inputs)]
         found = [-next(grads) if x.is_floating_point() else None for x in rest]
-        return [None] * len(self.names) + found
+        return [*[None] * len(self.names), *found]
 
     def push(
         self, saved: Sequence[Tensor], tangents: Sequence[Tensor | None]
@@ -164,14 +171,16 @@ class _System:
         """Return `-H^-1 M t` for the solution, with `t` the tangents of the inputs."""
         fast, outer, support = self.unpack(saved)
         at, together = tree.partition((outer, support), torch.is_floating_point)
-        pairs = list(zip(self.inputs, tangents, strict=True))[len(self.names) :]
+        # Not self.inputs: under a transform these belong to a level that is gone.
+        inputs = saved[: len(self.inputs)]
+        pairs = list(zip(inputs, tangents, strict=True))[len(self.names) :]
         along = [torch.zeros_like(x) if t is None else t for x, t in pairs if x.is_floating_point()]
 
         def gradient(xs: list[Tensor]) -> Params:
             return torch.func.grad(self.loss)(fast, *together(xs))
 
-        _, transposed = torch.func.vjp(gradient, at)
-        _, mixed = torch.func.vjp(lambda d: transposed(d)[0], tree.zeros_like(fast))
+        _, transposed = vjp(gradient, at)
+        _, mixed = vjp(lambda d: transposed(d)[0], tree.zeros_like(fast))
         (right,) = mixed(along)
         solved = self.inverse(fast, outer, support, right)
         return tuple(-solved[k] for k in self.names)
@@ -202,7 +211,7 @@ class _ImplicitSolution(torch.autograd.Function):
         return None, *ctx.system.pull(saved, cotangents)
 
     @staticmethod
-    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Any:
+    def jvp(ctx: Any, *tangents: Any) -> Any:
         shape, dtype, device = ctx.like_losses
         losses = torch.zeros(shape, dtype=dtype, device=device)
-        return *ctx.system.push(ctx.saved_tensors, tangents), losses
+        return *ctx.system.push(ctx.saved_tensors, tangents[1:]), losses

@@ -54,6 +54,8 @@ class Unrolled:
         for name, value in (("last", self.last), ("recompute", self.recompute)):
             if value is not None and (not isinstance(value, int) or value < 0):
                 raise ValueError(f"{name} must be an integer >= 0, got {value!r}.")
+        if isinstance(self.last, bool):
+            raise ValueError(f"last must be an integer >= 0, got {self.last!r}.")
 
     def __repr__(self):
         hvp = getattr(self.hvp, "__name__", self.hvp)

@@ -1,0 +1,286 @@
+"""LoRA as plain tensors: what an adapter adds to linear modules, without touching the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from metafocus.adapters import peft_format, slots
+from metafocus.adapters.placement import Placement, adaptable, is_conv1d
+from metafocus.errors import PlacementError, ProblemError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank fast weights: each placed module computes `W x + (alpha / rank) * B (A x)`.
+
+    The fast weights are a dict of plain tensors, `"<module path>.lora_A"` `[rank, in]` and
+    `"<module path>.lora_B"` `[out, rank]`. They are never registered in the model, so its
+    parameters and its state dict stay those of the plain checkpoint.
+
+    Args:
+        where: Placement, a function from a model to module paths.
+        rank: Rank of the update, at least 1.
+        alpha: Numerator of its scale.
+
+    Raises:
+        ProblemError: If `rank` is not an integer of at least 1 or `alpha` is not finite.
+
+    Example:
+        >>> from metafocus.adapters import all_linear
+        >>> model = nn.Sequential(nn.Linear(4, 3))
+        >>> lora = LoRA(all_linear, rank=2, alpha=4.0)
+        >>> fast = lora.init(model)
+        >>> {name: tuple(tensor.shape) for name, tensor in fast.items()}
+        {'0.lora_A': (2, 4), '0.lora_B': (3, 2)}
+        >>> with lora.bind(model, fast):
+        ...     adapted = model(torch.ones(4))
+        >>> torch.equal(adapted, model(torch.ones(4)))  # B starts at zero
+        True
+
+    References:
+        Hu et al., "LoRA: low-rank adaptation of large language models", ICLR 2022.
+    """
+
+    where: Placement
+    rank: int = 32
+    alpha: float = 64.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise ProblemError(f"LoRA(rank={self.rank!r}) must be an integer of at least 1")
+        if not math.isfinite(self.alpha):
+            raise ProblemError(f"LoRA(alpha={self.alpha}) must be finite")
+
+    @property
+    def scale(self) -> float:
+        """`alpha / rank`."""
+        return self.alpha / self.rank
+
+    def modules(self, model: nn.Module) -> tuple[str, ...]:
+        """Paths of the modules of `model` that get fast weights, in model order.
+
+        Raises:
+            PlacementError: If the placement names a module that does not exist, that is named
+                twice, or that is no linear layer.
+
+        Example:
+            >>> from metafocus.adapters import matching
+            >>> LoRA(matching("1")).modules(nn.Sequential(nn.Tanh(), nn.Linear(2, 2)))
+            ('1',)
+        """
+        return tuple(path for path, _ in self._placed(model))
+
+    def init(self, model: nn.Module, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Draw `A ~ U(-1/sqrt(in), 1/sqrt(in))` (kaiming, as PEFT does) and set `B = 0`.
+
+        The global random state is neither read nor changed. The fast weights live on the device of
+        their module's weight, in float32, or in the weight's type where that is wider. The model
+        gains its hooks here or at the first `bind`; compile it only after that, because
+        `torch.compile` neither traces their installation nor notices it later.
+
+        Args:
+            model: The model to adapt.
+            generator: Source of the draws, on any device; None means a new one seeded with 0, so
+                that every call without a generator gives the same fast weights.
+
+        Returns:
+            `"<path>.lora_A"` `[rank, in]` and `"<path>.lora_B"` `[out, rank]` per module.
+
+        Raises:
+            PlacementError: As `modules`.
+
+        Example:
+            >>> from metafocus.adapters import all_linear
+            >>> layer = nn.Sequential(nn.Linear(2, 3))
+            >>> LoRA(all_linear, rank=1).init(layer)["0.lora_B"].tolist()
+            [[0.0], [0.0], [0.0]]
+        """
+        if generator is None:
+            generator = torch.Generator().manual_seed(0)
+        fast: dict[str, Tensor] = {}
+        for path, module in self._placed(model):
+            # torch.compile cannot trace the installation of a hook, only what the hook does.
+            slots.slot(module)
+            inputs, outputs = _sizes(module)
+            weight = module.weight
+            assert isinstance(weight, Tensor)
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            # Drawn in float32 whatever the type, so that a float64 check starts from equal values.
+            unit = torch.rand(
+                self.rank,
+                inputs,
+                generator=generator,
+                device=generator.device,
+                dtype=torch.float32,
+            )
+            low_rank = (2 * unit.to(weight.device, dtype) - 1) / math.sqrt(inputs)
+            fast[f"{path}.lora_A"] = low_rank
+            fast[f"{path}.lora_B"] = low_rank.new_zeros(outputs, self.rank)
+        return fast
+
+    @contextmanager
+    def bind(self, model: nn.Module, fast: Mapping[str, Tensor]) -> Iterator[None]:
+        """Let `model` see the fast weights inside a `with` block.
+
+        The update is computed in the type of the fast weights (under autocast: in autocast's) and
+        cast to that of the module's output. A module that is bound already sees only the new fast
+        weights until the block ends; modules of another adapter elsewhere are left alone. It
+        composes with `torch.func` transforms, `functional_call` and autograd.
+
+        Args:
+            model: The model.
+            fast: Exactly the names and shapes that `init` gives.
+
+        Raises:
+            ProblemError: If names are missing or unknown or a shape does not fit.
+            PlacementError: As `modules`.
+
+        Example:
+            >>> from metafocus.adapters import all_linear
+            >>> model = nn.Sequential(nn.Linear(2, 2))
+            >>> lora = LoRA(all_linear, rank=1, alpha=1.0)
+            >>> fast = {"0.lora_A": torch.ones(1, 2), "0.lora_B": torch.ones(2, 1)}
+            >>> base = model(torch.ones(2))
+            >>> with lora.bind(model, fast):
+            ...     print((model(torch.ones(2)) - base).round().tolist())
+            [2.0, 2.0]
+        """
+        placed = self._placed(model)
+        self._check(placed, fast)
+        apply = partial(_low_rank, scale=self.scale)
+        names = ("lora_A", "lora_B")
+        with slots.bind(
+            (module, slots.Binding(apply, {name: fast[f"{path}.{name}"] for name in names}))
+            for path, module in placed
+        ):
+            yield
+
+    def save(self, model: nn.Module, fast: Mapping[str, Tensor], directory: str | Path) -> None:
+        """Write a PEFT adapter that `peft.PeftModel.from_pretrained(model, directory)` loads.
+
+        Args:
+            model: The model the fast weights belong to.
+            fast: Exactly the names and shapes that `init` gives.
+            directory: Created if missing; receives `adapter_config.json` and
+                `adapter_model.safetensors`.
+
+        Raises:
+            ProblemError: As `bind`.
+            PlacementError: As `modules`, and if there is no module to save.
+
+        Example:
+            >>> import os, tempfile
+            >>> from metafocus.adapters import all_linear
+            >>> model, lora = nn.Sequential(nn.Linear(2, 2)), LoRA(all_linear, rank=1)
+            >>> with tempfile.TemporaryDirectory() as directory:
+            ...     lora.save(model, lora.init(model), directory)
+            ...     sorted(os.listdir(directory))
+            ['adapter_config.json', 'adapter_model.safetensors']
+        """
+        placed = self._placed(model)
+        self._check(placed, fast)
+        if not placed:
+            raise PlacementError("LoRA.save: the placement is empty, there is nothing to save")
+        peft_format.write(directory, model, [path for path, _ in placed], fast, self)
+
+    @classmethod
+    def from_peft(cls, config: LoraConfig) -> LoRA:
+        """The same adapter as a `peft.LoraConfig` describes.
+
+        `r`, `lora_alpha`, `target_modules` (names, regular expression or `"all-linear"`),
+        `exclude_modules`, `layers_to_transform` and `layers_pattern` are followed.
+
+        Args:
+            config: The PEFT configuration.
+
+        Returns:
+            The adapter.
+
+        Raises:
+            ProblemError: If `target_modules` is missing, or an option that changes the computation
+                (`use_dora`, `use_rslora`, `lora_dropout`, `bias`, `rank_pattern`, ...) is set.
+
+        Example:
+            >>> from peft import LoraConfig
+            >>> LoRA.from_peft(LoraConfig(r=4, lora_alpha=8, target_modules=".*up_proj"))
+            LoRA(where=matching(pattern='.*up_proj'), rank=4, alpha=8.0)
+        """
+        where, rank, alpha = peft_format.read(config)
+        return cls(where, rank=rank, alpha=alpha)
+
+    def _placed(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        modules = dict(model.named_modules())
+        paths = tuple(self.where(model))
+        for path in paths:
+            if path not in modules:
+                raise PlacementError(
+                    f"LoRA: {type(model).__name__} has no module {path!r}, which "
+                    f"{self.where!r} names"
+                )
+            if not adaptable(modules[path]):
+                raise PlacementError(
+                    f"LoRA: module {path!r} is a {type(modules[path]).__name__}, which cannot be "
+                    "adapted; place LoRA on linear layers (nn.Linear, transformers Conv1D)"
+                )
+        if len(set(paths)) < len(paths):
+            twice = sorted({path for path in paths if paths.count(path) > 1})
+            raise PlacementError(f"LoRA: {self.where!r} names {twice} more than once")
+        return [(path, modules[path]) for path in paths]
+
+    def _check(self, placed: list[tuple[str, nn.Module]], fast: Mapping[str, Tensor]) -> None:
+        expected: dict[str, tuple[int, int]] = {}
+        for path, module in placed:
+            inputs, outputs = _sizes(module)
+            expected[f"{path}.lora_A"] = (self.rank, inputs)
+            expected[f"{path}.lora_B"] = (outputs, self.rank)
+        missing, unknown = expected.keys() - fast.keys(), fast.keys() - expected.keys()
+        if missing or unknown:
+            raise ProblemError(
+                f"LoRA: fast weights of another model or adapter: missing {sorted(missing)[:6]} "
+                f"({len(missing)}), unknown {sorted(unknown)[:6]} ({len(unknown)}); "
+                "make them with init(model) of this adapter"
+            )
+        for key, shape in expected.items():
+            if tuple(fast[key].shape) != shape:
+                raise ProblemError(
+                    f"LoRA: {key!r} has shape {list(fast[key].shape)}, expected {list(shape)} "
+                    f"for rank {self.rank}"
+                )
+
+
+def _sizes(module: nn.Module) -> tuple[int, int]:
+    """Input and output features of a linear module."""
+    if is_conv1d(module):
+        return int(module.nx), int(module.nf)  # pyright: ignore[reportArgumentType]
+    assert isinstance(module, nn.Linear)
+    return module.in_features, module.out_features
+
+
+def _low_rank(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    output: Tensor,
+    tensors: dict[str, Tensor],
+    *,
+    scale: float,
+) -> Tensor:
+    a, b = tensors["lora_A"], tensors["lora_B"]
+    # Autocast casts the operands itself, so this costs it nothing; without autocast the operands
+    # of a product must have one type.
+    inputs = args[0].to(a.dtype)
+    # Scaled where it is narrow: rank numbers per token instead of `out`.
+    update = functional.linear(scale * functional.linear(inputs, a), b)
+    return output + update.to(output.dtype)

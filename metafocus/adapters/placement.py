@@ -1,0 +1,218 @@
+"""Where an adapter goes: functions from a model to module paths."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from metafocus.errors import PlacementError
+
+Placement = Callable[[nn.Module], tuple[str, ...]]
+"""`model -> module paths`, in model order."""
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is the `Conv1D` of transformers: a linear layer with weight `[in, out]`.
+
+    Example:
+        >>> is_conv1d(nn.Conv1d(1, 1, 1))
+        False
+    """
+    # A model can hold one only if this module has been imported; importing it here costs seconds.
+    source = sys.modules.get("transformers.pytorch_utils")
+    return source is not None and isinstance(module, source.Conv1D)
+
+
+def adaptable(module: nn.Module) -> bool:
+    """Whether `module` maps its last dimension linearly and an adapter can see it do so.
+
+    True for `nn.Linear` and transformers' `Conv1D`; False for the projection inside
+    `nn.MultiheadAttention`, whose weight is used without calling the module.
+
+    Example:
+        >>> adaptable(nn.Linear(2, 3)), adaptable(nn.LayerNorm(2))
+        (True, False)
+    """
+    linear = isinstance(module, nn.Linear) and not isinstance(
+        module, NonDynamicallyQuantizableLinear
+    )
+    return linear or is_conv1d(module)
+
+
+@dataclass(frozen=True)
+class top_layers:
+    """Modules with one of `names` in the last layers: `floor(n * (1 - fraction) + 1e-9) .. n - 1`.
+
+    The layers are the outermost `nn.ModuleList` on the path of the modules that `names` match.
+
+    Args:
+        fraction: Share of the layers, counted from the output, in [0, 1]; 0 places nothing.
+        names: Last components of module paths, such as `"gate_proj"` or `"mlp.gate_proj"`.
+
+    Raises:
+        PlacementError: At construction for a fraction outside [0, 1] or no names; at the call if
+            a name matches no module, or if matches lie in more than one list of layers.
+
+    Example:
+        >>> layers = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(2, 2)}) for _ in range(4))
+        >>> top_layers(0.5, ("up",))(nn.ModuleDict({"layers": layers}))
+        ('layers.2.up', 'layers.3.up')
+
+    References:
+        The rule of the official FocuSFT code, without its float error at fractions like 0.2.
+    """
+
+    fraction: float
+    names: Sequence[str]
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.fraction <= 1:
+            raise PlacementError(
+                f"top_layers(fraction={self.fraction}) must lie in [0, 1]: it is the share of "
+                "layers, not their number"
+            )
+        if isinstance(self.names, str) or not self.names:
+            raise PlacementError(
+                f"top_layers(names={self.names!r}) must be a non-empty tuple of module names, "
+                "such as ('gate_proj', 'up_proj')"
+            )
+        object.__setattr__(self, "names", tuple(self.names))
+
+    def __call__(self, model: nn.Module) -> tuple[str, ...]:
+        """The module paths in `model`."""
+        if self.fraction == 0:
+            return ()
+        modules = dict(model.named_modules())
+        found: list[tuple[str, int, str]] = []
+        unmatched = set(self.names)
+        for path in modules:
+            hits = {name for name in self.names if f".{path}".endswith(f".{name}")}
+            place = _layer(path, modules) if hits else None
+            if place is not None:
+                found.append((*place, path))
+                unmatched -= hits
+        if unmatched:
+            known = _linear_names(modules) or _examples(modules)
+            raise PlacementError(
+                f"top_layers: no module in a layer of {type(model).__name__} is named "
+                f"{sorted(unmatched)}; its linear modules are {known}"
+            )
+        lists = list(dict.fromkeys(home for home, _, _ in found))
+        if len(lists) > 1:
+            raise PlacementError(
+                f"top_layers: {list(self.names)} match modules in several lists of layers, "
+                f"{lists}; choose one with matching(), such as "
+                f"matching(r'{re.escape(lists[0])}\\..*\\.{re.escape(self.names[0])}')"
+            )
+        layers = modules[lists[0]]
+        assert isinstance(layers, nn.ModuleList)
+        count = len(layers)
+        # 10 * (1 - 0.2) is 8, but 1 - 0.8 is 0.19999999999999996: nudge before rounding down.
+        first = math.floor(count * (1 - self.fraction) + 1e-9)
+        chosen = tuple(path for _, layer, path in found if layer >= first)
+        if not chosen:
+            raise PlacementError(
+                f"top_layers: {list(self.names)} match no module in layers {first} to {count - 1} "
+                f"of {lists[0]!r}; they match in layers {sorted({i for _, i, _ in found})}"
+            )
+        return chosen
+
+
+@dataclass(frozen=True)
+class matching:
+    """Every linear module whose whole path matches a regular expression.
+
+    Args:
+        pattern: Compared by `re.fullmatch` with paths such as `"model.layers.3.mlp.up_proj"`.
+
+    Raises:
+        PlacementError: At construction if the pattern is no regular expression; at the call if
+            nothing matches.
+
+    Example:
+        >>> matching("[01]")(nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2)))
+        ('0',)
+    """
+
+    pattern: str
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise PlacementError(
+                f"matching({self.pattern!r}) is no regular expression: {error}"
+            ) from error
+
+    def __call__(self, model: nn.Module) -> tuple[str, ...]:
+        """The module paths in `model`."""
+        modules = dict(model.named_modules())
+        rule = re.compile(self.pattern)
+        chosen = tuple(
+            path for path, module in modules.items() if adaptable(module) and rule.fullmatch(path)
+        )
+        if not chosen:
+            raise PlacementError(
+                f"matching({self.pattern!r}) matches the whole path of no linear module of "
+                f"{type(model).__name__}; paths are like {_examples(modules)}"
+            )
+        return chosen
+
+
+def all_linear(model: nn.Module) -> tuple[str, ...]:
+    """Every linear module except the output head.
+
+    Args:
+        model: Its head is what `get_output_embeddings()` returns, if it has that method.
+
+    Returns:
+        Module paths in model order.
+
+    Raises:
+        PlacementError: If there is none.
+
+    Example:
+        >>> all_linear(nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2)))
+        ('0', '2')
+    """
+    output = getattr(model, "get_output_embeddings", None)
+    head = output() if callable(output) else None
+    chosen = tuple(
+        path for path, module in model.named_modules() if adaptable(module) and module is not head
+    )
+    if not chosen:
+        raise PlacementError(
+            f"all_linear: {type(model).__name__} has no linear module besides its output head"
+        )
+    return chosen
+
+
+def _layer(path: str, modules: dict[str, nn.Module]) -> tuple[str, int] | None:
+    """The outermost list of layers that a module lies in, and the index of its layer."""
+    parts = path.split(".")
+    for depth in range(len(parts) - 1):
+        home = ".".join(parts[:depth])
+        if isinstance(modules.get(home), nn.ModuleList):
+            return home, int(parts[depth])
+    return None
+
+
+def _linear_names(modules: dict[str, nn.Module]) -> list[str]:
+    """Names, relative to their layer, of the linear modules in lists of layers."""
+    names: dict[str, None] = {}
+    for path, module in modules.items():
+        place = _layer(path, modules) if adaptable(module) else None
+        if place is not None:
+            home, index = place
+            names[path.removeprefix(f"{home}.{index}.".lstrip("."))] = None
+    return list(names)
+
+
+def _examples(modules: dict[str, nn.Module]) -> list[str]:
+    return [path for path, module in modules.items() if adaptable(module)][:5]

@@ -1,0 +1,161 @@
+"""Samples to batches: padding and packing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from metafocus.chat import Sample
+from metafocus.errors import DataError
+
+# What a position holds that no token of the sample fills.
+_PADDING = {"turn_ids": -1, "document_ids": -1, "answer_mask": False, "needle_mask": False}
+
+
+def collate(
+    samples: Sequence[Sample],
+    *,
+    pad_token_id: int,
+    side: str = "right",
+    pad_to_multiple_of: int | None = None,
+) -> dict[str, Tensor]:
+    """Pad samples to one length and stack them: the batch dict of every loss and mask, `[B, S]`.
+
+    `attention_mask` is 1 on tokens and 0 on padding; `turn_ids` and `document_ids` are -1 on
+    padding. `needle_mask` and `document_ids` are there if any sample has them: no evidence and
+    document 0 for the others.
+
+    Args:
+        samples: what `encode_chat` or `pack` returned.
+        pad_token_id: `tokenizer.pad_token_id`.
+        side: where the padding goes, "right" or "left".
+        pad_to_multiple_of: round S up to a multiple of this.
+
+    Raises:
+        DataError: no samples, an unknown side, no pad token, or a multiple below 1.
+
+    Example:
+        >>> import torch
+        >>> from metafocus.batches import collate
+        >>> sample = {"input_ids": torch.tensor([5, 6]), "turn_ids": torch.tensor([0, 1]),
+        ...           "answer_mask": torch.tensor([False, True])}
+        >>> collate([sample], pad_token_id=0, side="left", pad_to_multiple_of=4)["input_ids"]
+        tensor([[0, 0, 5, 6]])
+    """
+    if not samples:
+        raise DataError("samples is empty: pass at least one sample to collate")
+    if side not in ("right", "left"):
+        raise DataError(f"side={side!r} is unknown: pad on the 'right' or on the 'left'")
+    if pad_token_id is None:
+        raise DataError(
+            "pad_token_id=None: set tokenizer.pad_token (to tokenizer.eos_token, say) and pass "
+            "tokenizer.pad_token_id"
+        )
+    if pad_to_multiple_of is not None and pad_to_multiple_of < 1:
+        raise DataError(f"pad_to_multiple_of={pad_to_multiple_of}: pass None or at least 1")
+
+    length = max(len(sample["input_ids"]) for sample in samples)
+    length = -(-length // (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1)
+
+    def stack(rows: list[Tensor], filler: int) -> Tensor:
+        out = rows[0].new_full((len(rows), length), filler)
+        for row, values in zip(out, rows, strict=True):
+            row[: len(values)] = values
+            if side == "left":
+                row.copy_(row.roll(length - len(values)))
+        return out
+
+    ids = [sample["input_ids"] for sample in samples]
+    batch = {
+        "input_ids": stack(ids, pad_token_id),
+        "attention_mask": stack([torch.ones_like(row) for row in ids], 0),
+    }
+    for name, filler in _PADDING.items():
+        if name in ("turn_ids", "answer_mask") or any(name in sample for sample in samples):
+            batch[name] = stack([_column(sample, name) for sample in samples], filler)
+    return batch
+
+
+def _column(sample: Sample, name: str) -> Tensor:
+    if name in sample or name in ("turn_ids", "answer_mask"):
+        return sample[name]
+    dtype = torch.bool if name == "needle_mask" else torch.int64
+    return torch.zeros(len(sample["input_ids"]), dtype=dtype)
+
+
+@dataclass(frozen=True)
+class Collator:
+    """`collate` with its settings bound, picklable: a `collate_fn` for a data loader."""
+
+    pad_token_id: int
+    side: str = "right"
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """Collate samples into a batch."""
+        return collate(
+            samples,
+            pad_token_id=self.pad_token_id,
+            side=self.side,
+            pad_to_multiple_of=self.pad_to_multiple_of,
+        )
+
+
+def pack(samples: Sequence[Sample], length: int) -> list[Sample]:
+    """Join samples into rows of at most `length` tokens, each into the first row with room for it.
+
+    A row holds its samples one after another, unchanged, and `document_ids` [S] counts them from
+    0, so that masks and losses keep them apart.
+
+    Raises:
+        DataError: a sample is longer than `length`.
+
+    Example:
+        >>> import torch
+        >>> from metafocus.batches import pack
+        >>> sample = {"input_ids": torch.tensor([5, 6]), "turn_ids": torch.tensor([0, 1]),
+        ...           "answer_mask": torch.tensor([False, True])}
+        >>> [row["document_ids"].tolist() for row in pack([sample] * 3, 5)]
+        [[0, 0, 1, 1], [0, 0]]
+    """
+    sizes = [len(sample["input_ids"]) for sample in samples]
+    for i, size in enumerate(sizes):
+        if size > length:
+            raise DataError(
+                f"sample {i} has {size} tokens, more than length={length}: raise length, or encode "
+                "with max_length=length"
+            )
+    rows: dict[int, list[Sample]] = {}
+    for sample, row in zip(samples, _first_fit(sizes, length), strict=True):
+        rows.setdefault(row, []).append(sample)
+    return [_join(rows[row]) for row in sorted(rows)]
+
+
+def _first_fit(sizes: Sequence[int], length: int) -> list[int]:
+    """The row of each size: the first one with room. A heap of maxima finds it in O(log n)."""
+    leaves = 1 << max(len(sizes) - 1, 0).bit_length()
+    room = [length] * (2 * leaves)
+    chosen = []
+    for size in sizes:
+        node = 1
+        while node < leaves:
+            node = 2 * node + (room[2 * node] < size)
+        chosen.append(node - leaves)
+        room[node] -= size
+        while node := node // 2:
+            room[node] = max(room[2 * node], room[2 * node + 1])
+    return chosen
+
+
+def _join(samples: list[Sample]) -> Sample:
+    names = [n for n in ("input_ids", *_PADDING) if any(n in sample for sample in samples)]
+    row = {name: torch.cat([_column(sample, name) for sample in samples]) for name in names}
+    documents, first = [], 0
+    for sample in samples:
+        documents.append(_column(sample, "document_ids") + first)
+        first = int(documents[-1].max()) + 1 if len(documents[-1]) else first
+    row["document_ids"] = torch.cat(documents)
+    return row

@@ -1,0 +1,67 @@
+"""Hugging Face's activation checkpointing, made exact around swapped weights.
+
+`torch.utils.checkpoint` recomputes a layer in the backward pass, when the swapped weights are
+gone: the gradient is silently wrong. Here a checkpointed layer receives its current parameters,
+its fast weights and its arguments as explicit tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils.stateless import _reparametrize_module
+
+from metafocus.adapters import slots
+from metafocus.recompute import recompute
+
+
+@contextlib.contextmanager
+def exact_checkpointing(model: nn.Module) -> Iterator[None]:
+    """Route `gradient_checkpointing_enable()` of a model through `recompute` inside the block.
+
+    The hook that makes embeddings require grad is lifted meanwhile: functorch refuses it, and
+    explicit tensors do not need it. Everything is restored on exit. A model without
+    checkpointing is left alone.
+
+    Args:
+        model: a Hugging Face model, with or without checkpointing enabled.
+    """
+    layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+    before = [getattr(layer, "_gradient_checkpointing_func", None) for layer in layers]
+    hooks = getattr(model, "_require_grads_hooks", None) or []
+    lifted = []
+    for hook in hooks:
+        table = hook.hooks_dict_ref()
+        if table is not None and hook.id in table:
+            lifted.append((table, hook.id, table.pop(hook.id)))
+    try:
+        for layer in layers:
+            layer._gradient_checkpointing_func = checkpoint_layer  # pyright: ignore
+        yield
+    finally:
+        for layer, function in zip(layers, before, strict=True):
+            layer._gradient_checkpointing_func = function  # pyright: ignore
+        for table, key, hook in lifted:
+            table[key] = hook
+
+
+def checkpoint_layer(call: Any, *args: Any) -> Any:
+    """Run a decoder layer with `recompute`; a checkpoint function for transformers.
+
+    Args:
+        call: `partial(forward, layer, **kwargs)` (transformers 5.23) or a partial of a bound
+            method of the layer (older).
+        args: the positional arguments of the layer.
+    """
+    layer = call.args[0] if call.args else call.func.__self__
+    parameters = dict(layer.named_parameters())
+    functions = slots.functions(layer)
+
+    def run(parameters: dict[str, Tensor], fast: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
+        with _reparametrize_module(layer, parameters), slots.rebind(layer, fast, functions):
+            return call.func(*call.args, *args, **kwargs)
+
+    return recompute(run, parameters, slots.bound(layer), args, call.keywords)

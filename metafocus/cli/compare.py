@@ -1,0 +1,107 @@
+"""`metafocus compare`: hypergradients of FocuSFT on a language model, side by side."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metafocus import stdlib_qa
+from metafocus.cli import options
+from metafocus.cli.models import model_and_tokenizer
+from metafocus.compare import compare
+from metafocus.data import Collator, encode_chats, read_chats
+from metafocus.recipes.focusft import focusft_problem, trainable
+from metafocus.types import Episode
+
+DEFAULT = "first-order,unrolled-last-1,unrolled,unrolled-recompute,implicit-cg"
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "compare",
+        help="compare estimators of one hypergradient: error, time, memory",
+        description=__doc__,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument(
+        "--data", default="stdlib", help="FILE.jsonl, FILE.parquet or stdlib (default)"
+    )
+    parser.add_argument("--max-length", type=int, default=256, help="tokens; default %(default)s")
+    parser.add_argument("--batch-size", type=int, default=2, help="default %(default)s")
+    parser.add_argument("--mask", default="context-bidirectional")
+    parser.add_argument(
+        "--estimators", default=DEFAULT, help="separated by commas; default %(default)s"
+    )
+    parser.add_argument("--reference", default="unrolled", help="default %(default)s")
+    parser.add_argument("--repeats", type=int, default=3, help="default %(default)s")
+    parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
+    parser.add_argument("--quick", action="store_true", help="a smaller model and one repetition")
+    parser.add_argument("--output", help="directory for compare.png and compare.json")
+    options.add_model(parser)
+    options.add_inner(parser, fraction=0.75, rank=8)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Compare and report."""
+    if args.quick:
+        args.max_length, args.batch_size, args.repeats = min(args.max_length, 192), 1, 1
+        args.hidden_size, args.layers, args.vocab_size = 64, 3, 512
+    words = [word.strip() for word in args.estimators.split(",") if word.strip()]
+    estimators = {
+        word: options.choice(options.ESTIMATORS, word, "--estimators")() for word in words
+    }
+    reference = (
+        args.reference
+        if args.reference in estimators
+        else options.choice(options.ESTIMATORS, args.reference, "--reference")()
+    )
+    mask = options.choice(options.MASKS, args.mask, "--mask")
+    records = None if args.data == "stdlib" else read_chats(args.data)
+    model, tokenizer = model_and_tokenizer(args, stdlib_qa.texts, args.max_length)
+    model = model.to(getattr(torch, args.dtype))
+    if records is None:
+        records = stdlib_qa.generate(
+            tokenizer,
+            split="train",
+            n=args.batch_size,
+            context_tokens=args.max_length - 96,
+            seed=args.seed,
+        )
+    samples = encode_chats(records, tokenizer, max_length=args.max_length).samples
+    batch = Collator(pad_token_id=tokenizer.pad_token_id)(samples[: args.batch_size])
+    batch = {k: v.to(args.device) for k, v in batch.items()}
+
+    # The same start for every estimator: the fast weights are drawn once.
+    adapter = options.adapter(args)
+    start = adapter.init(model, torch.Generator().manual_seed(args.seed))
+    problem = dataclasses.replace(
+        focusft_problem(model, adapter=adapter, mask=mask), init=lambda slow: start
+    )
+    outer = trainable(model)
+    print(
+        f"{type(model).__name__} with {sum(p.numel() for p in outer.values()):,} parameters, "
+        f"{sum(p.numel() for p in start.values()):,} fast weights, {args.inner_steps} inner "
+        f"steps, batch {list(batch['input_ids'].shape)}, {args.dtype}",
+        flush=True,
+    )
+    result = compare(
+        problem,
+        outer,
+        Episode(batch, batch),
+        solver=options.solver(args),
+        estimators=estimators,
+        reference=reference,
+        repeats=args.repeats,
+    )
+    print(result.table())
+    if args.output:
+        directory = Path(args.output)
+        directory.mkdir(parents=True, exist_ok=True)
+        result.plot(directory / "compare.png")
+        result.to_json(directory / "compare.json")
+        print(f"wrote {directory / 'compare.png'} and {directory / 'compare.json'}")

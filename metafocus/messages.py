@@ -1,0 +1,69 @@
+"""Refuses, with one clear error each, messages that no template could render as meant."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from metafocus.errors import DataError
+
+Message = Mapping[str, Any]
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+def check_messages(messages: Any, where: str = "") -> None:
+    """Refuse messages that no template could render as meant; `where` begins the error text.
+
+    Raises:
+        DataError: not a list, empty, an unknown role, no content, a wrong weight or evidence.
+    """
+    if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence):
+        raise DataError(f"{where}messages is {messages!r:.80}: pass a list of message dicts")
+    if not messages:
+        raise DataError(f"{where}messages is empty: pass at least one message")
+    for i, message in enumerate(messages):
+        _check_message(message, f"{where}message {i}: ")
+
+
+def _check_message(message: Any, where: str) -> None:
+    if not isinstance(message, Mapping):
+        raise DataError(f"{where}{message!r:.80} is not a dict with role and content")
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise DataError(f"{where}role={role!r} is unknown: use one of {', '.join(ROLES)}")
+    if content is None and not (role == "assistant" and message.get("tool_calls")):
+        raise DataError(
+            f"{where}the {role} message has no content: give a string "
+            "(only an assistant message with tool_calls may go without)"
+        )
+    if content is not None and not isinstance(content, (str, list)):
+        raise DataError(f"{where}content={content!r:.80} is neither a string nor a list of parts")
+    weight = message.get("weight")
+    if weight is not None and (role != "assistant" or weight not in (0, 1)):
+        raise DataError(
+            f"{where}weight={weight!r} on a {role} message: weight is 0 (not trained) or 1, and "
+            "only on assistant messages"
+        )
+    evidence = message.get("evidence")
+    if evidence is not None:
+        _check_evidence(evidence, role, content, where)
+
+
+def _check_evidence(evidence: Any, role: str, content: Any, where: str) -> None:
+    if role == "assistant" or not isinstance(content, str):
+        raise DataError(
+            f"{where}evidence belongs to a non-assistant message whose content is a string"
+        )
+    for span in evidence if isinstance(evidence, (list, tuple)) else [evidence]:
+        good = (
+            isinstance(span, (list, tuple))
+            and len(span) == 2
+            and all(isinstance(edge, int) for edge in span)
+            and 0 <= span[0] < span[1] <= len(content)
+        )
+        if not good:
+            raise DataError(
+                f"{where}evidence span {span!r} is not [start, end] with 0 <= start < end <= "
+                f"{len(content)}, the number of characters of the content"
+            )

@@ -1,0 +1,111 @@
+"""FocuSFT (arXiv 2605.09932): fine-tuning conditioned on fast weights adapted to the context."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metafocus import masks
+from metafocus.adapters import LoRA, top_layers
+from metafocus.bilevel import MetaLoss, bilevel
+from metafocus.estimators import Estimator, FirstOrder
+from metafocus.lm import Adapter, TokenPolicy, answer_tokens, lm_loss
+from metafocus.masks import MaskPolicy
+from metafocus.problem import Problem
+from metafocus.solvers import SGD, clip_per_tensor
+from metafocus.types import Aux, Episode, Params, Solver
+
+PAPER_ADAPTER = LoRA(top_layers(0.35, ("gate_proj", "up_proj", "down_proj")), rank=32, alpha=64.0)
+PAPER_SOLVER = SGD(1.0, steps=2, clip=clip_per_tensor(1.0))
+
+
+def focusft_problem(
+    model: nn.Module,
+    *,
+    adapter: Adapter = PAPER_ADAPTER,
+    mask: MaskPolicy = masks.context_bidirectional,
+    inner_tokens: TokenPolicy = answer_tokens,
+    generator: torch.Generator | None = None,
+) -> Problem:
+    """Return FocuSFT's bilevel problem; see `focusft`."""
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    inner = lm_loss(model, adapter=adapter, mask=mask, tokens=inner_tokens)
+    outer = lm_loss(model, adapter=adapter, mask=mask, tokens=answer_tokens)
+
+    def prepare(slow: Params, episode: Episode) -> Episode:
+        support = inner.prepare(episode.support)
+        if episode.query is episode.support:
+            return Episode(support, support)
+        return Episode(support, outer.prepare(episode.query))
+
+    return Problem(inner, outer, lambda slow: adapter.init(model, generator), prepare)
+
+
+def focusft(
+    model: nn.Module,
+    *,
+    adapter: Adapter = PAPER_ADAPTER,
+    mask: MaskPolicy = masks.context_bidirectional,
+    solver: Solver = PAPER_SOLVER,
+    estimator: Estimator | None = None,
+    inner_tokens: TokenPolicy = answer_tokens,
+    generator: torch.Generator | None = None,
+) -> MetaLoss:
+    """Return FocuSFT's training loss; the defaults are the paper's.
+
+    Before each outer step, fresh LoRA fast weights take a few steps of SGD on the batch's inner
+    tokens; the outer loss is the cross entropy of the answers, conditioned on them. They are then
+    thrown away: the trained model is a plain one.
+
+    Args:
+        model: a Hugging Face causal language model (see `lm_loss`). What requires grad is
+            trained.
+        adapter: default `LoRA` of rank 32 and alpha 64 on the MLPs of the top 35 % of layers.
+            An adapter on nothing (`top_layers(0.0, ...)`) makes this plain fine-tuning.
+        mask: default bidirectional inside each context turn, causal over answers, in both loops.
+        solver: default two steps of SGD with learning rate 1 and each tensor's gradient clipped
+            to norm 1.
+        estimator: default `FirstOrder()`. Any other is one word: `mf.Unrolled(recompute=True)`.
+        inner_tokens: what the inner loss scores: default the answers, as the official code does.
+        generator: draws the fast weights' start, anew at every call; default seeded with 0. The
+            global random state is not touched.
+
+    Returns:
+        `meta_loss(outer, Episode(batch, batch)) -> (loss, Aux)`. With `outer={}` the trained
+        parameters are the model's own and `loss.backward()` fills their `.grad`.
+
+    Example:
+        >>> import metafocus as mf
+        >>> from transformers import Qwen2Config, Qwen2ForCausalLM
+        >>> model = Qwen2ForCausalLM(Qwen2Config(
+        ...     vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+        ...     num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=16))
+        >>> batch = {
+        ...     "input_ids": torch.tensor([[1, 2, 3, 4]]),
+        ...     "attention_mask": torch.tensor([[1, 1, 1, 1]]),
+        ...     "answer_mask": torch.tensor([[False, False, True, True]]),
+        ...     "turn_ids": torch.tensor([[0, 0, 1, 1]])}
+        >>> meta = mf.recipes.focusft(model)
+        >>> loss, aux = meta({}, mf.Episode(batch, batch))
+        >>> loss.backward()
+        >>> aux.inner_losses.shape
+        torch.Size([2])
+    """
+    problem = focusft_problem(
+        model, adapter=adapter, mask=mask, inner_tokens=inner_tokens, generator=generator
+    )
+    meta = bilevel(problem, solver=solver, estimator=estimator or FirstOrder())
+
+    def meta_loss(outer: Params, episode: Any) -> tuple[Tensor, Aux]:
+        # Explicit parameters suit every estimator, and a first-order inner loop then builds no
+        # graph below its fast weights.
+        return meta(outer or trainable(model), episode)
+
+    return meta_loss
+
+
+def trainable(model: nn.Module) -> Params:
+    """Return the parameters that require grad, by name; tied ones once."""
+    return {k: v for k, v in model.named_parameters() if v.requires_grad}

@@ -1,0 +1,209 @@
+"""One interval of keys per query: what a mask is here, and what kernels can be given of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from metafocus.errors import ProblemError
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""`(b, h, q, k) -> bool`, four integer tensors that broadcast."""
+
+
+class Spans(NamedTuple):
+    """The keys each query may attend: `start[b, i] <= k < stop[b, i]`; empty where they are equal.
+
+    A mask costs O(S) memory instead of O(S^2). Being a named tuple of two tensors it is a pytree:
+    it can be stacked, mapped over and passed through `torch.func.vmap`.
+
+    Attributes:
+        start: First key of each query, int64 `[B, S]`.
+        stop: One past the last key of each query, int64 `[B, S]`.
+
+    Example:
+        >>> spans = Spans(torch.tensor([[0, 0, 0]]), torch.tensor([[2, 2, 3]]))
+        >>> spans.dense().int().tolist()
+        [[[[1, 1, 0], [1, 1, 0], [1, 1, 1]]]]
+    """
+
+    start: Tensor
+    stop: Tensor
+
+    def __and__(self, other: Spans) -> Spans:
+        """The keys allowed by both: `[max(start), min(stop))`, and `[0, 0)` where that is empty.
+
+        Example:
+            >>> a = Spans(torch.tensor([[0, 0]]), torch.tensor([[1, 2]]))
+            >>> b = Spans(torch.tensor([[0, 1]]), torch.tensor([[0, 2]]))
+            >>> [t.tolist() for t in a & b]
+            [[[0, 1]], [[0, 2]]]
+        """
+        return nonempty(
+            torch.maximum(self.start, other.start), torch.minimum(self.stop, other.stop)
+        )
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The mask as a `[B, 1, S, S]` tensor: boolean (True = may attend), or additive in `dtype`.
+
+        An additive mask is 0 where a key is allowed and `max(finfo(dtype).min, finfo(float32).min)`
+        elsewhere: eager attention takes its softmax in float32, where the minimum of float64 would
+        be -inf and a row without keys NaN.
+
+        Args:
+            dtype: None for the boolean mask, else a floating-point type.
+
+        Returns:
+            The mask, `[B, 1, S, S]`.
+
+        Raises:
+            ProblemError: If `dtype` is not a floating-point type.
+
+        Example:
+            >>> Spans(torch.tensor([[0, 0]]), torch.tensor([[1, 2]])).dense(torch.float32)[0, 0, 1]
+            tensor([0., 0.])
+        """
+        keys = torch.arange(self.start.shape[-1], device=self.start.device)
+        allowed = (self.start.unsqueeze(-1) <= keys) & (keys < self.stop.unsqueeze(-1))
+        allowed = allowed.unsqueeze(-3)
+        if dtype is None:
+            return allowed
+        if not dtype.is_floating_point:
+            raise ProblemError(
+                f"dense(dtype={dtype}) is neither boolean nor additive; pass None for a boolean "
+                "mask or a floating-point dtype for an additive one"
+            )
+        lowest = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
+        zero = torch.zeros((), dtype=dtype, device=allowed.device)
+        return torch.where(allowed, zero, torch.full_like(zero, lowest))
+
+    @property
+    def mask_mod(self) -> MaskMod:
+        """`(b, h, q, k) -> bool`: whether query `q` of row `b` may attend key `k`.
+
+        The convention of transformers and flex_attention: the four are integer tensors that
+        broadcast, and the head `h` does not matter here.
+
+        Example:
+            >>> spans = Spans(torch.tensor([[0, 0]]), torch.tensor([[1, 2]]))
+            >>> zero, one = torch.tensor(0), torch.tensor(1)
+            >>> spans.mask_mod(zero, zero, zero, one)
+            tensor(False)
+        """
+        start, stop = self
+
+        # A closure: flex_attention would count the `self` of a bound method as an argument.
+        def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return (start[b, q] <= k) & (k < stop[b, q])
+
+        return mask_mod
+
+    def block_mask(self, block_size: int = 128) -> BlockMask:
+        """The mask for `torch.nn.attention.flex_attention`, without ever forming `[S, S]`.
+
+        Per block of queries and block of keys it asks the intervals whether the block can be
+        skipped or is allowed as a whole: `(S / block_size)^2` numbers.
+
+        Args:
+            block_size: Queries and keys per block.
+
+        Returns:
+            A `BlockMask` of shape `[B, 1, S, S]`.
+
+        Example:
+            >>> Spans(torch.tensor([[0, 0]]), torch.tensor([[1, 2]])).block_mask().shape
+            (1, 1, 2, 2)
+        """
+        from torch.nn.attention.flex_attention import BlockMask
+
+        start, stop = self
+        length = start.shape[-1]
+
+        def blocks(bound: Tensor, fill: int) -> Tensor:
+            padded = functional.pad(bound, (0, -length % block_size), value=fill)
+            return padded.unflatten(-1, (-1, block_size))
+
+        # A query without keys, and the padding of the last block, must neither widen the range of
+        # keys that a block touches nor let the block pass as allowed as a whole.
+        first = blocks(torch.where(start < stop, start, length), length).amin(-1, keepdim=True)
+        last = blocks(stop, 0).amax(-1, keepdim=True)
+        left = torch.arange(first.shape[-2], device=start.device) * block_size
+        right = left + block_size
+        touched = (first < right) & (left < last)
+        whole = (blocks(start, length).amax(-1, keepdim=True) <= left) & (
+            right <= blocks(stop, 0).amin(-1, keepdim=True)
+        )
+
+        def listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
+            order = chosen.int().argsort(dim=-1, descending=True, stable=True)
+            return chosen.sum(-1).int().unsqueeze(1), order.int().unsqueeze(1)
+
+        return BlockMask.from_kv_blocks(
+            *listed(touched & ~whole),
+            *listed(whole),
+            BLOCK_SIZE=block_size,
+            mask_mod=self.mask_mod,
+            seq_lengths=(length, length),
+        )
+
+    def stack(self) -> Tensor:
+        """The spans as one integer tensor `[B, 1, S, 2]`, which travels as a 4-D attention mask.
+
+        Example:
+            >>> Spans(torch.tensor([[0, 0]]), torch.tensor([[1, 2]])).stack().tolist()
+            [[[[0, 1], [0, 2]]]]
+        """
+        return torch.stack((self.start, self.stop), dim=-1).unsqueeze(-3)
+
+    @classmethod
+    def unstack(cls, stacked: Tensor) -> Spans:
+        """The inverse of `stack`.
+
+        Args:
+            stacked: Integer tensor `[B, 1, S, 2]`.
+
+        Returns:
+            The spans, `[B, S]` each.
+
+        Raises:
+            ProblemError: If `stacked` has another shape or is not integer.
+
+        Example:
+            >>> spans = Spans(torch.tensor([[0, 0]]), torch.tensor([[1, 2]]))
+            >>> Spans.unstack(spans.stack()).stop.tolist()
+            [[1, 2]]
+        """
+        shape = tuple(stacked.shape)
+        integer = not (stacked.is_floating_point() or stacked.dtype == torch.bool)
+        if len(shape) != 4 or shape[1] != 1 or shape[3] != 2 or not integer:
+            raise ProblemError(
+                f"stacked spans must be an integer tensor [B, 1, S, 2], got {stacked.dtype} of "
+                f"shape {list(shape)}; build it with Spans.stack()"
+            )
+        start, stop = stacked.squeeze(-3).unbind(-1)
+        return cls(start, stop)
+
+
+def nonempty(start: Tensor, stop: Tensor) -> Spans:
+    """Spans in which every empty interval is written `[0, 0)`.
+
+    Args:
+        start: First keys, integer `[B, S]`.
+        stop: One past the last keys, integer `[B, S]`.
+
+    Returns:
+        The normalised spans.
+
+    Example:
+        >>> nonempty(torch.tensor([[3]]), torch.tensor([[1]])).stop
+        tensor([[0]])
+    """
+    some = start < stop
+    return Spans(torch.where(some, start, 0), torch.where(some, stop, 0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import os
@@ -50,8 +51,10 @@ class Comparison:
         rows: dicts with the keys of `COLUMNS`; None where a quantity does not apply.
             `relative_error`, `cosine` and `norm_ratio` are against the reference hypergradient;
             `seconds` is the median; `peak_bytes` counts live tensors; `gradient_evaluations`
-            counts evaluations of the inner loss; `inner_residual` is the inner gradient norm at
-            the solution over that at the start; `linear_residual` is `|H x - b| / |b|`.
+            counts evaluations of the inner loss, `hvp_evaluations` products with its second
+            derivatives (a batch of them, as `Dense` takes, once); `inner_residual` is the inner
+            gradient norm at the solution over that at the start; `linear_residual` is
+            `|H x - b| / |b|`.
         reference: the name of the reference.
         environment: versions and machine.
     """
@@ -84,25 +87,27 @@ class Comparison:
                 _short(row["linear_residual"], ".1e"),
                 row["verdict"],
             )
-        console = Console(width=140, record=True, file=open(os.devnull, "w"))
-        with console.file:
-            console.print(table)
+        console = Console(width=160, record=True, file=io.StringIO())
+        console.print(table)
         return console.export_text().rstrip()
 
     def plot(self, path: str | Path) -> None:
-        """Write error against time and against memory, both logarithmic, as a figure."""
-        import matplotlib
+        """Write error against time and against memory, both logarithmic, as a figure.
 
-        matplotlib.use("agg", force=False)
-        import matplotlib.pyplot as plt
+        An estimator without a finite hypergradient has no point in it.
+        """
+        from matplotlib.figure import Figure
 
-        figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
+        # Without pyplot: no window, and the back end of a notebook stays as it is.
+        figure = Figure(figsize=(10, 4.2), layout="constrained")
+        axes = figure.subplots(1, 2, sharey=True)
         floor = 1e-17
         for axis, key, unit, label in (
             (axes[0], "seconds", 1.0, "seconds (median)"),
             (axes[1], "peak_bytes", 2.0**20, "peak memory of tensors, MB"),
         ):
-            shown = [r for r in self.rows if r["relative_error"] is not None]
+            errors = [(row, row["relative_error"]) for row in self.rows]
+            shown = [row for row, e in errors if e is not None and math.isfinite(e)]
             for i, row in enumerate(shown):
                 x, y = row[key] / unit, max(row["relative_error"], floor)
                 axis.scatter([x], [y], s=45, color=f"C{i % 10}", zorder=3, label=row["name"])
@@ -112,7 +117,6 @@ class Comparison:
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right center", fontsize=8, frameon=False)
         figure.savefig(path, dpi=150)
-        plt.close(figure)
 
     def to_json(self, path: str | Path) -> None:
         """Write rows, reference and environment as JSON; NaN becomes null."""
@@ -170,6 +174,10 @@ def compare(
     """
     if repeats < 1:
         raise ValueError(f"repeats must be >= 1, got {repeats}.")
+    if not outer:
+        raise ProblemError(
+            "compare needs explicit outer parameters, got {}. Pass dict(model.named_parameters())."
+        )
     outer = tree.detach(outer)
     runs = dict(estimators)
     if isinstance(reference, str):
@@ -178,8 +186,15 @@ def compare(
                 f"reference {reference!r} is not one of the estimators {sorted(runs)}."
             )
         name = reference
+    elif isinstance(reference, dict):
+        name = "the given hypergradient"
+        shapes, expected = ({k: list(v.shape) for k, v in p.items()} for p in (reference, outer))
+        if shapes != expected:
+            raise ProblemError(
+                f"the reference hypergradient has the shapes {shapes}, outer has {expected}."
+            )
     else:
-        name = "the given hypergradient" if isinstance(reference, dict) else str(reference)
+        name = str(reference)
 
     gradient = {
         key: hypergrad(bilevel(problem, solver=solver, estimator=estimator))
@@ -207,7 +222,7 @@ def compare(
                 seconds[key].append(_timed(lambda run=gradient[key]: run(outer, episode)))
     residual = inner_residual(problem, outer, episode, solver)
     rows = [_row(key, report, exact, seconds.get(key), residual) for key, report in reports.items()]
-    return Comparison(rows, name, environment(exact.dtype))
+    return Comparison(rows, name, environment(_dtype(outer)))
 
 
 @dataclass
@@ -263,7 +278,7 @@ def _examine(
     )
     plain = hypergrad(bilevel(problem, solver=solver, estimator=estimator))
     counted = bilevel(tally.counting(problem), solver=solver, estimator=watched)
-    dtype = next(iter(outer.values())).dtype if outer else torch.get_default_dtype()
+    dtype = _dtype(outer)
     try:
         counted(outer, episode)
         # The first call evaluates the inner loss once more, to check the problem.
@@ -287,7 +302,8 @@ def _row(
     error = cosine = ratio = None
     if report.flat is not None:
         size, found = exact.norm(), report.flat.norm()
-        error = float((report.flat - exact).norm() / size)
+        distance = (report.flat - exact).norm()
+        error = float(distance / size) if distance != 0 else 0.0
         cosine = float((report.flat @ exact) / (size * found)) if found > 0 else 0.0
         ratio = float(found / size)
     return {
@@ -351,6 +367,10 @@ def _timed(run: Callable[[], Any]) -> float:
     if cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def _dtype(outer: Params) -> torch.dtype:
+    return next(iter(outer.values())).dtype
 
 
 def _flat(grads: Params) -> Tensor:

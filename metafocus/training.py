@@ -15,8 +15,8 @@ from metafocus.bilevel import MetaLoss
 from metafocus.data import Collator
 from metafocus.errors import NonFiniteError
 from metafocus.lm import Batch, lm_loss
-from metafocus.masks import MaskPolicy
-from metafocus.types import Episode, Params
+from metafocus.masks import MaskPolicy, positions
+from metafocus.types import Episode
 
 Sample = dict[str, Tensor]
 
@@ -94,11 +94,17 @@ def train(
         Losses and gradient norms by step.
 
     Raises:
-        NonFiniteError: if a loss is NaN or infinite; the model keeps its last good weights.
+        NonFiniteError: if a loss or a gradient is NaN or infinite; the model keeps its last good
+            weights.
+        ValueError: if there are no samples, or nothing requires grad.
     """
     from tqdm.auto import tqdm
 
     parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters or not samples:
+        raise ValueError(
+            f"nothing to train: {len(parameters)} parameters require grad, {len(samples)} samples."
+        )
     device = parameters[0].device
     optimizer = torch.optim.AdamW(parameters, lr=schedule.lr, weight_decay=schedule.weight_decay)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.factor)
@@ -109,12 +115,10 @@ def train(
     for step in bar:
         batch = collate(samples, next(order), collator, device)
         loss, aux = meta_loss({}, Episode(batch, batch))
-        if not torch.isfinite(loss):
-            raise NonFiniteError(
-                f"the outer loss is {loss.item()} at step {step}. Lower --lr, or look at the data."
-            )
+        _check(loss, "loss", step)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(parameters, schedule.clip)
+        _check(norm, "gradient norm", step)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
@@ -128,6 +132,14 @@ def train(
             shown["inner"] = f"{inner[0]:.3f} > {inner[-1]:.3f}"
         bar.set_postfix(shown)
     return history
+
+
+def _check(value: Tensor, name: str, step: int) -> None:
+    if not torch.isfinite(value):
+        raise NonFiniteError(
+            f"the outer {name} is {value.item()} at step {step}. Lower the learning rate, or look "
+            "at the data."
+        )
 
 
 @torch.no_grad()
@@ -151,7 +163,8 @@ def evaluate(
     for first in range(0, len(samples), batch_size):
         chosen = range(first, min(first + batch_size, len(samples)))
         batch = collate(samples, chosen, collator, device)
-        tokens = int(batch["answer_mask"][:, 1:].sum())
+        # The first token of a document is not predicted.
+        tokens = int((batch["answer_mask"] & (positions(batch) > 0)).sum())
         total += float(loss({}, {}, batch)) * tokens
         count += tokens
     model.train(was_training)
@@ -187,8 +200,3 @@ def plain_sft(model: nn.Module, mask: MaskPolicy) -> MetaLoss:
     from metafocus.recipes import focusft
 
     return focusft(model, adapter=LoRA(nothing), mask=mask)
-
-
-def parameter_count(params: Params) -> int:
-    """Return the number of entries."""
-    return sum(v.numel() for v in params.values())

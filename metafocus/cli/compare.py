@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +13,12 @@ from metafocus.cli import options
 from metafocus.cli.models import model_and_tokenizer
 from metafocus.compare import compare
 from metafocus.data import Collator, encode_chats, read_chats
+from metafocus.errors import DataError
 from metafocus.recipes.focusft import focusft_problem, trainable
 from metafocus.types import Episode
 
+QUICK = {"max_length": 192, "batch_size": 1, "repeats": 1}
+QUICK_MODEL = {"hidden_size": 64, "layers": 3, "vocab_size": 512}
 DEFAULT = "first-order,unrolled-last-1,unrolled,unrolled-recompute,implicit-cg"
 
 
@@ -31,16 +33,20 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--data", default="stdlib", help="FILE.jsonl, FILE.parquet or stdlib (default)"
     )
-    parser.add_argument("--max-length", type=int, default=256, help="tokens; default %(default)s")
-    parser.add_argument("--batch-size", type=int, default=2, help="default %(default)s")
+    parser.add_argument(
+        "--max-length", type=options.whole(2), default=256, help="tokens; default %(default)s"
+    )
+    parser.add_argument(
+        "--batch-size", type=options.whole(1), default=2, help="default %(default)s"
+    )
     parser.add_argument("--mask", default="context-bidirectional")
     parser.add_argument(
         "--estimators", default=DEFAULT, help="separated by commas; default %(default)s"
     )
     parser.add_argument("--reference", default="unrolled", help="default %(default)s")
-    parser.add_argument("--repeats", type=int, default=3, help="default %(default)s")
+    parser.add_argument("--repeats", type=options.whole(1), default=3, help="default %(default)s")
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
-    parser.add_argument("--quick", action="store_true", help="a smaller model and one repetition")
+    parser.add_argument("--quick", action="store_true", help="smaller defaults: a quick look")
     parser.add_argument("--output", help="directory for compare.png and compare.json")
     options.add_model(parser)
     options.add_inner(parser, fraction=0.75, rank=8)
@@ -49,12 +55,15 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Compare and report."""
     if args.quick:
-        args.max_length, args.batch_size, args.repeats = min(args.max_length, 192), 1, 1
-        args.hidden_size, args.layers, args.vocab_size = 64, 3, 512
+        smaller = QUICK if args.model else QUICK | QUICK_MODEL
+        vars(args).update({k: v for k, v in smaller.items() if k not in args.given})
+    directory = options.directory(args.output) if args.output else None
     words = [word.strip() for word in args.estimators.split(",") if word.strip()]
     estimators = {
         word: options.choice(options.ESTIMATORS, word, "--estimators")() for word in words
     }
+    if not estimators:
+        raise DataError(f"--estimators is empty: use some of {', '.join(options.ESTIMATORS)}.")
     reference = (
         args.reference
         if args.reference in estimators
@@ -65,14 +74,13 @@ def run(args: argparse.Namespace) -> None:
     model, tokenizer = model_and_tokenizer(args, stdlib_qa.texts, args.max_length)
     model = model.to(getattr(torch, args.dtype))
     if records is None:
-        records = stdlib_qa.generate(
-            tokenizer,
-            split="train",
-            n=args.batch_size,
-            context_tokens=args.max_length - 96,
-            seed=args.seed,
-        )
+        records = options.documentation(args, tokenizer, split="train", n=args.batch_size)
     samples = encode_chats(records, tokenizer, max_length=args.max_length).samples
+    if len(samples) < args.batch_size:
+        raise DataError(
+            f"--batch-size {args.batch_size} is more than the {len(samples)} chats with an answer "
+            "in --data."
+        )
     batch = Collator(pad_token_id=tokenizer.pad_token_id)(samples[: args.batch_size])
     batch = {k: v.to(args.device) for k, v in batch.items()}
 
@@ -99,8 +107,7 @@ def run(args: argparse.Namespace) -> None:
         repeats=args.repeats,
     )
     print(result.table())
-    if args.output:
-        directory = Path(args.output)
+    if directory:
         directory.mkdir(parents=True, exist_ok=True)
         result.plot(directory / "compare.png")
         result.to_json(directory / "compare.json")

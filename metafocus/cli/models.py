@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from metafocus.cli import options
 from metafocus.errors import DataError
 
 if TYPE_CHECKING:
@@ -25,16 +28,21 @@ def model_and_tokenizer(
         length: the longest sequence the small model must take.
 
     Raises:
-        DataError: if the model or its tokenizer cannot be loaded.
+        DataError: if the model or its tokenizer cannot be loaded, or is too small for `length` or
+            for the tokenizer's vocabulary.
     """
+    _check_device(args.device)
     torch.manual_seed(args.seed)
     if args.model is None:
         from metafocus.tokenizer import train_tokenizer
 
         tokenizer = train_tokenizer(texts(), vocab_size=args.vocab_size)
         model = small_qwen2(tokenizer, args.hidden_size, args.layers, length, args.attn)
+        tokenizer = _as_loaded(tokenizer, model)
     else:
+        options.note_unused(args, ("vocab_size", "hidden_size", "layers"), "with --model")
         model, tokenizer = _loaded(args.model, args.attn)
+        _check_sizes(model, tokenizer, length)
     return model.to(args.device), tokenizer
 
 
@@ -65,17 +73,35 @@ def small_qwen2(
     return model
 
 
+def _as_loaded(tokenizer: Any, model: PreTrainedModel) -> Any:
+    """Return the tokenizer that `AutoTokenizer` will find beside the saved model.
+
+    For a Qwen2 it is one that splits words as Qwen2 does, whatever was saved: train with that one.
+    """
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as directory:
+        tokenizer.save_pretrained(directory)
+        model.config.save_pretrained(directory)
+        return AutoTokenizer.from_pretrained(directory)
+
+
 def _loaded(name: str, attn: str) -> tuple[PreTrainedModel, Any]:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, attn_implementation=attn)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+        # In bfloat16 most updates of a small learning rate would round to nothing.
+        model = AutoModelForCausalLM.from_pretrained(
+            name, attn_implementation=attn, dtype=torch.float32
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        place = "" if Path(name).is_dir() else "it is not a directory here, and on the hub: "
         raise DataError(
-            f"--model {name!r} cannot be loaded: {reason} Give a directory with a model and its "
-            "tokenizer, or a hub id."
+            f"--model {name!r} cannot be loaded: {place}{reason.rstrip('.')}. Give a directory "
+            "with a model and its tokenizer, or a hub id."
         ) from error
     if tokenizer.chat_template is None:
         raise DataError(
@@ -85,3 +111,26 @@ def _loaded(name: str, attn: str) -> tuple[PreTrainedModel, Any]:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"--device {name!r} cannot be used: {reason}") from error
+
+
+def _check_sizes(model: PreTrainedModel, tokenizer: Any, length: int) -> None:
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if most is not None and length > most:
+        raise DataError(
+            f"--max-length {length} is more than the {most} positions of the model: use at most "
+            f"--max-length {most}."
+        )
+    rows = model.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportIndexIssue]
+    if len(tokenizer) > rows:
+        raise DataError(
+            f"the tokenizer of --model has {len(tokenizer)} tokens, its model embeddings for "
+            f"{rows}: call model.resize_token_embeddings(len(tokenizer)) and save it."
+        )

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,15 @@ def add_parser(commands: Any) -> None:
     )
     data.add_argument("--heldout", help="file of held-out chats; default: --heldout-fraction")
     data.add_argument("--heldout-fraction", type=float, default=0.1, help="default %(default)s")
-    data.add_argument("--max-length", type=int, default=512, help="tokens; default %(default)s")
-    data.add_argument("--samples", type=int, default=400, help="of stdlib; default %(default)s")
-    data.add_argument("--turns", type=int, default=1, help="of stdlib; default %(default)s")
+    data.add_argument(
+        "--max-length", type=options.whole(2), default=512, help="tokens; default %(default)s"
+    )
+    data.add_argument(
+        "--samples", type=options.whole(1), default=400, help="of stdlib; default %(default)s"
+    )
+    data.add_argument(
+        "--turns", type=options.whole(1), default=1, help="of stdlib; default %(default)s"
+    )
     data.add_argument(
         "--separate-messages",
         action="store_true",
@@ -63,10 +70,10 @@ def add_parser(commands: Any) -> None:
     )
     options.add_inner(parser, fraction=0.35, rank=32)
     outer = parser.add_argument_group("outer loop")
-    outer.add_argument("--steps", type=int, help="outer steps; default: from --epochs")
-    outer.add_argument("--epochs", type=float, default=5.0, help="default %(default)s")
-    outer.add_argument("--batch-size", type=int, default=4, help="default %(default)s")
-    outer.add_argument("--lr", type=float, default=1e-5, help="default %(default)s")
+    outer.add_argument("--steps", type=options.whole(1), help="outer steps; default: from --epochs")
+    outer.add_argument("--epochs", type=options.positive, default=5.0, help="default %(default)s")
+    outer.add_argument("--batch-size", type=options.whole(1), default=4, help="default %(default)s")
+    outer.add_argument("--lr", type=options.positive, default=1e-5, help="default %(default)s")
     outer.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--output", required=True, help="directory of the checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace files in --output")
@@ -74,8 +81,8 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Train, evaluate, save."""
-    output = Path(args.output)
-    _refuse_full(output, args.overwrite)
+    _note_unused(args)
+    output = _empty(args.output, args.overwrite)
     mask_word = args.mask or ("causal" if args.method == "sft" else "context-bidirectional")
     mask = options.choice(options.MASKS, mask_word, "--mask")
     estimator = options.choice(options.ESTIMATORS, args.estimator, "--estimator")()
@@ -89,8 +96,10 @@ def run(args: argparse.Namespace) -> None:
         records, heldout = _standard_library(args, tokenizer)
     elif heldout is None:
         records, heldout = _split(records, args.heldout_fraction, args.seed)
-    merge = not args.separate_messages
-    limit = _limit(model, args.max_length)
+    if args.method == "focusft":
+        # Raises if nothing matches.
+        adapter.modules(model)
+    merge, limit = not args.separate_messages, args.max_length
     _say(f"data: {len(records)} chats to train on, {len(heldout)} held out")
     encoded = encode_chats(records, tokenizer, max_length=limit, merge_context=merge)
     _say(f"train: {encoded.summary()}")
@@ -98,10 +107,12 @@ def run(args: argparse.Namespace) -> None:
     _say(f"held out: {held.summary()}")
 
     collator = Collator(pad_token_id=tokenizer.pad_token_id)
-    steps = args.steps or max(round(args.epochs * len(encoded.samples) / args.batch_size), 1)
+    epoch = len(encoded.samples) / args.batch_size
+    steps = args.steps or max(round(args.epochs * epoch), 1)
     schedule = Schedule(steps, args.batch_size, args.lr, seed=args.seed)
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        # The second is its older name.
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     if args.method == "sft":
         meta_loss = plain_sft(model, mask)
     else:
@@ -135,7 +146,7 @@ def run(args: argparse.Namespace) -> None:
         "heldout_loss_before": before,
         "heldout_loss_after": after,
         "seconds": seconds,
-        "settings": {k: v for k, v in vars(args).items() if k != "run"},
+        "settings": {k: v for k, v in vars(args).items() if k not in ("run", "given")},
         "schedule": asdict(schedule),
         "environment": environment(next(model.parameters()).dtype),
         "history": asdict(history),
@@ -145,21 +156,28 @@ def run(args: argparse.Namespace) -> None:
     _warn_diverged(history)
 
 
-def _refuse_full(output: Path, overwrite: bool) -> None:
-    if output.exists() and not output.is_dir():
-        raise DataError(f"--output {output} is a file: name a directory.")
+def _note_unused(args: argparse.Namespace) -> None:
+    note = partial(options.note_unused, args)
+    if args.method == "sft":
+        note(("estimator", *options.INNER), "with --method sft")
+    if args.data == "stdlib":
+        note(("heldout", "heldout_fraction"), "with --data stdlib, which has its own split")
+    else:
+        note(("samples", "turns"), "without --data stdlib")
+    if args.heldout:
+        note(("heldout_fraction",), "with --heldout")
+    if args.steps:
+        note(("epochs",), "with --steps")
+
+
+def _empty(word: str, overwrite: bool) -> Path:
+    output = options.directory(word)
     if output.is_dir() and any(output.iterdir()) and not overwrite:
         raise DataError(
             f"--output {output} is not empty: name another directory, or pass --overwrite to "
             "replace its checkpoint."
         )
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        probe = output / ".metafocus-probe"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise DataError(f"--output {output} cannot be written: {error}.") from error
+    return output
 
 
 def _texts(records: list[dict[str, Any]] | None) -> Iterable[str]:
@@ -173,12 +191,11 @@ def _texts(records: list[dict[str, Any]] | None) -> Iterable[str]:
 
 
 def _standard_library(args: argparse.Namespace, tokenizer: Any) -> tuple[list, list]:
-    # Room for the question, the answer and the template around them.
-    context = max(args.max_length - 96 * args.turns, 64)
-    count = max(args.samples // 10, 8)
-    common = {"context_tokens": context, "turns": args.turns}
-    records = stdlib_qa.generate(tokenizer, split="train", n=args.samples, seed=args.seed, **common)
-    heldout = stdlib_qa.generate(tokenizer, split="heldout", n=count, seed=args.seed, **common)
+    sizes = {"train": args.samples, "heldout": max(args.samples // 10, 8)}
+    records, heldout = (
+        options.documentation(args, tokenizer, split=split, n=n, turns=args.turns)
+        for split, n in sizes.items()
+    )
     return records, heldout
 
 
@@ -195,18 +212,9 @@ def _split(records: list, fraction: float, seed: int) -> tuple[list, list]:
     return [records[i] for i in order[count:]], [records[i] for i in order[:count]]
 
 
-def _limit(model: Any, length: int) -> int:
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if most is not None and length > most:
-        raise DataError(
-            f"--max-length {length} is more than the {most} positions of the model: use at most "
-            f"--max-length {most}."
-        )
-    return length
-
-
 def _save(model: Any, tokenizer: Any, report: dict[str, Any], output: Path) -> None:
     # The report comes last: where it is, the checkpoint beside it is whole.
+    output.mkdir(parents=True, exist_ok=True)
     (output / REPORT).unlink(missing_ok=True)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)

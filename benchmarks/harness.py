@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -19,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from metafocus.compare import environment
+from metafocus.comparison import environment
+from metafocus.measure import process_memory
 
 Contenders = dict[str, Callable[[], torch.Tensor]]
 
@@ -92,9 +92,10 @@ def main(
     if args.peak:
         torch.manual_seed(0)
         run = make(args)[args.peak]
-        before = _rss()
+        before = process_memory("VmRSS")
         run()
-        print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before))
+        # Not getrusage: its peak survives exec, so it would be the parent's.
+        print(json.dumps(process_memory("VmHWM") - before))
         return
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
@@ -141,9 +142,3 @@ def _without(words: list[str], flags: set[str]) -> list[str]:
         else:
             kept.append(word)
     return kept
-
-
-def _rss() -> int:
-    import psutil
-
-    return psutil.Process().memory_info().rss

@@ -2,7 +2,7 @@
 
 The solution is given to all, so only the hypergradient is measured.
 
-python benchmarks/implicit_digits.py --hypertorch PATH --output benchmarks/results/implicit_digits.json
+python benchmarks/implicit_digits.py --hypertorch PATH --output FILE.json
 
 PATH is a checkout of github.com/prolearner/hypertorch; without it that row is left out.
 """

@@ -6,10 +6,11 @@ parameters, whose ordinary derivative is the chosen hypergradient.
 
 from __future__ import annotations
 
-from metafocus import errors, masks, recipes
+from metafocus import errors, masks, recipes, single_loop
 from metafocus.adapters import LoRA, Placement, all_linear, matching, top_layers
 from metafocus.bilevel import MetaLoss, adapt, bilevel, hypergrad
-from metafocus.compare import Comparison, compare
+from metafocus.compare import compare
+from metafocus.comparison import Comparison
 from metafocus.errors import (
     ClosureError,
     DataError,
@@ -20,51 +21,101 @@ from metafocus.errors import (
     ProblemError,
     TransformError,
 )
-from metafocus.estimators import Estimator, FirstOrder, Implicit, Unrolled
+from metafocus.estimators import (
+    Estimator,
+    EvoGrad,
+    FirstOrder,
+    FixedPoint,
+    Implicit,
+    OneStep,
+    Penalty,
+    Unrolled,
+    adjoint,
+)
+from metafocus.evolution import evolution
+from metafocus.given import Given
 from metafocus.hvp import hvp_finite, hvp_forward, hvp_reverse
-from metafocus.linear import CG, Dense, Neumann
+from metafocus.krylov import CG, GMRES
+from metafocus.linear import Dense, Identity, Neumann, Nystrom, WarmStart
 from metafocus.lm import all_tokens, answer_tokens, context_tokens, lm_loss
 from metafocus.masks import MaskPolicy
+from metafocus.pes import PES, ESSingle
 from metafocus.problem import Problem, proximal
 from metafocus.recompute import recompute
-from metafocus.solvers import SGD, Adam, clip_global, clip_per_tensor
+from metafocus.single_loop import BOME, F2SA, SABA, SOBA, AmIGO, StocBiO
+from metafocus.solvers import (
+    SGD,
+    Adagrad,
+    Adam,
+    AdamW,
+    Muon,
+    RMSprop,
+    clip_global,
+    clip_per_tensor,
+    per_step,
+)
 from metafocus.spans import Spans
 from metafocus.tasks import over_tasks
 from metafocus.types import Aux, Episode, Params, Solution, Solver
+from metafocus.windows import Window, Windows, windows
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BOME",
     "CG",
+    "F2SA",
+    "GMRES",
+    "PES",
+    "SABA",
     "SGD",
+    "SOBA",
+    "Adagrad",
     "Adam",
+    "AdamW",
+    "AmIGO",
     "Aux",
     "ClosureError",
     "Comparison",
     "DataError",
     "Dense",
+    "ESSingle",
     "Episode",
     "Estimator",
+    "EvoGrad",
     "FirstOrder",
+    "FixedPoint",
+    "Given",
+    "Identity",
     "Implicit",
     "LoRA",
     "MaskPolicy",
     "MetaLoss",
     "MetafocusError",
+    "Muon",
     "Neumann",
     "NonFiniteError",
     "NotStationaryWarning",
+    "Nystrom",
+    "OneStep",
     "Params",
+    "Penalty",
     "Placement",
     "PlacementError",
     "Problem",
     "ProblemError",
+    "RMSprop",
     "Solution",
     "Solver",
     "Spans",
+    "StocBiO",
     "TransformError",
     "Unrolled",
+    "WarmStart",
+    "Window",
+    "Windows",
     "adapt",
+    "adjoint",
     "all_linear",
     "all_tokens",
     "answer_tokens",
@@ -74,6 +125,7 @@ __all__ = [
     "compare",
     "context_tokens",
     "errors",
+    "evolution",
     "hvp_finite",
     "hvp_forward",
     "hvp_reverse",
@@ -82,8 +134,11 @@ __all__ = [
     "masks",
     "matching",
     "over_tasks",
+    "per_step",
     "proximal",
     "recipes",
     "recompute",
+    "single_loop",
     "top_layers",
+    "windows",
 ]

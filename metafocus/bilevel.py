@@ -10,12 +10,13 @@ from torch import Tensor
 
 from metafocus import tree
 from metafocus.autodiff import scalar
+from metafocus.composites import Swapped
 from metafocus.errors import ProblemError
 from metafocus.estimators import Estimator
 from metafocus.levels import transforming
 from metafocus.probe import probe
 from metafocus.problem import Problem, check_finite, check_params
-from metafocus.solvers import count, descend, stacked
+from metafocus.solvers import solve_inner
 from metafocus.types import Aux, Episode, Params, Solution, Solver
 
 MetaLoss = Callable[[Params, Any], tuple[Tensor, Aux]]
@@ -77,7 +78,9 @@ def bilevel(problem: Problem, *, solver: Solver, estimator: Estimator) -> MetaLo
         solution = estimator(current, solver, outer, support)
         if not transforming():
             check_finite(solution.losses)
-        loss = scalar(problem.outer_loss(solution.params, outer, query), "outer_loss")
+        with Swapped(once=True):
+            value = problem.outer_loss(solution.params, outer, query)
+        loss = scalar(value, "outer_loss")
         return loss, Aux(tree.detach(solution.params), solution.losses.detach())
 
     return meta_loss
@@ -151,18 +154,7 @@ def adapt(problem: Problem, outer: Params, support: Any, *, solver: Solver) -> S
     support = tree.detach(problem.prepared(outer, Episode(support, support)).support)
     if not transforming():
         problem = probe(problem, solver, outer, support, explicit=False)
-    start = tree.detach(problem.start(outer))
-    params, _, losses = descend(
-        problem.inner_loss,
-        solver,
-        start,
-        solver.init(start),
-        outer,
-        support,
-        range(count(solver, start)),
-        differentiable=False,
-    )
-    solution = Solution(params, stacked(losses, params))
+    solution = solve_inner(problem.inner_loss, solver, problem.start(outer), outer, support)
     if not transforming():
         check_finite(solution.losses)
     return solution

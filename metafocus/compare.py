@@ -2,130 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
-import io
-import json
 import math
-import os
-import platform
 import statistics
-import time
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from metafocus import tree
-from metafocus.bilevel import adapt, bilevel, hypergrad
-from metafocus.errors import NonFiniteError, NotStationaryWarning, ProblemError
+from metafocus.bilevel import MetaLoss, bilevel, hypergrad
+from metafocus.comparison import Comparison, environment
+from metafocus.errors import NotStationaryWarning, ProblemError
 from metafocus.estimators import Estimator
-from metafocus.estimators.implicit import STATIONARY, gradient_norms
-from metafocus.measure import peak_bytes
+from metafocus.estimators.attached import STATIONARY
+from metafocus.examine import Report, examine, flat, inner_residual, observe, timed
 from metafocus.problem import Problem
-from metafocus.types import Episode, MatVec, Params, Solver
-
-COLUMNS = (
-    "name",
-    "relative_error",
-    "cosine",
-    "norm_ratio",
-    "seconds",
-    "peak_bytes",
-    "gradient_evaluations",
-    "hvp_evaluations",
-    "inner_residual",
-    "linear_residual",
-    "verdict",
-)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What `compare` found: one row for each estimator.
-
-    Attributes:
-        rows: dicts with the keys of `COLUMNS`; None where a quantity does not apply.
-            `relative_error`, `cosine` and `norm_ratio` are against the reference hypergradient;
-            `seconds` is the median; `peak_bytes` counts live tensors; `gradient_evaluations`
-            counts evaluations of the inner loss, `hvp_evaluations` products with its second
-            derivatives (a batch of them, as `Dense` takes, once); `inner_residual` is the inner
-            gradient norm at the solution over that at the start; `linear_residual` is
-            `|H x - b| / |b|`.
-        reference: the name of the reference.
-        environment: versions and machine.
-    """
-
-    rows: list[dict[str, Any]]
-    reference: str
-    environment: dict[str, Any] = field(default_factory=dict)
-
-    def table(self) -> str:
-        """Return the rows as a table for a terminal."""
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(title=f"hypergradients against {self.reference}")
-        heads = ("estimator", "error", "cosine", "norm", "seconds", "peak MB", "grads", "HVPs")
-        for head in (*heads, "inner res.", "linear res.", "verdict"):
-            table.add_column(head, justify="left" if head in ("estimator", "verdict") else "right")
-        for row in self.rows:
-            peak = row["peak_bytes"]
-            table.add_row(
-                row["name"],
-                _short(row["relative_error"], ".1e"),
-                _short(row["cosine"], ".4f"),
-                _short(row["norm_ratio"], ".3f"),
-                _short(row["seconds"], ".4f"),
-                _short(None if peak is None else peak / 2**20, ".2f"),
-                _short(row["gradient_evaluations"], "d"),
-                _short(row["hvp_evaluations"], "d"),
-                _short(row["inner_residual"], ".1e"),
-                _short(row["linear_residual"], ".1e"),
-                row["verdict"],
-            )
-        console = Console(width=160, record=True, file=io.StringIO())
-        console.print(table)
-        return console.export_text().rstrip()
-
-    def plot(self, path: str | Path) -> None:
-        """Write error against time and against memory, both logarithmic, as a figure.
-
-        An estimator without a finite hypergradient has no point in it.
-        """
-        from matplotlib.figure import Figure
-
-        # Without pyplot: no window, and the back end of a notebook stays as it is.
-        figure = Figure(figsize=(10, 4.2), layout="constrained")
-        axes = figure.subplots(1, 2, sharey=True)
-        floor = 1e-17
-        for axis, key, unit, label in (
-            (axes[0], "seconds", 1.0, "seconds (median)"),
-            (axes[1], "peak_bytes", 2.0**20, "peak memory of tensors, MB"),
-        ):
-            errors = [(row, row["relative_error"]) for row in self.rows]
-            shown = [row for row, e in errors if e is not None and math.isfinite(e)]
-            for i, row in enumerate(shown):
-                x, y = row[key] / unit, max(row["relative_error"], floor)
-                axis.scatter([x], [y], s=45, color=f"C{i % 10}", zorder=3, label=row["name"])
-            axis.set(xscale="log", yscale="log", xlabel=label)
-            axis.grid(True, which="major", alpha=0.3)
-        axes[0].set_ylabel(f"relative error against {self.reference}")
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside right center", fontsize=8, frameon=False)
-        figure.savefig(path, dpi=150)
-
-    def to_json(self, path: str | Path) -> None:
-        """Write rows, reference and environment as JSON; NaN becomes null."""
-        clean = [
-            {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in r.items()}
-            for r in self.rows
-        ]
-        text = {"reference": self.reference, "environment": self.environment, "rows": clean}
-        Path(path).write_text(json.dumps(text, indent=2) + "\n")
+from metafocus.types import Episode, Params, Solver
 
 
 def compare(
@@ -136,7 +30,10 @@ def compare(
     solver: Solver,
     estimators: Mapping[str, Estimator],
     reference: str | Estimator | Params,
+    others: Mapping[str, MetaLoss] | None = None,
     repeats: int = 3,
+    seeds: int = 1,
+    fresh_process: bool = False,
 ) -> Comparison:
     """Compute one hypergradient by every estimator and report how they differ and what they cost.
 
@@ -151,10 +48,17 @@ def compare(
         estimators: what to compare, by name.
         reference: what to compare with: a name of `estimators`, another estimator, or the exact
             hypergradient itself.
+        others: meta-losses of the same problem that are no estimators, such as
+            `mf.evolution(...)`, by name.
         repeats: how often each is timed.
+        seeds: how many hypergradients to draw of each, under torch seeds 0, 1, ...; an estimator
+            with a generator of its own draws on from where it is. Error, cosine and norm are of
+            the first; more than one shows noise.
+        fresh_process: measure the peak memory of the process instead of that of tensors, each in
+            a process of its own (Linux, no CUDA).
 
     Returns:
-        A `Comparison` with `.table()`, `.plot(path)`, `.to_json(path)` and `.rows`.
+        A `Comparison` with `.table()`, `.plot(path)`, `.to_json(path)`, `.to_pandas()`, `.rows`.
 
     Raises:
         ProblemError: for an unknown or non-finite reference.
@@ -172,140 +76,93 @@ def compare(
         >>> [row["verdict"] for row in result.rows]
         ['exact', 'biased']
     """
-    if repeats < 1:
-        raise ValueError(f"repeats must be >= 1, got {repeats}.")
+    for name, value in (("repeats", repeats), ("seeds", seeds)):
+        if value < 1:
+            raise ValueError(f"{name} must be >= 1, got {value}.")
     if not outer:
         raise ProblemError(
             "compare needs explicit outer parameters, got {}. Pass dict(model.named_parameters())."
         )
-    outer = tree.detach(outer)
-    runs = dict(estimators)
+    outer, others = tree.detach(outer), dict(others or {})
+    title = _title(reference, estimators, outer)
+    losses: dict[str, MetaLoss] = {
+        key: bilevel(problem, solver=solver, estimator=e) for key, e in estimators.items()
+    }
+    both = sorted(losses.keys() & others.keys())
+    if both:
+        raise ProblemError(f"{both[0]!r} names an estimator and one of others: rename one.")
+    with warnings.catch_warnings():
+        # The verdict says it.
+        warnings.simplefilter("ignore", NotStationaryWarning)
+        options: dict[str, Any] = {"seeds": seeds, "fresh_process": fresh_process}
+        reports = {
+            key: examine(problem, outer, episode, solver, estimator, **options)
+            for key, estimator in estimators.items()
+        }
+        for key, meta_loss in others.items():
+            reports[key] = observe(meta_loss, outer, episode, **options)
+        if isinstance(reference, str):
+            draws = reports[reference].draws
+        elif isinstance(reference, dict):
+            draws = flat(reference)[None]
+        else:
+            draws = examine(problem, outer, episode, solver, reference).draws
+        if draws is None or not torch.isfinite(draws[0]).all():
+            raise ProblemError(f"the reference hypergradient ({title}) is not finite.")
+        gradients = {
+            key: hypergrad(meta_loss)
+            for key, meta_loss in {**losses, **others}.items()
+            if reports[key].draws is not None
+        }
+        seconds: dict[str, list[float]] = {key: [] for key in gradients}
+        for _ in range(repeats):
+            for key, gradient in gradients.items():
+                seconds[key].append(timed(lambda run=gradient: run(outer, episode)))
+    residual = inner_residual(problem, outer, episode, solver)
+    dtype = next(iter(outer.values())).dtype
+    rows = [
+        _row(key, report, draws[0], dtype, seconds.get(key), residual)
+        for key, report in reports.items()
+    ]
+    return Comparison(rows, title, environment(dtype))
+
+
+def _title(reference: Any, estimators: Mapping[str, Estimator], outer: Params) -> str:
     if isinstance(reference, str):
-        if reference not in runs:
+        if reference not in estimators:
             raise ProblemError(
-                f"reference {reference!r} is not one of the estimators {sorted(runs)}."
+                f"reference {reference!r} is not one of the estimators {sorted(estimators)}."
             )
-        name = reference
-    elif isinstance(reference, dict):
-        name = "the given hypergradient"
+        return reference
+    if isinstance(reference, dict):
         shapes, expected = ({k: list(v.shape) for k, v in p.items()} for p in (reference, outer))
         if shapes != expected:
             raise ProblemError(
                 f"the reference hypergradient has the shapes {shapes}, outer has {expected}."
             )
-    else:
-        name = str(reference)
-
-    gradient = {
-        key: hypergrad(bilevel(problem, solver=solver, estimator=estimator))
-        for key, estimator in runs.items()
-    }
-    with warnings.catch_warnings():
-        # The verdict says it.
-        warnings.simplefilter("ignore", NotStationaryWarning)
-        reports = {
-            key: _examine(problem, outer, episode, solver, estimator)
-            for key, estimator in runs.items()
-        }
-        if isinstance(reference, str):
-            exact = reports[reference].flat
-        elif isinstance(reference, dict):
-            exact = _flat(reference)
-        else:
-            exact = _examine(problem, outer, episode, solver, reference).flat
-        if exact is None or not torch.isfinite(exact).all():
-            raise ProblemError(f"the reference hypergradient ({name}) is not finite.")
-        alive = [key for key, report in reports.items() if report.flat is not None]
-        seconds: dict[str, list[float]] = {key: [] for key in alive}
-        for _ in range(repeats):
-            for key in alive:
-                seconds[key].append(_timed(lambda run=gradient[key]: run(outer, episode)))
-    residual = inner_residual(problem, outer, episode, solver)
-    rows = [_row(key, report, exact, seconds.get(key), residual) for key, report in reports.items()]
-    return Comparison(rows, name, environment(_dtype(outer)))
-
-
-@dataclass
-class _Report:
-    """What one instrumented run of one estimator showed."""
-
-    flat: Tensor | None
-    dtype: torch.dtype
-    peak: int | None
-    gradients: int
-    products: int | None
-    linear_residual: float | None
-    implicit: bool
-
-
-class _Tally:
-    """Counts evaluations of the inner loss and products with the Hessian."""
-
-    def __init__(self):
-        self.losses = 0
-        self.products = 0
-        self.residual: float | None = None
-
-    def counting(self, problem: Problem) -> Problem:
-        def inner_loss(*args: Any) -> Tensor:
-            self.losses += 1
-            return problem.inner_loss(*args)
-
-        return dataclasses.replace(problem, inner_loss=inner_loss)
-
-    def watching(self, solve: Callable[[MatVec, Params], Params]) -> Any:
-        def watched(matvec: MatVec, b: Params) -> Params:
-            def counted(v: Params) -> Params:
-                self.products += 1
-                return matvec(v)
-
-            x = solve(counted, b)
-            self.residual = float(tree.norm(tree.sub(matvec(x), b)) / tree.norm(b))
-            return x
-
-        return watched
-
-
-def _examine(
-    problem: Problem, outer: Params, episode: Episode, solver: Solver, estimator: Any
-) -> _Report:
-    tally = _Tally()
-    implicit = hasattr(estimator, "solve")
-    watched = (
-        dataclasses.replace(estimator, solve=tally.watching(estimator.solve))
-        if implicit
-        else estimator
-    )
-    plain = hypergrad(bilevel(problem, solver=solver, estimator=estimator))
-    counted = bilevel(tally.counting(problem), solver=solver, estimator=watched)
-    dtype = _dtype(outer)
-    try:
-        counted(outer, episode)
-        # The first call evaluates the inner loss once more, to check the problem.
-        tally.losses = tally.products = 0
-        hypergrad(counted)(outer, episode)
-        plain(outer, episode)
-        (grads, _), peak = peak_bytes(lambda: plain(outer, episode))
-    except NonFiniteError:
-        return _Report(None, dtype, None, tally.losses, None, None, implicit)
-    products = None
-    if implicit:
-        products = tally.products + 1
-    elif hasattr(estimator, "last"):
-        products = solver.steps if estimator.last is None else min(estimator.last, solver.steps)
-    return _Report(_flat(grads), dtype, peak, tally.losses, products, tally.residual, implicit)
+        return "the given hypergradient"
+    return str(reference)
 
 
 def _row(
-    name: str, report: _Report, exact: Tensor, seconds: list[float] | None, residual: float
+    name: str,
+    report: Report,
+    exact: Tensor,
+    dtype: torch.dtype,
+    seconds: list[float] | None,
+    residual: float,
 ) -> dict[str, Any]:
-    error = cosine = ratio = None
-    if report.flat is not None:
-        size, found = exact.norm(), report.flat.norm()
-        distance = (report.flat - exact).norm()
-        error = float(distance / size) if distance != 0 else 0.0
-        cosine = float((report.flat @ exact) / (size * found)) if found > 0 else 0.0
+    error = cosine = ratio = spread = bias = None
+    if report.draws is not None:
+        first, size = report.draws[0], exact.norm()
+        error = _over((first - exact).norm(), size)
+        found = first.norm()
+        cosine = float((first @ exact) / (size * found)) if found > 0 else 0.0
         ratio = float(found / size)
+        if len(report.draws) > 1:
+            mean = report.draws.mean(0)
+            bias = _over((mean - exact).norm(), size)
+            spread = _over((report.draws - mean).norm() / (len(report.draws) - 1) ** 0.5, size)
     return {
         "name": name,
         "relative_error": error,
@@ -317,65 +174,33 @@ def _row(
         "hvp_evaluations": report.products,
         "inner_residual": residual,
         "linear_residual": report.linear_residual,
-        "verdict": _verdict(error, report, residual),
+        **({} if spread is None else {"spread": spread}),
+        "verdict": _verdict(error, bias, spread, report.implicit, dtype, residual),
     }
 
 
-def _verdict(error: float | None, report: _Report, residual: float) -> str:
-    if error is None or not math.isfinite(error) or error > 10:
+def _over(distance: Tensor, size: Tensor) -> float:
+    return float(distance / size) if distance != 0 else 0.0
+
+
+def _verdict(
+    error: float | None,
+    bias: float | None,
+    spread: float | None,
+    implicit: bool,
+    dtype: torch.dtype,
+    residual: float,
+) -> str:
+    if error is None or not math.isfinite(error):
         return "diverged"
     # The square root of the rounding unit: half of the digits agree.
-    if error <= torch.finfo(report.dtype).eps ** 0.5:
+    if error <= torch.finfo(dtype).eps ** 0.5:
         return "exact"
-    if report.implicit and not residual <= STATIONARY:
+    if bias is not None and spread is not None and spread > bias:
+        # The mean over seeds is nearer than the draws are to it: more of them would help.
+        return "noisy"
+    if error > 10:
+        return "diverged"
+    if implicit and not residual <= STATIONARY:
         return "not stationary"
     return "biased"
-
-
-def inner_residual(problem: Problem, outer: Params, episode: Episode, solver: Solver) -> float:
-    """Return the norm of the inner gradient after the inner loop over that before; NaN if lost."""
-    try:
-        solution = adapt(problem, outer, episode.support, solver=solver)
-    except NonFiniteError:
-        return math.nan
-    outer = tree.detach(outer)
-    support = tree.detach(problem.prepared(outer, episode).support)
-    start = tree.detach(problem.start(outer))
-    before, after = gradient_norms(problem, outer, support, start, solution.params)
-    return float(after / before)
-
-
-def environment(dtype: torch.dtype) -> dict[str, Any]:
-    """Return versions, machine, threads and floating-point type, for reports."""
-    cuda = torch.cuda.is_available()
-    return {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "system": platform.system(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
-        "dtype": str(dtype).removeprefix("torch."),
-    }
-
-
-def _timed(run: Callable[[], Any]) -> float:
-    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
-    start = time.perf_counter()
-    run()
-    if cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def _dtype(outer: Params) -> torch.dtype:
-    return next(iter(outer.values())).dtype
-
-
-def _flat(grads: Params) -> Tensor:
-    return torch.cat([g.detach().reshape(-1).double() for _, g in sorted(grads.items())])
-
-
-def _short(value: Any, form: str) -> str:
-    return "-" if value is None else format(value, form)

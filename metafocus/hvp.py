@@ -5,6 +5,7 @@ Each linearises once and can be used for many products.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from metafocus import tree
-from metafocus.autodiff import fresh, replayed, vjp
+from metafocus.autodiff import fresh, replayed, value_and_grad, vjp
+from metafocus.composites import Swapped, differentiable_twice
 from metafocus.levels import transforming
 from metafocus.types import HVP, Params
 
@@ -34,7 +36,7 @@ def hvp_reverse(loss: Callable[..., Tensor], fast: Params, *rest: Any) -> tuple[
     Example:
         >>> x = {"x": torch.tensor([1.0, 2.0])}
         >>> g, product = hvp_reverse(lambda p: (p["x"] ** 3).sum(), x)
-        >>> product({"x": torch.ones(2)})[0]["x"]
+        >>> product({"x": torch.ones(2)})[0]["x"].detach()
         tensor([ 6., 12.])
     """
     if transforming():
@@ -53,11 +55,10 @@ def hvp_reverse(loss: Callable[..., Tensor], fast: Params, *rest: Any) -> tuple[
         if not pairs:
             return rebuild([torch.zeros_like(x) for x in inputs])
         ys, ds = [y for y, _ in pairs], [d for _, d in pairs]
-        return rebuild(
-            torch.autograd.grad(
-                ys, leaves, ds, retain_graph=True, create_graph=track, materialize_grads=True
-            )
+        found = torch.autograd.grad(
+            ys, leaves, ds, retain_graph=True, create_graph=track, materialize_grads=True
         )
+        return rebuild(found) if rest else (dict(zip(fast, found, strict=True)),)
 
     gradient = dict(zip(fast, grads, strict=True))
     return (gradient if track else tree.detach(gradient)), product
@@ -85,13 +86,15 @@ def hvp_forward(loss: Callable[..., Tensor], fast: Params, *rest: Any) -> tuple[
 class _Finite:
     eps: float | None
 
+    first_order = True
+
     def __call__(
         self, loss: Callable[..., Tensor], fast: Params, *rest: Any
     ) -> tuple[Params, Product]:
         loss = replayed(loss, tree.tensors((fast, rest)))
 
         def gradient(f: Params) -> tuple[Any, ...]:
-            return torch.func.grad(loss, argnums=tuple(range(1 + len(rest))))(f, *rest)
+            return _gradient(loss, f, *rest)
 
         def product(direction: Params) -> tuple[Any, ...]:
             # The step is a constant: also for second derivatives, and where a norm is zero.
@@ -101,7 +104,7 @@ class _Finite:
             others, _ = tree.partition(behind)
             return rebuild([(a - b) / (2 * step) for a, b in zip(inputs, others, strict=True)])
 
-        return torch.func.grad(loss)(fast, *rest), product
+        return _gradient(lambda f: loss(f, *rest), fast)[0], product
 
     def _step(self, fast: Params, direction: Params) -> Tensor:
         length = tree.norm(direction)
@@ -111,6 +114,33 @@ class _Finite:
         size = tree.norm(fast)
         eps = torch.finfo(size.dtype).eps ** (1 / 3)
         return eps * torch.clamp(size, min=1.0) / length
+
+
+def _gradient(loss: Callable[..., Tensor], *primals: Any) -> tuple[Any, ...]:
+    # On the tape a gradient that nobody differentiates costs no graph of a second one.
+    inputs, rebuild = tree.partition(primals)
+    point = {str(i): x for i, x in enumerate(inputs)}
+    _, grads = value_and_grad(
+        lambda p: loss(*rebuild(list(p.values()))), point, differentiable=True
+    )
+    return rebuild(list(grads.values()))
+
+
+def evaluated_for(hvp: HVP, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return the loss with the composites that this way of multiplying needs.
+
+    A way with an attribute `first_order = True` asks for first derivatives only and keeps the
+    fused kernels.
+    """
+    if not getattr(hvp, "first_order", False):
+        return differentiable_twice(loss)
+
+    @functools.wraps(loss)
+    def kept(*args: Any) -> Tensor:
+        with Swapped(once=True):
+            return loss(*args)
+
+    return kept
 
 
 def hvp_finite(eps: float | None = None) -> HVP:

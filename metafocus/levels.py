@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable
+
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 
 from metafocus.errors import TransformError
 
 
 def transforming() -> bool:
-    """Return whether a functorch transform or a compiler is looking at this code."""
-    return torch.compiler.is_compiling() or _functorch.peek_interpreter_stack() is not None
+    """Return whether a transform or a compiler is looking at this code.
+
+    A plain `forward_ad.dual_level` counts: gradients of the tape lose tangents there.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or _functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    )
 
 
 def forward_levels() -> int:
@@ -32,16 +43,27 @@ def refuse_nested_forward_mode(name: str) -> None:
         )
 
 
+def alive(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return the tensors as they look from here: without wrappers of transforms that have ended.
+
+    `torch.func.vjp` runs pullbacks after its level has ended. Operators take such a wrapper off
+    by themselves; a custom Function at another live level fails on it.
+    """
+    return [_functorch.unwrap_if_dead(x) for x in tensors]
+
+
 def is_tracked(x: Tensor) -> bool:
     """Return whether a tensor needs a derivative at any live level of differentiation."""
-    while not x.requires_grad and not _has_tangent(x):
-        if not _functorch.is_functorch_wrapped_tensor(x):
-            return False
-        x = _functorch.get_unwrapped(x)
-    return True
-
-
-def _has_tangent(x: Tensor) -> bool:
-    if _functorch.is_batchedtensor(x):
-        return False  # its tangent, if any, is that of what it wraps
-    return forward_ad.unpack_dual(x, level=0).tangent is not None
+    if x.requires_grad:
+        return True
+    # The tangent of a batched tensor, if any, is that of what it wraps.
+    batched = _functorch.is_batchedtensor(x)
+    if not batched and forward_ad.unpack_dual(x, level=0).tangent is not None:
+        return True
+    if not _functorch.is_functorch_wrapped_tensor(x):
+        return False
+    with contextlib.ExitStack() as stack:
+        # A tangent can only be looked at from its own level.
+        for _ in _functorch.get_interpreter_stack()[_functorch.maybe_get_level(x) - 1 :]:
+            stack.enter_context(temporarily_pop_interpreter_stack())
+        return is_tracked(_functorch.get_unwrapped(x))

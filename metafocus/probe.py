@@ -12,6 +12,7 @@ from torch import Tensor
 from metafocus import tree
 from metafocus.autodiff import scalar
 from metafocus.errors import ClosureError, ProblemError
+from metafocus.given import Given
 from metafocus.levels import is_tracked
 from metafocus.problem import Problem
 from metafocus.types import Params, Solver
@@ -38,7 +39,9 @@ def probe(
         value = _evaluate(problem, fast, _Recorder(slow), tree.detach(support))
         point = tree.detach(start)
         state = solver.init(point)
-        step = solver.update(point, tree.zeros_like(point), state, 0, slow) if point else {}
+        # A given solution has no steps and is a constant.
+        steps = point and not isinstance(solver, Given)
+        step = solver.update(point, tree.zeros_like(point), state, 0, slow) if steps else {}
     if fast.unread:
         raise ProblemError(
             f"init returns {sorted(fast.unread)[0]!r}, which inner_loss never reads: it would "
@@ -77,7 +80,9 @@ def _evaluate(problem: Problem, fast: _Recorder, slow: _Recorder, data: Any) -> 
             f"{sorted(slow)}. Return it from init, or correct the name."
         ) from error
     except AttributeError as error:
-        unknown = [k for k in fast if str(error).endswith(repr(k.rpartition(".")[2]))]
+        # torch names the attribute last, in quotes or backticks.
+        attribute = str(error).rpartition(" ")[2].strip("'`\".")
+        unknown = [k for k in fast if attribute in k.split(".")]
         if not unknown:
             return scalar(plainly(), "inner_loss")
         raise ProblemError(

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metafocus import autodiff, composites, tree
-from metafocus.levels import refuse_nested_forward_mode
+from metafocus.levels import alive, refuse_nested_forward_mode
 
 Pullback = Callable[[tuple[Any, ...], Any], tuple[Any, ...]]
 
@@ -31,9 +31,9 @@ class _Ambient:
         self.swapped = composites.active()
         kinds = {"cpu", *(x.device.type for x in tensors)}
         self.autocast = [
-            (kind, torch.get_autocast_dtype(kind))
+            (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
             for kind in sorted(kinds)
-            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+            if torch.amp.is_autocast_available(kind)
         ]
 
     @contextlib.contextmanager
@@ -41,13 +41,14 @@ class _Ambient:
         # The weight cache of autocast would hand a cast made without a graph to a later forward
         # pass that needs one.
         with contextlib.ExitStack() as stack:
-            for kind, dtype in self.autocast:
-                stack.enter_context(torch.autocast(kind, dtype=dtype, cache_enabled=False))
+            for kind, dtype, enabled in self.autocast:
+                # Also where it was off: the backward pass may run inside an autocast block.
+                stack.enter_context(torch.autocast(kind, dtype, enabled, cache_enabled=False))
             yield
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
-        swapped = composites.Swapped() if self.swapped else contextlib.nullcontext()
+        swapped = contextlib.nullcontext() if self.swapped is None else self.swapped
         with torch.random.fork_rng(self.devices), self.first(), swapped:
             torch.set_rng_state(self.cpu_state)
             for device, state in zip(self.devices, self.cuda_states, strict=True):
@@ -125,13 +126,14 @@ class _Recompute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
-        return None, *ctx.spec.grads(ctx.saved_tensors, cotangents, ctx.needs_input_grad[1:])
+        inputs = alive(ctx.saved_tensors)
+        return None, *ctx.spec.grads(inputs, cotangents, ctx.needs_input_grad[1:])
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         # Forward mode as the transpose of the pullback: torch.func.jvp here would refuse to run
         # below torch.autograd.forward_ad.
-        spec, inputs, tangents = ctx.spec, ctx.saved_tensors, tangents[1:]
+        spec, inputs, tangents = ctx.spec, alive(ctx.saved_tensors), tangents[1:]
         chosen = [i for i, t in enumerate(tangents) if t is not None]
         at = [inputs[i] for i in chosen]
 

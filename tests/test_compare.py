@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +11,8 @@ import torch
 from torch import Tensor
 
 import metafocus as mf
-from metafocus.compare import COLUMNS
+from metafocus import examine
+from metafocus.comparison import COLUMNS
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -132,7 +132,8 @@ STEPS = 5
         (mf.Unrolled(last=9), STEPS, STEPS),
         (mf.Unrolled(), STEPS, STEPS),
         (mf.Unrolled(recompute=True), 2 * STEPS, STEPS),
-        (mf.Unrolled(recompute=2), 2 * STEPS, STEPS),
+        # Two segments of two steps are rebuilt; the last, of one step, keeps its graph.
+        (mf.Unrolled(recompute=2), STEPS + 4, STEPS),
         (mf.Unrolled(last=2, recompute=True), STEPS + 2, 2),
         # A gradient and one forward-mode product, or two displaced gradients, for each step back.
         (mf.Unrolled(hvp=mf.hvp_forward), 3 * STEPS, STEPS),
@@ -367,9 +368,7 @@ def test_timings_are_interleaved_medians(monkeypatch):
         clock.append(clock[-1] + (next(durations) if len(clock) % 2 == 0 else 0.0))
         return clock[-1]
 
-    # The module, which the function of the same name hides.
-    module = sys.modules[mf.compare.__module__]
-    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=perf_counter))
+    monkeypatch.setattr(examine, "time", SimpleNamespace(perf_counter=perf_counter))
     result = run({"a": named("a"), "b": named("b")}, "a", repeats=3)
     assert calls[-6:] == ["a", "b"] * 3
     assert row_of(result, "a")["seconds"] == pytest.approx(2.0)
@@ -501,3 +500,76 @@ def test_json(tmp_path, lr):
         for key, value in row.items():
             finite = not isinstance(value, float) or math.isfinite(value)
             assert read[key] == (value if finite else None)
+
+
+# --- seeds, other meta-losses, processes ------------------------------------------------------
+
+
+def noisy_meta_loss(scale, bias=0.0):
+    """A linear loss whose derivative is EXACT plus noise of the torch seed."""
+
+    def meta_loss(outer, episode):
+        noise = scale * torch.randn_like(EXACT)
+        value = (outer["p"] * (EXACT * (1 + bias) + noise)).sum()
+        return value, mf.Aux({}, torch.zeros(0))
+
+    return meta_loss
+
+
+def test_seeds_show_noise_and_bias():
+    result = run(
+        {"exact": mf.Unrolled()},
+        {"p": EXACT},
+        others={"noisy": noisy_meta_loss(1.0), "biased": noisy_meta_loss(1e-3, bias=0.5)},
+        seeds=40,
+    )
+    rows = {row["name"]: row for row in result.rows}
+    assert rows["noisy"]["verdict"] == "noisy" and rows["biased"]["verdict"] == "biased"
+    # Unit noise in each entry, 40 draws: the standard deviation is known to 1 / sqrt(80) or so.
+    expected = len(EXACT) ** 0.5 / float(EXACT.norm())
+    assert rows["noisy"]["spread"] == pytest.approx(expected, rel=0.4)
+    # Forty equal draws, and the rounding of their mean.
+    assert rows["exact"]["spread"] < 1e-15
+    assert rows["noisy"]["gradient_evaluations"] is None
+    assert "spread" in result.table()
+
+
+def test_seeds_leave_the_global_generator_alone():
+    before = torch.get_rng_state()
+    run({"exact": mf.Unrolled()}, {"p": EXACT}, seeds=3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_name_twice():
+    with pytest.raises(mf.ProblemError, match=r"'exact' names an estimator and one of others"):
+        run({"exact": mf.Unrolled()}, {"p": EXACT}, others={"exact": noisy_meta_loss(1.0)})
+
+
+def test_to_pandas():
+    pandas = pytest.importorskip("pandas")
+    frame = run(ESTIMATORS, {"p": EXACT}).to_pandas()
+    assert isinstance(frame, pandas.DataFrame)
+    assert list(frame["name"]) == list(ESTIMATORS) and set(frame.columns) == KEYS
+
+
+def test_memory_of_a_fresh_process():
+    size = 1 << 20
+
+    def loss(fast, slow, data):
+        return (torch.tanh(fast["p"] * slow["p"]).repeat(4) ** 2).sum()
+
+    problem = mf.Problem(loss, loss, init=lambda slow: slow)
+    outer = {"p": torch.ones(size, dtype=torch.float64)}
+    result = mf.compare(
+        problem,
+        outer,
+        mf.Episode(None, None),
+        solver=mf.SGD(0.1, 8),
+        estimators={"graph": mf.Unrolled(), "first-order": mf.FirstOrder()},
+        reference="graph",
+        repeats=1,
+        fresh_process=True,
+    )
+    graph, first = (row["peak_bytes"] for row in result.rows)
+    # The graph of eight steps keeps 65 MB a step; first order needs that of one.
+    assert graph > 1.2 * first > 8 * size

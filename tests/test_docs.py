@@ -47,13 +47,13 @@ def test_blocks_run(page, tmp_path, monkeypatch):
         "__name__": page.stem,
     }
     for block in found:
-        exec(compile(block, str(page), "exec"), names)  # noqa: S102
+        exec(compile(block, str(page), "exec"), names)
 
 
 def test_contributed_estimator_is_first_order():
     """CONTRIBUTING's example: straight-through to the start is first-order MAML."""
     names = {"__name__": "contributing"}
-    exec(blocks(ROOT / "CONTRIBUTING.md")[0], names)  # noqa: S102
+    exec(blocks(ROOT / "CONTRIBUTING.md")[0], names)
 
     def loss(fast, slow, data):
         return ((fast["w"] - data) ** 4).sum()

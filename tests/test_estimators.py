@@ -1,4 +1,4 @@
-"""Every estimator under every transform, with every inner optimiser, against independent oracles."""
+"""Every estimator under every transform, with every inner optimiser, against oracles."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def tolerance(name: str) -> float:
     return 1e-6 if name.startswith("finite") else 1e-11
 
 
-# --- ways to ask for the derivative ------------------------------------------------------------
+# --- ways to ask for the derivative -----------------------------------------
 
 
 def by_backward(meta, case):
@@ -118,7 +118,7 @@ MANY = {
 WAYS = {**ONE, **MANY}
 
 
-# --- unrolled estimators -----------------------------------------------------------------------
+# --- unrolled estimators -----------------------------------------
 
 
 @functools.cache
@@ -244,7 +244,7 @@ def test_values_and_aux_do_not_depend_on_the_estimator(name):
     assert not any(v.requires_grad for v in aux.params.values())
 
 
-# --- implicit ----------------------------------------------------------------------------------
+# --- implicit -----------------------------------------
 
 SOLVES = {
     "CG": (mf.CG(5), lambda q: torch.linalg.inv(q.H)),
@@ -379,7 +379,7 @@ SECOND = {
     "graph": mf.Unrolled(),
     "last=2": mf.Unrolled(last=2),
     "recompute": mf.Unrolled(recompute=True),
-    "recompute=3": mf.Unrolled(recompute=3),
+    "recompute=2": mf.Unrolled(recompute=2),
     "forward": mf.Unrolled(hvp=mf.hvp_forward),
     "finite": mf.Unrolled(hvp=mf.hvp_finite()),
     "Implicit(CG)": mf.Implicit(mf.CG(13)),
@@ -466,7 +466,6 @@ def test_second_derivative_of_first_order_holds_the_adaptation_constant(mode):
     assert_close(got, want, 1e-12)
 
 
-@pytest.mark.xfail(strict=True, reason="CG stops at b = 0 and so has the derivative 0 there")
 def test_second_derivative_of_implicit_where_the_outer_gradient_is_zero():
     problem = mf.Problem(
         lambda fast, slow, x: ((fast["v"] - slow["w"]) ** 2).sum(),
@@ -545,7 +544,7 @@ def test_second_derivatives_survive_more_cg_steps_than_unknowns(steps):
     assert_close(got, want, 1e-9)
 
 
-@pytest.mark.parametrize("name", ["recompute", "recompute=3", "forward", "Implicit(CG)"])
+@pytest.mark.parametrize("name", ["recompute", "recompute=2", "forward", "Implicit(CG)"])
 def test_nested_forward_mode_is_refused(name):
     loss, x = _vector_problem(name)
     d = torch.ones_like(x)
@@ -565,11 +564,11 @@ def test_nested_forward_mode_is_right_on_the_tape(name):
     assert abs(got - want @ d) <= 1e-9 * abs(want @ d)
 
 
-# --- the support and prepare --------------------------------------------------------------------
+# --- the support and prepare -----------------------------------------
 
 
 @pytest.mark.parametrize(
-    "name", ["graph", "last=2", "recompute", "recompute=3", "forward", "finite"]
+    "name", ["graph", "last=2", "recompute", "recompute=2", "forward", "finite"]
 )
 @pytest.mark.parametrize("way", ["backward", "func.grad"])
 def test_gradients_reach_the_support(name, way):
@@ -648,7 +647,7 @@ def test_prepare_runs_once_and_is_differentiated_like_the_loss(name):
     assert_close(got, want, 1e-8 if name == "finite" else 1e-13)
 
 
-# --- own parts ---------------------------------------------------------------------------------
+# --- own parts -----------------------------------------
 
 
 class Reversed(mf.SGD):
@@ -734,7 +733,7 @@ class SignDescent:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", ["graph", "recompute", "recompute=3", "forward"])
+@pytest.mark.parametrize("name", ["graph", "recompute", "recompute=2", "forward"])
 def test_an_own_solver_may_carry_integers(name, way):
     case = maml()
     found = []
@@ -755,7 +754,7 @@ def test_an_own_solver_may_carry_integers(name, way):
     assert_close(WAYS[way](meta, case), expected(found, way), 1e-11)
 
 
-# --- randomness and autocast ---------------------------------------------------------------------
+# --- randomness and autocast -----------------------------------------
 
 
 def _dropped(fast, slow, x):
@@ -851,7 +850,7 @@ def test_autocast_gives_the_same_hypergradient_as_the_graph(name):
     assert_close(run(RANDOM[name]), run(mf.Unrolled()), 2**-8)
 
 
-# --- degenerate and odd sizes ---------------------------------------------------------------------
+# --- degenerate and odd sizes -----------------------------------------
 
 
 ALL = {**{k: v[0] for k, v in UNROLLED.items()}, "Implicit": mf.Implicit()}
@@ -900,7 +899,7 @@ def test_empty_fast_weights_mean_no_adaptation(name, way, pull):
     ]
     # The same operations.
     assert_close(WAYS[way](meta, case), expected(found, way), 1e-14)
-    value, aux = meta(case.outer, case.episode(0))
+    _value, aux = meta(case.outer, case.episode(0))
     assert aux.params == {}
     assert aux.inner_losses.shape == (0,)
 

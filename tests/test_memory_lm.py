@@ -10,9 +10,10 @@ import sys
 import pytest
 
 SCRIPT = """
-import json, sys, resource
-import psutil, torch
+import json, sys
+import torch
 import metafocus as mf
+from metafocus.measure import process_memory
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 torch.set_num_threads(1)
@@ -34,10 +35,9 @@ meta = mf.recipes.focusft(
 small = {k: v[:, :8] for k, v in batch.items()}
 small["answer_mask"] = small["answer_mask"] | True
 meta({}, mf.Episode(small, small))[0].backward()
-before = psutil.Process().memory_info().rss
+before = process_memory("VmRSS")
 meta({}, mf.Episode(batch, batch))[0].backward()
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(json.dumps(peak - before))
+print(json.dumps(process_memory("VmHWM") - before))
 """
 
 

@@ -113,5 +113,5 @@ def test_partition_and_rebuild_are_inverse(data):
 
 def test_rebuild_wants_exactly_as_many_leaves():
     _, rebuild = tree.partition({"a": torch.ones(1), "b": torch.ones(1)})
-    with pytest.raises(ValueError, match="shorter|longer|argument"):
+    with pytest.raises(ValueError, match=r"shorter|longer|argument"):
         rebuild([torch.ones(1)])

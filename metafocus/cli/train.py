@@ -17,7 +17,7 @@ import torch
 from metafocus import masks, stdlib_qa
 from metafocus.cli import options
 from metafocus.cli.models import model_and_tokenizer
-from metafocus.compare import environment
+from metafocus.comparison import environment
 from metafocus.data import Collator, encode_chats, read_chats
 from metafocus.errors import DataError
 from metafocus.recipes.focusft import focusft

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from metafocus.estimators.implicit import Implicit
+from metafocus.estimators.evograd import EvoGrad
+from metafocus.estimators.fixed_point import FixedPoint, OneStep
+from metafocus.estimators.implicit import Implicit, adjoint
+from metafocus.estimators.penalty import Penalty
 from metafocus.estimators.unrolled import FirstOrder, Unrolled
 from metafocus.problem import Problem
 from metafocus.types import Params, Solution, Solver
@@ -25,4 +28,14 @@ class Estimator(Protocol):
         ...
 
 
-__all__ = ["Estimator", "FirstOrder", "Implicit", "Unrolled"]
+__all__ = [
+    "Estimator",
+    "EvoGrad",
+    "FirstOrder",
+    "FixedPoint",
+    "Implicit",
+    "OneStep",
+    "Penalty",
+    "Unrolled",
+    "adjoint",
+]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,18 +10,25 @@ import torch
 from torch import Tensor
 
 from metafocus import tree
-from metafocus.autodiff import replayed, value_and_grad, vjp
+from metafocus.autodiff import replayed, vjp
 from metafocus.composites import differentiable_twice
-from metafocus.errors import NotStationaryWarning, ProblemError
-from metafocus.hvp import hvp_reverse
-from metafocus.levels import refuse_nested_forward_mode, transforming
-from metafocus.linear import CG
-from metafocus.problem import Problem, detached
-from metafocus.solvers import count, descend, stacked
-from metafocus.types import HVP, LinearSolver, Params, Solution, Solver
+from metafocus.errors import ProblemError
+from metafocus.estimators.attached import (
+    STATIONARY,
+    Point,
+    System,
+    attach,
+    gradient_norm,
+    warn_if_large,
+)
+from metafocus.hvp import evaluated_for, hvp_reverse
+from metafocus.inverse import Operator, inverse
+from metafocus.krylov import CG
+from metafocus.levels import refuse_nested_forward_mode
+from metafocus.problem import Problem, check_params
+from metafocus.types import HVP, Episode, LinearSolver, MatVec, Params, Solution, Solver
 
-STATIONARY = 1e-2
-"""The inner gradient must have fallen to this fraction of its initial norm."""
+__all__ = ["STATIONARY", "Implicit", "adjoint", "refuse_decay"]
 
 
 @dataclass(frozen=True)
@@ -35,9 +41,12 @@ class Implicit:
     point that is not stationary this is an approximation: a warning says so.
 
     Args:
-        solve: how to solve `H x = v`: `CG(steps)`, `Neumann(steps, scale)`, `Dense()` or any
-            function `(matvec, b) -> x`.
-        hvp: how to multiply with `H` and `M`; linearised once, used for every product.
+        solve: how to solve `H x = v`: `CG(steps)`, `GMRES(steps)`, `Neumann(steps, scale)`,
+            `Nystrom(rank, damping)`, `Identity(scale)`, `Dense()`, `WarmStart(solve, start)` or
+            any function `(matvec, b) -> x`. Its steps leave no graph: higher derivatives solve
+            once more.
+        hvp: how to multiply with `H` and `M`; linearised once, used for every product. With
+            `hvp_finite()` no second derivative is asked of the inner loss, and fused kernels stay.
 
     Raises:
         ProblemError: if the solver has a weight decay, which moves its fixed point away from the
@@ -45,12 +54,26 @@ class Implicit:
         NotStationaryWarning: if the inner gradient at the solution is above 1e-2 of its initial
             norm (outside `vmap` and `torch.compile`, where no value can be looked at).
 
+    Example:
+        >>> import metafocus as mf
+        >>> def inner(fast, slow, x):
+        ...     return ((fast["w"] - slow["c"]) ** 2).sum()
+        >>> def outer_loss(fast, slow, x):
+        ...     return fast["w"].sum()
+        >>> problem = mf.Problem(inner, outer_loss, init=lambda slow: {"w": torch.zeros(2)})
+        >>> meta = mf.bilevel(problem, solver=mf.SGD(0.5, steps=1), estimator=mf.Implicit())
+        >>> mf.hypergrad(meta)({"c": torch.ones(2)}, mf.Episode(None, None))[0]
+        {'c': tensor([1., 1.])}
+
     References:
         Rajeswaran et al., arXiv 1909.04630 (iMAML); Lorraine et al., arXiv 1911.02590.
     """
 
     solve: LinearSolver = CG(10)  # noqa: RUF009 - frozen, so it can be shared
     hvp: HVP = hvp_reverse
+
+    def __repr__(self):
+        return f"Implicit(solve={self.solve}, hvp={getattr(self.hvp, '__name__', self.hvp)})"
 
     @property
     def explicit(self) -> bool:
@@ -60,158 +83,137 @@ class Implicit:
     def __call__(self, problem: Problem, solver: Solver, outer: Params, support: Any) -> Solution:
         """Solve the inner problem without a graph and attach the implicit derivative."""
         refuse_nested_forward_mode("Implicit")
-        decay = getattr(solver, "weight_decay", 0)
-        if decay:
-            raise ProblemError(
-                f"Implicit needs the minimum of inner_loss; weight_decay={decay} moves the "
-                "solver's fixed point away. Set weight_decay=0 and add the decay to inner_loss."
-            )
-        start = tree.detach(problem.start(outer))
-        system = _System(problem, solver, self.solve, self.hvp, (start, outer, support))
-        *fast, losses = _ImplicitSolution.apply(system, *system.inputs)
-        return Solution(dict(zip(start, fast, strict=True)), losses.detach())
+        refuse_decay("Implicit", solver)
+        start = problem.start(outer)
+        return attach(_Stationary(problem, solver, start, outer, support, self.solve, self.hvp))
 
 
-def gradient_norms(problem: Problem, outer: Params, support: Any, *points: Params) -> list[Tensor]:
-    """Return the norm of the inner gradient at each point: how stationary it is."""
-    norms = []
-    for point in points:
-        _, grads = value_and_grad(
-            lambda p: problem.inner_loss(p, outer, support), point, differentiable=False
+def adjoint(
+    problem: Problem,
+    outer: Params,
+    fast: Params,
+    support: Any,
+    cotangent: Params,
+    *,
+    solve: LinearSolver,
+    hvp: HVP = hvp_reverse,
+) -> Params:
+    """Return `u = H^-1 cotangent`, the adjoint that `Implicit` finds on its way, detached.
+
+    With `cotangent` the derivative of the outer loss by the fast weights, the hypergradient is
+    `direct - M' u`. Kept from one outer step to the next it starts the next solve:
+    `Implicit(WarmStart(CG(2), u))`.
+
+    Args:
+        problem: the bilevel problem; its outer loss is not used.
+        outer: the outer parameters.
+        fast: where the Hessian is taken: the inner solution.
+        support: what the inner loss sees, before `prepare`.
+        cotangent: the right-hand side, with the names and shapes of `fast`.
+        solve: the linear solver.
+        hvp: how to multiply with the Hessian.
+
+    Raises:
+        ProblemError: if `cotangent` and `fast` do not have the same names and shapes.
+
+    Example:
+        >>> import metafocus as mf
+        >>> def inner(fast, slow, x):
+        ...     return 2 * ((fast["w"] - slow["c"]) ** 2).sum()
+        >>> problem = mf.Problem(inner, inner, init=lambda slow: {"w": torch.zeros(2)})
+        >>> fast, outer = {"w": torch.ones(2)}, {"c": torch.ones(2)}
+        >>> mf.adjoint(problem, outer, fast, None, {"w": torch.ones(2)}, solve=mf.CG(1))
+        {'w': tensor([0.2500, 0.2500])}
+    """
+    check_params(outer, "outer", "outer parameters")
+    check_params(fast, "fast", "fast weights")
+    check_params(cotangent, "cotangent", "its entries")
+    got, want = ({k: list(v.shape) for k, v in p.items()} for p in (cotangent, fast))
+    if got != want:
+        raise ProblemError(f"cotangent has the shapes {got}, fast has {want}.")
+    outer, fast, support = tree.detach((outer, fast, support))
+    support = problem.prepared(outer, Episode(support, support)).support
+    operator, theta = _hessian(problem, hvp, Point(fast, outer, tree.detach(support)))
+    return tree.detach(inverse(operator, solve, theta, {k: cotangent[k].detach() for k in fast}))
+
+
+def refuse_decay(name: str, solver: Solver) -> None:
+    """Raise if the solver does not aim at the minimum of the inner loss."""
+    decay = getattr(solver, "weight_decay", 0)
+    if decay:
+        raise ProblemError(
+            f"{name} needs the minimum of inner_loss; weight_decay={decay} moves the "
+            "solver's fixed point away. Set weight_decay=0 and add the decay to inner_loss."
         )
-        norms.append(tree.norm(grads))
-    return norms
 
 
-def warn_if_not_stationary(
-    problem: Problem, outer: Params, support: Any, start: Params, fast: Params
-) -> None:
-    """Warn if the inner gradient has not fallen to `STATIONARY` of its initial norm."""
-    before, after = gradient_norms(problem, outer, support, start, fast)
-    # Below the square root of the rounding unit a ratio of two gradients compares noise.
-    floor = torch.finfo(after.dtype).eps ** 0.5
-    if after > STATIONARY * before and after > floor:
-        warnings.warn(
-            f"Implicit: the inner gradient norm is {after:.3g} at the solution, "
-            f"{after / before:.2g} of its initial {before:.3g}; above {STATIONARY} the implicit "
-            "estimate is biased. Take more inner steps, a larger lr, or use Unrolled.",
-            NotStationaryWarning,
-            stacklevel=2,
-        )
+def _hessian(
+    problem: Problem, hvp: HVP, point: Point, loss: Callable[..., Tensor] | None = None
+) -> tuple[Operator, list[Tensor]]:
+    """Return the Hessian as a function of the tensors it depends on, and these."""
+    if loss is None:
+        loss = replayed(evaluated_for(hvp, problem.inner_loss), tree.tensors(tuple(point)))
+    theta, rebuild = tree.partition(tuple(point))
+
+    def matvec(at: Sequence[Tensor]) -> MatVec:
+        fast, outer, support = rebuild(at)
+        _, hessian = hvp(lambda f: loss(f, outer, support), fast)
+        return lambda direction: hessian(direction)[0]
+
+    # Symmetric.
+    return Operator(matvec, matvec), theta
 
 
-class _System:
-    """The stationarity condition of the inner problem, and how to solve with its derivative."""
+class _Stationary(System):
+    """The condition that the inner gradient vanishes."""
 
     def __init__(
         self,
         problem: Problem,
         solver: Solver,
+        start: Params,
+        outer: Params,
+        support: Any,
         solve: LinearSolver,
         hvp: HVP,
-        args: tuple[Params, Params, Any],
     ):
-        self.problem = problem
-        self.solver = solver
+        super().__init__(problem, solver, start, outer, support)
         self.solve = solve
         self.hvp = hvp
-        self.names = tuple(args[0])
-        self.inputs, self.rebuild = tree.partition(args)
         # One random draw for all products, or H would be a different matrix each time.
-        self.loss = replayed(differentiable_twice(problem.inner_loss), self.inputs)
+        self.loss = replayed(evaluated_for(hvp, problem.inner_loss), self.inputs)
 
-    def solution(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        start, outer, support = self.rebuild(inputs)
-        fast, _, losses = descend(
-            self.problem.inner_loss,
-            self.solver,
-            start,
-            self.solver.init(start),
-            *detached(outer, support),
-            range(count(self.solver, start)),
-            differentiable=False,
+    def inspect(self, start: Params, point: Point) -> None:
+        remedy = "Take more inner steps, a larger lr, or use Unrolled."
+        warn_if_large(
+            "Implicit",
+            "inner gradient norm",
+            lambda: gradient_norm(self.problem, point._replace(fast=start)),
+            gradient_norm(self.problem, point),
+            remedy,
         )
-        if not transforming():
-            warn_if_not_stationary(self.problem, *detached(outer, support), start, fast)
-        # Without a step the solution is the start, and an input may not be an output.
-        values = [fast[k].clone() if fast[k] is start[k] else fast[k] for k in self.names]
-        return *values, stacked(losses, fast)
 
-    def unpack(self, saved: Sequence[Tensor]) -> tuple[Params, Params, Any]:
-        """Return the solution, the outer parameters and the support."""
-        _, outer, support = self.rebuild(saved[: len(self.inputs)])
-        return dict(zip(self.names, saved[len(self.inputs) :], strict=True)), outer, support
+    def inverse(self, point: Point, right: Params) -> Params:
+        operator, theta = _hessian(self.problem, self.hvp, point, self.loss)
+        return inverse(operator, self.solve, theta, right)
 
-    def inverse(self, fast: Params, outer: Params, support: Any, right: Params) -> Params:
-        """Return `H^-1 right` by the linear solver."""
-        _, hessian = self.hvp(lambda f: self.loss(f, outer, support), fast)
-        solved = self.solve(lambda direction: hessian(direction)[0], right)
-        return {k: solved[k] for k in right}
+    def pull(self, point: Point, right: Params) -> list[Tensor]:
+        """Return `-M' H^-1 v`."""
+        solved = self.inverse(point, right)
+        at, together = point.floats()
+        _, mixed = self.hvp(lambda f, xs: self.loss(f, *together(xs)), point.fast, at)
+        return [-g for g in mixed(solved)[1]]
 
-    def pull(
-        self, saved: Sequence[Tensor], cotangents: Sequence[Tensor | None]
-    ) -> list[Tensor | None]:
-        """Return `-M' H^-1 v` for the inputs, with `v` the cotangents of the solution."""
-        fast, outer, support = self.unpack(saved)
-        right = {
-            k: torch.zeros_like(x) if v is None else v
-            for (k, x), v in zip(fast.items(), cotangents, strict=False)
-        }
-        adjoint = self.inverse(fast, outer, support, right)
-        at, together = tree.partition((outer, support), torch.is_floating_point)
-        _, mixed = self.hvp(lambda f, xs: self.loss(f, *together(xs)), fast, at)
-        grads = iter(mixed(adjoint)[1])
-        rest = saved[len(self.names) : len(self.inputs)]
-        found = [-next(grads) if x.is_floating_point() else None for x in rest]
-        return [*[None] * len(self.names), *found]
-
-    def push(
-        self, saved: Sequence[Tensor], tangents: Sequence[Tensor | None]
-    ) -> tuple[Tensor, ...]:
-        """Return `-H^-1 M t` for the solution, with `t` the tangents of the inputs."""
-        fast, outer, support = self.unpack(saved)
-        at, together = tree.partition((outer, support), torch.is_floating_point)
-        # Not self.inputs: under a transform these belong to a level that is gone.
-        inputs = saved[: len(self.inputs)]
-        pairs = list(zip(inputs, tangents, strict=True))[len(self.names) :]
-        along = [torch.zeros_like(x) if t is None else t for x, t in pairs if x.is_floating_point()]
+    def push(self, point: Point, along: list[Tensor]) -> Params:
+        """Return `-H^-1 M t`."""
+        at, together = point.floats()
+        # A second derivative also where hvp asks for first ones only.
+        loss = differentiable_twice(self.loss)
 
         def gradient(xs: list[Tensor]) -> Params:
-            return torch.func.grad(self.loss)(fast, *together(xs))
+            return torch.func.grad(loss)(point.fast, *together(xs))
 
         _, transposed = vjp(gradient, at)
-        _, mixed = vjp(lambda d: transposed(d)[0], tree.zeros_like(fast))
+        _, mixed = vjp(lambda d: transposed(d)[0], tree.zeros_like(point.fast))
         (right,) = mixed(along)
-        solved = self.inverse(fast, outer, support, right)
-        return tuple(-solved[k] for k in self.names)
-
-
-class _ImplicitSolution(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(system: _System, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return system.solution(inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.system = inputs[0]
-        ctx.set_materialize_grads(False)
-        # The solution is an output and saved as one: that makes second derivatives right.
-        saved = (*inputs[1:], *output[:-1])
-        ctx.save_for_backward(*saved)
-        ctx.save_for_forward(*saved)
-        ctx.like_losses = (output[-1].shape, output[-1].dtype, output[-1].device)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
-        saved = ctx.saved_tensors
-        if not torch.is_grad_enabled():
-            saved = [x.detach() for x in saved]
-        return None, *ctx.system.pull(saved, cotangents)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        shape, dtype, device = ctx.like_losses
-        losses = torch.zeros(shape, dtype=dtype, device=device)
-        return *ctx.system.push(ctx.saved_tensors, tangents[1:]), losses
+        return tree.scale(self.inverse(point, right), -1.0)

@@ -1,0 +1,146 @@
+"""What a comparison of estimators found: rows, and the ways to look at them."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import platform
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+COLUMNS = (
+    "name",
+    "relative_error",
+    "cosine",
+    "norm_ratio",
+    "seconds",
+    "peak_bytes",
+    "gradient_evaluations",
+    "hvp_evaluations",
+    "inner_residual",
+    "linear_residual",
+    "verdict",
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found: one row for each estimator.
+
+    Attributes:
+        rows: dicts with the keys of `COLUMNS`; None where a quantity does not apply.
+            `relative_error`, `cosine` and `norm_ratio` are against the reference hypergradient;
+            `seconds` is the median; `peak_bytes` counts live tensors; `gradient_evaluations`
+            counts evaluations of the inner loss, `hvp_evaluations` products with its second
+            derivatives (a batch of them, as `Dense` takes, once); `inner_residual` is the inner
+            gradient norm at the solution over that at the start; `linear_residual` is
+            `|H x - b| / |b|`; `verdict` is exact, biased, noisy, not stationary or diverged.
+            With several seeds also `spread`, the standard deviation over them relative to the
+            norm of the reference.
+        reference: the name of the reference.
+        environment: versions and machine.
+    """
+
+    rows: list[dict[str, Any]]
+    reference: str
+    environment: dict[str, Any] = field(default_factory=dict)
+
+    def table(self) -> str:
+        """Return the rows as a table for a terminal."""
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title=f"hypergradients against {self.reference}")
+        heads = ("estimator", "error", "cosine", "norm", "seconds", "peak MB", "grads", "HVPs")
+        spread = any("spread" in row for row in self.rows)
+        last = ("inner res.", "linear res.", *(["spread"] if spread else []), "verdict")
+        for head in (*heads, *last):
+            table.add_column(head, justify="left" if head in ("estimator", "verdict") else "right")
+        for row in self.rows:
+            peak = row["peak_bytes"]
+            table.add_row(
+                row["name"],
+                _short(row["relative_error"], ".1e"),
+                _short(row["cosine"], ".4f"),
+                _short(row["norm_ratio"], ".3f"),
+                _short(row["seconds"], ".4f"),
+                _short(None if peak is None else peak / 2**20, ".2f"),
+                _short(row["gradient_evaluations"], "d"),
+                _short(row["hvp_evaluations"], "d"),
+                _short(row["inner_residual"], ".1e"),
+                _short(row["linear_residual"], ".1e"),
+                *([_short(row.get("spread"), ".1e")] if spread else []),
+                row["verdict"],
+            )
+        console = Console(width=160, record=True, file=io.StringIO())
+        console.print(table)
+        return console.export_text().rstrip()
+
+    def plot(self, path: str | Path) -> None:
+        """Write error against time and against memory, both logarithmic, as a figure.
+
+        An estimator without a finite hypergradient has no point in it.
+        """
+        from matplotlib.figure import Figure
+
+        # Without pyplot: no window, and the back end of a notebook stays as it is.
+        figure = Figure(figsize=(10, 4.2), layout="constrained")
+        axes = figure.subplots(1, 2, sharey=True)
+        floor = 1e-17
+        for axis, key, unit, label in (
+            (axes[0], "seconds", 1.0, "seconds (median)"),
+            (axes[1], "peak_bytes", 2.0**20, "peak memory of tensors, MB"),
+        ):
+            errors = [(row, row["relative_error"]) for row in self.rows]
+            shown = [row for row, e in errors if e is not None and math.isfinite(e)]
+            for i, row in enumerate(shown):
+                x, y = row[key] / unit, max(row["relative_error"], floor)
+                axis.scatter([x], [y], s=45, color=f"C{i % 10}", zorder=3, label=row["name"])
+            axis.set(xscale="log", yscale="log", xlabel=label)
+            axis.grid(True, which="major", alpha=0.3)
+        axes[0].set_ylabel(f"relative error against {self.reference}")
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right center", fontsize=8, frameon=False)
+        figure.savefig(path, dpi=150)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return the rows as a data frame; pandas must be installed."""
+        import pandas as pd
+
+        return pd.DataFrame(self.rows)
+
+    def to_json(self, path: str | Path) -> None:
+        """Write rows, reference and environment as JSON; NaN becomes null."""
+        clean = [
+            {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in r.items()}
+            for r in self.rows
+        ]
+        text = {"reference": self.reference, "environment": self.environment, "rows": clean}
+        Path(path).write_text(json.dumps(text, indent=2) + "\n")
+
+
+def environment(dtype: torch.dtype) -> dict[str, Any]:
+    """Return versions, machine, threads and floating-point type, for reports."""
+    cuda = torch.cuda.is_available()
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def _short(value: Any, form: str) -> str:
+    return "-" if value is None else format(value, form)

@@ -1,0 +1,219 @@
+"""Differentiate a fixed point of any contraction by the implicit function theorem."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metafocus import tree
+from metafocus.autodiff import fresh, replayed, vjp
+from metafocus.composites import Swapped
+from metafocus.errors import ClosureError, ProblemError
+from metafocus.estimators.attached import Point, System, attach, warn_if_large
+from metafocus.inverse import Operator, inverse
+from metafocus.levels import is_tracked, refuse_nested_forward_mode, transforming
+from metafocus.linear import Identity, Neumann
+from metafocus.problem import Problem
+from metafocus.types import LinearSolver, MatVec, Params, Solution, Solver
+
+Step = Callable[[Params, Params, Any], Params]
+"""`(fast, slow, support) -> fast`."""
+
+
+@dataclass(frozen=True)
+class FixedPoint:
+    """Differentiate as if the inner solver had reached `fast = step(fast, slow, support)`.
+
+    `d outer_loss / d outer = direct + u' d step / d slow` with `(I - J') u = v`, `v` the
+    derivative of the outer loss by the fast weights and `J = d step / d fast`, both at the
+    solution. For what is not the minimum of a loss: deep equilibrium models, proximal and Newton
+    steps, alternating or projected methods. The map need not be the one that the inner solver
+    iterates, as long as it has the same fixed point.
+
+    Args:
+        step: `(fast, slow, support) -> fast`, a function of explicit tensors that returns the
+            names and shapes of `fast`. To take a gradient inside, use `torch.func.grad`. It is
+            evaluated with operators that can be differentiated twice.
+        solve: how to solve the adjoint system, which is not symmetric: `Neumann(k, 1.0)` is `k`
+            steps of the adjoint iteration and converges where `step` contracts; `GMRES(k)` needs
+            fewer products and no contraction; `Identity()` is one-step differentiation.
+
+    Raises:
+        ProblemError: if `step` does not return the names and shapes of the fast weights.
+        ClosureError: if `step` closes over a tensor that requires grad.
+        NotStationaryWarning: if `|step(fast) - fast|` at the solution is above 1e-2 of its
+            initial value (outside `vmap` and `torch.compile`, where no value can be looked at).
+
+    Example:
+        >>> import metafocus as mf
+        >>> def layer(fast, slow, x):
+        ...     return {"z": torch.tanh(slow["a"] * fast["z"] + x)}
+        >>> def iterate(slow, x):
+        ...     z = {"z": torch.zeros(())}
+        ...     for _ in range(40):
+        ...         z = layer(z, slow, x)
+        ...     return z
+        >>> problem = mf.Problem(
+        ...     lambda fast, slow, x: (fast["z"] - layer(fast, slow, x)["z"]) ** 2,
+        ...     lambda fast, slow, x: fast["z"],
+        ...     init=lambda slow: {"z": torch.zeros(())})
+        >>> meta = mf.bilevel(problem, solver=mf.Given(iterate), estimator=mf.FixedPoint(layer))
+        >>> x = torch.tensor(1.0)
+        >>> grads, (z, _) = mf.hypergrad(meta)({"a": torch.tensor(0.5)}, mf.Episode(x, x))
+        >>> slope = 1 - z**2
+        >>> torch.allclose(grads["a"], slope * z / (1 - 0.5 * slope))
+        True
+
+    References:
+        Bai et al., arXiv 1909.01377 (deep equilibrium models); Grazzi et al., arXiv 2006.16218.
+    """
+
+    step: Step
+    solve: LinearSolver = Neumann(20, 1.0)  # noqa: RUF009 - frozen, so it can be shared
+
+    @property
+    def explicit(self) -> bool:
+        """Whether derivatives flow through explicit tensors only."""
+        return True
+
+    def __call__(self, problem: Problem, solver: Solver, outer: Params, support: Any) -> Solution:
+        """Solve the inner problem without a graph and attach the derivative of the fixed point."""
+        refuse_nested_forward_mode("FixedPoint")
+        start = problem.start(outer)
+        _refuse_closures(self.step, *tree.detach((start, outer, support)))
+        return attach(_Fixed(problem, solver, start, outer, support, self.step, self.solve))
+
+
+def OneStep(step: Step) -> FixedPoint:
+    """Return `FixedPoint(step, Identity())`: the derivative of the last step alone.
+
+    Exact where `step` converges faster than linearly (Newton); for a contraction with factor
+    `rho` the relative error is at most `rho`. No linear system at all.
+
+    References:
+        Bolte, Pauwels and Vaiter, arXiv 2305.13768.
+    """
+    return FixedPoint(step, Identity())
+
+
+def _applied(step: Step, fast: Params, outer: Params, support: Any) -> Params:
+    found = step(fast, outer, support)
+    if not isinstance(found, dict):
+        raise ProblemError(f"step must return a dict of fast weights, got {type(found).__name__}.")
+    got, want = ({k: list(v.shape) for k, v in p.items()} for p in (found, fast))
+    if got != want:
+        raise ProblemError(f"step must return the shapes of the fast weights {want}, got {got}.")
+    return {k: found[k] for k in fast}
+
+
+def _refuse_closures(step: Step, start: Params, outer: Params, support: Any) -> None:
+    devices = sorted({x.get_device() for x in tree.tensors((start, outer)) if x.is_cuda})
+    with torch.random.fork_rng(devices, not torch.compiler.is_compiling()), torch.enable_grad():
+        found = _applied(step, start, outer, support)
+    if any(is_tracked(x) for x in found.values()):
+        raise ClosureError(
+            "step closes over a tensor that requires grad and is not in outer: FixedPoint would "
+            "treat it as a constant. Pass it in outer, or freeze it with requires_grad_(False)."
+        )
+
+
+def _transposed(step: Callable[[Params], Params], fast: Params) -> MatVec:
+    """Return `u -> J' u`, linearised once."""
+    if transforming():
+        _, pull = vjp(step, fast)
+        return lambda u: pull(u)[0]
+    track = torch.is_grad_enabled()
+    with torch.enable_grad():
+        leaves = {k: fresh(x, track) for k, x in fast.items()}
+        image = step(leaves)
+    alive = [k for k, y in image.items() if y.requires_grad]
+
+    def product(u: Params) -> Params:
+        if not alive:
+            return tree.zeros_like(u)
+        grads = torch.autograd.grad(
+            [image[k] for k in alive],
+            list(leaves.values()),
+            [u[k] for k in alive],
+            retain_graph=True,
+            create_graph=track,
+            materialize_grads=True,
+        )
+        return dict(zip(fast, grads, strict=True))
+
+    return product
+
+
+class _Fixed(System):
+    """The condition that the step stays where it is."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        solver: Solver,
+        start: Params,
+        outer: Params,
+        support: Any,
+        step: Step,
+        solve: LinearSolver,
+    ):
+        super().__init__(problem, solver, start, outer, support)
+        self.solve = solve
+
+        def run(fast: Params, outer: Params, support: Any) -> Params:
+            with Swapped():
+                return _applied(step, fast, outer, support)
+
+        # One random draw for all products, or J would be a different matrix each time.
+        self.step = replayed(run, self.inputs)
+
+    def inspect(self, start: Params, point: Point) -> None:
+        def residual(fast: Params) -> Tensor:
+            with torch.enable_grad():
+                moved = self.step(fast, point.outer, point.support)
+            return tree.norm(tree.sub(moved, fast)).detach()
+
+        before, after = (lambda: residual(start)), residual(point.fast)
+        remedy = "Take more inner steps, or bring the solution with mf.Given."
+        warn_if_large("FixedPoint", "residual |step(fast) - fast|", before, after, remedy)
+
+    def operator(self, point: Point) -> tuple[Operator, list[Tensor]]:
+        """Return `I - J'` as a function of the tensors it depends on, and these."""
+        theta, rebuild = tree.partition(tuple(point))
+
+        def adjoint(at: Sequence[Tensor]) -> MatVec:
+            fast, outer, support = rebuild(at)
+            back = _transposed(lambda f: self.step(f, outer, support), fast)
+            return lambda u: tree.sub(u, back(u))
+
+        def tangent(at: Sequence[Tensor]) -> MatVec:
+            fast, outer, support = rebuild(at)
+            _, pull = vjp(lambda f: self.step(f, outer, support), fast)
+            _, push = vjp(lambda u: pull(u)[0], tree.zeros_like(fast))
+            return lambda d: tree.sub(d, push(d)[0])
+
+        return Operator(adjoint, tangent), theta
+
+    def pull(self, point: Point, right: Params) -> list[Tensor]:
+        """Return `(d step / d rest)' (I - J')^-1 v`."""
+        operator, theta = self.operator(point)
+        solved = inverse(operator, self.solve, theta, right)
+        at, together = point.floats()
+        moved = _transposed(
+            lambda xs: self.step(point.fast, *together(list(xs.values()))),
+            {str(i): x for i, x in enumerate(at)},
+        )
+        return list(moved(solved).values())
+
+    def push(self, point: Point, along: list[Tensor]) -> Params:
+        """Return `(I - J)^-1 (d step / d rest) t`."""
+        at, together = point.floats()
+        _, pull = vjp(lambda xs: self.step(point.fast, *together(xs)), at)
+        _, push = vjp(lambda u: pull(u)[0], tree.zeros_like(point.fast))
+        (right,) = push(along)
+        operator, theta = self.operator(point)
+        return inverse(operator.T, self.solve, theta, right)

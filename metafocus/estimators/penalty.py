@@ -1,0 +1,188 @@
+"""Hypergradients from first derivatives alone: nudge the inner problem, compare the gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metafocus import tree
+from metafocus.autodiff import replayed, value_and_grad
+from metafocus.composites import Swapped
+from metafocus.errors import ProblemError
+from metafocus.estimators.attached import (
+    Point,
+    System,
+    attach,
+    first_only,
+    gradient_norm,
+    once,
+    warn_if_large,
+)
+from metafocus.estimators.implicit import refuse_decay
+from metafocus.levels import forward_levels, transforming
+from metafocus.problem import Problem
+from metafocus.solvers import Given, solve_inner
+from metafocus.types import Params, Solution, Solver
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """The hypergradient as a difference of two gradients of the inner loss.
+
+    With `v` the derivative of the outer loss by the fast weights, `fast` the inner solution and
+    `nudged` the minimum of `inner_loss + <v, .> / strength`, reached from `fast`,
+    `d outer_loss / d outer = direct + strength (d inner_loss(nudged) - d inner_loss(fast))`,
+    both derivatives by the slow weights. As `nudged - fast` is `-H^-1 v / strength` to first
+    order, this tends to the implicit hypergradient with a bias `O(1 / strength)`; with `central`
+    the inner problem is also nudged the other way,
+    `strength / 2 (d inner_loss(nudged+) - d inner_loss(nudged-))`, and the bias is
+    `O(1 / strength^2)`. If inner_loss is quadratic in all its arguments there is none.
+
+    First derivatives only: any kernel, the memory of one inner gradient. Two gradients that are
+    nearly equal are subtracted, so rounding adds about `strength` times the rounding unit: in
+    float32, strengths of 10 to 1000 times `|v|` do well. This is F2SA and ScaleBiO with the
+    outer loss in the penalty replaced by its tangent, which is all that an estimator sees.
+
+    Args:
+        strength: the larger, the smaller the nudge. It is the size of `v / strength` that
+            counts, and in the mean over `n` tasks each task's `v` is `n` times smaller.
+        solver: how to reach the nudged solution; None: as the solution itself.
+        central: nudge both ways, for twice the time.
+
+    Raises:
+        ValueError: for a strength that is not positive.
+        ProblemError: if the inner solution is `Given` and there is no `solver` to nudge with; if
+            a solver has a weight decay: put the decay into the loss.
+        TransformError: for second derivatives and forward mode.
+        NotStationaryWarning: if the inner gradient, or in the backward pass the gradient of a
+            nudged problem, has not fallen to 1e-2 (outside `vmap` and `torch.compile`).
+
+    Example:
+        >>> import metafocus as mf
+        >>> def inner(fast, slow, x):
+        ...     return ((fast["w"] - slow["c"]) ** 2).sum()
+        >>> def outer_loss(fast, slow, x):
+        ...     return fast["w"].sum()
+        >>> problem = mf.Problem(inner, outer_loss, init=lambda slow: {"w": torch.zeros(2)})
+        >>> meta = mf.bilevel(problem, solver=mf.SGD(0.5, 1), estimator=mf.Penalty(8.0))
+        >>> mf.hypergrad(meta)({"c": torch.ones(2)}, mf.Episode(None, None))[0]
+        {'c': tensor([1., 1.])}
+
+    References:
+        Kwon et al., arXiv 2301.10945 (F2SA); Pan et al., arXiv 2406.19976 (ScaleBiO); Chen, Li
+        et al., arXiv 2509.02937 (F2SA as a finite difference, and its central form).
+    """
+
+    strength: float
+    solver: Solver | None = None
+    central: bool = False
+
+    def __post_init__(self):
+        if not self.strength > 0:
+            raise ValueError(f"strength must be positive, got {self.strength}.")
+
+    @property
+    def explicit(self) -> bool:
+        """Whether derivatives flow through explicit tensors only."""
+        return True
+
+    def __call__(self, problem: Problem, solver: Solver, outer: Params, support: Any) -> Solution:
+        """Solve the inner problem; the nudged ones wait for the backward pass."""
+        if forward_levels():
+            raise first_only("Penalty")
+        nudging = solver if self.solver is None else self.solver
+        if isinstance(nudging, Given):
+            raise ProblemError(
+                "Penalty must solve a nudged inner problem too, and a Given solution knows only "
+                "its own. Pass Penalty(strength, solver=mf.SGD(...)) beside mf.Given."
+            )
+        refuse_decay("Penalty", solver)
+        refuse_decay("Penalty", nudging)
+        start = problem.start(outer)
+        return attach(_Nudged(problem, solver, start, outer, support, self, nudging))
+
+
+class _Nudged(System):
+    """The inner problem pulled a little along a cotangent."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        solver: Solver,
+        start: Params,
+        outer: Params,
+        support: Any,
+        settings: Penalty,
+        nudging: Solver,
+    ):
+        super().__init__(problem, solver, start, outer, support)
+        self.strength = settings.strength
+        self.central = settings.central
+        self.nudging = nudging
+
+        def loss(*args: Any) -> Tensor:
+            # First derivatives: only what would be silently wrong is swapped.
+            with Swapped(once=True):
+                return problem.inner_loss(*args)
+
+        # One random draw for all gradients that are compared.
+        self.loss = replayed(loss, self.inputs)
+
+    def inspect(self, start: Params, point: Point) -> None:
+        warn_if_large(
+            "Penalty",
+            "inner gradient norm",
+            lambda: gradient_norm(self.problem, point._replace(fast=start)),
+            gradient_norm(self.problem, point),
+            "Take more inner steps or a larger lr.",
+        )
+
+    def pull(self, point: Point, right: Params) -> list[Tensor]:
+        """Return `strength (g(nudged) - g(fast))`, which raises if it is derived again."""
+        reasons = [*tree.tensors(tuple(point)), *right.values()]
+        fixed, right = Point(*tree.detach(tuple(point))), tree.detach(right)
+        with torch.no_grad():
+            ahead = self.gradients(fixed, right, 1.0)
+            behind = self.gradients(fixed, right, -1.0 if self.central else 0.0)
+            factor = self.strength / 2 if self.central else self.strength
+            grads = [factor * (a - b) for a, b in zip(ahead, behind, strict=True)]
+        return once("Penalty", grads, reasons)
+
+    def push(self, point: Point, along: list[Tensor]) -> Params:
+        """Refuse."""
+        raise first_only("Penalty")
+
+    def gradients(self, point: Point, right: Params, sign: float) -> list[Tensor]:
+        """Return the gradients by `point.floats()` at the solution nudged with this sign."""
+        fast, push = point.fast, sign / self.strength
+
+        def nudged(f: Params, outer: Params, support: Any) -> Tensor:
+            return self.loss(f, outer, support) + push * tree.dot(right, f)
+
+        if sign:
+            fast = solve_inner(nudged, self.nudging, fast, point.outer, point.support).params
+        at, together = point.floats()
+        leaves = {str(i): x for i, x in enumerate(at)}
+        weights = {} if transforming() else {f"fast {k}": x for k, x in fast.items()}
+
+        def loss(xs: Params) -> Tensor:
+            f = {k: xs.get(f"fast {k}", x) for k, x in fast.items()}
+            return self.loss(f, *together([xs[k] for k in leaves]))
+
+        _, grads = value_and_grad(loss, {**leaves, **weights}, differentiable=False)
+        if weights:
+            self.warn({k: grads[f"fast {k}"] for k in fast}, right, push)
+        return [grads[k] for k in leaves]
+
+    def warn(self, gradient: Params, right: Params, push: float) -> None:
+        residual = tree.norm(tree.add(gradient, right, push))
+        warn_if_large(
+            "Penalty",
+            "gradient norm of the nudged inner problem" if push else "inner gradient norm",
+            lambda: tree.norm(right) / self.strength,
+            residual,
+            "Take more steps, a larger lr, a lower strength, or central=True.",
+        )

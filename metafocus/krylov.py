@@ -1,0 +1,153 @@
+"""Krylov methods: linear solvers that find the best point they can reach by products with `A`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from metafocus.linear import check, flattening
+from metafocus.types import MatVec, Params
+
+
+@dataclass(frozen=True)
+class CG:
+    """Conjugate gradients on `(A + damping I) x = b` for a symmetric positive definite `A`.
+
+    Exact after as many steps as `A` has distinct eigenvalues; the error in the norm of `A` falls
+    at least as `2 ((sqrt(k) - 1) / (sqrt(k) + 1))^steps` for condition number `k`. A direction
+    along which the curvature is exactly zero ends the iteration where it is.
+
+    Args:
+        steps: number of products with `A`.
+        damping: added to the diagonal.
+
+    Example:
+        >>> A = torch.tensor([[2.0, 0.0], [0.0, 4.0]])
+        >>> CG(2)(lambda v: {"x": A @ v["x"]}, {"x": torch.tensor([2.0, 4.0])})["x"].round()
+        tensor([1., 1.])
+    """
+
+    steps: int
+    damping: float = 0.0
+
+    def __post_init__(self):
+        check(self.steps, self.damping)
+
+    def __call__(self, matvec: MatVec, b: Params) -> Params:
+        """Solve."""
+        # One vector: a few operations a step, however many tensors there are.
+        flat, unflat = flattening(b)
+        residual = flat(b)
+        x, direction = torch.zeros_like(residual), residual
+        square = residual.dot(residual)
+        for _ in range(self.steps):
+            image = flat(matvec(unflat(direction)))
+            if self.damping:
+                image = image + self.damping * direction
+            curvature = direction.dot(image)
+            alive = (curvature != 0) & (square > 0)
+            step = torch.where(alive, square / torch.where(alive, curvature, 1.0), 0.0)
+            x = torch.addcmul(x, direction, step)
+            residual = torch.addcmul(residual, image, step, value=-1)
+            new = residual.dot(residual)
+            ratio = torch.where(alive, new / torch.where(alive, square, 1.0), 0.0)
+            direction = torch.addcmul(residual, direction, ratio)
+            square = new
+        return unflat(x)
+
+
+@dataclass(frozen=True)
+class GMRES:
+    """Generalised minimal residuals on `(A + damping I) x = b` for any square `A`.
+
+    `x` is the point of the Krylov space `b, A b, ..., A^(steps-1) b` with the smallest residual
+    `|b - (A + damping I) x|`: neither symmetry nor definiteness is asked for. The residual never
+    grows with `steps` and vanishes at the degree of the minimal polynomial of `A`, for a normal
+    `A` the number of its distinct eigenvalues. Once the space is exhausted `x` stays where it
+    is. A singular `A` gives a finite `x`: a solution if the space holds one, else the point
+    where the residual is smallest. Keeps `steps + 1` vectors.
+
+    Args:
+        steps: number of products with `A`.
+        damping: added to the diagonal.
+
+    References:
+        Saad and Schultz, SIAM J. Sci. Stat. Comput. 7 (1986).
+
+    Example:
+        >>> turn = torch.tensor([[0.0, -1.0], [1.0, 0.0]])
+        >>> x = GMRES(2)(lambda v: {"x": turn @ v["x"]}, {"x": torch.tensor([1.0, 2.0])})
+        >>> torch.allclose(x["x"], torch.tensor([2.0, -1.0]))
+        True
+    """
+
+    steps: int
+    damping: float = 0.0
+
+    def __post_init__(self):
+        check(self.steps, self.damping)
+
+    def __call__(self, matvec: MatVec, b: Params) -> Params:
+        """Build the Krylov basis, rotate its Hessenberg matrix to a triangle, solve."""
+        flat, unflat = flattening(b)
+        right = flat(b)
+        length = _root(right @ right)
+        basis = [_divided(right, length)]
+        live = length > 0
+        triangle: list[Tensor] = []
+        rotations: list[tuple[Tensor, Tensor]] = []
+        rest = [length]
+        largest = torch.zeros_like(length)
+        tiny = 10 * self.steps * torch.finfo(right.dtype).eps
+        for _ in range(min(self.steps, max(right.numel(), 1))):
+            image = flat(matvec(unflat(basis[-1]))) + self.damping * basis[-1]
+            # A dead basis vector is zero; so is its image, unless matvec is not linear.
+            image = torch.where(live, image, 0.0)
+            size = _root(image @ image)
+            largest = torch.maximum(largest, size)
+            known = torch.stack(basis)
+            # Gram-Schmidt twice is orthogonal to rounding.
+            first = known @ image
+            image = image - first @ known
+            second = known @ image
+            image = image - second @ known
+            column = list((first + second).unbind())
+            below = _root(image @ image)
+            live = live & (below > tiny * largest)
+            below = torch.where(live, below, 0.0)
+            basis.append(torch.where(live, _divided(image, below), 0.0))
+            for i, (cosine, sine) in enumerate(rotations):
+                upper, lower = column[i], column[i + 1]
+                column[i] = cosine * upper + sine * lower
+                column[i + 1] = cosine * lower - sine * upper
+            pivot = _root(column[-1] ** 2 + below**2)
+            # No pivot: this vector cannot lower the residual, and is left out.
+            used = pivot > tiny * largest
+            cosine = torch.where(used, _divided(column[-1], pivot), 1.0)
+            sine = torch.where(used, _divided(below, pivot), 0.0)
+            rotations.append((cosine, sine))
+            column[-1] = torch.where(used, pivot, 0.0)
+            triangle.append(torch.stack(column))
+            rest.append(-sine * rest[-1])
+            rest[-2] = cosine * rest[-2]
+        weights: list[Tensor] = []
+        for j in reversed(range(len(triangle))):
+            value = rest[j]
+            for i, weight in enumerate(reversed(weights)):
+                value = value - triangle[j + 1 + i][j] * weight
+            weights.append(_divided(value, triangle[j][j]))
+        return unflat(torch.stack(weights[::-1]) @ torch.stack(basis[: len(weights)]))
+
+
+def _root(square: Tensor) -> Tensor:
+    """Return the square root, with the derivative 0 at 0."""
+    positive = square > 0
+    return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)
+
+
+def _divided(x: Tensor, by: Tensor) -> Tensor:
+    """Return `x / by`, and 0 where `by` is 0, with derivatives that are finite there."""
+    nonzero = by != 0
+    return torch.where(nonzero, x / torch.where(nonzero, by, 1.0), 0.0)

@@ -1,0 +1,86 @@
+"""What AmIGO and stocBiO share: some steps on the inner problem, then some on the linear system."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from metafocus import tree
+from metafocus.errors import ProblemError
+from metafocus.hvp import hvp_reverse
+from metafocus.problem import Problem
+from metafocus.single_loop.common import (
+    StepAux,
+    check_stationarity,
+    fast_gradient,
+    gradients,
+    levels,
+    positive,
+    select,
+    whole,
+)
+from metafocus.types import HVP, Episode, Params
+
+
+@dataclass(frozen=True)
+class ImplicitSteps:
+    """The settings, and the outer gradient after all steps from a given start."""
+
+    problem: Problem
+    inner_lr: float
+    v_lr: float
+    inner_steps: int = 10
+    v_steps: int = 10
+    hvp: HVP = hvp_reverse
+    fresh: bool = False
+
+    def __post_init__(self):
+        positive(inner_lr=self.inner_lr, v_lr=self.v_lr)
+        whole(inner_steps=self.inner_steps, v_steps=self.v_steps)
+
+    def solve(
+        self, outer: Params, fast: Params, v: Params, episode: Any
+    ) -> tuple[Params, Params, Params, StepAux]:
+        """Return the outer gradient, `fast`, `v` and aux, all detached."""
+        outer, fast, v = tree.detach(outer), tree.detach(fast), tree.detach(v)
+        support, query = Episode(*episode)
+        inner_steps, v_steps = self.inner_steps, self.v_steps
+        self._check_batches(support)
+
+        def batch(i: int) -> Episode:
+            return Episode(select(support, i) if self.fresh else support, query)
+
+        def linearised(i: int) -> tuple[Params, Callable[[Params], tuple[Any, ...]]]:
+            return self.hvp(levels(self.problem, batch(i))[0], fast, outer)
+
+        with torch.no_grad():
+            for i in range(inner_steps):
+                inner, _ = levels(self.problem, batch(i))
+                _, slope = fast_gradient(inner, fast, outer)
+                fast = tree.add(fast, slope, -self.inner_lr)
+            _, upper = levels(self.problem, batch(inner_steps))
+            loss, pull, direct = gradients(upper, fast, outer)
+            gradient, product = linearised(inner_steps)
+            slope = pull
+            for i in range(v_steps):
+                if self.fresh and i:
+                    _, product = linearised(inner_steps + i)
+                slope = tree.add(product(v)[0], pull)
+                v = tree.add(v, slope, -self.v_lr)
+            if self.fresh:
+                _, product = linearised(inner_steps + v_steps)
+            aux = StepAux(loss, tree.norm(gradient), tree.norm(slope))
+            check_stationarity(aux.stationarity)
+            return tree.add(direct, product(v)[1]), fast, v, aux
+
+    def _check_batches(self, support: Any) -> None:
+        batches = self.inner_steps + self.v_steps + 1
+        sizes = {x.shape[0] if x.ndim else 0 for x in tree.tensors(support)}
+        if self.fresh and sizes != {batches}:
+            raise ProblemError(
+                f"fresh=True needs inner_steps + v_steps + 1 = {batches} batches stacked on axis 0 "
+                f"of every support tensor, got axis-0 sizes {sorted(sizes)}."
+            )

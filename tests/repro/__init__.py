@@ -1,0 +1,1 @@
+"""Published claims, each with its paper, its number and ours."""

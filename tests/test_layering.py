@@ -1,0 +1,211 @@
+"""The direction of imports, and that importing metafocus is cheap and quiet."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "metafocus"
+
+# Left may not know right. Each file imports from groups before its own only.
+ENGINE = [
+    {"errors", "types", "measure"},
+    {"tree", "levels"},
+    {"operators"},
+    {"autodiff", "problem", "linear", "composites"},
+    {"hvp", "recompute", "stepping", "krylov", "inverse", "given"},
+    {"optimizers"},
+    {"muon"},
+    {"solvers"},
+    {"probe", "estimators.attached", "estimators.unrolled", "estimators.evograd"},
+    {"estimators.implicit"},
+    {"estimators.fixed_point", "estimators.penalty"},
+    {"estimators"},
+    {"bilevel"},
+    # Whole methods, beside each other.
+    {"tasks", "compare", "comparison", "examine", "evolution", "windows", "pes", "single_loop"},
+]
+# What every part may know of the engine: its errors, and which transforms are active.
+SHARED = {"errors", "levels"}
+LAST = len(ENGINE) - 1
+PARTS = ("adapters", "masks", "spans", "attention")
+TOP = ("__main__", "cli", "integrations")
+HEAVY = {"transformers", "peft", "accelerate", "safetensors", "rich", "matplotlib"}
+
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(p for p in parts if p != "__init__")
+
+
+MODULES = {name_of(path) for path in FILES}
+
+
+def top_level(tree: ast.Module) -> list[ast.stmt]:
+    """Statements that run at import: not those under `if TYPE_CHECKING`."""
+    found: list[ast.stmt] = []
+    pending = list(tree.body)
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            pending += node.orelse
+        elif isinstance(node, ast.If | ast.Try | ast.With):
+            pending += [x for x in ast.walk(node) if isinstance(x, ast.Import | ast.ImportFrom)]
+        elif isinstance(node, ast.ClassDef):
+            pending += node.body
+        else:
+            found.append(node)
+    return found
+
+
+def imports(path: Path, everywhere: bool = False) -> set[str]:
+    """Absolute names that a file imports; `from a import b` is `a.b` if that is a module."""
+    tree = ast.parse(path.read_text())
+    nodes = ast.walk(tree) if everywhere else top_level(tree)
+    found: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module is not None
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                found.add(full if full.removeprefix("metafocus.") in MODULES else node.module)
+    return found
+
+
+def own(path: Path, everywhere: bool = True) -> set[str]:
+    """The modules of metafocus that a file imports, anywhere in it."""
+    names = imports(path, everywhere)
+    mine = {"" if n == "metafocus" else n.removeprefix("metafocus.") for n in names}
+    return (mine & MODULES) - {name_of(path)}
+
+
+def packages(path: Path, everywhere: bool = False) -> set[str]:
+    return {n.partition(".")[0] for n in imports(path, everywhere)}
+
+
+def rank(name: str) -> int | None:
+    """The group of a module of the engine; the files of a package of methods share one."""
+    for i, group in enumerate(ENGINE):
+        if name in group or (i == LAST and name.partition(".")[0] in group):
+            return i
+    return None
+
+
+def in_engine(name: str) -> bool:
+    return rank(name) is not None
+
+
+def in_parts(name: str) -> bool:
+    return name.partition(".")[0] in PARTS
+
+
+def on_top(name: str) -> bool:
+    return name.partition(".")[0] in TOP
+
+
+def test_the_engine_is_where_it_is_said_to_be():
+    core = {"errors", "types", "tree", "levels", "autodiff", "problem", "linear", "composites"}
+    core |= {"hvp", "recompute", "solvers", "probe", "estimators", "bilevel", "tasks"}
+    core |= {"estimators.implicit", "estimators.unrolled"}
+    assert core <= MODULES and core <= set().union(*ENGINE)
+    for name in MODULES:
+        if name.startswith("estimators"):
+            assert in_engine(name), "a new estimator: give it a place in ENGINE"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_direction(path):
+    name = name_of(path)
+    mine = own(path)
+    if name == "":
+        assert not {n for n in mine if on_top(n)}
+        return
+    assert not {n for n in mine if on_top(n)} or on_top(name), "only the top knows the top"
+    if in_engine(name):
+        foreign = {n for n in mine if n and not in_engine(n)}
+        assert not foreign, f"the engine knows nothing above it: {foreign}"
+        assert "" not in mine, "import the module, not the package"
+        here = rank(name)
+        late = {n for n in mine if rank(n) > here or (rank(n) == here != LAST)}
+        assert not late, f"{name} (group {here}) may not know {late}"
+    if in_parts(name):
+        foreign = {n for n in mine if n not in SHARED and not in_parts(n)}
+        assert not foreign, f"the parts know errors and each other only: {foreign}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_packages_at_import(path):
+    name = name_of(path)
+    if on_top(name):
+        return
+    outside = packages(path) - set(sys.stdlib_module_names) - {"metafocus"}
+    if in_engine(name):
+        assert outside <= {"torch"}, outside
+    if in_parts(name):
+        assert outside <= {"torch", "einops"}, outside
+    assert not outside & HEAVY, f"inside functions only: {outside & HEAVY}"
+
+
+def test_there_are_no_cycles():
+    graph = {name_of(p): {n for n in own(p, everywhere=False) if n} for p in FILES}
+    done: set[str] = set()
+
+    def visit(name, trail):
+        assert name not in trail, " -> ".join([*trail, name])
+        if name in done:
+            return
+        for other in graph.get(name, ()):
+            visit(other, [*trail, name])
+        done.add(name)
+
+    for name in graph:
+        visit(name, [])
+
+
+def python(code: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_importing_metafocus_is_quiet_and_imports_no_heavy_package():
+    code = (
+        "import sys, torch\n"
+        "state, threads, dtype = torch.get_rng_state(), torch.get_num_threads(), "
+        "torch.get_default_dtype()\n"
+        "import metafocus\n"
+        "assert torch.equal(state, torch.get_rng_state())\n"
+        "assert (threads, dtype) == (torch.get_num_threads(), torch.get_default_dtype())\n"
+        f"print(sorted({sorted(HEAVY)!r} and set(sys.modules) & set({sorted(HEAVY)!r})))"
+    )
+    assert python(code).strip() == "[]"
+
+
+def test_every_public_name_exists():
+    python("import metafocus\nfor n in metafocus.__all__: getattr(metafocus, n)")
+
+
+@pytest.mark.slow
+def test_import_time():
+    clock = "import time; t = time.perf_counter(); {}; print(time.perf_counter() - t)"
+    alone, both = [], []
+    for _ in range(5):
+        alone.append(float(python(clock.format("import torch"))))
+        both.append(float(python(clock.format("import torch, metafocus"))))
+    # Minima of alternating runs: the least disturbed of each.
+    assert min(both) < 1.5 * min(alone), (alone, both)

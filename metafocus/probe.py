@@ -13,7 +13,7 @@ from metafocus import tree
 from metafocus.autodiff import scalar
 from metafocus.errors import ClosureError, ProblemError
 from metafocus.given import Given
-from metafocus.levels import is_tracked
+from metafocus.levels import is_tracked, transforming
 from metafocus.problem import Problem
 from metafocus.types import Params, Solver
 
@@ -28,7 +28,7 @@ def probe(
 
     Raises:
         ProblemError: if the loss is not a scalar, asks for a key that `init` did not return, or
-            never reads one that it did.
+            never reads one that it did or does not depend on it.
         ClosureError: with `explicit`, if the loss or the solver still needs a derivative although
             all arguments are constants: it closes over a tensor that the estimator cannot see.
     """
@@ -42,6 +42,8 @@ def probe(
         # A given solution has no steps and is a constant.
         steps = point and not isinstance(solver, Given)
         step = solver.update(point, tree.zeros_like(point), state, 0, slow) if steps else {}
+        if fast.in_bulk and not transforming():
+            _refuse_ignored(problem, point, slow, tree.detach(support))
     if fast.unread:
         raise ProblemError(
             f"init returns {sorted(fast.unread)[0]!r}, which inner_loss never reads: it would "
@@ -51,6 +53,28 @@ def probe(
         _refuse_closures("inner_loss", value)
         _refuse_closures("the solver (its lr?)", step)
     return dataclasses.replace(problem, init=lambda _: start)
+
+
+def _refuse_ignored(problem: Problem, point: Params, slow: Params, data: Any) -> None:
+    """Raise for a name that was handed on with the others but that nothing depends on.
+
+    `torch.func.functional_call` ignores unknown names inside a module. A module without any
+    name in use is let through: an expert that no token was routed to looks like this.
+    """
+    leaves = {k: v.detach().requires_grad_() for k, v in point.items()}
+    value = problem.inner_loss(leaves, slow, data)
+    unused = set(leaves)
+    if value.requires_grad:
+        found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+        unused = {k for k, g in zip(leaves, found, strict=True) if g is None}
+    alive = {k.rpartition(".")[0] for k in set(leaves) - unused}
+    ignored = sorted(k for k in unused if not alive or k.rpartition(".")[0] in alive)
+    if ignored:
+        raise ProblemError(
+            f"inner_loss does not depend on the fast weight {ignored[0]!r}: is the name right? "
+            f"Names are module paths, as in dict(module.named_parameters()). init returned "
+            f"{sorted(leaves)}."
+        )
 
 
 def _refuse_closures(who: str, result: Any) -> None:
@@ -101,6 +125,7 @@ class _Recorder(dict[str, Tensor]):
         super().__init__(values)
         self.unread = set(values)
         self.missing: list[str] = []
+        self.in_bulk = False
 
     def __missing__(self, key: str) -> Tensor:
         self.missing.append(key)
@@ -124,10 +149,12 @@ class _Recorder(dict[str, Tensor]):
 
     def items(self) -> Any:
         self.unread.clear()
+        self.in_bulk = True
         return super().items()
 
     def values(self) -> Any:
         self.unread.clear()
+        self.in_bulk = True
         return super().values()
 
     def copy(self) -> Params:

@@ -127,15 +127,39 @@ def test_functional_call_reads_everything_and_an_unknown_name_is_refused():
         run(inner, init=lambda slow: {"layer.weight": torch.ones(1, 2)})
 
 
-@pytest.mark.xfail(strict=True, reason="torch.func.functional_call ignores unknown leaf names")
-def test_functional_call_with_a_misspelt_leaf():
-    module = nn.Linear(2, 1, bias=False)
+@pytest.mark.parametrize("fast", [{"weigth": (1, 2)}, {"weight": (1, 2), "bais": (1,)}])
+def test_functional_call_with_a_misspelt_leaf(fast):
+    """torch ignores it without an error."""
+    module = nn.Linear(2, 1)
 
     def inner(fast, slow, x):
         return torch.func.functional_call(module, fast, (x,)).sum() ** 2
 
-    with pytest.raises(mf.ProblemError):
-        run(inner, init=lambda slow: {"weigth": torch.ones(1, 2)})
+    name = list(fast)[-1]
+    with pytest.raises(mf.ProblemError, match=rf"does not depend on the fast weight '{name}'"):
+        run(inner, init=lambda slow: {k: torch.ones(shape) for k, shape in fast.items()})
+
+
+def test_a_module_that_does_not_run_is_let_through():
+    """As an expert that no token is routed to."""
+    experts = nn.ModuleList([nn.Linear(2, 1), nn.Linear(2, 1)])
+    start = {k: v.detach() for k, v in experts.named_parameters()}
+
+    class Routed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = experts
+
+        def forward(self, x):
+            return self.experts[0](x)
+
+    module = Routed().requires_grad_(False)
+
+    def inner(fast, slow, x):
+        return torch.func.functional_call(module, fast, (x,)).sum() ** 2
+
+    _, aux = run(inner, init=lambda slow: {f"experts.{k}": v for k, v in start.items()})
+    assert torch.equal(aux.params["experts.1.weight"], start["1.weight"])
 
 
 def test_an_error_of_the_loss_itself_comes_through():

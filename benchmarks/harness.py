@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from metafocus.comparison import environment
-from metafocus.measure import process_memory
+from metafocus.measure import peak_bytes, process_memory
 
 Contenders = dict[str, Callable[[], torch.Tensor]]
 
@@ -106,16 +106,24 @@ def main(
     times = interleaved(contenders, reference, args.repeats)
     passed_on = _without(sys.argv[1:], {"--output", "--repeats"})
     peaks = {name: peak_rss(script, name, passed_on) for name in contenders}
+    tensors = {name: peak_bytes(run)[1] for name, run in contenders.items()}
     rows = {
-        name: {"error": errors[name], **times[name], "peak_bytes": peaks[name]}
+        name: {
+            "error": errors[name],
+            **times[name],
+            "tensor_bytes": tensors[name],
+            "peak_bytes": peaks[name],
+        }
         for name in contenders
     }
-    base = peaks[reference]
-    print(f"{'':30}{'error':>9}{'CPU s':>9}{'x':>7}{'quartiles':>15}{'MB':>8}{'x':>7}")
+    base = tensors[reference]
+    print(f"{'':30}{'error':>9}{'CPU s':>9}{'x':>7}{'quartiles':>15}{'MB':>8}{'x':>7}  RSS MB")
     for name, row in rows.items():
         low, high = row["ratio_quartiles"]
         peak = row["peak_bytes"]
-        memory = f"{peak / 2**20:8.1f}{peak / base:7.2f}" if isinstance(peak, int) else f"  {peak}"
+        live = row["tensor_bytes"]
+        memory = f"{live / 2**20:8.1f}{live / base:7.2f}"
+        memory += f"{peak / 2**20:8.1f}" if isinstance(peak, int) else f"  {peak}"
         print(
             f"{name:30}{row['error']:9.1e}{row['seconds']:9.4f}{row['ratio']:7.2f}"
             f"   [{low:4.2f}, {high:4.2f}]{memory}"

@@ -89,6 +89,7 @@ class Comparison:
 
         An estimator without a finite hypergradient has no point in it.
         """
+        from matplotlib import ticker
         from matplotlib.figure import Figure
 
         # Without pyplot: no window, and the back end of a notebook stays as it is.
@@ -105,6 +106,9 @@ class Comparison:
                 x, y = row[key] / unit, max(row["relative_error"], floor)
                 axis.scatter([x], [y], s=45, color=f"C{i % 10}", zorder=3, label=row["name"])
             axis.set(xscale="log", yscale="log", xlabel=label)
+            axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+            axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.xaxis.set_minor_formatter(ticker.NullFormatter())
             axis.grid(True, which="major", alpha=0.3)
         axes[0].set_ylabel(f"relative error against {self.reference}")
         handles, labels = axes[0].get_legend_handles_labels()

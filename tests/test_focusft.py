@@ -176,6 +176,19 @@ def test_graph_unroll_with_checkpointing(checkpointing):
     assert relative(grads(model), grads(expected)) < 1e-12
 
 
+def test_sixteen_inner_steps_recomputed_equal_the_graph():
+    """The form whose memory is flat (test_memory_lm.py), where it matters."""
+    found = []
+    for estimator in (mf.Unrolled(), mf.Unrolled(recompute=True)):
+        model = build_exact()
+        adapter = mf.LoRA(mf.top_layers(0.75, NAMES), RANK, ALPHA)
+        meta = focusft(model, adapter=adapter, solver=mf.SGD(0.1, 16), estimator=estimator)
+        meta({}, mf.Episode(chat_batch(), chat_batch()))[0].backward()
+        found.append(grads(model))
+    # float64; sixteen steps of the same operations, summed in another order.
+    assert relative(found[1], found[0]) < 1e-12
+
+
 def test_second_order_is_the_derivative():
     """Central differences of the whole map, along the gradient and a random direction."""
     batch = chat_batch()

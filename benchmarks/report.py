@@ -19,9 +19,9 @@ TITLES = {
         "An implicit gradient",
         "64 regularisation strengths of logistic regression on digits, 640 fast weights, CG with "
         "20 products, the solution given. Target: no slower than hypertorch. Missed: the 20 "
-        "products cost the same in both; the rest here also looks whether the solution is "
-        "stationary, linearises the system twice, and keeps CG free of branches on values, so "
-        "that it runs under vmap and can be differentiated again.",
+        "products are most of the time in both; the rest here also looks whether the solution is "
+        "stationary, checks what it is given, and keeps CG free of branches on values, so that "
+        "it runs under vmap and can be differentiated again.",
     ),
 }
 

@@ -6,7 +6,7 @@ Each linearises once and can be used for many products.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,18 +50,40 @@ def hvp_reverse(loss: Callable[..., Tensor], fast: Params, *rest: Any) -> tuple[
         value = loss(*primals)
         grads = torch.autograd.grad(value, at, create_graph=True, materialize_grads=True)
 
-    def product(direction: Params) -> tuple[Any, ...]:
-        pairs = [(g, direction[k]) for k, g in zip(fast, grads, strict=True) if g.requires_grad]
-        if not pairs:
-            return rebuild([torch.zeros_like(x) for x in inputs])
-        ys, ds = [y for y, _ in pairs], [d for _, d in pairs]
-        found = torch.autograd.grad(
-            ys, leaves, ds, retain_graph=True, create_graph=track, materialize_grads=True
-        )
-        return rebuild(found) if rest else (dict(zip(fast, found, strict=True)),)
-
     gradient = dict(zip(fast, grads, strict=True))
+    product = _Taped(gradient, leaves, rebuild, track)
     return (gradient if track else tree.detach(gradient)), product
+
+
+class _Taped:
+    """Products on one tape: with all second derivatives, or with the Hessian alone."""
+
+    def __init__(self, gradient: Params, leaves: list[Tensor], rebuild: Any, track: bool):
+        self.gradient = gradient
+        self.leaves = leaves
+        self.rebuild = rebuild
+        self.track = track
+
+    def __call__(self, direction: Params) -> tuple[Any, ...]:
+        return self.rebuild(self._along(direction, self.leaves))
+
+    def hessian(self, direction: Params) -> Params:
+        """Return the first entry of the product only."""
+        found = self._along(direction, self.leaves[: len(self.gradient)])
+        return dict(zip(self.gradient, found, strict=True))
+
+    def _along(self, direction: Params, leaves: list[Tensor]) -> Sequence[Tensor]:
+        pairs = [(g, direction[k]) for k, g in self.gradient.items() if g.requires_grad]
+        if not pairs:
+            return [torch.zeros_like(x) for x in leaves]
+        return torch.autograd.grad(
+            [g for g, _ in pairs],
+            leaves,
+            [d for _, d in pairs],
+            retain_graph=True,
+            create_graph=self.track,
+            materialize_grads=True,
+        )
 
 
 def hvp_forward(loss: Callable[..., Tensor], fast: Params, *rest: Any) -> tuple[Params, Product]:

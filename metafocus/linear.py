@@ -215,7 +215,10 @@ def flattening(like: Params) -> tuple[Callable[[Params], Tensor], Callable[[Tens
     sizes = [v.numel() for v in like.values()]
 
     def flat(v: Params) -> Tensor:
-        return torch.cat([v[k].reshape(-1) for k in like]) if like else torch.zeros(0)
+        parts = [v[k].reshape(-1) for k in like]
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts) if parts else torch.zeros(0)
 
     def unflat(v: Tensor) -> Params:
         parts = v.split(sizes)

@@ -24,7 +24,7 @@ from metafocus.estimators.attached import (
 from metafocus.hvp import evaluated_for, hvp_reverse
 from metafocus.inverse import Operator, inverse
 from metafocus.krylov import CG
-from metafocus.levels import refuse_nested_forward_mode
+from metafocus.levels import refuse_nested_forward_mode, transforming
 from metafocus.problem import Problem, check_params
 from metafocus.types import HVP, Episode, LinearSolver, MatVec, Params, Solution, Solver
 
@@ -199,10 +199,16 @@ class _Stationary(System):
 
     def pull(self, point: Point, right: Params) -> list[Tensor]:
         """Return `-M' H^-1 v`."""
-        solved = self.inverse(point, right)
         at, together = point.floats()
-        _, mixed = self.hvp(lambda f, xs: self.loss(f, *together(xs)), point.fast, at)
-        return [-g for g in mixed(solved)[1]]
+        _, product = self.hvp(lambda f, xs: self.loss(f, *together(xs)), point.fast, at)
+        # Nobody will differentiate this: the system need not be solved as an equation, and one
+        # linearisation does for both.
+        final = not (transforming() or torch.is_grad_enabled())
+        if final and right and hasattr(product, "hessian"):
+            solved = self.solve(product.hessian, right)  # pyright: ignore
+        else:
+            solved = self.inverse(point, right)
+        return [-g for g in product(solved)[1]]
 
     def push(self, point: Point, along: list[Tensor]) -> Params:
         """Return `-H^-1 M t`."""

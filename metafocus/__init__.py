@@ -6,7 +6,7 @@ parameters, whose ordinary derivative is the chosen hypergradient.
 
 from __future__ import annotations
 
-from metafocus import errors, masks, recipes, single_loop
+from metafocus import attention, errors, masks, recipes, single_loop
 from metafocus.adapters import LoRA, Placement, all_linear, matching, top_layers
 from metafocus.bilevel import MetaLoss, adapt, bilevel, hypergrad
 from metafocus.compare import compare
@@ -124,6 +124,7 @@ __all__ = [
     "clip_per_tensor",
     "compare",
     "context_tokens",
+    "attention",
     "errors",
     "evolution",
     "hvp_finite",

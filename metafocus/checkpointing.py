@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 
 from metafocus.adapters import slots
+from metafocus.attention.hugging_face import attention_as
 from metafocus.recompute import recompute
 
 
@@ -39,7 +41,7 @@ def exact_checkpointing(model: nn.Module) -> Iterator[None]:
             lifted.append((table, hook.id, table.pop(hook.id)))
     try:
         for layer in layers:
-            layer._gradient_checkpointing_func = checkpoint_layer  # pyright: ignore
+            layer._gradient_checkpointing_func = partial(checkpoint_layer, model)  # pyright: ignore
         yield
     finally:
         for layer, function in zip(layers, before, strict=True):
@@ -48,10 +50,11 @@ def exact_checkpointing(model: nn.Module) -> Iterator[None]:
             table[key] = hook
 
 
-def checkpoint_layer(call: Any, *args: Any) -> Any:
+def checkpoint_layer(model: nn.Module, call: Any, *args: Any) -> Any:
     """Run a decoder layer with `recompute`; a checkpoint function for transformers.
 
     Args:
+        model: the model that the layer belongs to.
         call: `partial(forward, layer, **kwargs)` (transformers 5.23) or a partial of a bound
             method of the layer (older).
         args: the positional arguments of the layer.
@@ -59,9 +62,15 @@ def checkpoint_layer(call: Any, *args: Any) -> Any:
     layer = call.args[0] if call.args else call.func.__self__
     parameters = dict(layer.named_parameters())
     functions = slots.functions(layer)
+    config = model.config.get_text_config()  # pyright: ignore
+    implementation = config._attn_implementation
 
     def run(parameters: dict[str, Tensor], fast: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
-        with _reparametrize_module(layer, parameters), slots.rebind(layer, fast, functions):
+        with (
+            attention_as(config, implementation),
+            _reparametrize_module(layer, parameters),
+            slots.rebind(layer, fast, functions),
+        ):
             return call.func(*call.args, *args, **kwargs)
 
     return recompute(run, parameters, slots.bound(layer), args, call.keywords)

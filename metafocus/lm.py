@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metafocus import masks
+from metafocus import heads, masks
+from metafocus.attention.hugging_face import attending, takes_spans
 from metafocus.checkpointing import exact_checkpointing
 from metafocus.errors import ProblemError
 from metafocus.masks import MaskPolicy
-from metafocus.spans import Spans
+from metafocus.spans import Spans, windowed
+from metafocus.token_loss import IGNORED, Tail, wide
 from metafocus.types import Params
 
 Batch = dict[str, Any]
@@ -57,6 +59,24 @@ def all_tokens(batch: Batch) -> Tensor:
     return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
 
 
+class Scored(NamedTuple):
+    """What a loss needs to know of a batch besides the model's inputs."""
+
+    policy: TokenPolicy
+    """Which tokens are scored."""
+    rows: Tensor | None
+    """Flat indices of the positions from which they are predicted, `[n]`; None: all of them."""
+    targets: Tensor
+    """What is predicted there, `[n]`; or `[B * S]`, -100 where nothing is."""
+    number: Tensor
+    """Number of scored tokens, at least 1."""
+
+    def select(self, hidden: Tensor) -> Tensor:
+        """Return the rows of `[B, S, D]` hidden states to which the targets belong."""
+        flat = hidden.flatten(0, 1)
+        return flat if self.rows is None else flat.index_select(0, self.rows)
+
+
 @dataclass(frozen=True)
 class LMLoss:
     """Mean next-token cross entropy over the chosen tokens; made by `lm_loss`."""
@@ -67,48 +87,83 @@ class LMLoss:
     tokens: TokenPolicy
 
     def prepare(self, batch: Batch) -> Batch:
-        """Return the batch with attention mask and positions in the form the model wants.
+        """Return the batch with what the model and the loss want: masks, positions, scored rows.
 
-        Optional: a batch that is not prepared is prepared on the fly, at every call.
+        Optional: a batch that is not prepared is prepared on the fly, at every call (on a GPU
+        with one host synchronisation, to count the scored tokens). A batch that a loss with
+        other `tokens` prepared keeps its masks and gets its own rows.
         """
-        if "model_inputs" in batch:
+        scored = batch.get("scored")
+        if "model_inputs" in batch and scored is not None and scored.policy == self.tokens:
             return batch
-        return {**batch, "model_inputs": self._model_inputs(batch)}
+        inputs = batch.get("model_inputs") or self._model_inputs(batch)
+        self._tail()
+        return {**batch, "model_inputs": inputs, "scored": self._scored(batch)}
 
     def __call__(self, fast: Params, slow: Params, batch: Batch) -> Tensor:
         """Return the loss; with `slow={}` the model's own parameters are the slow weights."""
-        inputs = self.prepare(batch)["model_inputs"]
-        with exact_checkpointing(self.model), self.adapter.bind(self.model, fast):
-            if slow:
-                out = torch.func.functional_call(self.model, slow, (), inputs)
-            else:
-                out = self.model(**inputs)
-        return self._cross_entropy(out.logits, batch)
+        batch = self.prepare(batch)
+        inputs, scored = batch["model_inputs"], batch["scored"]
+        tail = self._tail()
 
-    def _cross_entropy(self, logits: Tensor, batch: Batch) -> Tensor:
+        def run() -> Any:
+            if slow:
+                return torch.func.functional_call(self.model, slow, (), inputs)
+            return self.model(**inputs)
+
+        with (
+            attending(self.model),
+            exact_checkpointing(self.model),
+            self.adapter.bind(self.model, fast),
+        ):
+            if tail is None:
+                hidden_loss = _full_loss(run().logits, scored)
+            else:
+                head = self.model.get_output_embeddings()  # pyright: ignore
+                hidden_loss = heads.read_hidden(
+                    head, run, lambda head, hidden: loss_of_hidden(head, hidden, scored, tail)
+                )
+        return hidden_loss / scored.number
+
+    def _scored(self, batch: Batch) -> Scored:
         position = masks.positions(batch)
         # A token is predicted from the one before it, which must be of the same document.
         scored = (self.tokens(batch) & (position > 0))[:, 1:]
-        targets = torch.where(scored, batch["input_ids"][:, 1:], -100)
-        logits = logits[:, :-1]
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        total = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), reduction="sum")
-        return total / scored.sum().clamp(min=1)
+        targets = F.pad(
+            torch.where(scored, batch["input_ids"][:, 1:], IGNORED), (0, 1), value=IGNORED
+        )
+        targets, count = targets.flatten(), scored.sum().clamp(min=1)
+        rows = heads.scored_rows(targets)
+        if rows is not None:
+            targets = targets.index_select(0, rows)
+        return Scored(self.tokens, rows, targets, count)
+
+    def _tail(self) -> Tail | None:
+        """Return what follows the model's head; None: use the logits that it returns."""
+        with attending(self.model):
+            return heads.tail_after(self.model, self._two_tokens)
+
+    def _two_tokens(self) -> dict[str, Any]:
+        index = torch.arange(2, device=next(self.model.parameters()).device)[None]
+        # Not the first ids: the embedding of a padding token is zero.
+        ids = index + self.model.config.get_text_config().vocab_size // 2  # pyright: ignore
+        return self._inputs(ids, index, Spans(torch.zeros_like(index), index + 1))
 
     def _model_inputs(self, batch: Batch) -> dict[str, Any]:
         if "input_ids" not in batch:
             raise ProblemError(f"a batch needs input_ids [B, S]; this one has {sorted(batch)}.")
-        spans = self.mask(batch)
+        return self._inputs(batch["input_ids"], masks.positions(batch), self.mask(batch))
+
+    def _inputs(self, ids: Tensor, positions: Tensor, spans: Spans) -> dict[str, Any]:
         return {
-            "input_ids": batch["input_ids"],
-            "position_ids": masks.positions(batch),
+            "input_ids": ids,
+            "position_ids": positions,
             "attention_mask": self._attention_mask(spans),
             "use_cache": False,
         }
 
     def _attention_mask(self, spans: Spans) -> Tensor | dict[str, Tensor]:
         config = self.model.config.get_text_config()  # pyright: ignore
-        dtype = self._mask_dtype(config._attn_implementation)
         window = getattr(config, "sliding_window", None)
         kinds = set(getattr(config, "layer_types", None) or ())
         unknown = kinds - {"full_attention", "sliding_attention"}
@@ -118,30 +173,45 @@ class LMLoss:
                 "full_attention and sliding_attention take an explicit mask."
             )
         if window is None or (kinds and "sliding_attention" not in kinds):
-            return spans.dense(dtype)
-        narrow = windowed(spans, window).dense(dtype)
+            return self._mask(spans)
+        narrow = self._mask(windowed(spans, window))
         if not kinds:
             return narrow
-        return {"full_attention": spans.dense(dtype), "sliding_attention": narrow}
+        return {"full_attention": self._mask(spans), "sliding_attention": narrow}
 
-    def _mask_dtype(self, implementation: str) -> torch.dtype | None:
+    def _mask(self, spans: Spans) -> Tensor:
+        if takes_spans(self.model):
+            return spans.stack()
+        implementation = self.model.config.get_text_config()._attn_implementation  # pyright: ignore
         # Eager attention adds its mask, so a boolean one would mask nothing, without an error.
         if implementation == "eager":
-            return self.model.dtype  # pyright: ignore
+            return spans.dense(self.model.dtype)  # pyright: ignore
         if implementation == "sdpa":
-            return None
+            return spans.dense()
         raise ProblemError(
             f"attn_implementation={implementation!r} takes no explicit mask. Load the model with "
-            "attn_implementation='sdpa' or 'eager', or call "
+            "attn_implementation='metafocus', 'sdpa' or 'eager', or call "
             "model.set_attn_implementation('sdpa')."
         )
 
 
-def windowed(spans: Spans, window: int) -> Spans:
-    """Return the spans without the keys `window` or more positions before their query."""
-    query = torch.arange(spans.start.shape[-1], device=spans.start.device)
-    reach = Spans((query - window + 1).clamp(min=0).expand_as(spans.start), spans.stop)
-    return spans & reach
+def loss_of_hidden(head: nn.Module, hidden: Tensor, scored: Scored, tail: Tail) -> Tensor:
+    """Return the summed loss from the final hidden states `[B, S, D]`, at scored positions only.
+
+    Args:
+        head: the model's output embeddings, holding the weights to be used.
+        hidden: what the head would see.
+        scored: of the batch: `LMLoss.prepare(batch)["scored"]`.
+        tail: what follows the head.
+    """
+    return heads.head_loss(head, scored.select(hidden), scored.targets, tail)
+
+
+def _full_loss(logits: Tensor, scored: Scored) -> Tensor:
+    total = F.cross_entropy(
+        wide(scored.select(logits)), scored.targets, reduction="sum", ignore_index=IGNORED
+    )
+    return total
 
 
 def lm_loss(
@@ -154,10 +224,15 @@ def lm_loss(
     """Return `loss(fast, slow, batch)`: mean cross entropy of the next token.
 
     `loss = - sum_t [t scored] log p(x_t | x_<t) / #scored`, computed in float32 or wider. A batch
-    in which no token is scored has the loss 0 and the gradient 0.
+    in which no token is scored has the loss 0 and the gradient 0. The head of the model is applied
+    at scored positions only, a chunk at a time (inside `vmap` and in a compiled function: at all
+    positions, a chunk at a time). Whether the model's logits are no more than its head, a scale
+    and a cap is checked at the first call by a forward pass of two tokens; if they are more, or
+    if a compiler comes before that call, they are taken from the model for all positions.
 
     Args:
-        model: a Hugging Face causal language model with `attn_implementation` "eager" or "sdpa".
+        model: a Hugging Face causal language model. It attends to spans, in memory linear in the
+            length (`metafocus.attention`), unless its `attn_implementation` is "eager".
             `gradient_checkpointing_enable()` is honoured, exactly.
         adapter: what the fast weights are, such as `mf.LoRA(...)`.
         mask: which keys each query may see, such as `mf.masks.context_bidirectional`. Sliding
@@ -166,7 +241,10 @@ def lm_loss(
             `batch -> [B, S]` boolean function.
 
     Returns:
-        An `LMLoss`; its `prepare(batch)` computes the masks once for several calls.
+        An `LMLoss`; its `prepare(batch)` computes masks and scored rows once for several calls.
+
+    Warns:
+        UserWarning: at the first call, if the head of this model cannot be split off.
 
     Raises:
         ProblemError: at the first call, for an attention implementation that takes no explicit

@@ -207,3 +207,22 @@ def nonempty(start: Tensor, stop: Tensor) -> Spans:
     """
     some = start < stop
     return Spans(torch.where(some, start, 0), torch.where(some, stop, 0))
+
+
+def windowed(spans: Spans, window: int) -> Spans:
+    """Spans without the keys `window` or more positions before their query.
+
+    Args:
+        spans: The spans, `[B, S]`.
+        window: Keys up to and including the query that a causal query keeps, at least 1.
+
+    Returns:
+        The narrower spans.
+
+    Example:
+        >>> causal = Spans(torch.tensor([[0, 0, 0]]), torch.tensor([[1, 2, 3]]))
+        >>> windowed(causal, 2).start
+        tensor([[0, 0, 1]])
+    """
+    query = torch.arange(spans.start.shape[-1], device=spans.start.device)
+    return spans & Spans((query - window + 1).clamp(min=0).expand_as(spans.start), spans.stop)

@@ -37,7 +37,8 @@ def focusft_problem(
     def prepare(slow: Params, episode: Episode) -> Episode:
         support = inner.prepare(episode.support)
         if episode.query is episode.support:
-            return Episode(support, support)
+            # The masks are shared; which tokens are scored may differ.
+            return Episode(support, outer.prepare(support))
         return Episode(support, outer.prepare(episode.query))
 
     return Problem(inner, outer, lambda slow: adapter.init(model, generator), prepare)

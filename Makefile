@@ -28,7 +28,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python examples/demo_report.py $(DEMO)/base $(DEMO)/sft $(DEMO)/focusft
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -180,7 +180,9 @@ def tail_after(model: nn.Module, probe: Callable[[], dict[str, Any]]) -> Tail | 
     tap = None if head is None else _find(head)
     if tap is not None and key in tap.tails:
         return tap.tails[key]
-    if torch.compiler.is_compiling() or next(model.parameters()).is_meta:
+    weight = next(model.parameters())
+    # Sharded weights meet plain ones in the check.
+    if torch.compiler.is_compiling() or weight.is_meta or hasattr(weight, "full_tensor"):
         return None
     found = checked_tail(model, head, told, probe())
     tail = found if isinstance(found, Tail) else None
@@ -220,7 +222,7 @@ def checked_tail(
         ladders.append(steps.to(output.dtype).view(output.shape))
         return ladders[-1]
 
-    with _bystander(model):
+    with bystander(model):
         handle = head.register_forward_hook(climb)
         logits: list[Tensor] = []
         try:
@@ -255,7 +257,7 @@ def _agree(a: Tensor, b: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def _bystander(model: nn.Module) -> Iterator[None]:
+def bystander(model: nn.Module) -> Iterator[None]:
     """Run a model on the side: no transforms, no graph, and the random state given back."""
     devices = sorted({p.get_device() for p in model.parameters() if p.is_cuda})
     with contextlib.ExitStack() as stack:

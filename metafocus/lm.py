@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metafocus import heads, masks
+from metafocus import heads, masks, prefix
 from metafocus.attention.hugging_face import attending, takes_spans
 from metafocus.checkpointing import exact_checkpointing
 from metafocus.errors import ProblemError
@@ -103,27 +104,61 @@ class LMLoss:
     def __call__(self, fast: Params, slow: Params, batch: Batch) -> Tensor:
         """Return the loss; with `slow={}` the model's own parameters are the slow weights."""
         batch = self.prepare(batch)
-        inputs, scored = batch["model_inputs"], batch["scored"]
-        tail = self._tail()
+        scored, tail = batch["scored"], self._tail()
 
-        def run() -> Any:
+        def reader(head: nn.Module, hidden: Tensor) -> Tensor:
+            assert tail is not None
+            return loss_of_hidden(head, hidden, scored, tail)
+
+        with self.adapter.bind(self.model, fast), self._running():
+            if tail is None:
+                total = _full_loss(self._run(slow, batch).logits, scored)
+            else:
+                total = heads.read_hidden(self._head(), lambda: self._run(slow, batch), reader)
+        return total / scored.number
+
+    def hidden_before(self, cut: tuple[str, int], slow: Params, batch: Batch) -> prefix.Hidden:
+        """Return the hidden states before a layer, of a prepared batch.
+
+        Args:
+            cut: path of the list of layers and index of the layer; no fast weight lies below it.
+            slow: the slow weights; `{}` means the model's own.
+            batch: what `prepare` returned.
+        """
+
+        def run() -> None:
+            heads.read_hidden(
+                self._head(), lambda: self._run(slow, batch), lambda head, hidden: hidden
+            )
+
+        with self._running():
+            return prefix.hidden_before(self.model, *cut, run)
+
+    def final_hidden(self, fast: Params, batch: Batch) -> Tensor:
+        """Return what the model's head would see, `[B, S, D]`, of a prepared batch."""
+        with self.adapter.bind(self.model, fast), self._running():
+            return heads.read_hidden(
+                self._head(), lambda: self._run({}, batch), lambda head, hidden: hidden
+            )
+
+    def probe(self) -> Batch:
+        """Return a few tokens as a prepared batch, to look what the model does with them."""
+        return {"model_inputs": self._two_tokens()}
+
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        with attending(self.model), exact_checkpointing(self.model):
+            yield
+
+    def _run(self, slow: Params, batch: Batch) -> Any:
+        inputs = batch["model_inputs"]
+        with prefix.resumed(self.model, batch.get("hidden")):
             if slow:
                 return torch.func.functional_call(self.model, slow, (), inputs)
             return self.model(**inputs)
 
-        with (
-            attending(self.model),
-            exact_checkpointing(self.model),
-            self.adapter.bind(self.model, fast),
-        ):
-            if tail is None:
-                hidden_loss = _full_loss(run().logits, scored)
-            else:
-                head = self.model.get_output_embeddings()  # pyright: ignore
-                hidden_loss = heads.read_hidden(
-                    head, run, lambda head, hidden: loss_of_hidden(head, hidden, scored, tail)
-                )
-        return hidden_loss / scored.number
+    def _head(self) -> nn.Module:
+        return self.model.get_output_embeddings()  # pyright: ignore
 
     def _scored(self, batch: Batch) -> Scored:
         position = masks.positions(batch)

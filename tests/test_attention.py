@@ -14,7 +14,7 @@ import metafocus as mf
 from metafocus.attention import span_attention, tiles
 from metafocus.errors import ProblemError, TransformError
 from metafocus.spans import Spans, nonempty, windowed
-from tests.models import chat_batch, relative
+from models import chat_batch, relative
 
 B, H, HKV, S, D, DV = 2, 4, 2, 11, 5, 3
 # Sums of some hundred products in another order.

@@ -11,7 +11,7 @@ from metafocus.attention import register
 from metafocus.errors import ProblemError
 from metafocus.masks import positions
 from metafocus.spans import Spans, windowed
-from tests.models import build, chat_batch, relative
+from models import build, chat_batch, relative
 
 MODELS = ("qwen2", "qwen3", "llama", "mistral", "gemma2", "gemma3", "gpt2")
 # Softmax and RMSNorm of transformers round to float32: see fine print 16 of the design.

@@ -93,7 +93,7 @@ class top_layers:
         unmatched = set(self.names)
         for path in modules:
             hits = {name for name in self.names if f".{path}".endswith(f".{name}")}
-            place = _layer(path, modules) if hits else None
+            place = layer_of(path, modules) if hits else None
             if place is not None:
                 found.append((*place, path))
                 unmatched -= hits
@@ -193,7 +193,7 @@ def all_linear(model: nn.Module) -> tuple[str, ...]:
     return chosen
 
 
-def _layer(path: str, modules: dict[str, nn.Module]) -> tuple[str, int] | None:
+def layer_of(path: str, modules: dict[str, nn.Module]) -> tuple[str, int] | None:
     """The outermost list of layers that a module lies in, and the index of its layer."""
     parts = path.split(".")
     for depth in range(len(parts) - 1):
@@ -207,7 +207,7 @@ def _linear_names(modules: dict[str, nn.Module]) -> list[str]:
     """Names, relative to their layer, of the linear modules in lists of layers."""
     names: dict[str, None] = {}
     for path, module in modules.items():
-        place = _layer(path, modules) if adaptable(module) else None
+        place = layer_of(path, modules) if adaptable(module) else None
         if place is not None:
             home, index = place
             names[path.removeprefix(f"{home}.{index}.".lstrip("."))] = None

@@ -14,6 +14,7 @@ from metafocus.estimators import Estimator, FirstOrder
 from metafocus.lm import Adapter, TokenPolicy, answer_tokens, lm_loss
 from metafocus.masks import MaskPolicy
 from metafocus.problem import Problem
+from metafocus.sharing import Shared
 from metafocus.solvers import SGD, clip_per_tensor
 from metafocus.types import Aux, Episode, Params, Solver
 
@@ -34,8 +35,10 @@ def focusft_problem(
     inner = lm_loss(model, adapter=adapter, mask=mask, tokens=inner_tokens)
     outer = lm_loss(model, adapter=adapter, mask=mask, tokens=answer_tokens)
 
+    shared = Shared(inner)
+
     def prepare(slow: Params, episode: Episode) -> Episode:
-        support = inner.prepare(episode.support)
+        support = shared(slow, inner.prepare(episode.support))
         if episode.query is episode.support:
             # The masks are shared; which tokens are scored may differ.
             return Episode(support, outer.prepare(support))

@@ -1,0 +1,167 @@
+"""Which checkpoint of a training run can be resumed: the newest one that was written to its end."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+import warnings
+import zipfile
+from pathlib import Path
+
+from metafocus.errors import DataError
+
+SEAL = "trainer_state.json"
+"""Written last: a directory without it belongs to a process that was killed while saving."""
+
+_WEIGHTS = (
+    "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors",
+    "pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin",
+)  # fmt: skip
+
+
+def resumable(output_dir: str | Path, *, ranks: int = 1) -> Path | None:
+    """Return the newest complete checkpoint in a directory; None to start from the beginning.
+
+    Newer ones that are not complete are left where they are, with a warning.
+
+    Args:
+        output_dir: of the run.
+        ranks: how many processes train; each has its own file of random states.
+
+    Raises:
+        DataError: if no checkpoint is complete although one was written to its end: it has been
+            damaged since, and starting over would hide that.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     print(resumable(folder))
+        None
+    """
+    faults: dict[Path, str] = {}
+    for path in sorted(_checkpoints(Path(output_dir)), key=_step, reverse=True):
+        fault = damage(path, ranks=ranks)
+        if fault is None:
+            _warn_passed_over(faults, f"resuming from {path.name}")
+            return path
+        faults[path] = fault
+    broken = {path: fault for path, fault in faults.items() if (path / SEAL).exists()}
+    if broken:
+        path, fault = next(iter(broken.items()))
+        raise DataError(
+            f"no checkpoint in {output_dir} can be resumed; the newest that was saved to its end, "
+            f"{path.name}, is damaged: {fault}. Restore it, name another with "
+            "resume_from_checkpoint=PATH, or delete it to start over."
+        )
+    _warn_passed_over(faults, "starting from the beginning")
+    return None
+
+
+def require_complete(path: str | Path, *, ranks: int = 1) -> Path:
+    """Return the path of a checkpoint that is complete.
+
+    Raises:
+        DataError: if it is not, with what is wrong.
+    """
+    fault = damage(Path(path), ranks=ranks)
+    if fault is not None:
+        raise DataError(
+            f"resume_from_checkpoint={str(path)!r} cannot be resumed: {fault}. Pass True to use "
+            "the newest complete checkpoint of the output directory."
+        )
+    return Path(path)
+
+
+def damage(path: Path, *, ranks: int = 1) -> str | None:
+    """Say what is missing or cut off in a checkpoint directory; None if it is complete.
+
+    Looks at headers and sizes, not at every byte.
+
+    Example:
+        >>> damage(Path("nowhere/checkpoint-3"))
+        'it is not a directory'
+    """
+    if not path.is_dir():
+        return "it is not a directory"
+    if not (path / SEAL).exists():
+        return f"{SEAL} is missing, which is written last: saving was interrupted"
+    try:
+        state = json.loads((path / SEAL).read_text())
+        step = state["global_step"]
+    except (ValueError, KeyError, TypeError):
+        return f"{SEAL} is cut off"
+    number = _step(path)
+    if number >= 0 and step != number:
+        return f"{SEAL} is of step {step}"
+    if any(path.glob("pytorch_model_fsdp*")):
+        # The sharded formats of FSDP check themselves when they are read.
+        return None
+    weights = [path / name for name in _WEIGHTS if (path / name).exists()]
+    if not weights:
+        return "there are no model weights"
+    for file in weights:
+        try:
+            shards = _shards(file)
+        except (ValueError, KeyError, TypeError):
+            return f"{file.name} is cut off"
+        for shard in shards:
+            if not _whole(shard):
+                return f"{shard.name} is missing or cut off"
+    if (path / "optimizer.bin").exists() or any(path.glob("global_step*")):
+        return None
+    random = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{i}.pth" for i in range(ranks)]
+    for name in ("optimizer.pt", "scheduler.pt", *random):
+        if not (path / name).exists():
+            return f"{name} is missing (saved with save_only_model, or by {_other(path)} processes)"
+        if not _whole(path / name):
+            return f"{name} is cut off"
+    return None
+
+
+def _other(path: Path) -> str:
+    return str(len(list(path.glob("rng_state_*.pth"))) or 1)
+
+
+def _checkpoints(output_dir: Path) -> list[Path]:
+    found = output_dir.glob("checkpoint-*") if output_dir.is_dir() else ()
+    return [path for path in found if path.is_dir() and _step(path) >= 0]
+
+
+def _step(path: Path) -> int:
+    match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+    return int(match.group(1)) if match else -1
+
+
+def _shards(file: Path) -> list[Path]:
+    if not file.name.endswith(".index.json"):
+        return [file]
+    names = sorted(set(json.loads(file.read_text())["weight_map"].values()))
+    return [file.parent / name for name in names]
+
+
+def _whole(file: Path) -> bool:
+    """Whether a safetensors or torch file goes on to where its header or directory says."""
+    if not file.is_file():
+        return False
+    if file.suffix != ".safetensors":
+        return zipfile.is_zipfile(file)
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        first = stream.read(8)
+        if len(first) < 8:
+            return False
+        (length,) = struct.unpack("<Q", first)
+        if 8 + length > size:
+            return False
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError:
+            return False
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    return size == 8 + length + max(ends, default=0)
+
+
+def _warn_passed_over(faults: dict[Path, str], outcome: str) -> None:
+    for path, fault in faults.items():
+        warnings.warn(f"{path} is passed over: {fault}; {outcome}.", stacklevel=4)

@@ -1,0 +1,126 @@
+"""Running a decoder in two parts: the layers below a certain one, and the rest from there.
+
+The model runs its own `forward` both times; layers of the other part let their input pass. So
+embeddings, position embeddings, masks of each kind of layer and whatever else a model does around
+its layers stay its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from metafocus.adapters.placement import layer_of
+from metafocus.errors import ProblemError
+
+
+class Hidden(NamedTuple):
+    """The hidden states between two layers.
+
+    Attributes:
+        states: The input of the layer, `[B, S, D]`.
+        home: Path of the list of layers.
+        first: Index of the layer.
+    """
+
+    states: Tensor
+    home: str
+    first: int
+
+
+def fast_layers(model: nn.Module, names: Iterable[str]) -> tuple[str, int] | None:
+    """Return the list of layers that all fast weights lie in, and the first index with one.
+
+    Args:
+        model: The model.
+        names: Of the fast weights: module paths, with the name of the weight.
+
+    Returns:
+        `(path, index)`; None without fast weights, or if one lies elsewhere.
+
+    Example:
+        >>> model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])})
+        >>> fast_layers(model, ["layers.1.lora_A"])
+        ('layers', 1)
+    """
+    modules = dict(model.named_modules())
+    places = [layer_of(name, modules) for name in names]
+    found = [place for place in places if place is not None]
+    if not found or len(found) < len(places) or len({home for home, _ in found}) > 1:
+        return None
+    return min(found)
+
+
+def hidden_before(model: nn.Module, home: str, first: int, run: Callable[[], Any]) -> Hidden:
+    """Return the input of layer `first` while `run()` runs the model, without the later layers.
+
+    Args:
+        model: The model.
+        home: Path of its list of layers.
+        first: Index of the layer.
+        run: Calls the model.
+
+    Raises:
+        ProblemError: If the layer is not called.
+    """
+    seen: list[Tensor] = []
+
+    def keep(states: Tensor) -> Tensor:
+        seen.append(states)
+        return states
+
+    layers = list(model.get_submodule(home).children())
+    with _instead(layers[first : first + 1], keep), _instead(layers[first + 1 :], _pass):
+        run()
+    if not seen:
+        raise ProblemError(f"{type(model).__name__} did not call its layer {home}.{first}.")
+    return Hidden(seen[0], home, first)
+
+
+@contextlib.contextmanager
+def resumed(model: nn.Module, hidden: Hidden | None) -> Iterator[None]:
+    """Let a model start from hidden states inside a `with` block; from its input, if None.
+
+    Args:
+        model: The model.
+        hidden: What `hidden_before` returned, with `first` at least 1.
+    """
+    if hidden is None:
+        yield
+        return
+    layers = list(model.get_submodule(hidden.home).children())[: hidden.first]
+    with _instead(layers[:-1], _pass), _instead(layers[-1:], lambda _: hidden.states):
+        yield
+
+
+def _pass(states: Tensor) -> Tensor:
+    return states
+
+
+@contextlib.contextmanager
+def _instead(layers: list[nn.Module], function: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let layers do this to their first argument, and nothing else, inside the block."""
+
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return function(hidden_states)
+
+    checkpointed = [getattr(layer, "gradient_checkpointing", None) for layer in layers]
+    before = [vars(layer).get("forward") for layer in layers]
+    try:
+        for layer, flag in zip(layers, checkpointed, strict=True):
+            layer.forward = forward
+            if flag:
+                # There is nothing to recompute.
+                layer.gradient_checkpointing = False  # pyright: ignore
+        yield
+    finally:
+        for layer, flag, own in zip(layers, checkpointed, before, strict=True):
+            if own is None:
+                del layer.forward
+            else:
+                layer.forward = own
+            if flag:
+                layer.gradient_checkpointing = flag  # pyright: ignore

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -39,7 +40,9 @@ def interleaved(contenders: Contenders, reference: str, repeats: int) -> dict[st
     """Return CPU seconds, and the quartiles of the per-repetition ratio to the reference."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for repetition in range(repeats + 1):
-        for name, run in contenders.items():
+        # Shuffled: what a large contender leaves in the caches slows the one after it.
+        for name in random.Random(repetition).sample(list(contenders), len(contenders)):
+            run = contenders[name]
             start = time.process_time()
             run()
             if repetition:

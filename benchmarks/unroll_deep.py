@@ -61,6 +61,7 @@ def contenders(args):
         "metafocus graph": ours(mf.Unrolled()),
         "metafocus recompute=True": ours(mf.Unrolled(recompute=True)),
         "metafocus recompute=7": ours(mf.Unrolled(recompute=7)),
+        "metafocus recompute=12": ours(mf.Unrolled(recompute=12)),
         "higher": with_higher,
     }
 

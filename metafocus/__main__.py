@@ -16,9 +16,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in (compare, train):
         command.add_parser(commands)
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        args = parser.parse_args(argv)
-        args.run(args)
+        if words[:1] == ["train"] and train.wants_trainer(words[1:]):
+            train.run_trainer(words[1:])
+        else:
+            args = parser.parse_args(words)
+            args.run(args)
     except (ValueError, OSError) as error:
         # Ours are subclasses of the first; the second is a file or a disk.
         print("metafocus: error:", " ".join(str(error).split()), file=sys.stderr)

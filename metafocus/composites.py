@@ -5,6 +5,7 @@ table swapped, each only where the fused kernel would fail or, worse, be silentl
 
 * attention: no fused kernel has a double backward or forward mode;
 * cdist, pdist, hardsigmoid: no double backward;
+* cross-entropy: right, but with a detour in its double backward;
 * batch, instance and layer norm: silently wrong (torch 2.13) from the third derivative on, that is
   in the second derivative of a meta loss, because their formulas hold the saved statistics
   constant; for the same reason already in the second, where `vmap` takes these formulas apart;
@@ -28,6 +29,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from metafocus.errors import TransformError
 from metafocus.levels import forward_levels, transforming
+from metafocus.likelihood import cross_entropy
 from metafocus.operators import (
     attention,
     batch_norm,
@@ -62,6 +64,7 @@ _ALWAYS = {
     torch.cdist: cdist,
     F.pdist: pdist,
     F.ctc_loss: _no_ctc_loss,
+    F.cross_entropy: cross_entropy,
 }
 _WRONG = {
     F.batch_norm: batch_norm,

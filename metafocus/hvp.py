@@ -51,20 +51,23 @@ def hvp_reverse(loss: Callable[..., Tensor], fast: Params, *rest: Any) -> tuple[
         grads = torch.autograd.grad(value, at, create_graph=True, materialize_grads=True)
 
     gradient = dict(zip(fast, grads, strict=True))
-    product = _Taped(gradient, leaves, rebuild, track)
+    product = Taped(gradient, leaves, rebuild, track)
     return (gradient if track else tree.detach(gradient)), product
 
 
-class _Taped:
-    """Products on one tape: with all second derivatives, or with the Hessian alone."""
+class Taped:
+    """Products on one tape: all second derivatives, or only those that are asked for."""
 
     def __init__(self, gradient: Params, leaves: list[Tensor], rebuild: Any, track: bool):
         self.gradient = gradient
         self.leaves = leaves
         self.rebuild = rebuild
         self.track = track
+        self.alive = [k for k, g in gradient.items() if g.requires_grad]
+        self.outputs = [gradient[k] for k in self.alive]
 
     def __call__(self, direction: Params) -> tuple[Any, ...]:
+        """Return the whole product."""
         return self.rebuild(self._along(direction, self.leaves))
 
     def hessian(self, direction: Params) -> Params:
@@ -72,18 +75,24 @@ class _Taped:
         found = self._along(direction, self.leaves[: len(self.gradient)])
         return dict(zip(self.gradient, found, strict=True))
 
+    def mixed(self, direction: Params) -> tuple[Any, ...]:
+        """Return the entries of the product after the first."""
+        count = len(self.gradient)
+        found = self._along(direction, self.leaves[count:])
+        return self.rebuild([*self.leaves[:count], *found])[1:]
+
     def _along(self, direction: Params, leaves: list[Tensor]) -> Sequence[Tensor]:
-        pairs = [(g, direction[k]) for k, g in self.gradient.items() if g.requires_grad]
-        if not pairs:
+        if not (self.outputs and leaves):
             return [torch.zeros_like(x) for x in leaves]
-        return torch.autograd.grad(
-            [g for g, _ in pairs],
+        found = torch.autograd.grad(
+            self.outputs,
             leaves,
-            [d for _, d in pairs],
+            [direction[k] for k in self.alive],
             retain_graph=True,
             create_graph=self.track,
-            materialize_grads=True,
+            allow_unused=True,
         )
+        return [torch.zeros_like(x) if g is None else g for g, x in zip(found, leaves, strict=True)]
 
 
 def hvp_forward(loss: Callable[..., Tensor], fast: Params, *rest: Any) -> tuple[Params, Product]:

@@ -42,18 +42,24 @@ class CG:
         residual = flat(b)
         x, direction = torch.zeros_like(residual), residual
         square = residual.dot(residual)
+        # Numbers as tensors: an operator makes one of each Python number at each call.
+        zero, infinity = torch.zeros_like(square), torch.full_like(square, torch.inf)
+        tiny = torch.full_like(square, torch.finfo(square.dtype).tiny)
         for _ in range(self.steps):
             image = flat(matvec(unflat(direction)))
             if self.damping:
                 image = image + self.damping * direction
             curvature = direction.dot(image)
-            alive = (curvature != 0) & (square > 0)
-            step = torch.where(alive, square / torch.where(alive, curvature, 1.0), 0.0)
+            ended = curvature == zero
+            # Divided by infinity a step is 0, and NaN stays NaN.
+            step = square / torch.where(ended, infinity, curvature)
             x = torch.addcmul(x, direction, step)
             residual = torch.addcmul(residual, image, step, value=-1)
             new = residual.dot(residual)
-            ratio = torch.where(alive, new / torch.where(alive, square, 1.0), 0.0)
-            direction = torch.addcmul(residual, direction, ratio)
+            # The smallest normal number changes nothing but 0 / 0, once all squares underflow.
+            direction = torch.addcmul(residual, direction, new / (square + tiny))
+            # From zero there is no way on: the curvature stays zero.
+            direction = torch.where(ended, zero, direction)
             square = new
         return unflat(x)
 

@@ -212,13 +212,13 @@ class WarmStart:
 
 def flattening(like: Params) -> tuple[Callable[[Params], Tensor], Callable[[Tensor], Params]]:
     """Return a function from fast weights of these shapes to one vector, and its inverse."""
+    if len(like) == 1:
+        ((name, only),) = like.items()
+        return lambda v: v[name].reshape(-1), lambda v: {name: v.reshape(only.shape)}
     sizes = [v.numel() for v in like.values()]
 
     def flat(v: Params) -> Tensor:
-        parts = [v[k].reshape(-1) for k in like]
-        if len(parts) == 1:
-            return parts[0]
-        return torch.cat(parts) if parts else torch.zeros(0)
+        return torch.cat([v[k].reshape(-1) for k in like]) if like else torch.zeros(0)
 
     def unflat(v: Tensor) -> Params:
         parts = v.split(sizes)

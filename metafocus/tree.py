@@ -45,6 +45,11 @@ def norm(a: Params) -> Tensor:
 
 def detach(tree: Any) -> Any:
     """Return the pytree with every tensor detached from every level of differentiation."""
+    if type(tree) is dict:
+        # Most of what comes here, many times faster than the general way.
+        return {k: detach(v) for k, v in tree.items()}
+    if isinstance(tree, Tensor):
+        return tree.detach()
     return pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, tree)
 
 

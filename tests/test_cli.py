@@ -784,3 +784,23 @@ def test_as_a_program(tmp_path, chats):
     bad = program(*words)
     assert bad.returncode == 2 and bad.stdout == ""
     assert bad.stderr.startswith("metafocus: error: --output") and bad.stderr.count("\n") == 1
+
+
+def test_train_with_a_configuration_file(tmp_path):
+    """`metafocus train config.yaml` and `--trainer` go to Hugging Face's Trainer."""
+    pytest.importorskip("accelerate")
+    config = tmp_path / "config.json"
+    small = {
+        "vocab_size": 400, "hidden_size": 64, "layers": 2, "samples": 8, "max_length": 256,
+        "max_steps": 1, "per_device_train_batch_size": 2, "use_cpu": True, "report_to": "none",
+        "lora_rank": 2, "layer_fraction": 0.5, "disable_tqdm": True, "save_strategy": "no",
+        "dataloader_pin_memory": False, "output_dir": str(tmp_path / "run"),
+    }  # fmt: skip
+    config.write_text(json.dumps(small))
+    assert main(["train", str(config), "--inner_steps", "1"]) == 0
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+def test_train_with_unknown_trainer_flags(capsys):
+    assert main(["train", "--trainer", "--output_dir", "x", "--inner_stepz", "1"]) == 2
+    assert "unknown arguments ['--inner_stepz', '1']" in capsys.readouterr().err

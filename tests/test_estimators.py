@@ -824,6 +824,26 @@ def test_implicit_uses_one_random_draw_for_all_its_products(hvp):
     assert values.any()
 
 
+@pytest.mark.parametrize(
+    ("recompute", "again"), [(False, 0), (True, 7), (2, 5), (3, 4), (6, 1), (7, 0), (9, 0)]
+)
+def test_segments_run_again_but_for_a_whole_last_one(recompute, again):
+    calls = []
+
+    def inner(fast, slow, x):
+        calls.append(1)
+        return ((fast["w"] * slow["c"] - x) ** 2).sum()
+
+    problem = mf.Problem(inner, inner, lambda slow: {"w": slow["c"]})
+    meta = mf.bilevel(problem, solver=mf.SGD(0.1, 7), estimator=mf.Unrolled(recompute=recompute))
+    leaf = {"c": torch.ones(2, requires_grad=True)}
+    meta(leaf, (torch.zeros(2), torch.zeros(2)))[0].backward()  # the first call, with its trial
+    calls.clear()
+    meta(leaf, (torch.zeros(2), torch.zeros(2)))[0].backward()
+    # Seven steps, the outer loss, and what is rebuilt: the rest of 7 steps is the first segment.
+    assert len(calls) == 7 + 1 + again
+
+
 @pytest.mark.parametrize("name", ["recompute", "recompute=2"])
 def test_autocast_gives_the_same_hypergradient_as_the_graph(name):
     torch.manual_seed(0)

@@ -327,6 +327,54 @@ def test_implicit_warns_about_a_given_solution_that_is_none():
         meta(case.outer, case.episode(0))
 
 
+def test_on_the_tape_the_warning_comes_with_the_derivative_and_costs_no_gradient():
+    case, calls = RIDGE.case(), []
+
+    def inner(fast, slow, data):
+        calls.append(torch.is_grad_enabled())
+        return case.problem.inner_loss(fast, slow, data)
+
+    problem = mf.Problem(inner, case.problem.outer_loss, case.problem.init)
+    meta = mf.bilevel(problem, solver=SOLVERS["Given"], estimator=mf.Implicit(mf.CG(4)))
+    meta(case.leaves(), case.episode(0))[0].backward()  # the first call, with its trial
+    calls.clear()
+    meta(case.leaves(), case.episode(0))[0].backward()
+    # The loss at the start, which is reported, and one linearisation for everything else.
+    assert len(calls) == 2
+
+    solver = mf.Given(lambda slow, data: {"w": torch.ones(4)})
+    meta = mf.bilevel(case.problem, solver=solver, estimator=mf.Implicit(mf.CG(4)))
+    leaves = case.leaves()
+    loss, _ = meta(leaves, case.episode(0))  # a warning here would be an error
+    with pytest.warns(mf.NotStationaryWarning, match="is .* at the solution, .* of its initial"):
+        loss.backward()
+    twice = mf.hypergrad(meta)
+    with pytest.warns(mf.NotStationaryWarning) as caught:
+        twice(leaves, case.episode(0))
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize("wants", [False, True])
+def test_only_what_is_asked_for_is_differentiated(wants):
+    case, asked = RIDGE.case(), []
+
+    def spy(loss, fast, *rest):
+        asked.append(sum(len(x) for x in rest))
+        return mf.hvp_reverse(loss, fast, *rest)
+
+    meta = mf.bilevel(
+        case.problem, solver=SOLVERS["Given"], estimator=mf.Implicit(mf.CG(4), hvp=spy)
+    )
+    support, query = case.episode(0)
+    floats = [x.clone().requires_grad_(wants) for x in mf.tree.tensors(support)]
+    leaves = case.leaves()
+    _, rebuild = mf.tree.partition(support)
+    meta(leaves, (rebuild(floats), query))[0].backward()
+    assert max(asked) == len(leaves) + wants * len(floats)
+    assert all((x.grad is not None) == wants for x in floats)
+    assert_close(grads_of(leaves), exact_gradients()[0], 1e-10)
+
+
 # --- first derivatives only ----------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent / "metafocus"
 ENGINE = [
     {"errors", "types", "measure"},
     {"tree", "levels"},
-    {"operators"},
+    {"operators", "likelihood"},
     {"autodiff", "problem", "linear", "composites"},
     {"hvp", "recompute", "stepping", "krylov", "inverse", "given"},
     {"optimizers"},

@@ -60,6 +60,31 @@ def krylov(A, b, steps):
     return torch.linalg.qr(torch.stack(vectors, 1))[0]
 
 
+# --- CG ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 60])
+def test_cg_ends_where_the_curvature_is_zero(steps):
+    # One step reaches x = (2, 2); the next direction is (0, 2), which the matrix sends to zero.
+    found = solved(mf.CG(steps), torch.diag(torch.tensor([1.0, 0.0], dtype=F64)), torch.ones(2))
+    assert found.tolist() == [2.0, 2.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("scale", [1e-18, 1.0, 1e15])
+def test_cg_beyond_convergence_stays_finite_when_all_squares_underflow(scale, dtype):
+    A, b = 1e6 * POSITIVE.to(dtype), scale * B.to(dtype)
+    found = solved(mf.CG(300), A, b)
+    assert found.dtype == dtype
+    # Rounding times the condition number of 100; in the smallest case squares start at 1e-36,
+    # a step or two above the smallest normal number. Compared in float64, for the same reason.
+    assert_close(found.double(), torch.linalg.solve(A, b).double(), 1e4 * torch.finfo(dtype).eps)
+
+
+def test_cg_lets_nan_through():
+    assert solved(mf.CG(3), POSITIVE * torch.nan, B).isnan().all()
+
+
 # --- GMRES -------------------------------------------------------------------------------------
 
 

@@ -32,6 +32,9 @@ def add_parser(commands: Any) -> None:
         "train",
         help="fine-tune a causal language model on chats, plainly or with FocuSFT",
         description=__doc__,
+        epilog="metafocus train CONFIG.yaml [flags], or metafocus train --trainer [flags]: the "
+        "same with Hugging Face's Trainer and every flag of it (resume, DDP, FSDP, ...); "
+        "metafocus train --trainer --help lists them.",
     )
     parser.set_defaults(run=run)
     data = parser.add_argument_group("data")
@@ -77,6 +80,21 @@ def add_parser(commands: Any) -> None:
     outer.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--output", required=True, help="directory of the checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace files in --output")
+
+
+def wants_trainer(words: list[str]) -> bool:
+    """Whether the words of a command line are for Hugging Face's Trainer."""
+    return bool(words) and (
+        words[0] == "--trainer" or words[0].endswith((".yaml", ".yml", ".json"))
+    )
+
+
+def run_trainer(words: list[str]) -> None:
+    """Train with `FocusTrainer`; see `integrations.launch`."""
+    # It takes transformers' Trainer with it, which is slow to import.
+    from metafocus.integrations import launch
+
+    launch.main(words[words[0] == "--trainer" :])
 
 
 def run(args: argparse.Namespace) -> None:

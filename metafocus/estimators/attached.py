@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,9 +29,15 @@ class Point(NamedTuple):
     outer: Params
     support: Any
 
-    def floats(self) -> tuple[list[Tensor], Any]:
-        """Return the differentiable leaves of `(outer, support)`, and their way back."""
-        return tree.partition((self.outer, self.support), torch.is_floating_point)
+    def floats(self, wanted: Iterable[bool] | None = None) -> tuple[list[Tensor], Any]:
+        """Return the differentiable leaves of `(outer, support)`, and their way back.
+
+        `wanted` says for each tensor of `(outer, support)` whether to take it; None: all.
+        """
+        flags = itertools.repeat(True) if wanted is None else iter(wanted)
+        return tree.partition(
+            (self.outer, self.support), lambda x: next(flags) and x.is_floating_point()
+        )
 
 
 class System:
@@ -38,7 +45,14 @@ class System:
 
     Subclasses give `pull`, the vector-Jacobian product of the solution with respect to the
     floating-point leaves of `(outer, support)`, and `push`, the Jacobian-vector product.
+
+    Attributes:
+        defers: whether `pull` finds out on its way how stationary the solution is. Then
+            `inspect` is left out where `pull` is sure to be able to look: on the plain tape.
+        on_tape: whether derivatives, if any, are those of the plain tape.
     """
+
+    defers = False
 
     def __init__(
         self, problem: Problem, solver: Solver, start: Params, outer: Params, support: Any
@@ -47,9 +61,14 @@ class System:
         self.solver = solver
         self.names = tuple(start)
         self.inputs, self.rebuild = tree.partition((tree.detach(start), outer, support))
+        self.on_tape = (
+            torch.is_grad_enabled()
+            and not transforming()
+            and any(x.requires_grad for x in self.inputs)
+        )
 
-    def pull(self, point: Point, right: Params) -> list[Tensor]:
-        """Return the derivative of `<right, fast>` by each of `point.floats()`."""
+    def pull(self, point: Point, right: Params, wanted: Sequence[bool]) -> list[Tensor]:
+        """Return the derivative of `<right, fast>` by each of `point.floats(wanted)`."""
         raise NotImplementedError
 
     def push(self, point: Point, along: list[Tensor]) -> Params:
@@ -63,7 +82,7 @@ class System:
         """Solve the inner problem from flat inputs; return flat fast weights and the losses."""
         start, outer, support = tree.detach(self.rebuild(inputs))
         fast, losses = solve_inner(self.problem.inner_loss, self.solver, start, outer, support)
-        if not transforming():
+        if not transforming() and not (self.defers and self.on_tape):
             self.inspect(start, Point(fast, outer, support))
         # Without a step the solution is the start, and an input may not be an output.
         values = [fast[k].clone() if fast[k] is start[k] else fast[k] for k in self.names]
@@ -110,9 +129,13 @@ class _Attached(torch.autograd.Function):
             for (k, x), v in zip(point.fast.items(), cotangents, strict=False)
         }
         count = len(system.names)
-        found = iter(system.pull(point, right))
         rest = saved[count : len(system.inputs)]
-        grads = [next(found) if x.is_floating_point() else None for x in rest]
+        wanted = ctx.needs_input_grad[1 + count :]
+        found = iter(system.pull(point, right, wanted))
+        grads = [
+            next(found) if w and x.is_floating_point() else None
+            for x, w in zip(rest, wanted, strict=True)
+        ]
         return None, *[None] * count, *grads
 
     @staticmethod

@@ -198,11 +198,11 @@ class _Fixed(System):
 
         return Operator(adjoint, tangent), theta
 
-    def pull(self, point: Point, right: Params) -> list[Tensor]:
+    def pull(self, point: Point, right: Params, wanted: Sequence[bool]) -> list[Tensor]:
         """Return `(d step / d rest)' (I - J')^-1 v`."""
         operator, theta = self.operator(point)
         solved = inverse(operator, self.solve, theta, right)
-        at, together = point.floats()
+        at, together = point.floats(wanted)
         moved = _transposed(
             lambda xs: self.step(point.fast, *together(list(xs.values()))),
             {str(i): x for i, x in enumerate(at)},

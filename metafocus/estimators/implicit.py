@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from metafocus.estimators.attached import (
     gradient_norm,
     warn_if_large,
 )
-from metafocus.hvp import evaluated_for, hvp_reverse
+from metafocus.hvp import Taped, evaluated_for, hvp_reverse
 from metafocus.inverse import Operator, inverse
 from metafocus.krylov import CG
 from metafocus.levels import refuse_nested_forward_mode, transforming
@@ -52,7 +52,9 @@ class Implicit:
         ProblemError: if the solver has a weight decay, which moves its fixed point away from the
             minimum of `inner_loss`: put the decay into the loss.
         NotStationaryWarning: if the inner gradient at the solution is above 1e-2 of its initial
-            norm (outside `vmap` and `torch.compile`, where no value can be looked at).
+            norm (outside `vmap` and `torch.compile`, where no value can be looked at). Where
+            outer parameters require grad it comes in the backward pass, which has the gradient
+            at hand.
 
     Example:
         >>> import metafocus as mf
@@ -167,6 +169,8 @@ def _hessian(
 class _Stationary(System):
     """The condition that the inner gradient vanishes."""
 
+    defers = True
+
     def __init__(
         self,
         problem: Problem,
@@ -182,33 +186,38 @@ class _Stationary(System):
         self.hvp = hvp
         # One random draw for all products, or H would be a different matrix each time.
         self.loss = replayed(evaluated_for(hvp, problem.inner_loss), self.inputs)
+        self.drawn = replace(problem, inner_loss=self.loss)
 
     def inspect(self, start: Params, point: Point) -> None:
-        remedy = "Take more inner steps, a larger lr, or use Unrolled."
+        self.warn(list(start.values()), point, gradient_norm(self.drawn, point))
+
+    def warn(self, start: Sequence[Tensor], point: Point, norm: Tensor) -> None:
+        before = point._replace(fast=dict(zip(self.names, start, strict=True)))
         warn_if_large(
             "Implicit",
             "inner gradient norm",
-            lambda: gradient_norm(self.problem, point._replace(fast=start)),
-            gradient_norm(self.problem, point),
-            remedy,
+            lambda: gradient_norm(self.drawn, before),
+            norm,
+            "Take more inner steps, a larger lr, or use Unrolled.",
         )
 
     def inverse(self, point: Point, right: Params) -> Params:
         operator, theta = _hessian(self.problem, self.hvp, point, self.loss)
         return inverse(operator, self.solve, theta, right)
 
-    def pull(self, point: Point, right: Params) -> list[Tensor]:
+    def pull(self, point: Point, right: Params, wanted: Sequence[bool]) -> list[Tensor]:
         """Return `-M' H^-1 v`."""
-        at, together = point.floats()
-        _, product = self.hvp(lambda f, xs: self.loss(f, *together(xs)), point.fast, at)
+        at, together = point.floats(wanted)
+        gradient, product = self.hvp(lambda f, xs: self.loss(f, *together(xs)), point.fast, at)
+        if self.on_tape and not transforming():
+            # The gradient that was linearised is the one to look at.
+            self.warn(self.inputs[: len(self.names)], point, tree.norm(gradient).detach())
         # Nobody will differentiate this: the system need not be solved as an equation, and one
         # linearisation does for both.
         final = not (transforming() or torch.is_grad_enabled())
-        if final and right and hasattr(product, "hessian"):
-            solved = self.solve(product.hessian, right)  # pyright: ignore
-        else:
-            solved = self.inverse(point, right)
-        return [-g for g in product(solved)[1]]
+        if final and right and isinstance(product, Taped):
+            return [-g for g in product.mixed(self.solve(product.hessian, right))[0]]
+        return [-g for g in product(self.inverse(point, right))[1]]
 
     def push(self, point: Point, along: list[Tensor]) -> Params:
         """Return `-H^-1 M t`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,13 +141,13 @@ class _Nudged(System):
             "Take more inner steps or a larger lr.",
         )
 
-    def pull(self, point: Point, right: Params) -> list[Tensor]:
+    def pull(self, point: Point, right: Params, wanted: Sequence[bool]) -> list[Tensor]:
         """Return `strength (g(nudged) - g(fast))`, which raises if it is derived again."""
         reasons = [*tree.tensors(tuple(point)), *right.values()]
         fixed, right = Point(*tree.detach(tuple(point))), tree.detach(right)
         with torch.no_grad():
-            ahead = self.gradients(fixed, right, 1.0)
-            behind = self.gradients(fixed, right, -1.0 if self.central else 0.0)
+            ahead = self.gradients(fixed, right, 1.0, wanted)
+            behind = self.gradients(fixed, right, -1.0 if self.central else 0.0, wanted)
             factor = self.strength / 2 if self.central else self.strength
             grads = [factor * (a - b) for a, b in zip(ahead, behind, strict=True)]
         return once("Penalty", grads, reasons)
@@ -155,8 +156,10 @@ class _Nudged(System):
         """Refuse."""
         raise first_only("Penalty")
 
-    def gradients(self, point: Point, right: Params, sign: float) -> list[Tensor]:
-        """Return the gradients by `point.floats()` at the solution nudged with this sign."""
+    def gradients(
+        self, point: Point, right: Params, sign: float, wanted: Sequence[bool]
+    ) -> list[Tensor]:
+        """Return the gradients by `point.floats(wanted)` at the solution nudged with this sign."""
         fast, push = point.fast, sign / self.strength
 
         def nudged(f: Params, outer: Params, support: Any) -> Tensor:
@@ -164,7 +167,7 @@ class _Nudged(System):
 
         if sign:
             fast = solve_inner(nudged, self.nudging, fast, point.outer, point.support).params
-        at, together = point.floats()
+        at, together = point.floats(wanted)
         leaves = {str(i): x for i, x in enumerate(at)}
         weights = {} if transforming() else {f"fast {k}": x for k, x in fast.items()}
 

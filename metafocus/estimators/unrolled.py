@@ -34,7 +34,8 @@ class Unrolled:
             graph and rebuilds it in the backward pass, one step or `k` steps at a time: memory
             flat in `steps` (under `backward` and `hypergrad`; `torch.func.grad` records its own
             backward pass), for 1.2 to 1.5 times the time. Of segments of `k > 1` the last keeps
-            its graph, as it is needed first. Same gradient.
+            its graph, as it is needed first; if `k` does not divide the steps, the first is the
+            shorter one. Same gradient.
         hvp: how to multiply with second derivatives: `hvp_reverse` (exact), `hvp_forward`
             (exact, MixFlow-MG, arXiv 2505.00793) or `hvp_finite(eps)`, which needs first
             derivatives only. The last two rebuild step by step.
@@ -106,8 +107,7 @@ class Unrolled:
         exact = self.hvp is hvp_reverse
         size = int(self.recompute) if exact else 1
         losses: list[Tensor] = []
-        for first in range(steps.start, steps.stop, size):
-            segment = range(first, min(first + size, steps.stop))
+        for segment in _segments(steps, size):
             if size > 1 and segment.stop == steps.stop:
                 # The backward pass begins here: it would rebuild this graph before any other.
                 params, state, more = _graph(loss, solver, params, state, outer, support, segment)
@@ -119,10 +119,16 @@ class Unrolled:
                 state,
                 outer,
                 support,
-                pullback=None if exact else _step_pullback(loss, solver, first, self.hvp),
+                pullback=None if exact else _step_pullback(loss, solver, segment.start, self.hvp),
             )
             losses += [x.detach() for x in more]
         return params, state, losses
+
+
+def _segments(steps: range, size: int) -> list[range]:
+    """Return the steps in pieces of `size`; a shorter one comes first, as it is rebuilt."""
+    ends = list(range(steps.stop, steps.start, -size))[::-1]
+    return [range(max(end - size, steps.start), end) for end in ends]
 
 
 def FirstOrder() -> Unrolled:

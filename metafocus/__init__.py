@@ -7,7 +7,7 @@ parameters, whose ordinary derivative is the chosen hypergradient.
 from __future__ import annotations
 
 from metafocus import attention, errors, masks, recipes, single_loop
-from metafocus.adapters import LoRA, Placement, all_linear, matching, top_layers
+from metafocus.adapters import FullWeights, LoRA, Placement, all_linear, matching, top_layers
 from metafocus.bilevel import MetaLoss, adapt, bilevel, hypergrad
 from metafocus.compare import compare
 from metafocus.comparison import Comparison
@@ -85,6 +85,7 @@ __all__ = [
     "EvoGrad",
     "FirstOrder",
     "FixedPoint",
+    "FullWeights",
     "Given",
     "Identity",
     "Implicit",
@@ -119,12 +120,12 @@ __all__ = [
     "all_linear",
     "all_tokens",
     "answer_tokens",
+    "attention",
     "bilevel",
     "clip_global",
     "clip_per_tensor",
     "compare",
     "context_tokens",
-    "attention",
     "errors",
     "evolution",
     "hvp_finite",

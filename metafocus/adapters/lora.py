@@ -8,14 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from metafocus.adapters import peft_format, slots
-from metafocus.adapters.placement import Placement, adaptable, is_conv1d
+from metafocus.adapters import low_rank, peft_format, slots
+from metafocus.adapters.placement import Placement, adaptable
 from metafocus.errors import PlacementError, ProblemError
 
 if TYPE_CHECKING:
@@ -29,6 +28,10 @@ class LoRA:
     The fast weights are a dict of plain tensors, `"<module path>.lora_A"` `[rank, in]` and
     `"<module path>.lora_B"` `[out, rank]`. They are never registered in the model, so its
     parameters and its state dict stay those of the plain checkpoint.
+
+    Fast weights with a leading dimension, `[B, rank, in]` and `[B, out, rank]`, are those of B
+    examples: row `b` of a batch sees its own, in batched products (`for_each(fast, B)` makes them
+    of shared ones).
 
     Args:
         where: Placement, a function from a model to module paths.
@@ -114,7 +117,7 @@ class LoRA:
         for path, module in self._placed(model):
             # torch.compile cannot trace the installation of a hook, only what the hook does.
             slots.slot(module)
-            inputs, outputs = _sizes(module)
+            inputs, outputs = low_rank.sizes(module)
             weight = module.weight
             assert isinstance(weight, Tensor)
             dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -126,9 +129,9 @@ class LoRA:
                 device=generator.device,
                 dtype=torch.float32,
             )
-            low_rank = (2 * unit.to(weight.device, dtype) - 1) / math.sqrt(inputs)
-            fast[f"{path}.lora_A"] = low_rank
-            fast[f"{path}.lora_B"] = low_rank.new_zeros(outputs, self.rank)
+            uniform = (2 * unit.to(weight.device, dtype) - 1) / math.sqrt(inputs)
+            fast[f"{path}.lora_A"] = uniform
+            fast[f"{path}.lora_B"] = uniform.new_zeros(outputs, self.rank)
         return fast
 
     @contextmanager
@@ -142,10 +145,12 @@ class LoRA:
 
         Args:
             model: The model.
-            fast: Exactly the names and shapes that `init` gives.
+            fast: Exactly the names and shapes that `init` gives, or all of them with the batch's
+                number of examples in front.
 
         Raises:
-            ProblemError: If names are missing or unknown or a shape does not fit.
+            ProblemError: If names are missing or unknown or a shape does not fit; inside, if an
+                adapted module's input is no batch of as many sequences as there are examples.
             PlacementError: As `modules`.
 
         Example:
@@ -160,7 +165,7 @@ class LoRA:
         """
         placed = self._placed(model)
         self._check(placed, fast)
-        apply = partial(_low_rank, scale=self.scale)
+        apply = partial(low_rank.update, scale=self.scale)
         names = ("lora_A", "lora_B")
         with slots.bind(
             (module, slots.Binding(apply, {name: fast[f"{path}.{name}"] for name in names}))
@@ -178,7 +183,7 @@ class LoRA:
                 `adapter_model.safetensors`.
 
         Raises:
-            ProblemError: As `bind`.
+            ProblemError: As `bind`, and for fast weights of several examples.
             PlacementError: As `modules`, and if there is no module to save.
 
         Example:
@@ -191,7 +196,12 @@ class LoRA:
             ['adapter_config.json', 'adapter_model.safetensors']
         """
         placed = self._placed(model)
-        self._check(placed, fast)
+        number = self._check(placed, fast)
+        if number is not None:
+            raise ProblemError(
+                f"LoRA.save: fast weights of {number} examples are {number} adapters, and a "
+                "directory holds one: save one_of(fast, index), or call recipes.export"
+            )
         if not placed:
             raise PlacementError("LoRA.save: the placement is empty, there is nothing to save")
         peft_format.write(directory, model, [path for path, _ in placed], fast, self)
@@ -240,10 +250,25 @@ class LoRA:
             raise PlacementError(f"LoRA: {self.where!r} names {twice} more than once")
         return [(path, modules[path]) for path in paths]
 
-    def _check(self, placed: list[tuple[str, nn.Module]], fast: Mapping[str, Tensor]) -> None:
-        expected: dict[str, tuple[int, int]] = {}
+    def examples(self, model: nn.Module, fast: Mapping[str, Tensor]) -> int | None:
+        """Number of examples that `fast` is for; None for fast weights that a batch shares.
+
+        Raises:
+            ProblemError: As `bind`.
+            PlacementError: As `modules`.
+
+        Example:
+            >>> from metafocus.adapters import all_linear, for_each
+            >>> model, lora = nn.Sequential(nn.Linear(2, 2)), LoRA(all_linear, rank=1)
+            >>> lora.examples(model, for_each(lora.init(model), 5))
+            5
+        """
+        return self._check(self._placed(model), fast)
+
+    def _check(self, placed: list[tuple[str, nn.Module]], fast: Mapping[str, Tensor]) -> int | None:
+        expected: dict[str, tuple[int, ...]] = {}
         for path, module in placed:
-            inputs, outputs = _sizes(module)
+            inputs, outputs = low_rank.sizes(module)
             expected[f"{path}.lora_A"] = (self.rank, inputs)
             expected[f"{path}.lora_B"] = (outputs, self.rank)
         missing, unknown = expected.keys() - fast.keys(), fast.keys() - expected.keys()
@@ -253,34 +278,4 @@ class LoRA:
                 f"({len(missing)}), unknown {sorted(unknown)[:6]} ({len(unknown)}); "
                 "make them with init(model) of this adapter"
             )
-        for key, shape in expected.items():
-            if tuple(fast[key].shape) != shape:
-                raise ProblemError(
-                    f"LoRA: {key!r} has shape {list(fast[key].shape)}, expected {list(shape)} "
-                    f"for rank {self.rank}"
-                )
-
-
-def _sizes(module: nn.Module) -> tuple[int, int]:
-    """Input and output features of a linear module."""
-    if is_conv1d(module):
-        return int(module.nx), int(module.nf)  # pyright: ignore[reportArgumentType]
-    assert isinstance(module, nn.Linear)
-    return module.in_features, module.out_features
-
-
-def _low_rank(
-    module: nn.Module,
-    args: tuple[Any, ...],
-    output: Tensor,
-    tensors: dict[str, Tensor],
-    *,
-    scale: float,
-) -> Tensor:
-    a, b = tensors["lora_A"], tensors["lora_B"]
-    # Autocast casts the operands itself, so this costs it nothing; without autocast the operands
-    # of a product must have one type.
-    inputs = args[0].to(a.dtype)
-    # Scaled where it is narrow: rank numbers per token instead of `out`.
-    update = functional.linear(scale * functional.linear(inputs, a), b)
-    return output + update.to(output.dtype)
+        return low_rank.examples(fast, expected)

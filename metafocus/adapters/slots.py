@@ -1,7 +1,8 @@
-"""Slots: forward hooks through which a module sees plain tensors that are not its parameters.
+"""Slots: hooks through which a module sees plain tensors that are not its parameters.
 
 A slot is installed on a module once and then stays. While a binding is in it, the module's output
 goes through `apply(module, args, output, tensors)`; while it is empty, the output is untouched.
+With `apply=as_parameters` the tensors stand in for the module's own parameters while it runs.
 Which adapter bound it is of no concern here: a slot holds tensors by name and one pure function.
 
 Activation checkpointing needs the fast weights of a layer as explicit inputs. It reads them with
@@ -30,26 +31,46 @@ class Binding(NamedTuple):
     tensors: dict[str, Tensor]
 
 
+def as_parameters(
+    module: nn.Module, args: tuple[Any, ...], output: Any, tensors: dict[str, Tensor]
+) -> Any:
+    """Return the output as it is: the slot has swapped the parameters before the module ran."""
+    return output
+
+
 class Slot:
-    """A forward hook that applies its binding, if it has one.
+    """A forward hook, before and after, that applies its binding, if it has one.
+
+    Parameters are swapped only while the module itself runs. So the swap lies inside of any
+    `functional_call`, and whoever asks for the parameters meanwhile gets the slow ones.
 
     A copied or unpickled slot is empty: a binding lasts for one `with` block, and its tensors may
     belong to a graph or to a transform.
 
     Attributes:
         binding: The current binding or None.
+        lent: What the module held before it was swapped, for each call that is under way.
     """
 
-    __slots__ = ("binding",)
+    __slots__ = ("binding", "lent")
 
     def __init__(self) -> None:
         self.binding: Binding | None = None
+        self.lent: list[dict[str, Tensor | None]] = []
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Return the new output, or None, which leaves the module's own output as it is."""
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], *output: Any) -> Any:
+        """Return None before the module runs; then its new output, or None to leave it."""
         if self.binding is None:
             return None
-        return self.binding.apply(module, args, output, self.binding.tensors)
+        if self.binding.apply is as_parameters:
+            if output:
+                module._parameters.update(self.lent.pop())  # pyright: ignore
+            else:
+                self.lent.append(_exchange(module, self.binding.tensors))
+            return None
+        if not output:
+            return None
+        return self.binding.apply(module, args, output[0], self.binding.tensors)
 
     def __reduce__(self) -> tuple[type[Slot], tuple[()]]:
         return Slot, ()
@@ -69,6 +90,8 @@ def slot(module: nn.Module) -> Slot:
     found = _find(module)
     if found is None:
         found = Slot()
+        # Both at once: compiled code would not see a hook that comes later.
+        module.register_forward_pre_hook(found)
         module.register_forward_hook(found)
     return found
 
@@ -94,12 +117,12 @@ def bind(bindings: Iterable[tuple[nn.Module, Binding]]) -> Iterator[None]:
         >>> torch.equal(shifted, layer(torch.zeros(2)) + 1)
         True
     """
-    pairs = [(slot(module), binding) for module, binding in bindings]
-    for _, binding in pairs:
+    held = [(module, slot(module), binding) for module, binding in bindings]
+    for _, _, binding in held:
         dotted = [name for name in binding.tensors if "." in name]
         if dotted:
             raise ProblemError(f"names of bound tensors must not contain a dot, got {dotted}")
-    with _swapped(pairs):
+    with _held(held):
         yield
 
 
@@ -118,7 +141,7 @@ def bound(module: nn.Module) -> dict[str, Tensor]:
     """
     return {
         _join(path, name): tensor
-        for path, found in _slots(module)
+        for path, _, found in _slots(module)
         if found.binding is not None
         for name, tensor in found.binding.tensors.items()
     }
@@ -138,7 +161,7 @@ def functions(module: nn.Module) -> dict[str, Apply]:
         {}
     """
     return {
-        path: found.binding.apply for path, found in _slots(module) if found.binding is not None
+        path: found.binding.apply for path, _, found in _slots(module) if found.binding is not None
     }
 
 
@@ -172,16 +195,16 @@ def rebind(
         >>> torch.equal(unshifted, layer(torch.zeros(2)))
         True
     """
-    installed = dict(_slots(module))
+    installed = list(_slots(module))
     grouped: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         path, _, name = key.rpartition(".")
         grouped.setdefault(path, {})[name] = tensor
-    pairs: list[tuple[Slot, Binding | None]] = []
-    for path, found in installed.items():
+    held: list[tuple[nn.Module, Slot, Binding | None]] = []
+    for path, child, found in installed:
         values = grouped.pop(path, None)
         if values is None:
-            pairs.append((found, None))
+            held.append((child, found, None))
             continue
         apply = None if functions is None else functions.get(path)
         if functions is None and found.binding is not None:
@@ -191,38 +214,50 @@ def rebind(
                 f"rebind: nothing says how the tensors {sorted(values)} of {path!r} act on it; "
                 "pass functions=functions(module), read while they were bound"
             )
-        pairs.append((found, Binding(apply, values)))
+        held.append((child, found, Binding(apply, values)))
     if grouped:
         raise ProblemError(
             f"rebind: no slot in {type(module).__name__} for {sorted(grouped)}; "
-            f"its slots are {sorted(installed)}"
+            f"its slots are {sorted(path for path, _, _ in installed)}"
         )
-    with _swapped(pairs):
+    with _held(held):
         yield
 
 
 @contextmanager
-def _swapped(pairs: list[tuple[Slot, Any]]) -> Iterator[None]:
-    before = [found.binding for found, _ in pairs]
+def _held(held: Iterable[tuple[nn.Module, Slot, Any]]) -> Iterator[None]:
+    before: list[tuple[nn.Module, Slot, Binding | None, list[Any], dict[str, Any]]] = []
     try:
-        for found, binding in pairs:
-            found.binding = binding
+        for module, found, binding in held:
+            before.append((module, found, found.binding, found.lent, dict(module._parameters)))
+            found.binding, found.lent = binding, []
         yield
     finally:
         # Backwards, so that a slot named twice ends with what it held first.
-        for (found, _), binding in zip(reversed(pairs), reversed(before), strict=True):
-            found.binding = binding
+        for module, found, binding, lent, own in reversed(before):
+            if found.lent:
+                # A call was interrupted while the module's parameters were swapped.
+                module._parameters.update(own)
+            found.binding, found.lent = binding, lent
+
+
+def _exchange(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+    """Put tensors where the parameters are, in the parameters' types; return the parameters."""
+    own: dict[str, Any] = {name: module._parameters[name] for name in tensors}
+    for name, tensor in tensors.items():
+        module._parameters[name] = tensor.to(own[name].dtype)  # pyright: ignore
+    return own
 
 
 def _find(module: nn.Module) -> Slot | None:
     return next((hook for hook in module._forward_hooks.values() if isinstance(hook, Slot)), None)
 
 
-def _slots(module: nn.Module) -> Iterator[tuple[str, Slot]]:
+def _slots(module: nn.Module) -> Iterator[tuple[str, nn.Module, Slot]]:
     for path, child in module.named_modules():
         found = _find(child)
         if found is not None:
-            yield path, found
+            yield path, child, found
 
 
 def _join(path: str, name: str) -> str:

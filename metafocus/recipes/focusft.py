@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.stateless import _reparametrize_module
 
 from metafocus import masks
-from metafocus.adapters import LoRA, top_layers
+from metafocus.adapters import LoRA, for_each, top_layers
 from metafocus.bilevel import MetaLoss, bilevel
 from metafocus.estimators import Estimator, FirstOrder
 from metafocus.lm import Adapter, TokenPolicy, answer_tokens, lm_loss
 from metafocus.masks import MaskPolicy
 from metafocus.problem import Problem
+from metafocus.recipes.per_example import PerExampleLoss, PerExampleSolver, mean_loss
 from metafocus.sharing import Shared
 from metafocus.solvers import SGD, clip_per_tensor
 from metafocus.types import Aux, Episode, Params, Solver
@@ -28,13 +31,27 @@ def focusft_problem(
     adapter: Adapter = PAPER_ADAPTER,
     mask: MaskPolicy = masks.context_bidirectional,
     inner_tokens: TokenPolicy = answer_tokens,
+    outer_tokens: TokenPolicy = answer_tokens,
     generator: torch.Generator | None = None,
+    examples: int | None = None,
 ) -> Problem:
-    """Return FocuSFT's bilevel problem; see `focusft`."""
+    """Return FocuSFT's bilevel problem; see `focusft`.
+
+    Args:
+        model: as all that is not said here, of `focusft`.
+        adapter: the fast weights.
+        mask: in both losses.
+        inner_tokens: what the inner loss scores.
+        outer_tokens: what the outer loss scores.
+        generator: draws the start.
+        examples: the number of rows in a batch, each with fast weights of its own (to be solved
+            by a `PerExampleSolver`); None: shared by the batch.
+    """
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     inner = lm_loss(model, adapter=adapter, mask=mask, tokens=inner_tokens)
-    outer = lm_loss(model, adapter=adapter, mask=mask, tokens=answer_tokens)
-
+    outer = lm_loss(model, adapter=adapter, mask=mask, tokens=outer_tokens)
+    if examples is not None:
+        inner = PerExampleLoss(model, adapter, mask, inner_tokens)
     shared = Shared(inner)
 
     def prepare(slow: Params, episode: Episode) -> Episode:
@@ -44,7 +61,13 @@ def focusft_problem(
             return Episode(support, outer.prepare(support))
         return Episode(support, outer.prepare(episode.query))
 
-    return Problem(inner, outer, lambda slow: adapter.init(model, generator), prepare)
+    def start(slow: Params) -> Params:
+        # Fast weights that start as copies of slow ones must see these.
+        with _reparametrize_module(model, slow, tie_weights=True):
+            fast = adapter.init(model, generator)
+        return fast if examples is None else for_each(fast, examples)
+
+    return Problem(inner, outer, start, prepare)
 
 
 def focusft(
@@ -56,6 +79,7 @@ def focusft(
     estimator: Estimator | None = None,
     inner_tokens: TokenPolicy = answer_tokens,
     generator: torch.Generator | None = None,
+    per_example: bool = False,
 ) -> MetaLoss:
     """Return FocuSFT's training loss; the defaults are the paper's.
 
@@ -75,6 +99,9 @@ def focusft(
         inner_tokens: what the inner loss scores: default the answers, as the official code does.
         generator: draws the fast weights' start, anew at every call; default seeded with 0. The
             global random state is not touched.
+        per_example: give each row of a batch fast weights of its own, from one start, adapted on
+            its own tokens: exactly as if it were alone. Default: one set for the batch, as in the
+            official code. `Aux.inner_losses` are then means over the rows.
 
     Returns:
         `meta_loss(outer, Episode(batch, batch)) -> (loss, Aux)`. With `outer={}` the trained
@@ -97,15 +124,31 @@ def focusft(
         >>> aux.inner_losses.shape
         torch.Size([2])
     """
-    problem = focusft_problem(
-        model, adapter=adapter, mask=mask, inner_tokens=inner_tokens, generator=generator
-    )
-    meta = bilevel(problem, solver=solver, estimator=estimator or FirstOrder())
+    chosen = estimator or FirstOrder()
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+
+    @functools.cache
+    def of(examples: int | None) -> MetaLoss:
+        problem = focusft_problem(
+            model,
+            adapter=adapter,
+            mask=mask,
+            inner_tokens=inner_tokens,
+            generator=generator,
+            examples=examples,
+        )
+        inner = solver if examples is None else PerExampleSolver(solver)
+        return bilevel(problem, solver=inner, estimator=chosen)
 
     def meta_loss(outer: Params, episode: Any) -> tuple[Tensor, Aux]:
+        support = Episode(*episode).support
         # Explicit parameters suit every estimator, and a first-order inner loop then builds no
         # graph below its fast weights.
-        return meta(outer or trainable(model), episode)
+        outer = outer or trainable(model)
+        if not per_example:
+            return of(None)(outer, episode)
+        loss, aux = of(len(support["input_ids"]))(outer, episode)
+        return loss, Aux(aux.params, mean_loss(aux.inner_losses, inner_tokens, support))
 
     return meta_loss
 

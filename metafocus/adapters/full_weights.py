@@ -1,0 +1,276 @@
+"""Full fast weights: copies of parameters that stand in for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from metafocus.adapters import slots
+from metafocus.adapters.placement import Placement
+from metafocus.errors import PlacementError, ProblemError
+
+FILE = "fast_weights.safetensors"
+
+# Modules whose parameters torch reads without calling them, or from a list made beforehand.
+_BYPASSED = (NonDynamicallyQuantizableLinear, nn.RNNBase)
+
+
+@dataclass(frozen=True)
+class FullWeights:
+    """Fast weights that are full copies of the placed modules' parameters, and start as these.
+
+    The fast weights are a dict of plain tensors under the model's own parameter names, such as
+    `"model.layers.3.mlp.up_proj.weight"`. Any module may be placed: linear, normalisation,
+    embedding; of a module that contains others, all parameters inside are copied. A parameter
+    that several modules share has one copy, which all of them see.
+
+    `init` copies the values that the modules hold at that moment. `metafocus.recipes` call it
+    while the slow weights stand in the model, so the start is a function of them, `fast_0 = slow`:
+    the hypergradient flows through it, as in MAML. In a `Problem` of your own,
+    `init=lambda slow: {name: slow[name] for name in adapter.names(model)}` says the same.
+
+    Args:
+        where: Placement, a function from a model to module paths.
+
+    Example:
+        >>> from metafocus.adapters import all_linear
+        >>> model = nn.Sequential(nn.Linear(4, 3))
+        >>> full = FullWeights(all_linear)
+        >>> fast = full.init(model)
+        >>> {name: tuple(tensor.shape) for name, tensor in fast.items()}
+        {'0.weight': (3, 4), '0.bias': (3,)}
+        >>> with full.bind(model, {k: 0 * v for k, v in fast.items()}):
+        ...     model(torch.ones(4)).tolist()
+        [0.0, 0.0, 0.0]
+    """
+
+    where: Placement
+
+    def modules(self, model: nn.Module) -> tuple[str, ...]:
+        """Paths of the modules of `model` that see fast weights, in model order.
+
+        Raises:
+            PlacementError: If the placement names a module that does not exist, that is named
+                twice, that has no parameters, or whose parameters are read without calling it.
+
+        Example:
+            >>> FullWeights(lambda model: ("",)).modules(nn.Sequential(nn.Linear(2, 2), nn.Tanh()))
+            ('0',)
+        """
+        seen = {path for places in self._places(model).values() for path, _ in places}
+        return tuple(path for path, _ in model.named_modules() if path in seen)
+
+    def names(self, model: nn.Module) -> tuple[str, ...]:
+        """Names of the fast weights: those of `model.named_parameters()`.
+
+        Raises:
+            PlacementError: As `modules`.
+
+        Example:
+            >>> FullWeights(lambda model: ("0",)).names(nn.Sequential(nn.LayerNorm(2)))
+            ('0.weight', '0.bias')
+        """
+        return tuple(self._places(model))
+
+    def init(self, model: nn.Module, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Copy the parameters, in float32 or in their own type where that is wider.
+
+        The copies depend on what they were copied from: on the model's parameters if these require
+        grad, and on the tensors of a `functional_call` that is under way.
+
+        Args:
+            model: The model to adapt.
+            generator: Not used: nothing is drawn.
+
+        Returns:
+            The parameters by name.
+
+        Raises:
+            PlacementError: As `modules`.
+            ProblemError: For parameters of integers (a quantised model).
+
+        Example:
+            >>> layer = nn.Sequential(nn.LayerNorm(2))
+            >>> FullWeights(lambda model: ("0",)).init(layer)["0.weight"].tolist()
+            [1.0, 1.0]
+        """
+        fast: dict[str, Tensor] = {}
+        for name, places in self._places(model).items():
+            for path, _ in places:
+                # torch.compile cannot trace the installation of a hook, only what the hook does.
+                slots.slot(model.get_submodule(path))
+            own = _read(model, name)
+            if not own.is_floating_point():
+                raise ProblemError(
+                    f"FullWeights: {name!r} is of type {own.dtype}, which cannot be adapted; use "
+                    "LoRA on a quantised model"
+                )
+            fast[name] = own.to(torch.promote_types(own.dtype, torch.float32), copy=True)
+        return fast
+
+    @contextmanager
+    def bind(self, model: nn.Module, fast: Mapping[str, Tensor]) -> Iterator[None]:
+        """Let `model` see the fast weights inside a `with` block.
+
+        Each module has them in place of its parameters while it runs, rounded to the type of
+        these. A parameter that is read while its module does not run (`F.linear(x, child.weight)`
+        in the parent) is the slow one. A module that is bound already sees only the new fast
+        weights until the block ends. It composes with `torch.func` transforms, `functional_call`
+        and autograd.
+
+        Args:
+            model: The model.
+            fast: Exactly the names and shapes that `init` gives.
+
+        Raises:
+            ProblemError: If names are missing or unknown or a shape does not fit.
+            PlacementError: As `modules`.
+
+        Example:
+            >>> model = nn.Sequential(nn.LayerNorm(2))
+            >>> full = FullWeights(lambda model: ("0",))
+            >>> fast = {"0.weight": torch.zeros(2), "0.bias": torch.ones(2)}
+            >>> with full.bind(model, fast):
+            ...     model(torch.tensor([1.0, 3.0])).tolist()
+            [1.0, 1.0]
+        """
+        places = self._places(model)
+        _check(model, places, fast)
+        grouped: dict[str, dict[str, Tensor]] = {}
+        # As a whole: so the engine knows that a name may lead nowhere, and looks.
+        for name, tensor in fast.items():
+            for path, own in places[name]:
+                grouped.setdefault(path, {})[own] = tensor
+        with slots.bind(
+            (model.get_submodule(path), slots.Binding(slots.as_parameters, tensors))
+            for path, tensors in grouped.items()
+        ):
+            yield
+
+    def save(self, model: nn.Module, fast: Mapping[str, Tensor], directory: str | Path) -> None:
+        """Write the fast weights, whole and in their own type, under the model's parameter names.
+
+        `load` reads them back. `model.load_state_dict(safetensors.torch.load_file(path),
+        strict=False)` makes them the model's own.
+
+        Args:
+            model: The model the fast weights belong to.
+            fast: Exactly the names and shapes that `init` gives.
+            directory: Created if missing; receives `fast_weights.safetensors`.
+
+        Raises:
+            ProblemError: As `bind`.
+            PlacementError: As `modules`, and if there is nothing to save.
+
+        Example:
+            >>> import os, tempfile
+            >>> model, full = nn.Sequential(nn.LayerNorm(2)), FullWeights(lambda model: ("0",))
+            >>> with tempfile.TemporaryDirectory() as directory:
+            ...     full.save(model, full.init(model), directory)
+            ...     os.listdir(directory), list(full.load(model, directory))
+            (['fast_weights.safetensors'], ['0.weight', '0.bias'])
+        """
+        from safetensors.torch import save_file
+
+        places = self._places(model)
+        _check(model, places, fast)
+        if not places:
+            raise PlacementError("FullWeights.save: the placement is empty, nothing to save")
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        # Copies: one memory under two names, as a start by functional_call may be, is refused.
+        tensors = {k: v.detach().cpu().contiguous().clone() for k, v in fast.items()}
+        save_file(tensors, directory / FILE, metadata={"format": "pt"})
+
+    def load(self, model: nn.Module, directory: str | Path) -> dict[str, Tensor]:
+        """Read what `save` wrote, onto the devices of the model's parameters.
+
+        Raises:
+            ProblemError: If the file is of another model or placement.
+            PlacementError: As `modules`.
+        """
+        from safetensors.torch import load_file
+
+        places = self._places(model)
+        found = load_file(Path(directory) / FILE)
+        _check(model, places, found)
+        return {name: found[name].to(_read(model, name).device) for name in places}
+
+    def _places(self, model: nn.Module) -> dict[str, list[tuple[str, str]]]:
+        """For each fast weight, where it is seen: module paths and the parameter's name there."""
+        modules = dict(model.named_modules())
+        # Shared parameters: the first name is that of named_parameters().
+        homes: dict[int, list[tuple[str, str]]] = {}
+        for path, module in modules.items():
+            for own, value in module._parameters.items():
+                if value is not None:
+                    homes.setdefault(id(value), []).append((path, own))
+        paths = tuple(self.where(model))
+        if len(set(paths)) < len(paths):
+            twice = sorted({path for path in paths if paths.count(path) > 1})
+            raise PlacementError(f"FullWeights: {self.where!r} names {twice} more than once")
+        places: dict[str, list[tuple[str, str]]] = {}
+        for path in paths:
+            if path not in modules:
+                raise PlacementError(
+                    f"FullWeights: {type(model).__name__} has no module {path!r}, which "
+                    f"{self.where!r} names"
+                )
+            inside = [p for m in modules[path].modules() for p in m._parameters.values()]
+            found = [homes[id(value)] for value in inside if value is not None]
+            if not found:
+                raise PlacementError(
+                    f"FullWeights: module {path!r} is a {type(modules[path]).__name__} without "
+                    "parameters; place FullWeights on modules that have some"
+                )
+            places.update({_join(*home[0]): home for home in found})
+        for home in places.values():
+            for path, _ in home:
+                if isinstance(modules[path], _BYPASSED):
+                    raise PlacementError(
+                        f"FullWeights: torch reads the parameters of {path!r}, a "
+                        f"{type(modules[path]).__name__}, without calling it, and so would not "
+                        "see fast weights; leave it out of the placement"
+                    )
+        return places
+
+
+def _check(
+    model: nn.Module, places: Mapping[str, list[tuple[str, str]]], fast: Mapping[str, Tensor]
+) -> None:
+    missing, unknown = places.keys() - fast.keys(), fast.keys() - places.keys()
+    if missing or unknown:
+        raise ProblemError(
+            f"FullWeights: fast weights of another model or placement: missing "
+            f"{sorted(missing)[:6]} ({len(missing)}), unknown {sorted(unknown)[:6]} "
+            f"({len(unknown)}); make them with init(model) of this adapter"
+        )
+    for name in places:
+        shape, own = tuple(fast[name].shape), tuple(_read(model, name).shape)
+        if shape != own:
+            hint = (
+                ": fast weights for each example are LoRA's; with FullWeights take one example at "
+                "a time (mf.over_tasks for several)"
+                if shape[1:] == own
+                else ""
+            )
+            raise ProblemError(
+                f"FullWeights: {name!r} has shape {list(shape)}, expected {list(own)}{hint}"
+            )
+
+
+def _read(model: nn.Module, name: str) -> Tensor:
+    path, _, own = name.rpartition(".")
+    value = model.get_submodule(path)._parameters[own]
+    assert value is not None
+    return value
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name

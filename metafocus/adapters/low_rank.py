@@ -1,0 +1,123 @@
+"""The low-rank update of a linear module: one for all rows of a batch, or one for each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from metafocus.adapters.placement import is_conv1d
+from metafocus.errors import ProblemError
+
+
+def sizes(module: nn.Module) -> tuple[int, int]:
+    """Input and output features of a linear module.
+
+    Example:
+        >>> sizes(nn.Linear(2, 3))
+        (2, 3)
+    """
+    if is_conv1d(module):
+        return int(module.nx), int(module.nf)  # pyright: ignore[reportArgumentType]
+    assert isinstance(module, nn.Linear)
+    return module.in_features, module.out_features
+
+
+def update(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    output: Tensor,
+    tensors: dict[str, Tensor],
+    *,
+    scale: float,
+) -> Tensor:
+    """Return `output + scale * B (A x)`, each row of the batch with its own A and B if they have.
+
+    Args:
+        module: The linear module.
+        args: `x`, `[..., in]`; with a leading dimension in `tensors`: `[batch, ..., in]`.
+        output: What the module made of it.
+        tensors: `lora_A` `[rank, in]` and `lora_B` `[out, rank]`; or `[batch, rank, in]` and
+            `[batch, out, rank]`.
+        scale: Of the update.
+
+    Raises:
+        ProblemError: If the leading dimension is not that of `x`.
+    """
+    a, b = tensors["lora_A"], tensors["lora_B"]
+    # Autocast casts the operands itself, so this costs it nothing; without autocast the operands
+    # of a product must have one type.
+    inputs = args[0].to(a.dtype)
+    # Scaled where it is narrow: rank numbers per token instead of `out`.
+    if a.ndim == 2:
+        added = functional.linear(scale * functional.linear(inputs, a), b)
+        return output + added.to(output.dtype)
+    # A row of a matrix may be anything: a token, an example. A batch of sequences is clear.
+    if inputs.ndim < 3 or len(inputs) != len(a):
+        raise ProblemError(
+            f"{type(module).__name__} has fast weights for each of {len(a)} examples, but its "
+            f"input has shape {list(inputs.shape)} and not [{len(a)}, ..., {a.shape[-1]}]: bind "
+            "fast weights made for this batch, and only on modules that see whole sequences (not "
+            "the output head, not experts that tokens are routed to)"
+        )
+    rows = inputs.flatten(1, -2)
+    added = torch.bmm(scale * torch.bmm(rows, a.mT), b.mT)
+    return output + added.reshape(output.shape).to(output.dtype)
+
+
+def examples(fast: Mapping[str, Tensor], names: Mapping[str, tuple[int, ...]]) -> int | None:
+    """Number of examples that fast weights are for; None if they are shared.
+
+    Args:
+        fast: Fast weights.
+        names: Their names, and their shapes if they are shared.
+
+    Raises:
+        ProblemError: If a shape fits neither form, or the numbers of examples differ.
+
+    Example:
+        >>> examples({"w": torch.zeros(5, 2)}, {"w": (2,)})
+        5
+    """
+    leading: dict[str, tuple[int, ...]] = {}
+    for name, shape in names.items():
+        found = tuple(fast[name].shape)
+        extra = found[: len(found) - len(shape)]
+        if len(extra) > 1 or found != extra + tuple(shape):
+            raise ProblemError(
+                f"LoRA: {name!r} has shape {list(found)}, expected {list(shape)}, or that behind "
+                "the number of examples"
+            )
+        leading[name] = extra
+    if len(set(leading.values())) > 1:
+        one, other = (next(k for k, v in leading.items() if v == x) for x in set(leading.values()))
+        raise ProblemError(
+            f"LoRA: {one!r} has shape {list(fast[one].shape)} and {other!r} "
+            f"{list(fast[other].shape)}: all fast weights have the same number of examples in "
+            "front, or none has"
+        )
+    extra = next(iter(leading.values()), ())
+    return extra[0] if extra else None
+
+
+def for_each(fast: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
+    """Give each of `number` examples fast weights of its own, all equal: `[...] -> [number, ...]`.
+
+    Example:
+        >>> for_each({"w": torch.zeros(2)}, 5)["w"].shape
+        torch.Size([5, 2])
+    """
+    return {name: value.expand(number, *value.shape) for name, value in fast.items()}
+
+
+def one_of(fast: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
+    """Fast weights of one example, as if they were the only ones: `[number, ...] -> [...]`.
+
+    Example:
+        >>> one_of({"w": torch.zeros(5, 2)}, 0)["w"].shape
+        torch.Size([2])
+    """
+    return {name: value[index] for name, value in fast.items()}

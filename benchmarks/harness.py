@@ -137,6 +137,9 @@ def main(
             "reference": reference,
             "environment": environment(torch.get_default_dtype()),
             "repeats": args.repeats,
+            "options": {
+                k: v for k, v in vars(args).items() if k in ("vocabulary", "checkpointing")
+            },
             "rows": rows,
         }
         args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -474,3 +474,20 @@ def test_cuda_does_not_wait_when_turns_are_known():
         kernel.backward(do, q, k, v, o, lse, spans, SHAPE)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_kernel_is_looked_at_before_it_is_used(dtype, monkeypatch):
+    """Right kernels pass the check of a device; of others it says what is wrong."""
+    cpu = torch.device("cpu")
+    look = flash.fault.__wrapped__
+    assert look(cpu, dtype, 16) is None
+    right = flash.flash_cpu.backward
+    monkeypatch.setattr(flash.flash_cpu, "backward", lambda *a: tuple(2 * x for x in right(*a)))
+    assert "are wrong on a small example" in look(cpu, dtype, 16)
+
+    def broken(*args):
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(flash.flash_cpu, "forward", broken)
+    assert "failed on a small example: no kernel image" in look(cpu, dtype, 16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from metafocus.attention import flash_cpu, flash_cuda
 from metafocus.attention.flash_varlen import FlashAttn, Varlen, installed
 from metafocus.attention.kernel import Shape
+from metafocus.attention.tiled import Tiled
 from metafocus.attention.turns import Turn, find_turns
 from metafocus.errors import ProblemError
 from metafocus.spans import Spans
@@ -139,7 +141,11 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, spans: Spans, shape: Shape) -> Flas
             f"the spans need more than {most} turns ({batch} rows of {length} tokens), of which "
             "each costs a call or a copy of its keys"
         )
-    if not q.is_cuda:
+    if q.is_cuda:
+        found = fault(q.device, q.dtype, q.shape[-1])
+        if found is not None:
+            return found
+    else:
         calls = sum(len(group.pieces) for group in flash_cpu.groups(turns))
         if calls > most:
             return f"the spans need {calls} calls of the kernel, more than {most}"
@@ -158,6 +164,49 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, spans: Spans, shape: Shape) -> str 
     """
     kernel = prepare(q, k, v, spans, shape)
     return kernel if isinstance(kernel, str) else None
+
+
+@functools.cache
+def fault(device: torch.device, dtype: torch.dtype, size: int) -> str | None:
+    """Return what is wrong with the fused kernels of a device, or None; looked at once.
+
+    Kernels come with the installation. So the first use of one is a small attention of turns,
+    windows and grouped heads, with its gradient, against tiles.
+
+    Args:
+        device: Of the tensors.
+        dtype: Of the tensors.
+        size: Of a head.
+    """
+    length = 40
+    stop = torch.arange(1, length + 1)
+    stop[:16] = 16
+    start = torch.zeros(length, dtype=torch.long)
+    start[30:] = torch.arange(10)
+    spans = Spans(start[None].to(device), stop[None].to(device))
+    draw = torch.Generator().manual_seed(0)
+    q, k, v, do = (
+        torch.randn(1, heads, length, size, generator=draw).to(device, dtype)
+        for heads in (4, 2, 2, 4)
+    )
+    shape, turns = Shape(size**-0.5), find_turns(spans)
+    assert turns is not None
+    expected = Tiled().forward(q, k, v, spans, shape)
+    expected += Tiled().backward(do, q, k, v, *expected, spans, shape)
+    try:
+        if device.type == "cuda":
+            out, lse = flash_cuda.forward(q, k, v, turns, shape, installed())
+            grads = flash_cuda.backward(do, q, k, v, out, lse, turns, shape, installed())
+        else:
+            out, lse = flash_cpu.forward(q, k, v, turns, shape.scale)
+            grads = flash_cpu.backward(do, q, k, v, out, lse, turns, shape.scale)
+    except (RuntimeError, TypeError, ValueError) as error:
+        return f"the fused kernels of {device} failed on a small example: {error}"
+    for got, want in zip((out, lse, *grads), expected, strict=True):
+        # Some ten roundings of the type, where a wrong kernel is off by the numbers themselves.
+        if not (got - want).float().norm() <= 32 * torch.finfo(dtype).eps * want.float().norm():
+            return f"the fused kernels of {device} are wrong on a small example of {dtype}"
+    return None
 
 
 def unserved(q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> str | None:

@@ -30,11 +30,12 @@ def register() -> None:
 
     Call it before a model is built with that name or `set_attn_implementation("metafocus")`;
     calling it again changes nothing. The name stands for `backend="auto"`; `"metafocus_tiled"`,
-    `"metafocus_dense"`, `"metafocus_fused"` (flash) and `"metafocus_flex"` force a back end. A model then
-    takes `spans.stack()`, `[B, 1, S, 2]`, as its `attention_mask`, and no `[S, S]` tensor is made.
-    Each layer narrows the spans by its own sliding window. A model that is called as usual, with a
-    padding mask or in `generate`, works too: with causal spans where there is neither padding nor a
-    cache, and else with an ordinary mask and torch's own attention.
+    `"metafocus_dense"`, `"metafocus_fused"` (flash) and `"metafocus_flex"` force a back end.
+
+    A model then takes `spans.stack()`, `[B, 1, S, 2]`, as its `attention_mask`, and no `[S, S]`
+    tensor is made. Each layer narrows the spans by its own sliding window. A model that is called
+    as usual, with a padding mask or in `generate`, works too: with causal spans where there is
+    neither padding nor a cache, and else with an ordinary mask and torch's own attention.
 
     Example:
         >>> register()

@@ -37,10 +37,10 @@ the official code, at least 1.2 and 1.6 times less peak memory, and at most 1.45
 plain step. The plain steps score the same answers without an inner loop; the one with the same mask
 is this library's own, lean in the same places. Missed: the memory at vocabulary 4096, where the
 activations of the layers (with checkpointing: gradients), which all have, are the peak; and the
-last target against the lean step. It is met against transformers' step at vocabulary 32000. Counted in products of the layers and the
-head at vocabulary 4096, a plain step is 56 GFLOP; two inner steps over 5 of 12 layers (7.6 forward,
-6.4 backward to the inputs, 2.8 for the fast weights, each) and the outer pass through these (1.9)
-add 36, so 1.6 times is the least at this width.
+last target against the lean step. It is met against transformers' step at vocabulary 32000. Counted
+in products of the layers and the head at vocabulary 4096, a plain step is 56 GFLOP; two inner steps
+over 5 of 12 layers (7.6 forward, 6.4 backward to the inputs, 2.8 for the fast weights, each) and
+the outer pass through these (1.9) add 36, so 1.6 times is the least at this width.
 """
 ATTENTION = """
 One row, 2 heads of 32, float32, four context turns and causal answers. Memory is the growth of the

@@ -229,7 +229,7 @@ def checked_tail(
             hidden = read_hidden(
                 head, lambda: logits.append(model(**inputs).logits), lambda head, hidden: hidden
             )
-        except (RuntimeError, ProblemError) as error:
+        except (RuntimeError, TypeError, ValueError, LookupError) as error:
             return f"it cannot run with one position for its head ({error})"
         finally:
             handle.remove()

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from metafocus import heads
-from metafocus.errors import ProblemError
 from metafocus.lm import Batch, LMLoss
 from metafocus.prefix import fast_layers
 from metafocus.types import Params
@@ -79,7 +78,7 @@ class Shared:
             whole, parts = (
                 loss.final_hidden(fast, b) for b in (batch, {**batch, "hidden": hidden})
             )
-        except (RuntimeError, TypeError, AttributeError, ProblemError) as error:
+        except (RuntimeError, TypeError, AttributeError, ValueError, LookupError) as error:
             return f"it cannot run in two parts: {error}"
         size = whole.abs().amax()
         eps = 64 * torch.finfo(whole.dtype).eps
@@ -92,9 +91,12 @@ def _draws(model: nn.Module) -> bool:
     """Whether layers draw random numbers, of which each pass must have its own."""
     if not model.training:
         return False
-    config = model.config.get_text_config()  # pyright: ignore
-    rates = [m.p for m in model.modules() if isinstance(m, nn.Dropout)]
-    return any(rates) or any(getattr(config, n, 0.0) for n in ("attention_dropout", "attn_pdrop"))
+    if any(m.p for m in model.modules() if isinstance(m, nn.Dropout)):
+        return True
+    # Some layers call the function and keep its rate in the configuration.
+    config = vars(model.config.get_text_config())  # pyright: ignore
+    rates = [v for k, v in config.items() if "drop" in k or "jitter" in k]
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
 def _is_elsewhere(model: nn.Module) -> bool:

@@ -6,15 +6,16 @@ import logging
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import chat_batch, relative
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
 import metafocus as mf
 from metafocus.attention import span_attention, tiles
 from metafocus.errors import ProblemError, TransformError
 from metafocus.spans import Spans, nonempty, windowed
-from models import chat_batch, relative
 
 B, H, HKV, S, D, DV = 2, 4, 2, 11, 5, 3
 # Sums of some hundred products in another order.
@@ -361,6 +362,15 @@ def wrong(**changes):
             wrong(spans=Spans(*(torch.full((B, S), x) for x in (0, S + 1))), backend="tiled"),
             "beyond the 11 keys",
         ),
+        (
+            # Without a check this kills the process: the kernel divides by a number of keys.
+            wrong(
+                spans=Spans(*(torch.full((B, S), x) for x in (-2, 1))),
+                backend="flash",
+                v=inputs(width=D)[2],
+            ),
+            r"the span of query 0 in row 0 is \[-2, 1\), beyond the 11 keys",
+        ),
         (wrong(backend="flash", softcap=2.0, v=inputs(width=D)[2]), "cannot serve"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
@@ -375,3 +385,37 @@ def test_the_example_of_the_design():
     k = v = torch.randn(1, 2, 6, 8)
     spans = mf.masks.causal({"input_ids": torch.zeros(1, 6)})
     assert mf.attention.span_attention(q, k, v, spans).shape == q.shape
+
+
+@pytest.mark.parametrize("backend", ("auto", "tiled", "flash"))
+def test_plain_dual_tensors(backend):
+    """`torch.autograd.forward_ad` without functorch: of the output, and of its gradient."""
+    batch, found = chat_batch(72), []
+    spans = mf.masks.context_bidirectional(batch)
+    args, way = inputs(length=72, width=D), inputs(1, length=72, width=D)
+    for name in (backend, "dense"):
+        with forward_ad.dual_level():
+            duals = [
+                forward_ad.make_dual(x.clone().requires_grad_(), t)
+                for x, t in zip(args, way, strict=True)
+            ]
+            value = loss(spans, name)(*duals)
+            grads = torch.autograd.grad(value, duals, create_graph=True)
+            found.append([forward_ad.unpack_dual(x).tangent for x in (value[None], *grads)])
+    assert error(*found) < EXACT
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", ("grad", "jvp", "vmap"))
+def test_transforms_in_compiled_code(kind):
+    """The opaque operator has no derivative there: forward mode would give zeros, silently."""
+    args, way = inputs(length=72, width=D), inputs(1, length=72, width=D)
+    f = loss(mf.masks.causal(chat_batch(72)), "auto")
+    run = {
+        "grad": lambda *a: grad(f, ARGS)(*a),
+        "jvp": lambda *a: [jvp(f, a, way)[1]],
+        "vmap": lambda *a: [vmap(lambda t: f(*a[:2], a[2] * t))(torch.ones(2).double())],
+    }[kind]
+    torch._dynamo.reset()
+    got = torch.compile(run, backend="aot_eager")(*args)
+    assert error(got, run(*args)) < EXACT

@@ -100,6 +100,17 @@ def test_a_batch_is_its_examples_alone(solver, estimator, checkpointing):
     torch.testing.assert_close(aux.inner_losses, torch.stack(inner[:3]).mean(0), rtol=1e-12, atol=0)
 
 
+def test_second_order_in_forward_mode():
+    """Starts of all examples have memory of their own, or forward mode refuses them."""
+    batch, found = batch_of_four(), []
+    for hvp in (mf.hvp_reverse, mf.hvp_forward):
+        model = plain_norms(build())
+        meta = meta_of(model, estimator=mf.Unrolled(hvp=hvp), per_example=True)
+        meta({}, mf.Episode(batch, batch))[0].backward()
+        found.append(grads(model))
+    assert relative(*found) < 1e-12
+
+
 def test_an_example_without_answers_stays_at_the_start():
     batch = batch_of_four()
     model = build()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import pytest
 import torch
 from models import FAMILIES, MLP, NAMES, build, chat_batch, default_attn, grads, relative
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 import metafocus as mf
 from metafocus import masks
@@ -63,6 +65,24 @@ def counted(layers):
     yield calls
     for handle in handles:
         handle.remove()
+
+
+def with_more(forward, layer, *args, **kwargs):
+    return forward(layer, *args, **kwargs), None
+
+
+def unpacking(decoder, input_ids, attention_mask=None, position_ids=None, **others):
+    """A decoder whose layers return their states and something more."""
+    states = decoder.embed_tokens(input_ids)
+    where = decoder.rotary_emb(states, position_ids)
+    for layer in decoder.layers:
+        states, _ = layer(
+            states,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            position_embeddings=where,
+        )
+    return BaseModelOutputWithPast(last_hidden_state=decoder.norm(states))
 
 
 @pytest.mark.parametrize("checkpointing", (False, True), ids=("plain", "checkpointing"))
@@ -172,6 +192,19 @@ def test_not_where_the_parts_do_not_make_the_whole():
     with pytest.warns(UserWarning, match=r"Qwen2ForCausalLM: the layers below the fast weights"):
         assert "hidden" not in shared({}, batch)
     assert "hidden" not in shared({}, batch)
+
+
+def test_not_where_layers_return_more_than_states():
+    """The model unpacks what a layer returns: the check fails with a ValueError of its own."""
+    model = build("qwen2")
+    model.model.forward = lambda input_ids, **others: unpacking(model.model, input_ids, **others)
+    for layer in model.model.layers:
+        layer.forward = functools.partial(with_more, type(layer).forward, layer)
+    shared = Shared(lm_loss(model, adapter=adapter_for("qwen2"), mask=masks.causal))
+    batch = shared.loss.prepare(chat_batch())
+    with pytest.warns(UserWarning, match="cannot run in two parts"):
+        assert "hidden" not in shared({}, batch)
+    assert shared.loss(shared.loss.adapter.init(model), {}, batch).isfinite()
 
 
 def test_where_fast_weights_lie():

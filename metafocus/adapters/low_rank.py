@@ -110,7 +110,8 @@ def for_each(fast: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
         >>> for_each({"w": torch.zeros(2)}, 5)["w"].shape
         torch.Size([5, 2])
     """
-    return {name: value.expand(number, *value.shape) for name, value in fast.items()}
+    # In memory of their own: forward mode refuses a tensor whose elements lie in one place.
+    return {k: v.expand(number, *v.shape).contiguous() for k, v in fast.items()}
 
 
 def one_of(fast: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:

@@ -1,7 +1,9 @@
 """Attention inside `torch.compile`: an operator that the compiler does not look into.
 
 What a kernel does depends on the values of the spans, which a compiler cannot trace. The operator
-is differentiable once: `torch.compile` has no double backward.
+is differentiable once: `torch.compile` has no double backward. A function transform inside
+compiled code (`torch.func.grad`, `jvp`, `vmap`) would not see the operator's derivative, and
+forward mode would take it for a constant; there attention is dense.
 """
 
 from __future__ import annotations
@@ -9,11 +11,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from metafocus.attention.choose import KERNELS
+from metafocus.attention.dense import dense
 from metafocus.attention.kernel import Shape
 from metafocus.attention.tiled import Tiled
+from metafocus.errors import TransformError
 from metafocus.spans import Spans
 
 
@@ -29,7 +34,19 @@ def compiled(
         spans: `[B, S]`.
         shape: Scale and soft cap.
         backend: A name in `choose.KERNELS`.
+
+    Raises:
+        TransformError: Inside a transform, for another back end than "auto", which is dense there.
     """
+    # A compiler does not know get_interpreter_stack() and the like; this one it folds.
+    transforms = torch._C._are_functorch_transforms_active()
+    if transforms or forward_ad._current_level >= 0:
+        if backend != "auto":
+            raise TransformError(
+                f"span_attention(backend={backend!r}) inside a function transform that is being "
+                'compiled: use backend="auto" or "dense", or compile without the transform.'
+            )
+        return dense(q, k, v, spans, shape)
     return _attention(q, k, v, *spans, shape.scale, shape.softcap, backend)
 
 

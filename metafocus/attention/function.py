@@ -35,6 +35,14 @@ def _raw(x: Tensor) -> Iterator[None]:
         yield
 
 
+def _own(x: Tensor) -> Tensor:
+    """Return the same memory, no longer as a view.
+
+    A plain dual tensor that is a view refuses a tangent that lies otherwise in memory.
+    """
+    return x.data if x._is_view() else x
+
+
 def _folded(cls: Any, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
     """Run a Function under vmap by folding the mapped axis into the batch."""
     size = info.batch_size
@@ -74,7 +82,8 @@ class Attention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """Run the kernel."""
         with _raw(q):
-            return call.kernel.forward(q, k, v, Spans(start, stop), call.shape)
+            out, lse = call.kernel.forward(q, k, v, Spans(start, stop), call.shape)
+        return _own(out), _own(lse)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -128,8 +137,11 @@ class _Backward(torch.autograd.Function):
         spans = Spans(start, stop)
         with _raw(q):
             if dl is None:
-                return call.kernel.backward(do, q, k, v, o, lse, spans, call.shape)
-            return tiled.Tiled().backward(do, q, k, v, o, lse, spans, call.shape, dl)
+                grads = call.kernel.backward(do, q, k, v, o, lse, spans, call.shape)
+            else:
+                grads = tiled.Tiled().backward(do, q, k, v, o, lse, spans, call.shape, dl)
+        dq, dk, dv = (_own(x) for x in grads)
+        return dq, dk, dv
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -8,6 +8,7 @@ from typing import NamedTuple, overload
 import torch
 from torch import Tensor
 
+from metafocus.errors import ProblemError
 from metafocus.spans import Spans
 
 
@@ -79,6 +80,9 @@ def find_turns(spans: Spans, limit: int | None = None) -> tuple[Turn, ...] | Non
     Returns:
         The turns by row, then by query; queries that see nothing belong to none.
 
+    Raises:
+        ProblemError: If a span reaches beyond the keys.
+
     Example:
         >>> block_then_answer = Spans(torch.zeros(1, 4).long(), torch.tensor([[2, 2, 3, 4]]))
         >>> for turn in find_turns(block_then_answer):
@@ -88,6 +92,15 @@ def find_turns(spans: Spans, limit: int | None = None) -> tuple[Turn, ...] | Non
     """
     start, stop = torch.stack(tuple(spans)).cpu().unbind()
     length = start.shape[-1]
+    beyond = (start < stop) & ((start < 0) | (stop > length))
+    if beyond.any():
+        # A kernel would be given slices of other sizes than it is told: wrong numbers, or a crash.
+        row, query = beyond.nonzero()[0].tolist()
+        raise ProblemError(
+            f"the span of query {query} in row {row} is [{start[row, query].item()}, "
+            f"{stop[row, query].item()}), beyond the {length} keys; an interval is "
+            "start <= key < stop within [0, S)."
+        )
     first, last, step = _runs(start, stop)
     # Two runs that touch share a query: at most every second run can be left without one.
     if limit is not None and len(first) > 2 * limit:

@@ -104,18 +104,21 @@ class LMLoss:
     def __call__(self, fast: Params, slow: Params, batch: Batch) -> Tensor:
         """Return the loss; with `slow={}` the model's own parameters are the slow weights."""
         batch = self.prepare(batch)
-        scored, tail = batch["scored"], self._tail()
-
-        def reader(head: nn.Module, hidden: Tensor) -> Tensor:
-            assert tail is not None
-            return loss_of_hidden(head, hidden, scored, tail)
-
+        tail = self._tail()
         with self.adapter.bind(self.model, fast), self._running():
             if tail is None:
-                total = _full_loss(self._run(slow, batch).logits, scored)
-            else:
-                total = heads.read_hidden(self._head(), lambda: self._run(slow, batch), reader)
-        return total / scored.number
+                logits = self._run(slow, batch).logits
+                return self._mean(batch, lambda scored: _full_loss(logits, scored))
+
+            def reader(head: nn.Module, hidden: Tensor) -> Tensor:
+                return self._mean(batch, lambda scored: loss_of_hidden(head, hidden, scored, tail))
+
+            return heads.read_hidden(self._head(), lambda: self._run(slow, batch), reader)
+
+    def _mean(self, batch: Batch, total: Callable[[Scored], Tensor]) -> Tensor:
+        """Return the loss of a prepared batch, given the summed loss of scored positions."""
+        scored = batch["scored"]
+        return total(scored) / scored.number
 
     def hidden_before(self, cut: tuple[str, int], slow: Params, batch: Batch) -> prefix.Hidden:
         """Return the hidden states before a layer, of a prepared batch.

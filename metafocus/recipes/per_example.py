@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from metafocus import heads, masks
-from metafocus.lm import IGNORED, Batch, LMLoss, Scored, TokenPolicy, loss_of_hidden
-from metafocus.token_loss import wide
+from metafocus import masks
+from metafocus.lm import IGNORED, Batch, LMLoss, Scored, TokenPolicy
 from metafocus.types import Params, Solver, State
 
 
@@ -88,23 +87,8 @@ class PerExampleLoss(LMLoss):
         self._tail()
         return {**batch, "model_inputs": inputs, "each": self._each(batch)}
 
-    def __call__(self, fast: Params, slow: Params, batch: Batch) -> Tensor:
-        """Return the sum of the examples' losses."""
-        batch = self.prepare(batch)
-        parts, tail = batch["each"].parts, self._tail()
-
-        def total(loss: Callable[[Scored], Tensor]) -> Tensor:
-            return torch.stack([loss(part) / part.number for part in parts]).sum()
-
-        with self.adapter.bind(self.model, fast), self._running():
-            if tail is None:
-                logits = self._run(slow, batch).logits
-                return total(lambda part: _of_logits(logits, part))
-
-            def reader(head: nn.Module, hidden: Tensor) -> Tensor:
-                return total(lambda part: loss_of_hidden(head, hidden, part, tail))
-
-            return heads.read_hidden(self._head(), lambda: self._run(slow, batch), reader)
+    def _mean(self, batch: Batch, total: Callable[[Scored], Tensor]) -> Tensor:
+        return torch.stack([total(part) / part.number for part in batch["each"].parts]).sum()
 
     def _each(self, batch: Batch) -> Each:
         scored = self._scored(batch)
@@ -131,9 +115,3 @@ def scored_tokens(tokens: TokenPolicy, batch: Batch) -> Tensor:
 def mean_loss(total: Tensor, tokens: TokenPolicy, batch: Batch) -> Tensor:
     """Return the mean over examples with scored tokens, from what `PerExampleLoss` returned."""
     return total / scored_tokens(tokens, batch).any(1).sum().clamp(min=1)
-
-
-def _of_logits(logits: Tensor, scored: Scored) -> Tensor:
-    return torch.nn.functional.cross_entropy(
-        wide(scored.select(logits)), scored.targets, reduction="sum", ignore_index=IGNORED
-    )

@@ -6,7 +6,7 @@ parameters, whose ordinary derivative is the chosen hypergradient.
 
 from __future__ import annotations
 
-from metafocus import attention, errors, masks, recipes, single_loop
+from metafocus import attention, diagnostics, errors, masks, recipes, single_loop
 from metafocus.adapters import FullWeights, LoRA, Placement, all_linear, matching, top_layers
 from metafocus.bilevel import MetaLoss, adapt, bilevel, hypergrad
 from metafocus.compare import compare
@@ -126,6 +126,7 @@ __all__ = [
     "clip_per_tensor",
     "compare",
     "context_tokens",
+    "diagnostics",
     "errors",
     "evolution",
     "hvp_finite",

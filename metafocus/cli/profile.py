@@ -1,0 +1,178 @@
+"""`metafocus profile`: where a model looks: sinks, context, evidence, as numbers and figures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from metafocus import stdlib_qa
+from metafocus.bilevel import adapt
+from metafocus.cli import options
+from metafocus.cli.models import model_and_tokenizer
+from metafocus.comparison import environment
+from metafocus.data import Collator, encode_chats, read_chats
+from metafocus.diagnostics import AttentionProfile, attention_profile, plot_comparison
+from metafocus.diagnostics.plots import MOST
+from metafocus.errors import DataError
+from metafocus.lm import Batch, answer_tokens, context_tokens
+from metafocus.masks import MaskPolicy
+from metafocus.recipes.focusft import focusft_problem, trainable
+from metafocus.recipes.per_example import PerExampleSolver, mean_loss
+
+REPORT = "profile.json"
+SUFFIXES = (".png", ".svg")
+INNER_TOKENS = {"answer": answer_tokens, "context": context_tokens}
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "profile",
+        help="measure and draw where a model looks: sinks, context, evidence",
+        description=__doc__,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument(
+        "--data", default="stdlib", help="FILE.jsonl, FILE.parquet or stdlib (default)"
+    )
+    parser.add_argument(
+        "--samples", type=options.whole(1), default=4, help="chats; default %(default)s"
+    )
+    parser.add_argument(
+        "--max-length", type=options.whole(2), default=512, help="tokens; default %(default)s"
+    )
+    parser.add_argument(
+        "--turns", type=options.whole(1), default=1, help="of stdlib; default %(default)s"
+    )
+    parser.add_argument(
+        "--mask",
+        default="context-bidirectional",
+        help=f"{', '.join(options.MASKS)}; several, separated by commas, are drawn side by side; "
+        "default %(default)s",
+    )
+    parser.add_argument(
+        "--adapt",
+        action="store_true",
+        help="profile each mask a second time, with fast weights adapted to each chat",
+    )
+    parser.add_argument(
+        "--inner-tokens",
+        default="answer",
+        help=f"what --adapt learns: {', '.join(INNER_TOKENS)}; default %(default)s",
+    )
+    parser.add_argument(
+        "--layer", type=options.whole(0), help="of the heat maps; default the middle one"
+    )
+    parser.add_argument("--out", required=True, help="directory of profile.json and of the figures")
+    options.add_model(parser)
+    options.add_inner(parser, fraction=0.35, rank=32)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Profile, print, write."""
+    if not args.adapt:
+        names = ("inner_tokens", *options.INNER)
+        options.note_unused(args, names, "without --adapt")
+    directory = options.directory(args.out)
+    words = [word.strip() for word in args.mask.split(",") if word.strip()]
+    chosen = {word: options.choice(options.MASKS, word, "--mask") for word in words}
+    cells = len(chosen) * (1 + args.adapt)
+    if not 1 <= cells <= MOST:
+        raise DataError(
+            f"--mask {args.mask!r} makes {cells} profiles{' with --adapt' * args.adapt}; figures "
+            f"show 1 to {MOST}: name fewer masks."
+        )
+    options.choice(INNER_TOKENS, args.inner_tokens, "--inner-tokens")
+    records = None if args.data == "stdlib" else read_chats(args.data)
+    model, tokenizer = model_and_tokenizer(args, stdlib_qa.texts, args.max_length)
+    batch = _batch(args, records, tokenizer)
+    _check_layer(args, model)
+    real = batch["attention_mask"].sum(-1).tolist()
+    print(f"{type(model).__name__}: {len(real)} chats of {min(real)} to {max(real)} tokens")
+
+    profiles: dict[str, AttentionProfile] = {}
+    losses: dict[str, list[float]] = {}
+    for name, profile, inner in _profiles(args, model, batch, chosen):
+        profiles[name] = profile
+        note = ""
+        if inner is not None:
+            losses[name] = inner
+            note = f" (inner loss before each step: {', '.join(f'{x:.4f}' for x in inner)})"
+        print(f"\n{name}, answer queries{note}\n{profile.table()}", flush=True)
+    directory.mkdir(parents=True, exist_ok=True)
+    report = {
+        "profiles": {name: profile.to_dict() for name, profile in profiles.items()},
+        "inner_losses": losses,
+        "settings": {k: v for k, v in vars(args).items() if k not in ("run", "given")},
+        "environment": environment(next(model.parameters()).dtype),
+    }
+    written = [*_figures(profiles, directory, args.layer), directory / REPORT]
+    (directory / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+    print("\nwrote " + ", ".join(str(path) for path in written))
+
+
+def _batch(args: argparse.Namespace, records: list | None, tokenizer: Any) -> Batch:
+    if records is None:
+        records = options.documentation(
+            args, tokenizer, split="heldout", n=args.samples, turns=args.turns
+        )
+    else:
+        options.note_unused(args, ("turns",), "without --data stdlib")
+    samples = encode_chats(records, tokenizer, max_length=args.max_length).samples
+    if len(samples) < args.samples and "samples" in args.given:
+        raise DataError(
+            f"--samples {args.samples} is more than the {len(samples)} chats with an answer in "
+            "--data."
+        )
+    batch = Collator(pad_token_id=tokenizer.pad_token_id)(samples[: args.samples])
+    return {name: value.to(args.device) for name, value in batch.items()}
+
+
+def _check_layer(args: argparse.Namespace, model: Any) -> None:
+    layers = model.config.get_text_config().num_hidden_layers
+    if args.layer is not None and args.layer >= layers:
+        raise DataError(
+            f"--layer {args.layer}: the model has {layers} layers, counted from 0; use at most "
+            f"--layer {layers - 1}."
+        )
+
+
+def _profiles(
+    args: argparse.Namespace, model: Any, batch: Batch, chosen: dict[str, MaskPolicy]
+) -> Iterator[tuple[str, AttentionProfile, list[float] | None]]:
+    """Yield name, profile and, where weights were adapted, the mean inner losses."""
+    tokens = INNER_TOKENS[args.inner_tokens]
+    for word, mask in chosen.items():
+        yield word, attention_profile(model, batch, mask=mask), None
+        if not args.adapt:
+            continue
+        adapter = options.adapter(args)
+        problem = focusft_problem(
+            model,
+            adapter=adapter,
+            mask=mask,
+            inner_tokens=tokens,
+            examples=len(batch["input_ids"]),
+        )
+        # Fast weights of each chat's own, as if it were alone.
+        solver = PerExampleSolver(options.solver(args))
+        solution = adapt(problem, trainable(model), batch, solver=solver)
+        profile = attention_profile(model, batch, mask=mask, adapter=adapter, fast=solution.params)
+        yield f"{word}, adapted", profile, mean_loss(solution.losses, tokens, batch).tolist()
+
+
+def _figures(
+    profiles: dict[str, AttentionProfile], directory: Path, layer: int | None
+) -> Iterator[Path]:
+    for suffix in SUFFIXES:
+        for name, profile in profiles.items():
+            path = directory / f"{name.replace(', ', '-')}{suffix}"
+            profile.plot(path, layer=layer)
+            yield path
+        if len(profiles) > 1:
+            path = directory / f"comparison{suffix}"
+            plot_comparison(profiles, path, layer=layer)
+            yield path

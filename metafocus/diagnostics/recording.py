@@ -1,0 +1,221 @@
+"""A forward pass whose attention is measured, layer by layer, while it runs as usual."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metafocus import heads
+from metafocus.adapters import LoRA
+from metafocus.attention.hugging_face import attend, attention_as, make_mask, register
+from metafocus.attention.kernel import Shape
+from metafocus.diagnostics.measures import QUERIES, Measures, stack, summarise
+from metafocus.diagnostics.profile import AttentionProfile
+from metafocus.diagnostics.tokens import Tokens, block_size
+from metafocus.diagnostics.walking import walk_over
+from metafocus.errors import ProblemError
+from metafocus.lm import Adapter, Batch, all_tokens, lm_loss
+from metafocus.masks import MaskPolicy
+from metafocus.spans import Spans, windowed
+
+NAME = "metafocus_recorded"
+_PREPARED = ("model_inputs", "scored", "hidden")
+
+
+def attention_profile(
+    model: nn.Module,
+    batch: Batch,
+    *,
+    mask: MaskPolicy,
+    adapter: Adapter | None = None,
+    fast: Mapping[str, Tensor] | None = None,
+) -> AttentionProfile:
+    """Return where each layer and head looks, in one forward pass without gradients.
+
+    `AttentionProfile` says what is measured. The probabilities are recomputed from the queries and
+    keys of each layer, a block of queries at a time, within the spans of the mask narrowed by the
+    layer's sliding window, with the model's own scale, soft cap and learned sinks; those of all
+    pairs of tokens are never in memory together. The model runs in evaluation mode meanwhile,
+    with the attention of `mf.attention` whatever its `attn_implementation` is.
+
+    Args:
+        model: A Hugging Face causal language model that takes attention functions of others.
+        batch: `input_ids` and `answer_mask` `[B, S]`, what the mask needs, and optionally
+            `needle_mask`: True on the evidence for the answers. `metafocus.data.collate` makes it.
+        mask: Which keys each query sees, such as the one that the model was trained with.
+        adapter: What `fast` belongs to.
+        fast: Fast weights that the model is to see, such as `Aux.params`.
+
+    Returns:
+        The profile; its tensors are on the CPU.
+
+    Raises:
+        ProblemError: If only one of `adapter` and `fast` is given, the batch has no `answer_mask`,
+            or the model's attention cannot be replaced.
+
+    Example:
+        >>> import metafocus as mf
+        >>> from transformers import Qwen2Config, Qwen2ForCausalLM
+        >>> model = Qwen2ForCausalLM(Qwen2Config(
+        ...     vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+        ...     num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=16))
+        >>> batch = {
+        ...     "input_ids": torch.tensor([[1, 2, 3, 4]]),
+        ...     "answer_mask": torch.tensor([[False, False, True, True]])}
+        >>> profile = mf.diagnostics.attention_profile(model, batch, mask=mf.masks.causal)
+        >>> profile.sink_mass.shape, profile.by_head.entropy.shape
+        (torch.Size([2]), torch.Size([2, 2]))
+    """
+    if (adapter is None) != (fast is None):
+        given, missing = ("adapter", "fast") if fast is None else ("fast", "adapter")
+        raise ProblemError(
+            f"{given} is given without {missing}: give both, for a profile with fast weights, or "
+            "neither."
+        )
+    config = _config(model)
+    adapter, fast = adapter or LoRA(_nowhere), dict(fast or {})
+    device = next(model.parameters()).device
+    raw = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    raw = {k: v for k, v in raw.items() if k not in _PREPARED}
+    tokens = Tokens.of(raw)
+    recorder = Recorder(tokens)
+    _register()
+    with torch.no_grad(), _evaluating(model):
+        with attention_as(config, "metafocus"):
+            loss = lm_loss(model, adapter=adapter, mask=mask, tokens=all_tokens)
+            inputs = loss.prepare(raw)["model_inputs"]
+        with adapter.bind(model, fast), attention_as(config, NAME):
+            # Up to the head only: logits of a long context would take more memory than the rest.
+            heads.read_hidden(
+                model.get_output_embeddings(),  # pyright: ignore
+                lambda: model(**inputs, attention_recorder=recorder),
+                lambda head, hidden: hidden[:, :1],
+            )
+    if not recorder.layers:
+        raise ProblemError(
+            f"{type(model).__name__} does not hand keywords on to its attention, so nothing was "
+            "recorded; profiles need a model that does, as those of transformers 5 do."
+        )
+    return recorder.profile()
+
+
+class Recorder:
+    """Measures the layers that call it, in the order of their calls; made anew for each profile.
+
+    Args:
+        tokens: Roles of the tokens.
+    """
+
+    def __init__(self, tokens: Tokens):
+        self.tokens = tokens
+        self.layers: list[list[tuple[Measures, Measures]]] = []
+        self.cells: list[Tensor] = []
+
+    def __call__(
+        self, q: Tensor, k: Tensor, spans: Spans, shape: Shape, sinks: Tensor | None
+    ) -> None:
+        """Measure one layer; see `walk_over`."""
+        spans = Spans(*(x.expand(len(q), -1) for x in spans))
+        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+            sums = walk_over(q, k, spans, shape, sinks, self.tokens)
+            found = [summarise(sums, self.tokens, i) for i in range(len(QUERIES))]
+        self.layers.append(found)
+        self.cells.append(sums.cells.float().cpu())
+
+    def profile(self) -> AttentionProfile:
+        """Put the layers together."""
+        both = {
+            name: [stack([layer[i][part] for layer in self.layers]).cpu() for part in (0, 1)]
+            for i, name in enumerate(QUERIES)
+        }
+        length = self.tokens.valid.shape[-1]
+        return AttentionProfile(
+            layers={name: means for name, (means, _) in both.items()},
+            heads={name: by_head for name, (_, by_head) in both.items()},
+            cells=torch.stack(self.cells),
+            answers=self.tokens.queries[:, 0].cpu(),
+            length=length,
+            block=block_size(length),
+        )
+
+
+def recorded(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    *,
+    attention_recorder: Recorder,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attend in one layer as `attend` does, and let the recorder see it.
+
+    Args:
+        module: As of `attend`, like all that is not said here.
+        query: `[B, H, S, D]`.
+        key: `[B, Hkv, S, D]`.
+        value: `[B, Hkv, S, Dv]`.
+        attention_mask: Stacked spans `[B, 1, S, 2]`.
+        scaling: Factor of the products.
+        dropout: Must be 0.
+        sliding_window: Of the layer, or None.
+        softcap: Of the logits, or None.
+        s_aux: Sinks `[H]`, or None.
+        attention_recorder: What measures.
+        others: Passed on.
+    """
+    # It refuses what spans cannot serve, so that only what is measured is left.
+    out = attend(
+        module, query, key, value, attention_mask, scaling, dropout, sliding_window, softcap, s_aux,
+        backend="auto", **others,
+    )  # fmt: skip
+    assert attention_mask is not None
+    spans = Spans.unstack(attention_mask)
+    if sliding_window is not None:
+        spans = windowed(spans, sliding_window)
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    attention_recorder(query, key, spans, Shape(scale, softcap), s_aux)
+    return out
+
+
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    register()
+    AttentionInterface.register(NAME, recorded)
+    AttentionMaskInterface.register(NAME, make_mask)
+
+
+def _config(model: nn.Module) -> Any:
+    if not getattr(model, "_supports_attention_backend", False) or not hasattr(model, "config"):
+        raise ProblemError(
+            f"model {type(model).__name__} does not let its attention be replaced; profiles need a "
+            "Hugging Face model that takes attention functions, such as Qwen2, Llama or Gemma."
+        )
+    return model.config.get_text_config()  # pyright: ignore
+
+
+def _nowhere(model: nn.Module) -> tuple[str, ...]:
+    return ()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch dropout and checkpointing off inside a `with` block, and every module back after."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training

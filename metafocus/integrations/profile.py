@@ -1,0 +1,91 @@
+"""Attention profiles during training with Hugging Face's Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback
+
+from metafocus import masks
+from metafocus.diagnostics import AttentionProfile, Moment, attention_profile
+from metafocus.errors import ProblemError
+from metafocus.integrations.batch import as_batch
+from metafocus.lm import Adapter, Batch
+from metafocus.masks import MaskPolicy
+from metafocus.types import Params
+
+Adapt = Callable[[nn.Module, Batch], tuple[Adapter, Params]]
+"""`(model, batch) -> (adapter, fast weights)`."""
+
+
+class ProfileCallback(TrainerCallback):
+    """Profiles one batch before training, every few steps, and after the last one.
+
+    Each time costs one forward pass of the batch without gradients and about as much again for
+    the measures. Nothing random is drawn, so the training is the same with and without it. With
+    several processes each makes the same profile.
+
+    Args:
+        batch: As `attention_profile` takes it, or as a collator makes it (with `labels`).
+        every: Optimiser steps from one profile to the next.
+        mask: Which keys each query sees.
+        adapt: Makes fast weights for each profile; None: the model is profiled as it is deployed.
+
+    Attributes:
+        history: A `Moment` for each profile, for `plot_engagement`.
+        first: The profile before training, or None.
+        last: The latest profile, or None.
+
+    Raises:
+        ProblemError: If `every` is not a whole number of at least 1.
+
+    Example:
+        >>> batch = {"input_ids": torch.tensor([[3, 4]]), "labels": torch.tensor([[-100, 4]])}
+        >>> ProfileCallback(batch, every=10).history
+        []
+    """
+
+    def __init__(
+        self,
+        batch: Mapping[str, Any],
+        *,
+        every: int,
+        mask: MaskPolicy = masks.context_bidirectional,
+        adapt: Adapt | None = None,
+    ):
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ProblemError(f"every={every!r} must be a whole number of steps, at least 1.")
+        self._batch, self._every, self._mask, self._adapt = as_batch(batch), every, mask, adapt
+        self.history: list[Moment] = []
+        self.first: AttentionProfile | None = None
+        self.last: AttentionProfile | None = None
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, **others: Any
+    ) -> None:
+        """Profile the model that the training begins with, or goes on with."""
+        self._record(state.global_step, model)
+
+    def on_step_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, **others: Any
+    ) -> None:
+        """Profile the model if it is time."""
+        if state.global_step % self._every == 0:
+            self._record(state.global_step, model)
+
+    def on_train_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, **others: Any
+    ) -> None:
+        """Profile the trained model, unless its last step was."""
+        if not self.history or self.history[-1].step != state.global_step:
+            self._record(state.global_step, model)
+
+    def _record(self, step: int, model: nn.Module) -> None:
+        device = next(model.parameters()).device
+        batch = {k: v.to(device) for k, v in self._batch.items()}
+        adapter, fast = (None, None) if self._adapt is None else self._adapt(model, batch)
+        profile = attention_profile(model, batch, mask=self._mask, adapter=adapter, fast=fast)
+        self.history.append(Moment.of(step, profile))
+        self.first, self.last = self.first or profile, profile

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import inspect
 import warnings
 
 import pytest
@@ -107,10 +106,6 @@ def test_one_times_four_differs_for_shared_fast_weights(tmp_path):
     assert relative(weights(one.model), weights(four.model)) > 1e-8
 
 
-@pytest.mark.skipif(
-    "per_example" not in inspect.signature(mf.recipes.focusft).parameters,
-    reason="the recipe has no fast weights per example",
-)
 def test_one_times_four_is_four_times_one_per_example(tmp_path):
     runs = [
         trained(
@@ -480,6 +475,19 @@ def test_metrics_see_logits_and_labels(tmp_path):
 # --- what can go wrong -----------------------------------------------------------------------
 
 
+class Unread(torch.utils.data.Dataset):
+    """A data set that is no list."""
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, i):
+        return self.samples[i]
+
+
 class Broken:
     """An inner optimiser whose first `times` uses give NaN."""
 
@@ -572,11 +580,19 @@ def test_a_batch_without_answers_does_not_skew(tmp_path):
 
 
 def test_a_sample_longer_than_the_model(tmp_path):
-    run = trainer(tiny(), tmp_path, samples=[sample(70, [60], 0)] * 2, heldout=[sample(65, [4], 1)])
+    """In a list it is found at once, in a data set that is not read before, when it is met."""
+    long = [*SAMPLES, sample(70, [60], 0)]
+    with pytest.raises(DataError, match=r"train_dataset\[8\] has 70 tokens, the model has 64"):
+        trainer(tiny(), tmp_path, samples=long)
+    with pytest.raises(DataError, match=r"eval_dataset\['a'\]\[0\] has 65 tokens"):
+        trainer(tiny(), tmp_path, heldout={"a": [sample(65, [4], 1)]})
+    run = trainer(tiny(), tmp_path, samples=Unread(long[-2:]), heldout=Unread(long))
     with pytest.raises(DataError, match="70 tokens in a row, the model has 64 positions"):
         run.train()
-    with pytest.raises(DataError, match="65 tokens"):
+    with pytest.raises(DataError, match="70 tokens"):
         run.evaluate()
+    packed = {**long[-1], "document_ids": torch.arange(70) // 35}
+    assert trainer(tiny(), tmp_path, samples=[packed]).train_dataset == [packed]
 
 
 def test_narrow_and_mixed_parameters(tmp_path):

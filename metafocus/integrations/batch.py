@@ -119,14 +119,18 @@ def prompts(batch: Batch) -> Batch:
     return {**batch, "attention_mask": kept, "answer_mask": torch.zeros_like(answers)}
 
 
+def most_positions(model: nn.Module) -> int | None:
+    """How many positions the model's configuration allows; None where it does not say."""
+    return getattr(getattr(model, "config", None), "max_position_embeddings", None)
+
+
 def check_length(batch: Batch, model: nn.Module) -> None:
     """Raise if a row is longer than the positions of the model; packed rows count from 0 again.
 
     Raises:
         DataError: with both lengths.
     """
-    config = getattr(model, "config", None)
-    most = getattr(config, "max_position_embeddings", None)
+    most = most_positions(model)
     length = batch["input_ids"].shape[-1]
     if most is not None and length > most and "document_ids" not in batch:
         raise DataError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from metafocus.errors import DataError, ProblemError
+from metafocus.integrations.batch import most_positions
 
 
 def check_supported(args: TrainingArguments, compute_loss_func: Any = None) -> None:
@@ -79,6 +81,38 @@ def check_dtypes(model: nn.Module, args: TrainingArguments) -> None:
             "round to nothing. Load the model with dtype=torch.float32 and set bf16=True.",
             stacklevel=4,
         )
+
+
+def check_samples(name: str, samples: Any, model: nn.Module) -> None:
+    """Raise for a data set that is empty, or a list with a sample that is too long for the model.
+
+    Other data sets are not read for this: there a batch that is too long raises when it is met.
+
+    Raises:
+        DataError: naming the data set, the sample and what to do.
+    """
+    if isinstance(samples, dict):
+        for key, part in samples.items():
+            check_samples(f"{name}[{key!r}]", part, model)
+        return
+    if samples is None or not hasattr(samples, "__len__"):
+        return
+    if len(samples) == 0:
+        raise DataError(
+            f"{name} is empty: pass at least one sample, or leave it out. encode_chats leaves out "
+            "chats without an answer and counts them."
+        )
+    most = most_positions(model)
+    if most is None or not isinstance(samples, list):
+        return
+    for i, sample in enumerate(samples):
+        length = len(sample.get("input_ids", ())) if isinstance(sample, Mapping) else 0
+        if length > most and "document_ids" not in sample:
+            raise DataError(
+                f"{name}[{i}] has {length} tokens, the model has {most} positions: encode with "
+                f"max_length={most}, or raise the model's max_position_embeddings (and its rope "
+                "scaling)."
+            )
 
 
 def check_wrapper(model: nn.Module) -> None:

@@ -53,7 +53,8 @@ class FocusMixin(Trainer):
 
     Raises:
         ProblemError: for arguments that would be ignored or wrong here.
-        DataError: for an output directory that cannot be written to.
+        DataError: for an output directory that cannot be written to, an empty data set, or a
+            sample that is longer than the model's positions.
 
     Example:
         >>> class FocusSFTTrainer(FocusMixin, Trainer):  # or trl.SFTTrainer
@@ -77,6 +78,8 @@ class FocusMixin(Trainer):
         self._recipe, self._factory = dict(recipe or {}), meta_loss_factory
         super().__init__(model, args, **kwargs)  # pyright: ignore[reportArgumentType]
         checks.check_dtypes(self._plain, self.args)
+        checks.check_samples("train_dataset", self.train_dataset, self._plain)
+        checks.check_samples("eval_dataset", self.eval_dataset, self._plain)
         # compute_loss scales by the token count of the accumulated batches, as such models do.
         self.model_accepts_loss_kwargs = True
         device = self.args.device

@@ -13,7 +13,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
 
@@ -47,6 +47,12 @@ class Source:
     outer_lora_modules: str = described("all-linear", "modules of the outer LoRA")
 
 
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        # argparse would print all of the flags before it.
+        raise DataError(f"{message}; --help lists the known settings.")
+
+
 def parse(argv: list[str]) -> tuple[Source, FocusArguments]:
     """Return the settings that a configuration file and flags describe.
 
@@ -58,7 +64,7 @@ def parse(argv: list[str]) -> tuple[Source, FocusArguments]:
         3
     """
     kinds: Any = (Source, FocusArguments)
-    parser = HfArgumentParser(kinds, prog="metafocus train", description=__doc__)
+    parser = _Parser(kinds, prog="metafocus train", description=__doc__)
     known = {f.name for kind in kinds for f in dataclasses.fields(kind) if f.init}
     if argv and argv[0].endswith((".yaml", ".yml", ".json")):
         values = _read(Path(argv[0]))

@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from metafocus.bilevel import MetaLoss, bilevel
+from metafocus.errors import ProblemError
 from metafocus.estimators import Estimator
 from metafocus.recipes.focusft import focusft_problem
 from metafocus.types import Solver
@@ -24,7 +25,12 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def focusft_sharded(
-    model: nn.Module, *, solver: Solver, estimator: Estimator, **settings: Any
+    model: nn.Module,
+    *,
+    solver: Solver,
+    estimator: Estimator,
+    per_example: bool = False,
+    **settings: Any,
 ) -> MetaLoss:
     """Return `recipes.focusft` for a sharded model: its parameters are closed over, not passed.
 
@@ -38,13 +44,21 @@ def focusft_sharded(
         model: sharded by `fully_shard`.
         solver: the inner optimiser.
         estimator: of the tape.
+        per_example: must be False.
         settings: of `metafocus.recipes.focusft`.
 
     Returns:
         `meta_loss({}, episode) -> (loss, Aux)`.
 
     Raises:
-        ProblemError: at the first call, for an estimator that needs explicit parameters.
+        ProblemError: for fast weights per example; at the first call, for an estimator that needs
+            explicit parameters.
     """
+    if per_example:
+        raise ProblemError(
+            "per_example=True is not supported under FSDP. Use per_device_train_batch_size=1, "
+            "where shared fast weights are those of the example, with gradient_accumulation_steps; "
+            "or DDP."
+        )
     problem = focusft_problem(model, **settings)
     return bilevel(problem, solver=solver, estimator=estimator)

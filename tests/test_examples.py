@@ -1,0 +1,159 @@
+"""Scripts that are shown or promised: they run, and the tests that the pages name exist."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def load(path: str) -> ModuleType:
+    """The module of a script."""
+    file = ROOT / path
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up.
+    sys.modules[file.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+# --- killed, resumed, handed over --------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_finetune_and_resume(tmp_path, capsys):
+    """The checks raise by themselves; here, that they were made."""
+    found = load("examples/finetune_and_resume.py").main(["--quick", "--output", str(tmp_path)])
+    printed = capsys.readouterr().out
+    for method in ("sft", "focusft"):
+        ((dead, resumed),) = found[method]["deaths"]
+        assert 1 <= dead <= 11 and resumed in (0, 3, 6, 9)
+        assert found[method]["compared"] == dead - resumed
+        assert len(found[method]["losses"]) == 12
+        assert (tmp_path / method / "adapter" / "adapter_config.json").exists()
+    assert printed.count("logits equal to the trainer's, bit for bit") == 2
+    assert printed.count("PEFT: adapter loads") == 2
+    absent = importlib.util.find_spec("lm_eval") is None
+    assert printed.count("lm_eval: absent" if absent else "each as transformers computes it") == 2
+
+
+def test_a_step_that_comes_out_differently_is_found():
+    example = load("examples/finetune_and_resume.py")
+    told = {1: {"loss": "2.5"}, 2: {"loss": "2.25"}}
+    assert example._same(told, {2: {"loss": "2.25"}, 3: {"loss": "2"}}) == 1
+    assert sorted(told) == [1, 2, 3]
+    with pytest.raises(AssertionError, match="step 3 differs"):
+        example._same(told, {3: {"loss": "2.1"}})
+
+
+# --- the soak ----------------------------------------------------------------------------------
+
+
+def soak(*flags: str) -> subprocess.CompletedProcess[str]:
+    script = str(ROOT / "benchmarks" / "soak.py")
+    command = [sys.executable, script, "--steps", "60", "--every", "10", *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [(), ("--per-example",), ("--estimator", "unrolled-recompute")],
+    ids=["shared", "per-example", "second-order"],
+)
+def test_nothing_grows(flags):
+    # In so few steps the allocator has not yet seen all lengths of batches.
+    done = soak(*flags, "--warm-up", "20", "--slack", "16")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "flat after 20 steps" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_leak_is_found(tmp_path):
+    done = soak("--leak", "--output", str(tmp_path / "soak.json"))
+    assert done.returncode == 1
+    assert re.search(r"live tensors grew from \d+ at step 20 to \d+ at step 60", done.stdout)
+    assert (tmp_path / "soak.json").exists()
+
+
+def test_what_counts_as_growth():
+    module = load("benchmarks/soak.py")
+
+    def growth(*readings):
+        return module.growth([module.Reading(*r) for r in readings], 100, 8.0)
+
+    flat = [(50, 90.0, 9), (100, 100.0, 10), (200, 107.0, 10)]
+    assert growth(*flat) == []
+    (words,) = growth(*flat, (300, 107.0, 11))
+    assert words == "live tensors grew from 10 at step 100 to 11 at step 300"
+    (words,) = growth(*flat, (300, 109.0, 10))
+    assert words == (
+        "memory grew from 100.0 MiB at step 100 to 109.0 MiB at step 300, more than 8 MiB"
+    )
+    with pytest.raises(SystemExit, match="run longer"):
+        growth(*flat[:2])
+
+
+# --- what the pages name -----------------------------------------------------------------------
+
+
+def table() -> dict[int, str]:
+    """The rows of the table of faults, by number; the last cell names the tests."""
+    page = (ROOT / "docs" / "training.md").read_text()
+    rows = re.findall(r"^\| (\d+) \|.*\| (.*?) \|$", page, re.MULTILINE)
+    return {int(number): cell for number, cell in rows}
+
+
+def named(text: str) -> list[str]:
+    """`file.py::test`, or `::test` of the file before it."""
+    found, file = [], None
+    for word in re.findall(r"`([^`]+)`", text):
+        if match := re.fullmatch(r"(test_\w+\.py)?(?:::(test_\w+))?", word):
+            file = match[1] or file
+            assert file is not None, word
+            found.append(f"{file}::{match[2]}" if match[2] else file)
+    return found
+
+
+def defined_in(file: str) -> set[str]:
+    tree = ast.parse((ROOT / "tests" / file).read_text())
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def test_each_fault_has_a_test_that_exists():
+    rows = table()
+    assert sorted(rows) == list(range(1, 32))
+    for number, cell in rows.items():
+        assert named(cell) or cell == "the same", f"row {number} names no test: {cell}"
+        for name in named(cell):
+            file, _, test = name.partition("::")
+            assert (ROOT / "tests" / file).exists(), f"row {number}: {file}"
+            assert not test or test in defined_in(file), f"row {number}: {name}"
+
+
+def test_every_test_that_a_page_names_exists():
+    missing = []
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        for file, test in re.findall(r"(test_\w+\.py)::(test_\w+)", page.read_text()):
+            path = ROOT / "tests" / file
+            if not path.exists() or test not in defined_in(file):
+                missing.append(f"{page.name}: {file}::{test}")
+    assert not missing
+
+
+@pytest.mark.parametrize("page", ["training.md"])
+def test_scripts_that_a_page_names_exist(page):
+    text = (ROOT / "docs" / page).read_text()
+    for path in re.findall(r"(?:examples|benchmarks|tests)/[\w./-]+\.(?:py|yaml)", text):
+        assert (ROOT / path).exists(), path

@@ -1,4 +1,4 @@
-"""`metafocus compare | train`: see `metafocus COMMAND --help`."""
+"""`metafocus compare | train | profile | eval`: see `metafocus COMMAND --help`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 import metafocus
-from metafocus.cli import compare, options, train
+from metafocus.cli import compare, evaluate, options, profile, train
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -14,7 +14,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = options.Parser(prog="metafocus", description=metafocus.__doc__)
     parser.add_argument("--version", action="version", version=metafocus.__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (compare, train):
+    for command in (compare, train, profile, evaluate):
         command.add_parser(commands)
     words = list(sys.argv[1:] if argv is None else argv)
     try:

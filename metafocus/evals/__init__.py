@@ -1,0 +1,28 @@
+"""Long-context questions made by code, and their scorers: BABILong and RULER."""
+
+from metafocus.evals import babilong, ruler
+from metafocus.evals.intervals import wilson
+from metafocus.evals.items import Item, token_windows, write_chats
+from metafocus.evals.prose import Prose, builtin_prose, prose_from_file
+from metafocus.evals.scorers import (
+    babilong_official,
+    lm_eval_substring,
+    string_match_all,
+    string_match_part,
+)
+
+__all__ = [
+    "Item",
+    "Prose",
+    "babilong",
+    "babilong_official",
+    "builtin_prose",
+    "lm_eval_substring",
+    "prose_from_file",
+    "ruler",
+    "string_match_all",
+    "string_match_part",
+    "token_windows",
+    "wilson",
+    "write_chats",
+]

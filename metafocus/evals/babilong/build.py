@@ -1,0 +1,200 @@
+"""A story hidden in prose, as one prompt of a measured number of tokens."""
+
+from __future__ import annotations
+
+import random
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from metafocus.errors import DataError
+from metafocus.evals.babilong.simulator import Story, tell
+from metafocus.evals.babilong.worlds import TASKS, World
+from metafocus.evals.fit import largest
+from metafocus.evals.items import Count, Item, check_request, counter
+from metafocus.evals.prose import Prose, builtin_prose
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NEW_TOKENS = 20
+_MOST_SENTENCES = 1_000_000
+_SHOTS, _EXAMPLE_DRAWS = 2, 40  # short examples: the shortest of so many stories
+_DRAWS = 200  # stories, until one is short enough
+
+_RULES = {
+    "qa1": "The text tells where people go. Say where the person is now, the last place they went "
+    "to. Answer with one sentence of the form: NAME is in the ROOM.",
+    "qa2": "The text tells where people go and what they carry. Say in which room the thing is "
+    "now. Answer with one sentence of the form: The THING is in the ROOM.",
+    "qa3": "The text tells where people go and what they carry. Say in which room the thing was "
+    "just before it came to the room asked about. Answer with one sentence of the form: Before "
+    "the ROOM the THING was in the ROOM.",
+    "qa4": "The text tells how rooms lie beside each other. Answer with the name of one room only.",
+    "qa5": "The text tells who gives what to whom. Answer with one word, the name of a person or "
+    "of a thing; if it happened more than once, the last time counts.",
+}
+
+
+def generate(
+    tokenizer: PreTrainedTokenizerBase | Count,
+    *,
+    task: str,
+    length: int,
+    n: int,
+    seed: int = 0,
+    prose: Prose | None = None,
+    world: World | None = None,
+    window: tuple[float, float] = (0.0, 1.0),
+) -> list[Item]:
+    """Make `n` questions; prompt and answer have nearly, and never more than, `length` tokens.
+
+    The facts of a story keep their order. Each draws one of the gaps between the sentences of
+    the noise, uniformly and with replacement; the last sentence of the noise is cut to fit. The
+    same tokenizer, prose and seed give the same prompts. Story i depends neither on `n` nor on
+    `length`, so that lengths are compared on the same questions; only where its facts are too
+    many for the length another story is drawn.
+
+    Args:
+        tokenizer: a tokenizer, or a function that counts the tokens of a prompt.
+        task: "qa1" to "qa5".
+        length: tokens of the prompt, instruction and examples included, and of the answer, for
+            which 20 are kept free; 0 for facts without noise.
+        n: how many questions.
+        seed: which questions.
+        prose: the noise; default: the docstrings of the standard library. Sentences with a name
+            of the world are left out.
+        world: names and verbs.
+        window: the part of the noise that facts may stand in, as fractions.
+
+    Raises:
+        DataError: an unknown task, a window that is none, prose without a usable sentence, or a
+            length that cannot hold the facts.
+
+    Example:
+        >>> from metafocus.evals import babilong
+        >>> item, = babilong.generate(lambda text: len(text.split()), task="qa1", length=400, n=1)
+        >>> start, stop = item.evidence[0]
+        >>> babilong.solve("qa1", item.prompt[start:stop], item.question) == item.references[0]
+        True
+    """
+    check_request(TASKS, task, length, n)
+    if not 0 <= window[0] <= window[1] <= 1:
+        raise DataError(f"window={window!r}: give 0 <= start <= end <= 1")
+    world = World() if world is None else world
+    noise = None
+    if length:
+        noise = (builtin_prose() if prose is None else prose).without(world.names)
+    count = counter(tokenizer)
+    return [_item(count, task, length, f"{seed} {i}", noise, world, window) for i in range(n)]
+
+
+def _item(
+    count: Count,
+    task: str,
+    length: int,
+    name: str,
+    noise: Prose | None,
+    world: World,
+    window: tuple[float, float],
+) -> Item:
+    heading = _heading(task, world)
+    rng = random.Random(f"babilong noise {task} {length} {name}")
+    low, high = window
+    start = noise.place(rng) if noise else 0
+    limit = length - NEW_TOKENS
+    story = _fitting_story(count, task, limit if noise else None, name, heading, world)
+    depths = sorted(low + (high - low) * rng.random() for _ in story.facts)
+
+    def assemble(n: int, words: int = 0) -> tuple[str, list[tuple[int, int]], int]:
+        sentences = noise.stretch(start, n + 1) if noise else []
+        last = " ".join(sentences[n].split()[:words]) if words else ""
+        return _prompt(heading, story, [*sentences[:n], *([last] if last else [])], depths)
+
+    n = words = 0
+    if noise is not None:
+        fitting = largest(lambda k: count(assemble(k)[0]), limit, most=_MOST_SENTENCES, slack=8)
+        n = fitting or 0
+        most = len(noise.stretch(start + n, 1)[0].split()) - 1
+        words = largest(lambda k: count(assemble(n, k)[0]), limit, most=most) or 0
+    prompt, spans, size = assemble(n, words)
+    begin = len(heading)
+    evidence = tuple(spans[i] for i in story.supports)
+    return Item(
+        suite="babilong",
+        task=task,
+        length=length,
+        prompt=prompt,
+        question=story.question,
+        answer=story.sentence,
+        references=(story.answer,),
+        new_tokens=NEW_TOKENS,
+        evidence=evidence,
+        depths=tuple((a - begin) / size for a, _ in evidence),
+        labels=world.labels(task),
+    )
+
+
+def _fitting_story(
+    count: Count, task: str, limit: int | None, name: str, heading: str, world: World
+) -> Story:
+    rng = random.Random(f"babilong {task} {name}")
+    needed = []
+    for _ in range(_DRAWS):
+        story = tell(task, rng, world)
+        if limit is None:
+            return story
+        needed.append(count(_prompt(heading, story, [], [0.0] * len(story.facts))[0]))
+        if needed[-1] <= limit:
+            return story
+    raise DataError(
+        f"length={limit + NEW_TOKENS if limit is not None else 0} cannot hold the facts and "
+        f"instruction of {task}, which with the answer take at least {min(needed) + NEW_TOKENS} "
+        "tokens: raise it, or pass 0 for facts without noise"
+    )
+
+
+def _prompt(
+    heading: str, story: Story, sentences: list[str], depths: list[float]
+) -> tuple[str, list[tuple[int, int]], int]:
+    """The prompt, the spans of the facts in it, and the number of characters of the context."""
+    gaps = len(sentences) + 1
+    slots = [min(int(depth * gaps), gaps - 1) for depth in depths]
+    pieces: list[str] = []
+    spans: list[tuple[int, int]] = []
+    at, done = len(heading), 0
+
+    def add(piece: str) -> None:
+        nonlocal at
+        pieces.append(piece)
+        at += len(piece) + 1
+
+    for fact, slot in zip(story.facts, slots, strict=True):
+        for sentence in sentences[done:slot]:
+            add(sentence)
+        done = slot
+        spans.append((at, at + len(fact)))
+        add(fact)
+    for sentence in sentences[done:]:
+        add(sentence)
+    context = " ".join(pieces)
+    return f"{heading}{context}\n</context>\n\nQuestion: {story.question}", spans, len(context)
+
+
+@lru_cache(maxsize=32)
+def _heading(task: str, world: World) -> str:
+    """The instruction with short solved examples, up to where the context begins."""
+    rng = random.Random(f"babilong examples {task}")
+    shots = []
+    while len(shots) < _SHOTS:
+        story = min(
+            (tell(task, rng, world) for _ in range(_EXAMPLE_DRAWS)), key=lambda s: len(s.facts)
+        )
+        shots.append(
+            f"<example>\n{' '.join(story.facts)}\nQuestion: {story.question}\n"
+            f"Answer: {story.sentence}\n</example>"
+        )
+    return (
+        f"{_RULES[task]} Sentences about other matters stand between; ignore them.\n\n"
+        + "\n".join(shots)
+        + "\n\n<context>\n"
+    )

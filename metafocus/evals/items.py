@@ -1,0 +1,102 @@
+"""One question of an evaluation: its prompt, its references and where the evidence stands."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from metafocus.data import encode_chat
+from metafocus.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Count = Callable[[str], int]
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question with its long context, as a prompt for evaluation and as a chat for training.
+
+    `prompt` is the whole user message and `answer_prefix` the words that the answer is made to
+    begin with (empty for BABILong). `answer` is the assistant message to train on, prefix
+    included. `evidence` are character spans [start, stop) of the prompt, and `depths` says for
+    each of them where it begins in the context, from 0 to 1. Where `aligned`, evidence i supports
+    reference i. `labels` are the words that the official BABILong scorer chooses from.
+    """
+
+    suite: str
+    task: str
+    length: int
+    prompt: str
+    question: str
+    answer: str
+    references: tuple[str, ...]
+    new_tokens: int
+    answer_prefix: str = ""
+    evidence: tuple[tuple[int, int], ...] = ()
+    depths: tuple[float, ...] = ()
+    aligned: bool = False
+    labels: tuple[str, ...] = ()
+
+    def chat(self) -> dict[str, Any]:
+        """Return the record that `metafocus train` and `encode_chats` read."""
+        user: dict[str, Any] = {"role": "user", "content": self.prompt}
+        if self.evidence:
+            user["evidence"] = [list(span) for span in self.evidence]
+        return {
+            "messages": [user, {"role": "assistant", "content": self.answer}],
+            "suite": self.suite,
+            "task": self.task,
+            "length": self.length,
+            "depth": list(self.depths),
+        }
+
+    def record(self) -> dict[str, Any]:
+        """Return what identifies and scores the question, without the long prompt."""
+        found = asdict(self)
+        del found["prompt"]
+        return found
+
+
+def token_windows(item: Item, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, int]]:
+    """Return the runs [start, stop) of evidence tokens in the encoded chat: its `needle_mask`."""
+    if not item.evidence:
+        return []
+    mask = encode_chat(item.chat()["messages"], tokenizer)["needle_mask"].tolist()
+    edges = [
+        i for i, (a, b) in enumerate(zip([False, *mask], [*mask, False], strict=True)) if a - b
+    ]
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def write_chats(items: Iterable[Item], path: str | Path) -> None:
+    """Write the items as training chats, one JSON object a line."""
+    with Path(path).open("w", encoding="utf-8") as file:
+        for item in items:
+            file.write(json.dumps(item.chat()) + "\n")
+
+
+def counter(tokenizer: PreTrainedTokenizerBase | Count) -> Count:
+    """Return what counts the tokens of a string, given a tokenizer or such a function."""
+    if not hasattr(tokenizer, "encode"):
+        return tokenizer  # pyright: ignore[reportReturnType]
+    encode: Any = tokenizer
+    return lambda text: len(encode.encode(text, add_special_tokens=False, verbose=False))
+
+
+def check_request(tasks: tuple[str, ...], task: str, length: int, n: int) -> None:
+    """Refuse what no generator can make.
+
+    Raises:
+        DataError: an unknown task, a negative length or no samples.
+    """
+    if task not in tasks:
+        raise DataError(f"task={task!r} is unknown: use one of {', '.join(tasks)}")
+    if length < 0:
+        raise DataError(f"length={length} is negative: pass a number of tokens")
+    if n < 1:
+        raise DataError(f"n={n}: ask for at least one sample")

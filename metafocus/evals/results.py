@@ -1,0 +1,114 @@
+"""Scored answers: one cell for each task and length, with intervals and depths."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from metafocus.errors import DataError
+from metafocus.evals.intervals import wilson
+from metafocus.evals.items import Item
+from metafocus.evals.scorers import babilong_official, lm_eval_substring, reference_hits
+
+# The first is what the depths are scored by.
+SCORERS = {
+    "babilong": ("babilong_official", "lm_eval_substring"),
+    "ruler": ("string_match_all",),
+    "ruler qa": ("string_match_part",),
+}
+
+
+@dataclass(frozen=True)
+class Score:
+    """A mean from 0 to 1 over n answers, with its 95 % Wilson interval."""
+
+    scorer: str
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One task at one length; `by_depth` has (mean, n) for each part of the context, or None."""
+
+    suite: str
+    task: str
+    length: int
+    scores: tuple[Score, ...]
+    by_depth: tuple[tuple[float, int] | None, ...]
+
+
+def score(item: Item, output: str) -> dict[str, float]:
+    """Return each scorer's verdict on one answer, from 0 to 1.
+
+    Example:
+        >>> from metafocus.evals.items import Item
+        >>> from metafocus.evals.results import score
+        >>> item = Item("ruler", "vt", 1000, "...", "?", "A B", ("A", "B"), 30)
+        >>> score(item, "only a")
+        {'string_match_all': 0.5}
+    """
+    if item.suite == "babilong":
+        target = item.references[0]
+        official = babilong_official(output, target, item.question, item.labels)
+        return {
+            "babilong_official": float(official),
+            "lm_eval_substring": float(lm_eval_substring(output, target)),
+        }
+    hits = reference_hits(output, item.references)
+    if item.task == "qa":
+        return {"string_match_part": float(any(hits))}
+    return {"string_match_all": sum(hits) / len(hits)}
+
+
+def depth_points(item: Item, output: str) -> list[tuple[float, float]]:
+    """Return (depth, score) for each needle, or one for the mean depth of what supports it all."""
+    if not item.depths:
+        return []
+    if item.aligned:
+        hits = reference_hits(output, item.references)
+        return [(d, float(hit)) for d, hit in zip(item.depths, hits, strict=True)]
+    first = next(iter(score(item, output).values()))
+    return [(sum(item.depths) / len(item.depths), first)]
+
+
+def cells(items: Sequence[Item], outputs: Sequence[str], bins: int = 10) -> list[Cell]:
+    """Score the answers and sum them up, task by task and length by length.
+
+    Raises:
+        DataError: as many outputs as items are needed, and at least one bin.
+    """
+    if len(items) != len(outputs) or bins < 1:
+        raise DataError(
+            f"{len(items)} items, {len(outputs)} outputs, bins={bins}: pass one output for each "
+            "item and at least one bin"
+        )
+    groups: dict[tuple[str, str, int], list[tuple[Item, str]]] = defaultdict(list)
+    for item, output in zip(items, outputs, strict=True):
+        groups[item.suite, item.task, item.length].append((item, output))
+    return [_cell(*key, pairs, bins) for key, pairs in groups.items()]
+
+
+def _cell(suite: str, task: str, length: int, pairs: list[tuple[Item, str]], bins: int) -> Cell:
+    verdicts = [score(item, output) for item, output in pairs]
+    scores = []
+    for name in verdicts[0]:
+        mean = sum(verdict[name] for verdict in verdicts) / len(verdicts)
+        scores.append(Score(name, mean, *wilson(mean, len(verdicts)), len(verdicts)))
+    parts: list[list[float]] = [[] for _ in range(bins)]
+    for item, output in pairs:
+        for depth, value in depth_points(item, output):
+            parts[min(int(depth * bins), bins - 1)].append(value)
+    by_depth = tuple((sum(part) / len(part), len(part)) if part else None for part in parts)
+    return Cell(suite, task, length, tuple(scores), by_depth)
+
+
+def as_record(cell: Cell) -> dict[str, Any]:
+    """Return a cell for JSON, each score under its scorer's name."""
+    found = asdict(cell)
+    found["scores"] = {score["scorer"]: score for score in found["scores"]}
+    return found

@@ -1,0 +1,132 @@
+"""Greedy answers of a model to many prompts, left-padded in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from metafocus.errors import DataError
+from metafocus.evals.items import Count, Item
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def prompt_text(item: Item, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the chat of one user message, the answer's header, and the answer's first words.
+
+    Raises:
+        DataError: the tokenizer has no chat template.
+    """
+    return _rendered(item.prompt, tokenizer) + item.answer_prefix
+
+
+def prompt_counter(tokenizer: PreTrainedTokenizerBase) -> Count:
+    """Return what counts a prompt with the tokens of the chat template around it."""
+    return lambda text: len(_encode(_rendered(text, tokenizer), tokenizer))
+
+
+def answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[Item],
+    *,
+    batch_size: int = 8,
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """Return the model's greedy continuation of each prompt, in the order of the items.
+
+    No sampling, no beams, no repetition penalty, whatever the checkpoint's own settings say. Items
+    that may answer equally long run together, the longest prompts first, padded on the left.
+
+    Args:
+        model: a causal language model; it is put into evaluation mode and back.
+        tokenizer: its tokenizer, with a chat template.
+        items: the questions.
+        batch_size: prompts at a time.
+        progress: called with the number of answers after each batch.
+
+    Raises:
+        DataError: a batch size below 1, no token to pad with, or no chat template.
+    """
+    if batch_size < 1:
+        raise DataError(f"batch_size={batch_size}: pass at least 1")
+    pad: Any = (
+        tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    )
+    if pad is None:
+        raise DataError("the tokenizer has no pad_token and no eos_token: set tokenizer.pad_token")
+    ids = [_encode(prompt_text(item, tokenizer), tokenizer) for item in items]
+    order = sorted(range(len(items)), key=lambda i: (items[i].new_tokens, -len(ids[i])))
+    ends = _ends(model, tokenizer)
+    found: dict[int, str] = {}
+    training = model.training
+    model.eval()
+    try:
+        while len(found) < len(items):
+            rest = order[len(found) : len(found) + batch_size]
+            new = items[rest[0]].new_tokens
+            chosen = [i for i in rest if items[i].new_tokens == new]
+            outputs = _generate(model, [ids[i] for i in chosen], new, pad, ends)
+            for i, output in zip(chosen, outputs, strict=True):
+                found[i] = tokenizer.decode(output, skip_special_tokens=True)  # pyright: ignore
+            if progress is not None:
+                progress(len(chosen))
+    finally:
+        model.train(training)
+    return [found[i] for i in range(len(items))]
+
+
+@torch.inference_mode()
+def _generate(
+    model: PreTrainedModel, rows: list[list[int]], new: int, pad: int, ends: list[int]
+) -> list[list[int]]:
+    width = max(len(row) for row in rows)
+    embeddings: Any = model.get_input_embeddings()
+    device = embeddings.weight.device
+    batch = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
+    # By length, not by token: the padding token may be one that prompts contain.
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    output = model.generate(  # pyright: ignore[reportCallIssue]
+        input_ids=batch,
+        attention_mask=mask,
+        max_new_tokens=new,
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        pad_token_id=pad,
+        eos_token_id=ends or None,
+    )
+    return [_until(row, ends) for row in output[:, width:].tolist()]
+
+
+def _until(row: list[int], ends: list[int]) -> list[int]:
+    return row[: next((i for i, token in enumerate(row) if token in ends), len(row))]
+
+
+def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ends that the tokenizer and the checkpoint know; they need not be the same."""
+    config = getattr(model, "generation_config", None)
+    own = getattr(config, "eos_token_id", None)
+    own = own if isinstance(own, list) else [own]
+    return sorted({i for i in [*own, tokenizer.eos_token_id] if isinstance(i, int)})
+
+
+def _rendered(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    if tokenizer.chat_template is None:
+        raise DataError("the tokenizer has no chat template: set tokenizer.chat_template")
+    found = tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+    )
+    return str(found)
+
+
+def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    # The template writes the special tokens itself.
+    return tokenizer.encode(text, add_special_tokens=False, verbose=False)

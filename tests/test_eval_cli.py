@@ -1,0 +1,216 @@
+"""`metafocus eval`, from words to files, and the batched answers under it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from metafocus.__main__ import main
+from metafocus.cli import evaluate
+from metafocus.errors import DataError
+from metafocus.evals import babilong, builtin_prose, ruler
+from metafocus.evals.intervals import wilson
+from metafocus.evals.results import cells
+from metafocus.evals.run import answers, prompt_text
+from metafocus.tokenizer import train_tokenizer
+
+
+def words(text):
+    return len(text.split())
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(builtin_prose("train").sentences[:600], 1500)
+
+
+def build(tokenizer):
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=2048,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return Qwen2ForCausalLM(config)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tokenizer, tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    build(tokenizer).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def run(*argv):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(["eval", *map(str, argv)])
+    return code, out.getvalue(), err.getvalue()
+
+
+def refused(*argv):
+    code, out, err = run(*argv)
+    # A model's loading bar may stand before it.
+    last = err.splitlines()[-1]
+    assert code == 2 and not out and last.startswith("metafocus: error: ")
+    return last
+
+
+def test_batches_answer_as_one_prompt_alone_does(tokenizer):
+    """Against argmax without cache, padding or `generate`."""
+    model = build(tokenizer).double()
+    # A checkpoint's own settings must not show.
+    model.generation_config.repetition_penalty = 5.0
+    model.generation_config.do_sample = True
+    model.generation_config.temperature = 2.0
+    model.train()
+    items = [
+        *babilong.generate(words, task="qa1", length=0, n=3),
+        *ruler.generate(words, task="vt", length=250, n=2),
+        *babilong.generate(words, task="qa2", length=0, n=2),
+    ]
+    seen = []
+    found = answers(model, tokenizer, items, batch_size=3, progress=seen.append)
+    assert sum(seen) == 7 and max(seen) <= 3 and model.training
+    model.eval()
+    for item, text in zip(items, found, strict=True):
+        ids = tokenizer.encode(prompt_text(item, tokenizer), return_tensors="pt")
+        start = ids.shape[1]
+        with torch.no_grad():
+            for _ in range(item.new_tokens):
+                new = model(ids).logits[0, -1].argmax()
+                if new == tokenizer.eos_token_id:
+                    break
+                ids = torch.cat([ids, new.view(1, 1)], 1)
+        assert text == tokenizer.decode(ids[0, start:], skip_special_tokens=True)
+    assert len(set(found)) > 1
+
+
+def test_the_prompt_ends_with_the_start_of_the_answer(tokenizer):
+    (item,) = ruler.generate(words, task="niah_single_1", length=300, n=1)
+    text = prompt_text(item, tokenizer)
+    assert text.endswith(f"<|im_start|>assistant\n{item.answer_prefix}")
+    chat = tokenizer.apply_chat_template(item.chat()["messages"], tokenize=False)
+    assert chat.startswith(text)  # training and evaluation show the same
+
+
+def test_bad_settings(tokenizer):
+    with pytest.raises(DataError, match="batch_size=0"):
+        answers(build(tokenizer), tokenizer, [], batch_size=0)
+    bare = train_tokenizer(["a text"])
+    bare.chat_template = None
+    with pytest.raises(DataError, match="no chat template"):
+        answers(build(bare), bare, babilong.generate(words, task="qa1", length=0, n=1))
+
+
+@pytest.mark.parametrize(
+    ("suite", "tasks", "lengths", "drawn"),
+    [
+        ("babilong", "qa1,qa4", "0k,1k", True),
+        ("ruler", "niah_single_2,vt,fwe", "600", True),
+        ("ruler", "fwe", "600", False),
+    ],
+)
+def test_a_run(checkpoint, tmp_path, suite, tasks, lengths, drawn):
+    out = tmp_path / "out"
+    words = ("--model", checkpoint, "--suite", suite, "--tasks", tasks, "--lengths", lengths)
+    code, text, err = run(*words, "--n", 3, "--batch-size", 2, "--output", out)
+    assert code == 0, err
+    assert "repeats" not in err
+    report = json.loads((out / "eval.json").read_text())
+    sizes = [0, 1024] if suite == "babilong" else [600]
+    found = [(c["task"], c["length"]) for c in report["cells"]]
+    assert found == [(task, size) for task in tasks.split(",") for size in sizes]
+    names = {"babilong_official", "lm_eval_substring"} if sizes[0] == 0 else {"string_match_all"}
+    lines = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    assert len(lines) == 3 * len(found) and all("prompt" not in line for line in lines)
+    for cell in report["cells"]:
+        own = [x for x in lines if (x["task"], x["length"]) == (cell["task"], cell["length"])]
+        assert cell["scores"].keys() == names and len(own) == 3
+        for name, score in cell["scores"].items():
+            mean = sum(x["scores"][name] for x in own) / 3
+            assert score["mean"] == pytest.approx(mean) and score["n"] == 3
+            assert [score["low"], score["high"]] == pytest.approx(wilson(mean, 3))
+            assert name in text
+    assert (out / "depths.png").exists() == drawn == ("depths.png" in text)
+    if drawn:
+        assert (out / "depths.png").read_bytes().startswith(b"\x89PNG")
+    again = (*words, "--n", 3, "--output", out)
+    assert "pass --overwrite" in refused(*again)
+    assert run(*again, "--overwrite", "--batch-size", 3)[0] == 0
+    second = (out / "answers.jsonl").read_text().splitlines()
+    assert [json.loads(line)["question"] for line in second] == [x["question"] for x in lines]
+
+
+@pytest.mark.parametrize(("suite", "lengths"), [("babilong", "1k"), ("ruler", "1k,2k")])
+def test_right_answers_score_100(checkpoint, tmp_path, monkeypatch, suite, lengths):
+    def right(model, tokenizer, items, *, batch_size, progress):
+        for item in items:
+            size = len(tokenizer.encode(prompt_text(item, tokenizer))) + item.new_tokens
+            assert size <= item.length
+        progress(len(items))
+        return [item.answer.removeprefix(item.answer_prefix) for item in items]
+
+    monkeypatch.setattr(evaluate, "answers", right)
+    out = tmp_path / "out"
+    record = {"question": "Who?", "answers": ["Nobody"], "documents": ["Nobody it was."]}
+    (tmp_path / "qa.jsonl").write_text(json.dumps(record) + "\n")
+    words = ["--model", checkpoint, "--suite", suite, "--lengths", lengths, "--n", 4]
+    if suite == "ruler":
+        words += ["--questions", tmp_path / "qa.jsonl"]
+    code, _, err = run(*words, "--noise", "all", "--output", out)
+    assert code == 0, err
+    report = json.loads((out / "eval.json").read_text())
+    tasks = babilong.TASKS if suite == "babilong" else ruler.TASKS
+    assert {cell["task"] for cell in report["cells"]} == set(tasks)
+    for cell in report["cells"]:
+        assert all(score["mean"] == 1 for score in cell["scores"].values())
+        shown = [part for part in cell["by_depth"] if part is not None]
+        assert all(part[0] == 1 for part in shown)
+        assert bool(shown) == (cell["task"] not in ("cwe", "fwe"))
+
+
+def test_noise_that_repeats_is_named(checkpoint, tmp_path):
+    book = tmp_path / "book.txt"
+    book.write_text("This is the only sentence that this short book has to offer to us.")
+    words = ("--model", checkpoint, "--suite", "babilong", "--tasks", "qa4", "--n", 1)
+    code, _, err = run(*words, "--lengths", "1k", "--noise", book, "--output", tmp_path / "out")
+    assert code == 0 and "note: --noise has 14 words and repeats" in err
+
+
+def test_scores_are_of_the_answers_given():
+    items = babilong.generate(words, task="qa1", length=0, n=4)
+    wrong = [f"Nowhere. {item.answer}" for item in items]
+    official, substring = cells(items, wrong)[0].scores
+    assert (official.scorer, official.mean) == ("babilong_official", 0.0)
+    assert (substring.scorer, substring.mean) == ("lm_eval_substring", 1.0)
+
+
+def test_bad_words(checkpoint, tmp_path):
+    base = ("--model", checkpoint, "--output", tmp_path / "out")
+    ruled, babi = (*base, "--suite", "ruler"), (*base, "--suite", "babilong")
+    assert "--tasks 'qa9' is unknown: use one of qa1" in refused(*babi, "--tasks", "qa9")
+    assert "--tasks is empty" in refused(*babi, "--tasks", ",")
+    assert "needs --questions" in refused(*ruled, "--tasks", "qa")
+    assert "'4kb' is not a length" in refused(*ruled, "--lengths", "4kb")
+    assert "0k is for BABILong only" in refused(*ruled, "--lengths", "0k")
+    assert "more than the 2048 positions" in refused(*ruled, "--lengths", "4k")
+    assert "length=50 cannot hold the facts" in refused(*babi, "--tasks", "qa1", "--lengths", "50")
+    assert "is not a file" in refused(*babi, "--noise", tmp_path / "none.txt")
+    assert "cannot be loaded" in refused(
+        "--model", tmp_path / "none", "--suite", "ruler", "--output", tmp_path / "out"
+    )
+    assert not (tmp_path / "out").exists()

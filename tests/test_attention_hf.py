@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from models import build, chat_batch, relative
 from torch.func import functional_call, grad, jvp, vmap
 
 from metafocus import masks
@@ -11,7 +12,6 @@ from metafocus.attention import register
 from metafocus.errors import ProblemError
 from metafocus.masks import positions
 from metafocus.spans import Spans, windowed
-from models import build, chat_batch, relative
 
 MODELS = ("qwen2", "qwen3", "llama", "mistral", "gemma2", "gemma3", "gpt2")
 # Softmax and RMSNorm of transformers round to float32: see fine print 16 of the design.

@@ -14,13 +14,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
-from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.nn.utils.stateless import _reparametrize_module
 
 from metafocus.adapters import slots
 from metafocus.checkpointing import exact_checkpointing
 from metafocus.errors import ProblemError
+from metafocus.levels import is_batched, outside_transforms
 from metafocus.recompute import recompute
 from metafocus.token_loss import IGNORED, Tail, entropies, token_loss, wide
 
@@ -261,8 +260,7 @@ def bystander(model: nn.Module) -> Iterator[None]:
     """Run a model on the side: no transforms, no graph, and the random state given back."""
     devices = sorted({p.get_device() for p in model.parameters() if p.is_cuda})
     with contextlib.ExitStack() as stack:
-        for _ in _functorch.get_interpreter_stack() or []:
-            stack.enter_context(temporarily_pop_interpreter_stack())
+        stack.enter_context(outside_transforms())
         stack.enter_context(torch.random.fork_rng(devices))
         stack.enter_context(torch.no_grad())
         stack.enter_context(exact_checkpointing(model))
@@ -278,14 +276,6 @@ def scored_rows(targets: Tensor) -> Tensor | None:
         >>> scored_rows(torch.tensor([[-100, 3], [5, -100]]))
         tensor([1, 2])
     """
-    if torch.compiler.is_compiling() or targets.is_meta or _is_batched(targets):
+    if torch.compiler.is_compiling() or targets.is_meta or is_batched(targets):
         return None
     return (targets.flatten() != IGNORED).nonzero().squeeze(-1)
-
-
-def _is_batched(x: Tensor) -> bool:
-    while _functorch.is_functorch_wrapped_tensor(x):
-        if _functorch.is_batchedtensor(x):
-            return True
-        x = _functorch.get_unwrapped(x)
-    return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -67,3 +67,21 @@ def is_tracked(x: Tensor) -> bool:
         for _ in _functorch.get_interpreter_stack()[_functorch.maybe_get_level(x) - 1 :]:
             stack.enter_context(temporarily_pop_interpreter_stack())
         return is_tracked(_functorch.get_unwrapped(x))
+
+
+def is_batched(x: Tensor) -> bool:
+    """Return whether a live `vmap` maps over a tensor: shapes may not depend on its values."""
+    while _functorch.is_functorch_wrapped_tensor(x):
+        if _functorch.is_batchedtensor(x):
+            return True
+        x = _functorch.get_unwrapped(x)
+    return False
+
+
+@contextlib.contextmanager
+def outside_transforms() -> Iterator[None]:
+    """Compute on the side, as if no transform were active, inside a `with` block."""
+    with contextlib.ExitStack() as stack:
+        for _ in _functorch.get_interpreter_stack() or []:
+            stack.enter_context(temporarily_pop_interpreter_stack())
+        yield

@@ -26,28 +26,46 @@ import metafocus as mf
 from metafocus.training import plain_sft
 
 NAMES = ("gate_proj", "up_proj", "down_proj")
-LENGTH, ROWS, HIDDEN, LAYERS, FRACTION = 512, 2, 256, 12, 0.35
+FRACTION = 0.35
 
 
-def build(args: argparse.Namespace) -> nn.Module:
+@dataclass(frozen=True)
+class Size:
+    """Of the model and of a batch."""
+
+    vocabulary: int = 4096
+    hidden: int = 256
+    intermediate: int = 704
+    layers: int = 12
+    heads: int = 8
+    kv_heads: int = 4
+    tied: bool = True
+    rows: int = 2
+    length: int = 512
+    device: str = "cpu"
+
+
+def build(size: Size, checkpointing: bool) -> nn.Module:
     import transformers
 
     torch.manual_seed(0)
     config = transformers.Qwen2Config(
-        vocab_size=args.vocabulary,
-        hidden_size=HIDDEN,
-        intermediate_size=704,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=LENGTH,
-        tie_word_embeddings=True,
+        vocab_size=size.vocabulary,
+        hidden_size=size.hidden,
+        intermediate_size=size.intermediate,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
+        max_position_embeddings=size.length,
+        tie_word_embeddings=size.tied,
         attn_implementation="sdpa",
     )
-    model = transformers.Qwen2ForCausalLM(config).to(torch.get_default_dtype()).train()
+    with torch.device(size.device):
+        model = transformers.Qwen2ForCausalLM(config)
+    model = model.to(torch.get_default_dtype()).train()
     if torch.get_default_dtype() == torch.float64:
         exact_norms(model)
-    if args.checkpointing:
+    if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
 
@@ -57,24 +75,25 @@ def exact_norms(model: nn.Module) -> None:
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child).__name__ == "Qwen2RMSNorm":
-                norm = nn.RMSNorm(HIDDEN, eps=child.variance_epsilon)
+                norm = nn.RMSNorm(len(child.weight), eps=child.variance_epsilon)
                 norm.weight = child.weight
                 setattr(module, name, norm)
 
 
-def data(args: argparse.Namespace) -> dict[str, Tensor]:
+def data(size: Size) -> dict[str, Tensor]:
     """Two turns a row; the answers are a quarter of the tokens."""
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, args.vocabulary, (ROWS, LENGTH), generator=generator)
-    index = torch.arange(LENGTH).expand(ROWS, -1)
-    answer = index % (LENGTH // 2) >= LENGTH // 2 * 3 // 4
-    turns = index // (LENGTH // 2) * 2 + answer
-    return {
+    ids = torch.randint(0, size.vocabulary, (size.rows, size.length), generator=generator)
+    index = torch.arange(size.length).expand(size.rows, -1)
+    turn = size.length // 2
+    answer = index % turn >= turn * 3 // 4
+    batch = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
         "answer_mask": answer,
-        "turn_ids": turns,
+        "turn_ids": index // turn * 2 + answer,
     }
+    return {name: x.to(size.device) for name, x in batch.items()}
 
 
 def gradient(model: nn.Module) -> Tensor:
@@ -92,19 +111,19 @@ def gradient(model: nn.Module) -> Tensor:
     return result
 
 
-def official(args: argparse.Namespace) -> tuple[Any, dict[str, Tensor]]:
+def official(size: Size, checkpointing: bool, path: str) -> tuple[Any, dict[str, Tensor]]:
     """The official step, and the fast weights that it starts from after `manual_seed(7)`."""
-    sys.path.insert(0, args.official)
+    sys.path.insert(0, path)
     from focusft import FocuSFTConfig, FocuSFTTrainer  # pyright: ignore
 
-    model, batch = build(args), data(args)
+    model, batch = build(size, checkpointing), data(size)
     config = FocuSFTConfig(
         output_dir=tempfile.mkdtemp(),
-        use_cpu=True,
+        use_cpu=size.device == "cpu",
         report_to=[],
         logging_steps=10**9,
-        gradient_checkpointing=args.checkpointing,
-        inner_gradient_checkpointing=args.checkpointing,
+        gradient_checkpointing=checkpointing,
+        inner_gradient_checkpointing=checkpointing,
     )
     trainer = FocuSFTTrainer(config, model=model)
     trainer.state.global_step = 1  # Otherwise it logs at every call.
@@ -137,8 +156,8 @@ class Given(mf.LoRA):
         return {name: x.clone() for name, x in self.start.items()}
 
 
-def ours(args: argparse.Namespace, start: Mapping[str, Tensor]) -> Any:
-    model, batch = build(args), data(args)
+def ours(size: Size, checkpointing: bool, start: Mapping[str, Tensor]) -> Any:
+    model, batch = build(size, checkpointing), data(size)
     adapter = Given(mf.top_layers(FRACTION, NAMES), 32, 64.0, start=start)
     meta = mf.recipes.focusft(model, adapter=adapter)
 
@@ -149,8 +168,8 @@ def ours(args: argparse.Namespace, start: Mapping[str, Tensor]) -> Any:
     return step
 
 
-def plain(args: argparse.Namespace) -> Any:
-    model, batch = build(args), data(args)
+def plain(size: Size, checkpointing: bool) -> Any:
+    model, batch = build(size, checkpointing), data(size)
     meta = plain_sft(model, mf.masks.context_bidirectional)
 
     def step() -> Tensor:
@@ -160,8 +179,8 @@ def plain(args: argparse.Namespace) -> Any:
     return step
 
 
-def transformers_sft(args: argparse.Namespace) -> Any:
-    model, batch = build(args), data(args)
+def transformers_sft(size: Size, checkpointing: bool) -> Any:
+    model, batch = build(size, checkpointing), data(size)
     labels = torch.where(batch["answer_mask"], batch["input_ids"], -100)
 
     def step() -> Tensor:
@@ -172,21 +191,22 @@ def transformers_sft(args: argparse.Namespace) -> Any:
 
 
 def contenders(args: argparse.Namespace) -> Contenders:
+    given = Size(vocabulary=args.vocabulary), args.checkpointing
     # One model at a time where memory is measured.
     if args.peak in ("plain SFT, same mask", "plain SFT, transformers"):
         make = plain if "mask" in args.peak else transformers_sft
-        return {args.peak: make(args)}
-    step, start = official(args)
+        return {args.peak: make(*given)}
+    step, start = official(*given, args.official)
     if args.peak == "official":
         return {"official": step}
     if args.peak:
         del step
-        return {"metafocus": ours(args, start)}
+        return {"metafocus": ours(*given, start)}
     return {
         "official": step,
-        "metafocus": ours(args, start),
-        "plain SFT, same mask": plain(args),
-        "plain SFT, transformers": transformers_sft(args),
+        "metafocus": ours(*given, start),
+        "plain SFT, same mask": plain(*given),
+        "plain SFT, transformers": transformers_sft(*given),
     }
 
 

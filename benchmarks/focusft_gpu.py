@@ -1,0 +1,126 @@
+"""One FocuSFT step of layers as in Qwen2.5-7B on a GPU: official code against this library.
+
+    python benchmarks/focusft_gpu.py --official PATH --output benchmarks/results/focusft_gpu.json
+
+Random weights in bfloat16, as many layers as `--layers` says, one row of 4096 and of 32768
+tokens, activation checkpointing, two inner steps. Each contender has a process of its own: median
+seconds of a step, peak memory, and model FLOP utilisation, that is the products that the method
+needs (without recomputation) per second over `--peak-tflops`. `--quick --device cpu` tries the
+script on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from focusft_step import FRACTION, Size, official, ours, plain, transformers_sft
+
+from metafocus.comparison import environment
+from metafocus.measure import process_memory
+
+NAMES = ("official", "metafocus", "plain SFT, same mask", "plain SFT, transformers")
+SEVEN_B = dict(
+    vocabulary=152064, hidden=3584, intermediate=18944, heads=28, kv_heads=4, tied=False, rows=1
+)
+TINY = dict(vocabulary=512, hidden=64, intermediate=96, heads=4, kv_heads=2, tied=False, rows=1)
+
+
+def flop(size: Size, name: str, rank: int = 32, steps: int = 2) -> float:
+    """Products of one step, each two operations: forward 1, to the inputs 1, to the weights 1."""
+    kv = size.hidden * size.kv_heads // size.heads
+    attention = 2 * size.hidden**2 + 2 * size.hidden * kv
+    # Half of the pairs of queries and keys, about, of scores and of values.
+    attention += size.length * size.hidden
+    mlp = 3 * size.hidden * size.intermediate
+    fast = size.layers - int(size.layers * (1 - FRACTION) + 1e-9)
+    lora = 3 * rank * (size.hidden + size.intermediate)
+    per_token = 3 * size.layers * (attention + mlp)
+    if not name.startswith("plain"):
+        per_token += steps * fast * (2 * (attention + mlp) + 3 * lora) + 2 * fast * lora
+    # The head, where the next token is scored: a quarter.
+    head = size.vocabulary * size.hidden / 4
+    per_token += head * (3 if name.startswith("plain") else 3 + 2 * steps)
+    return 2 * per_token * size.rows * size.length
+
+
+def measure(name: str, size: Size, path: str, repeats: int) -> dict[str, float]:
+    if name.startswith("plain"):
+        step = (plain if "mask" in name else transformers_sft)(size, True)
+    else:
+        step, start = official(size, True, path)
+        if name == "metafocus":
+            del step
+            step = ours(size, True, start)
+    cuda = size.device.startswith("cuda")
+    step()
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        step()
+        if cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
+    peak = torch.cuda.max_memory_allocated() if cuda else process_memory("VmHWM")
+    return {"seconds": statistics.median(seconds), "peak_bytes": peak}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--official", required=True, help="checkout of the official code")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--lengths", default="4096,32768")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--peak-tflops", type=float, default=989.0, help="default: H100/H200, bf16")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="a tiny model, short rows")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--one", nargs=2, metavar=("NAME", "LENGTH"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_default_dtype(torch.bfloat16)
+    shape = TINY if args.quick else SEVEN_B
+    lengths = [64, 128] if args.quick else [int(x) for x in args.lengths.split(",")]
+
+    def size(length: int) -> Size:
+        return Size(**shape, layers=args.layers, length=length, device=args.device)
+
+    if args.one:
+        name, length = args.one
+        print(json.dumps(measure(name, size(int(length)), args.official, args.repeats)))
+        return
+    rows = []
+    for length in lengths:
+        for name in NAMES:
+            words = [sys.executable, __file__, *sys.argv[1:], "--one", name, str(length)]
+            done = subprocess.run(words, capture_output=True, text=True)
+            row: dict[str, object] = {"name": name, "length": length}
+            if done.returncode:
+                row["error"] = done.stderr.strip().splitlines()[-1]
+            else:
+                found = json.loads(done.stdout.splitlines()[-1])
+                rate = flop(size(length), name) / found["seconds"]
+                row |= {**found, "utilisation": rate / (args.peak_tflops * 1e12)}
+            rows.append(row)
+            print(row, flush=True)
+    if args.output:
+        machine = torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu"
+        report = {
+            "benchmark": "focusft_gpu",
+            "environment": {**environment(torch.bfloat16), "device_name": machine},
+            "layers": args.layers,
+            "rows": rows,
+        }
+        args.output.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -197,3 +197,14 @@ def test_callback_refuses(tmp_path):
     for every in (0, 1.5, True):
         with pytest.raises(ProblemError, match=f"every={every!r} must be a whole number"):
             ProfileCallback(chat_batch(), every=every)
+
+
+def test_the_length_follows_the_model(trained, tmp_path):
+    """Without --max-length, chats fit the model's positions; with it, it must fit them."""
+    code, _, err = run("profile", "--model", trained, "--samples", 2, "--out", tmp_path / "a")
+    assert code == 0, err
+    assert (
+        json.loads((tmp_path / "a" / "profile.json").read_text())["settings"]["max_length"] == 320
+    )
+    words = ("--model", trained, "--max-length", 512, "--out", tmp_path / "b")
+    assert "--max-length 512 is more than the 320 positions" in refused(*words)

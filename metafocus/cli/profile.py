@@ -87,7 +87,12 @@ def run(args: argparse.Namespace) -> None:
         )
     options.choice(INNER_TOKENS, args.inner_tokens, "--inner-tokens")
     records = None if args.data == "stdlib" else read_chats(args.data)
-    model, tokenizer = model_and_tokenizer(args, stdlib_qa.texts, args.max_length)
+    asked = args.model is None or "max_length" in args.given
+    longest = args.max_length if asked else 1
+    model, tokenizer = model_and_tokenizer(args, stdlib_qa.texts, longest)
+    if not asked:
+        positions = model.config.get_text_config().max_position_embeddings
+        args.max_length = min(args.max_length, positions)
     batch = _batch(args, records, tokenizer)
     _check_layer(args, model)
     real = batch["attention_mask"].sum(-1).tolist()

@@ -2,8 +2,12 @@
 
     python benchmarks/attention.py --output benchmarks/results/attention.json
 
+    python benchmarks/attention.py --choices
+
 One row, 2 heads of 32, float32, context turns and causal answers. Each figure of memory is the
-growth of the peak RSS of a fresh process; time is CPU time, repetitions interleaved.
+growth of the peak RSS of a fresh process; time is CPU time, repetitions interleaved. `--choices`
+prints what two constants were chosen by: the size of a tile, and the length up to which "auto" is
+dense.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp
 
-from metafocus.attention import span_attention
+from metafocus.attention import span_attention, tiles
 from metafocus.comparison import environment
 from metafocus.measure import process_memory
 from metafocus.spans import Spans
@@ -84,12 +88,34 @@ def seconds(order: str, backends: list[str], length: int, repeats: int) -> dict[
     return {backend: statistics.median(values) for backend, values in times.items()}
 
 
+def choices(repeats: int) -> None:
+    """Time by the size of a tile, and of short rows by back end."""
+    for order in ORDERS[:2]:
+        for length in (1024, 2048, 4096):
+            times: dict[int, list[float]] = {}
+            for _ in range(repeats):
+                for bits in range(15, 22):
+                    tiles.CAPACITY = 1 << bits
+                    start = time.process_time()
+                    run(order, "tiled", length)
+                    times.setdefault(bits, []).append(time.process_time() - start)
+            shown = ", ".join(f"2^{b} {1e3 * min(t):.0f}" for b, t in times.items())
+            print(f"{order:18}{length:6} ms by numbers in a tile: {shown}", flush=True)
+    tiles.CAPACITY = 1 << 18
+    for order in ORDERS[:2]:
+        for length in (16, 32, 64, 128, 256):
+            times = seconds(order, ["dense", "tiled"], length, 10 * repeats)
+            shown = ", ".join(f"{b} {1e3 * t:.2f}" for b, t in times.items())
+            print(f"{order:18}{length:6} ms: {shown}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lengths", default="1024,2048,4096,8192")
     parser.add_argument("--dense-up-to", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--choices", action="store_true", help="time what constants depend on")
     parser.add_argument("--peak", nargs=3, metavar=("ORDER", "BACKEND", "LENGTH"))
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -99,6 +125,9 @@ def main() -> None:
         before = process_memory("VmRSS")
         run(order, backend, int(length))
         print(process_memory("VmHWM") - before)
+        return
+    if args.choices:
+        choices(args.repeats)
         return
     rows = []
     for order in ORDERS:

@@ -109,7 +109,7 @@ def test_parity_with_the_published_algorithm(family, attn, checkpointing):
     model = build(family, attn, checkpointing=checkpointing)
     got, aux, _ = ours(model, batch)
     # The same operations in float64, but in another order: a few hundred roundings of 1e-16.
-    # The issue asks for 1e-9; Hugging Face's float32 softmax and norms cancel, being the same.
+    # Hugging Face's float32 softmax and norms cancel, being the same.
     assert got.item() == pytest.approx(loss, rel=1e-9)
     assert aux.inner_losses.tolist() == pytest.approx(inner, rel=1e-9)
     for name, value in aux.params.items():

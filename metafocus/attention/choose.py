@@ -13,7 +13,7 @@ from metafocus.attention.tiled import Tiled
 from metafocus.spans import Spans
 
 SMALL = 64
-"""Up to this length "auto" is "dense": measured, it takes half the time there."""
+"""Up to this length "auto" is "dense", the faster one there by `benchmarks/attention.py`."""
 
 log = logging.getLogger("metafocus.attention")
 

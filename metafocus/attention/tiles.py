@@ -17,7 +17,7 @@ from metafocus.errors import ProblemError
 from metafocus.spans import Spans
 
 CAPACITY = 1 << 18
-"""Numbers in a tile on a CPU: measured, the fastest of 2^15 ... 2^21; a tile fits a cache."""
+"""Numbers in a tile on a CPU: the fastest of 2^15 ... 2^21 by `benchmarks/attention.py`."""
 
 CAPACITY_GPU = 1 << 25
 """Numbers in a tile elsewhere, where many small products would leave the device idle."""

@@ -102,6 +102,8 @@ def hvp_forward(loss: Callable[..., Tensor], fast: Params, *rest: Any) -> tuple[
     direction of `fast` is the Hessian product together with the mixed products
     (MixFlow-MG, arXiv 2505.00793).
     """
+    # Forward mode refuses an expanded tensor, whose elements lie in one place.
+    fast = {name: x.contiguous() for name, x in fast.items()}
     loss = replayed(loss, tree.tensors((fast, rest)))
 
     def gradient(f: Params) -> tuple[Any, ...]:

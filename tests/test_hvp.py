@@ -202,3 +202,21 @@ def test_the_absolute_step_is_the_length_of_the_displacement():
     for x in seen:
         # One square root and one division.
         assert abs((x - start).norm() - 0.25) < 1e-15
+
+
+def test_forward_mode_takes_an_expanded_start():
+    """A start whose elements lie in one place in memory: the same gradient as by reverse mode."""
+
+    def loss(fast, slow, x):
+        return ((fast["w"] * slow["w"]).sin() - x).square().sum()
+
+    problem = mf.Problem(loss, loss, lambda slow: {"w": slow["w"][:1].expand(3)})
+    outer = {"w": torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)}
+    episode = mf.Episode(torch.ones(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64))
+    reverse, forward = (
+        mf.hypergrad(
+            mf.bilevel(problem, solver=mf.SGD(0.1, 2), estimator=mf.Unrolled(hvp=product))
+        )(outer, episode)[0]["w"]
+        for product in (mf.hvp_reverse, mf.hvp_forward)
+    )
+    torch.testing.assert_close(forward, reverse, rtol=1e-13, atol=0)

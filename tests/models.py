@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 FAMILIES = ("qwen2", "qwen3", "llama", "mistral", "gemma2", "gemma3", "gpt2")
 MLP = {"gpt2": ("c_fc", "mlp.c_proj")}
@@ -66,6 +66,22 @@ def build(
         (enable or model.gradient_checkpointing_enable)()
         if not getattr(model, "_require_grads_hooks", None):
             model.enable_input_require_grads()
+    return model
+
+
+def replace_norms(model):
+    """Swap Hugging Face's RMSNorm, which rounds to float32, for torch's own."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child).__name__.endswith("RMSNorm"):
+                new = nn.RMSNorm(child.weight.shape[0], eps=child.variance_epsilon)
+                new.weight = child.weight
+                setattr(parent, name, new)
+
+
+def build_exact(**options):
+    model = build(**options)
+    replace_norms(model)
     return model
 
 

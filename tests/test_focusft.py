@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from models import NAMES, build, chat_batch, grads, relative
+from models import NAMES, build, build_exact, chat_batch, grads, relative
 from torch import nn
 
 import metafocus as mf
@@ -134,22 +134,6 @@ def test_parity_has_teeth():
         0
     ].backward()
     assert relative(grads(sft), expected) > 1e-2
-
-
-def replace_norms(model):
-    """Swap Hugging Face's RMSNorm, which rounds to float32, for torch's own."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child).__name__.endswith("RMSNorm"):
-                new = nn.RMSNorm(child.weight.shape[0], eps=child.variance_epsilon)
-                new.weight = child.weight
-                setattr(parent, name, new)
-
-
-def build_exact(**options):
-    model = build(**options)
-    replace_norms(model)
-    return model
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])

@@ -19,7 +19,7 @@ from metafocus.spans import Spans
 
 CPU_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CUDA_TYPES = (torch.bfloat16, torch.float16)
-SMALL = {(8, 6), (8, 9), (12, 0), (12, 1)}
+LITTLE_SHARED_MEMORY = {(8, 6), (8, 9), (12, 0), (12, 1)}
 """Devices whose shared memory does not hold the gradient of a head larger than 192."""
 
 
@@ -152,20 +152,6 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, spans: Spans, shape: Shape) -> Flas
     return Flash(Known(spans, _versions(spans), turns))
 
 
-def refusal(q: Tensor, k: Tensor, v: Tensor, spans: Spans, shape: Shape) -> str | None:
-    """Return why tiles should serve this call, or None if a fused kernel: `prepare` as a question.
-
-    Args:
-        q: Queries `[B, H, S, D]`.
-        k: Keys `[B, Hkv, S, D]`.
-        v: Values `[B, Hkv, S, Dv]`.
-        spans: The keys of each query, `[B, S]`.
-        shape: Shape of the logits.
-    """
-    kernel = prepare(q, k, v, spans, shape)
-    return kernel if isinstance(kernel, str) else None
-
-
 @functools.cache
 def fault(device: torch.device, dtype: torch.dtype, size: int) -> str | None:
     """Return what is wrong with the fused kernels of a device, or None; looked at once.
@@ -252,7 +238,7 @@ def _unserved_on_cuda(
         return f"the head size is {size}, and CUDA kernels take multiples of 8 up to 256"
     if capability < (8, 0):
         return f"the device has compute capability {capability}, and the kernels need (8, 0)"
-    if size > 192 and capability in SMALL:
+    if size > 192 and capability in LITTLE_SHARED_MEMORY:
         return f"the head size is {size}, and the gradient on this device takes at most 192"
     if not isinstance(varlen, FlashAttn) and not torch.backends.cuda.is_flash_attention_available():
         return "this build of torch has no flash kernels and flash-attn is not installed"

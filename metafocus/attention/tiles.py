@@ -20,7 +20,7 @@ CAPACITY = 1 << 18
 """Numbers in a tile on a CPU: the fastest of 2^15 ... 2^21 by `benchmarks/attention.py`."""
 
 CAPACITY_GPU = 1 << 25
-"""Numbers in a tile elsewhere, where many small products would leave the device idle."""
+"""Numbers in a tile elsewhere, where small products leave a device idle: a guess, not measured."""
 
 SMALLEST = 16
 """Queries in a block, at least: below, products are too thin to be fast."""

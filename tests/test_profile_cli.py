@@ -134,19 +134,20 @@ def test_unused_options_are_noted(trained, tmp_path):
     assert [note.split()[1] for note in notes] == ["--inner-tokens", "--rank"]
 
 
-def trainer(model, callbacks, folder, steps=5):
+def trainer(model, callbacks, folder, steps=5, resume=None):
     from metafocus.integrations.hf import FocusArguments, FocusTrainer
 
     batch = chat_batch()
     dataset = [{k: v[0] for k, v in batch.items()}] * 8
     arguments = FocusArguments(
         str(folder), max_steps=steps, use_cpu=True, report_to="none", disable_tqdm=True,
-        save_strategy="no", logging_strategy="no", learning_rate=1e-2, inner_lr=0.1,
+        save_strategy="steps", save_steps=4, logging_strategy="no", learning_rate=1e-2,
+        lr_scheduler_type="constant", inner_lr=0.1,
         per_device_train_batch_size=2,
     )  # fmt: skip
     with contextlib.redirect_stdout(None):
         trainer = FocusTrainer(model, arguments, train_dataset=dataset, callbacks=callbacks)
-        trainer.train()
+        trainer.train(resume_from_checkpoint=resume)
 
 
 def test_callback(tmp_path):
@@ -189,6 +190,28 @@ def test_callback_with_adaptation(tmp_path):
     assert [m.step for m in adapted.history] == [0, 4]
     assert plain.history[0].entropy != adapted.history[0].entropy
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_the_history_survives_a_resume(tmp_path):
+    """Stopped after 4 of 6 steps and resumed, the history is that of a run in one piece."""
+    from metafocus.integrations.profile import ProfileCallback
+
+    def run(folder, steps, resume=None):
+        callback = ProfileCallback(chat_batch(seed=3), every=2)
+        trainer(build(dtype=torch.float32), [callback], folder, steps, resume)
+        return callback.history
+
+    whole = run(tmp_path / "whole", 6)
+    assert [m.step for m in whole] == [0, 2, 4, 6]
+    run(tmp_path / "parts", 4)
+    resumed = run(tmp_path / "parts", 6, str(tmp_path / "parts" / "checkpoint-4"))
+    assert resumed == whole
+    # Without the file a new history begins where the run does.
+    (tmp_path / "parts" / "checkpoint-4" / "attention_profile.json").unlink()
+    assert [m.step for m in run(tmp_path / "parts", 6, str(tmp_path / "parts/checkpoint-4"))] == [
+        4,
+        6,
+    ]
 
 
 def test_callback_refuses(tmp_path):

@@ -1,10 +1,14 @@
-"""Every Python block of README, CONTRIBUTING and docs runs as it stands."""
+"""Every Python block of README, CONTRIBUTING and docs runs as it stands; links are whole."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -16,11 +20,22 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 
 
+def included(text):
+    """The text with the files that it includes by `--8<-- "path"`, as the site shows them."""
+    return re.sub(r'^--8<-- "([^"]+)"$', lambda m: (ROOT / m[1]).read_text(), text, flags=re.M)
+
+
 def blocks(page):
-    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    text = included(page.read_text())
+    # `{.python}`, where ruff would format what is no Python yet: a line that includes a file.
+    return re.findall(r"^```(?:python| \{\.python\})\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+# Two libraries side by side: `tests/migration` runs them, where the other one installs.
+RUN = [page for page in PAGES if page.parent.name != "migration"]
+
+
+@pytest.mark.parametrize("page", RUN, ids=lambda page: str(page.relative_to(ROOT)))
 def test_blocks_run(page, tmp_path, monkeypatch):
     """Blocks of one page share their names, beside a model, a loader, an optimizer, a file."""
     from metafocus.tokenizer import train_tokenizer
@@ -37,22 +52,26 @@ def test_blocks_run(page, tmp_path, monkeypatch):
     }
     Path("chats.jsonl").write_text((json.dumps(chat) + "\n") * 4)
     model = build(dtype=torch.float32)
-    names = {
+    module = ModuleType(f"page_{page.stem}")
+    # Dataclasses look their module up.
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    names = vars(module)
+    names |= {
         "torch": torch,
         "mf": mf,
         "model": model,
         "loader": [chat_batch()],
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
         "tokenizer": train_tokenizer(["Say hello. Hello."], vocab_size=300),
-        "__name__": page.stem,
     }
     for block in found:
-        exec(compile(block, str(page), "exec"), names)
+        # Each block as a file of its own: without the flags of this one.
+        exec(compile(block, str(page), "exec", dont_inherit=True), names)
 
 
 def test_contributed_estimator_is_first_order():
     """CONTRIBUTING's example: straight-through to the start is first-order MAML."""
-    names = {"__name__": "contributing"}
+    names: dict[str, Any] = {"__name__": "contributing"}
     exec(blocks(ROOT / "CONTRIBUTING.md")[0], names)
 
     def loss(fast, slow, data):
@@ -68,7 +87,106 @@ def test_contributed_estimator_is_first_order():
     assert torch.allclose(got["w"], want["w"], rtol=1e-6)
 
 
+def prose(page):
+    """The page without its code."""
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.M)
+
+
+def links(page):
+    """Target and anchor of each link of a page to another, or to itself."""
+    return re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", prose(page))
+
+
+def headings(page):
+    """The anchors of a page, as the site makes them."""
+    titles = re.findall(r"^#+ (.*)$", prose(page), re.M)
+    kept = (re.sub(r"[^\w\s-]", "", title.lower()).strip() for title in titles)
+    return {re.sub(r"[-\s]+", "-", title) for title in kept}
+
+
 def test_links_lead_somewhere():
     for page in PAGES:
-        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+        for target, anchor in links(page):
+            file = page.parent / target if target else page
+            assert file.exists(), f"{page.name}: {target}"
+            if anchor:
+                assert anchor in headings(file), f"{page.name}: {target}#{anchor}"
+
+
+def test_pages_link_to_nothing_outside_of_the_site():
+    """The site holds `docs` alone: what lies beside it is named, and not linked to."""
+    docs = (ROOT / "docs").resolve()
+    for page in docs.glob("**/*.md"):
+        for target, _ in links(page):
+            file = (page.parent / target).resolve() if target else page
+            assert docs in file.parents, f"{page.name}: {target}"
+
+
+def nav():
+    text = (ROOT / "mkdocs.yml").read_text()
+    return re.findall(r"^ +- (?:[^:]+: )?(\S+\.md)$", text[text.index("\nnav:") :], re.M)
+
+
+def test_the_site_shows_every_page_once():
+    pages = {str(p.relative_to(ROOT / "docs")) for p in (ROOT / "docs").glob("**/*.md")}
+    pages = {page for page in pages if not page.startswith("figures/")}
+    assert sorted(nav()) == sorted(pages)
+
+
+def script(name):
+    """A module of docs/figures."""
+    path = ROOT / "docs" / "figures" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"figures_{name}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_measured_tables_are_those_of_the_file():
+    page = (ROOT / "docs" / "choosing.md").read_text()
+    report = json.loads((ROOT / "docs" / "figures" / "tradeoffs.json").read_text())
+    assert script("make").filled(page, report) == page
+
+
+def test_the_table_of_rivals_is_that_of_the_results():
+    rivals, readme = script("rivals"), (ROOT / "README.md").read_text()
+    if rivals.BEGIN not in readme:
+        pytest.skip("README.md shows no rivals")
+    assert rivals.filled(readme, rivals.read()) == readme
+
+
+def test_a_table_of_rivals():
+    """The heaviest case on one thread; the fastest right form; what went wrong, in words."""
+    about = {"verdict": "right", "error": 0.0}
+    rows = {
+        "torch": {"rival": "by_hand", "seconds": 1.0, "ratio": 1.0, **about},
+        "metafocus vmap": {"rival": "metafocus", "seconds": 0.2, "ratio": 0.2, **about},
+        "metafocus loop": {"rival": "metafocus", "seconds": 0.9, "ratio": 0.9, **about},
+        "first": {"rival": "alpha", "verdict": "wrong", "error": 0.25},
+        "beta": {"rival": "beta", "verdict": "absent", "message": "no wheel"},
+    }
+    light = {k: {**v, "seconds": 0.1, "ratio": 7.0} for k, v in rows.items()}
+    report = {
+        "title": "W0: a race",
+        "reference": "torch",
+        "environment": {"torch": "2", "device": "cpu"},
+        "runs": [
+            {"case": {"steps": 1}, "threads": 1, "rows": light},
+            {"case": {"steps": 5}, "threads": 1, "rows": rows},
+            {"case": {"steps": 5}, "threads": 2, "rows": light},
+        ],
+    }
+    lines = script("rivals").table([report]).splitlines()
+    assert lines[0] == "| | W0: a race (steps 5) |"
+    assert lines[2:6] == [
+        "| **metafocus** | 0.20 |",
+        "| by hand | 1.00 |",
+        "| alpha | wrong by 2e-01 |",
+        "| beta | absent |",
+    ]
+
+
+def test_the_citation_file_names_this_version():
+    text = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {mf.__version__}\n" in text

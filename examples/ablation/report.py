@@ -86,13 +86,13 @@ def about_base(scale: Scale, base: dict[str, Any]) -> list[str]:
     """What the base can do, and whether it has a sink."""
     look = base["attention"]["deployed"]
     layers = ", ".join(f"{x:.3f}" for x in look["sink_by_layer"])
-    verdict = "has" if has_sink(scale, base) else "has not"
+    verdict = "has a" if has_sink(scale, base) else "has no"
     scores = base["scores"]["deployed"]
     lines = [
         "## The base",
         "",
         f"Pre-trained for {scale.pretrain_steps} steps on short tasks, prose and repetitions. It "
-        f"**{verdict}** a first-token sink: answers give the first token {layers} of their "
+        f"**{verdict} first-token sink**: answers give the first token {layers} of their "
         "attention by layer, at "
         f"{scale.length} tokens (a sink: more than {SINK:g} and {SINK_TIMES:g} times an equal "
         "share, in some layer).",
@@ -114,7 +114,10 @@ def main_table(scale: Scale, results: Results) -> list[str]:
             for place, chosen in where(scale).items()
             if chosen[1]
         },
-        "answer loss": loss("deployed", scale.trained, (scale.length,)),
+        "outer loss at the end of training": lambda run: np.array(run["training"]["last_loss"]),
+        "answer loss as deployed, held-out samples": loss(
+            "deployed", scale.trained, (scale.length,)
+        ),
         "sink mass": mass("deployed", "sink_mass"),
         "context engagement": mass("deployed", "context_engagement"),
         "needle mass": mass("deployed", "needle_mass"),

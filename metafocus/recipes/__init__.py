@@ -1,5 +1,7 @@
 """The literature in a few lines each."""
 
+from metafocus.recipes import fewshot as fewshot
+from metafocus.recipes import hpo as hpo
 from metafocus.recipes.focusft import focusft as focusft
 from metafocus.recipes.focusft import focusft_problem as focusft_problem
 from metafocus.recipes.test_time import export as export

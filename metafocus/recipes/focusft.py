@@ -12,10 +12,11 @@ from torch.nn.utils.stateless import _reparametrize_module
 from metafocus import masks
 from metafocus.adapters import LoRA, for_each, top_layers
 from metafocus.bilevel import MetaLoss, bilevel
+from metafocus.errors import ProblemError
 from metafocus.estimators import Estimator, FirstOrder
 from metafocus.lm import Adapter, TokenPolicy, answer_tokens, lm_loss
 from metafocus.masks import MaskPolicy
-from metafocus.problem import Problem
+from metafocus.problem import Problem, as_episode
 from metafocus.recipes.per_example import PerExampleLoss, PerExampleSolver, mean_loss
 from metafocus.sharing import Shared
 from metafocus.solvers import SGD, clip_per_tensor
@@ -141,10 +142,15 @@ def focusft(
         return bilevel(problem, solver=inner, estimator=chosen)
 
     def meta_loss(outer: Params, episode: Any) -> tuple[Tensor, Aux]:
-        support = Episode(*episode).support
+        support = as_episode(episode).support
         # Explicit parameters suit every estimator, and a first-order inner loop then builds no
         # graph below its fast weights.
         outer = outer or trainable(model)
+        if not outer and torch.is_grad_enabled():
+            raise ProblemError(
+                "no parameter of the model requires grad, so nothing would be trained: call "
+                "model.requires_grad_(True), or evaluate under torch.no_grad()."
+            )
         if not per_example:
             return of(None)(outer, episode)
         loss, aux = of(len(support["input_ids"]))(outer, episode)

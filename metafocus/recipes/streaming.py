@@ -18,7 +18,7 @@ from metafocus.estimators import Estimator
 from metafocus.levels import transforming
 from metafocus.lm import Batch, TokenPolicy
 from metafocus.probe import probe
-from metafocus.problem import Problem, check_finite
+from metafocus.problem import Problem, as_episode, check_finite
 from metafocus.recipes.per_example import scored_tokens
 from metafocus.recompute import recompute
 from metafocus.types import Aux, Episode, Params, Solver, State
@@ -129,9 +129,9 @@ def stream(
 
     def meta_loss(outer: Params, episode: Any) -> tuple[Tensor, Aux]:
         fast = problem.start(outer)
-        _check(solver, fast, Episode(*episode).support)
+        _check(solver, fast, as_episode(episode).support)
         total, count, inner = [], [], []
-        for k, part in enumerate(_parts(Episode(*episode), chunk, window)):
+        for k, part in enumerate(_parts(as_episode(episode), chunk, window)):
             support, query = problem.prepared(outer, part)
             number = scored_tokens(problem.outer_loss.tokens, query).sum()  # pyright: ignore
             args = (fast, outer, query)

@@ -1,0 +1,69 @@
+"""FocuSFT with its exact gradient: what the first-order form leaves out, and what it costs.
+
+The official code holds the adapted fast weights constant: `mf.FirstOrder()`. They depend on the
+model through every inner step, and `mf.Unrolled(recompute=True)` differentiates that, too. Which
+one is the derivative of the loss is measured, by moving the model along a direction.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+
+import metafocus as mf
+from metafocus import stdlib_qa, tree
+from metafocus.cli import options
+from metafocus.cli.models import model_and_tokenizer
+from metafocus.data import Collator, encode_chats
+
+ESTIMATORS = {"first order": mf.FirstOrder(), "exact": mf.Unrolled(recompute=True)}
+
+
+def main(argv=None):
+    parser = options.Parser(description=__doc__)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--output", type=Path, default=Path("out/focusft_second_order"))
+    options.add_model(parser)  # --model, --device, --seed, ...
+    args = parser.parse_args(argv)
+    length = 256 if args.quick else 1024
+    model, tokenizer = model_and_tokenizer(args, stdlib_qa.texts, length)
+    model = model.double()  # for differences of two losses
+    chats = stdlib_qa.generate(tokenizer, n=2, context_tokens=length - 96, seed=args.seed)
+    samples = encode_chats(chats, tokenizer, max_length=length).samples
+    batch = Collator(pad_token_id=tokenizer.pad_token_id)(samples)
+    batch = {k: v.to(args.device) for k, v in batch.items()}
+
+    def meta(estimator, steps):
+        # The generator starts anew: each call has the same fast weights to begin with.
+        fresh = torch.Generator().manual_seed(args.seed)
+        solver = mf.SGD(1.0, steps, clip=mf.clip_per_tensor(1.0))
+        return mf.recipes.focusft(model, solver=solver, estimator=estimator, generator=fresh)
+
+    params, episode, rows = dict(model.named_parameters()), mf.Episode(batch, batch), []
+    for steps in (1, 2, 4):
+        grads, seconds = {}, {}
+        for name, estimator in ESTIMATORS.items():
+            begin = time.perf_counter()
+            grads[name] = mf.hypergrad(meta(estimator, steps))(params, episode)[0]
+            seconds[name] = time.perf_counter() - begin
+        first, exact = grads["first order"], grads["exact"]
+        # Along the direction in which the two disagree, what does the loss do?
+        apart = tree.sub(exact, first)
+        apart = tree.scale(apart, 1 / tree.norm(apart))
+        moved = [tree.add(tree.detach(params), apart, h) for h in (1e-5, -1e-5)]
+        with torch.no_grad():
+            ahead, behind = (meta(ESTIMATORS["first order"], steps)(p, episode)[0] for p in moved)
+        row = {"inner steps": steps, "slope of the loss": (ahead - behind).item() / 2e-5}
+        row |= {f"slope by the {k} gradient": tree.dot(v, apart).item() for k, v in grads.items()}
+        row["cosine"] = (tree.dot(first, exact) / tree.norm(first) / tree.norm(exact)).item()
+        row["time, exact / first order"] = seconds["exact"] / seconds["first order"]
+        rows.append(row)
+        print("   ".join(f"{key} {value:.4g}" for key, value in row.items()))
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "focusft_second_order.json").write_text(json.dumps(rows, indent=2) + "\n")
+    return rows
+
+
+if __name__ == "__main__":
+    main()

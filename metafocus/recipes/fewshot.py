@@ -1,0 +1,234 @@
+"""Few-shot learning: sinusoid tasks, and the methods of the literature as problems.
+
+A method is a problem here; with what stands beside it, it is that of its paper:
+
+| method | problem | solver | estimator |
+|---|---|---|---|
+| MAML (arXiv 1703.03400) | `maml(loss)` | `SGD(0.01, steps=1)` | `Unrolled()` |
+| first-order MAML (the same) | `maml(loss)` | the same | `FirstOrder()` |
+| ANIL (arXiv 1909.09157) | `anil(loss, head)` | the same | `Unrolled()` |
+| Meta-SGD (arXiv 1707.09835) | `meta_sgd(loss)` | `SGD(learned_rates, steps=1)` | `Unrolled()` |
+| iMAML (arXiv 1909.04630) | `imaml(loss, 2.0)` | `SGD(lr, steps=16)` | `Implicit(CG(5))` |
+| Reptile (arXiv 1803.02999) | `reptile(loss)` | `SGD(lr, steps=5)` | `FirstOrder()` |
+
+`loss(params, data)` is the loss of a network with all its parameters, by name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metafocus import tree
+from metafocus.errors import ProblemError
+from metafocus.problem import Problem, proximal
+from metafocus.types import Aux, Episode, InnerLoss, Params
+
+Loss = Callable[[Params, Any], Tensor]
+"""`(params, data) -> scalar`."""
+
+RATE = "lr."
+"""What the names of learned rates begin with."""
+
+
+def sinusoids(
+    tasks: int,
+    shots: int,
+    queries: int,
+    *,
+    generator: torch.Generator,
+    dtype: torch.dtype | None = None,
+) -> Episode:
+    """Draw sinusoid regression tasks, stacked on axis 0 (MAML, section 5.1).
+
+    `y = a sin(x - p)` with `a ~ U[0.1, 5]` and `p ~ U[0, pi]`, one of each a task, and
+    `x ~ U[-5, 5]`, new for each point. Every call draws new tasks.
+
+    Args:
+        tasks: how many.
+        shots: points of each that the inner loop sees.
+        queries: further points of each, for the outer loss.
+        generator: where all randomness comes from; on the CPU.
+        dtype: of the data; None: torch's default.
+
+    Returns:
+        `Episode((x, y), (x, y))` with shapes `[tasks, shots, 1]` and `[tasks, queries, 1]`.
+
+    Raises:
+        ValueError: for a number below 1.
+
+    Example:
+        >>> episodes = sinusoids(25, shots=10, queries=5, generator=torch.Generator())
+        >>> episodes.query[0].shape
+        torch.Size([25, 5, 1])
+    """
+    for name, value in (("tasks", tasks), ("shots", shots), ("queries", queries)):
+        if value < 1:
+            raise ValueError(f"{name} must be >= 1, got {value}.")
+
+    def uniform(low: float, high: float, count: int) -> Tensor:
+        unit = torch.rand(tasks, count, 1, generator=generator, dtype=dtype)
+        return low + (high - low) * unit
+
+    amplitude, phase = uniform(0.1, 5.0, 1), uniform(0.0, math.pi, 1)
+    support, query = uniform(-5.0, 5.0, shots), uniform(-5.0, 5.0, queries)
+    return Episode(*((x, amplitude * torch.sin(x - phase)) for x in (support, query)))
+
+
+def maml(loss: Loss) -> Problem:
+    """Return MAML's problem: all weights adapt, and their start is learned.
+
+    With `Unrolled()` exact, with `FirstOrder()` first-order MAML; with `steps=0` plain training
+    on the queries of all tasks together, the baseline of the paper.
+
+    Example:
+        >>> import metafocus as mf
+        >>> problem = maml(lambda params, data: ((params["w"] * data[0] - data[1]) ** 2).mean())
+        >>> meta = mf.bilevel(problem, solver=mf.SGD(0.01, steps=1), estimator=mf.Unrolled())
+        >>> meta = mf.over_tasks(meta)
+        >>> episodes = sinusoids(25, 10, 10, generator=torch.Generator())
+        >>> grads, (value, aux) = mf.hypergrad(meta)({"w": torch.zeros(1)}, episodes)
+        >>> aux.params["w"].shape
+        torch.Size([25, 1])
+    """
+    adapted = _adapted(loss)
+    return Problem(adapted, adapted, init=_everything)
+
+
+def anil(loss: Loss, head: Sequence[str]) -> Problem:
+    """Return ANIL's problem: only the head adapts, everything is learned.
+
+    Args:
+        loss: of all parameters.
+        head: names of those that adapt: in the paper the weight and bias of the last layer.
+
+    Raises:
+        ValueError: for an empty head.
+        ProblemError: at the call, for a name that `outer` does not hold.
+    """
+    if not head or isinstance(head, str):
+        raise ValueError(f"head must be a tuple of parameter names, got {head!r}.")
+
+    def whole(fast: Params, slow: Params, data: Any) -> Tensor:
+        return loss(slow | fast, data)
+
+    def start(slow: Params) -> Params:
+        missing = sorted(set(head) - set(slow))
+        if missing:
+            raise ProblemError(f"head names {missing[0]!r}; outer holds {sorted(slow)}.")
+        return {k: slow[k] for k in head}
+
+    return Problem(whole, whole, start)
+
+
+def meta_sgd(loss: Loss) -> Problem:
+    """Return Meta-SGD's problem: the start and a rate for each weight are learned.
+
+    The outer parameters are `with_rates(weights, lr)`, the solver is
+    `SGD(learned_rates, steps=1)`. Rates are not kept positive, as in the paper.
+
+    Example:
+        >>> import metafocus as mf
+        >>> problem = meta_sgd(lambda params, data: (params["w"] - data) ** 2)
+        >>> solver = mf.SGD(learned_rates, steps=1)
+        >>> meta = mf.bilevel(problem, solver=solver, estimator=mf.Unrolled())
+        >>> outer, one = with_rates({"w": torch.tensor(0.0)}, 0.25), torch.tensor(1.0)
+        >>> mf.hypergrad(meta)(outer, mf.Episode(one, one))[0]
+        {'w': tensor(-0.5000), 'lr.w': tensor(-2.)}
+    """
+    adapted = _adapted(loss)
+
+    def start(slow: Params) -> Params:
+        if not any(k.startswith(RATE) for k in slow):
+            raise ProblemError("outer holds no rates. Pass with_rates(weights, lr).")
+        return {k: v for k, v in slow.items() if not k.startswith(RATE)}
+
+    return Problem(adapted, adapted, start)
+
+
+def with_rates(weights: Params, lr: float) -> Params:
+    """Return the weights and, as `lr.<name>`, one rate for each of their entries."""
+    return weights | {RATE + k: torch.full_like(v, lr) for k, v in weights.items()}
+
+
+def learned_rates(outer: Params) -> Params:
+    """Return the rates that `with_rates` added: the `lr` of a solver."""
+    return {k.removeprefix(RATE): v for k, v in outer.items() if k.startswith(RATE)}
+
+
+def imaml(loss: Loss, strength: float = 2.0) -> Problem:
+    """Return iMAML's problem: all weights adapt near their start, which is learned.
+
+    The inner loss is `loss + strength / 2 |fast - slow|^2`. With `Implicit(CG(5))` the inner
+    steps leave no graph: as many as converge cost no memory.
+
+    Raises:
+        ValueError: for a negative strength.
+    """
+    adapted = _adapted(loss)
+    return Problem(proximal(adapted, strength), adapted, init=_everything)
+
+
+def reptile(loss: Loss) -> Problem:
+    """Return Reptile's problem, whose hypergradient is `slow - fast`.
+
+    Reptile has an outer direction, `slow <- slow + rate (fast - slow)`, and no outer loss whose
+    derivative it is. It is the derivative of `|slow - fast|^2 / 2` with the adapted weights held
+    constant (arXiv 1803.02999, section 5.2: the distance to the solutions of the task). That is
+    the loss of this problem: it says how far adaptation goes, not how good it is, and does not
+    see the query. `torch.optim.SGD` with learning rate `rate` then makes the step of the paper,
+    the mean over tasks in its batched form. Measure with `maml`, whose start is the same.
+
+    Any estimator gives the same, as nothing is differentiated through the inner loop;
+    `FirstOrder()` is the cheapest.
+
+    Example:
+        >>> import metafocus as mf
+        >>> problem = reptile(lambda params, data: (params["w"] - data) ** 2)
+        >>> meta = mf.bilevel(problem, solver=mf.SGD(0.25, steps=2), estimator=mf.FirstOrder())
+        >>> grads, (_, aux) = mf.hypergrad(meta)(
+        ...     {"w": torch.tensor(0.0)}, mf.Episode(torch.tensor(1.0), None))
+        >>> aux.params, grads
+        ({'w': tensor(0.7500)}, {'w': tensor(-0.7500)})
+    """
+
+    def distance(fast: Params, slow: Params, _: Any) -> Tensor:
+        return torch.stack([((slow[k] - v) ** 2).sum() for k, v in fast.items()]).sum() / 2
+
+    return Problem(_adapted(loss), distance, lambda slow: tree.detach(_everything(slow)))
+
+
+def diverging(aux: Aux) -> Tensor:
+    """Return which tasks' inner loss is above its first value, or not finite, before the last step.
+
+    Args:
+        aux: of one episode, or of `over_tasks`.
+
+    Returns:
+        Booleans, `[]` or `[tasks]`. Of fewer than two inner steps none can be told.
+
+    Example:
+        >>> diverging(Aux({}, torch.tensor([[2.0, 1.0], [2.0, 9.0], [2.0, torch.nan]])))
+        tensor([False,  True,  True])
+    """
+    losses = aux.inner_losses
+    if not losses.shape[-1]:
+        return torch.zeros(losses.shape[:-1], dtype=torch.bool, device=losses.device)
+    return ~(losses[..., -1] <= losses[..., 0])
+
+
+def _adapted(loss: Loss) -> InnerLoss:
+    return lambda fast, slow, data: loss(fast, data)
+
+
+def _everything(slow: Params) -> Params:
+    if not slow:
+        raise ProblemError(
+            "outer={} leaves nothing to adapt. Pass dict(model.named_parameters()) and a loss of "
+            "parameters, with torch.func.functional_call."
+        )
+    return slow

@@ -1,0 +1,91 @@
+"""The API pages show every public name, and what they name exists."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+from types import FunctionType, ModuleType
+from typing import Any
+
+import pytest
+
+import metafocus as mf
+
+DOCS = Path(__file__).parent.parent / "docs" / "api"
+SHOWN = sorted(
+    name
+    for page in DOCS.glob("*.md")
+    for name in re.findall(r"^::: ([\w.]+)$", page.read_text(), re.M)
+)
+PACKAGES = (
+    "metafocus",
+    "metafocus.adapters",
+    "metafocus.attention",
+    "metafocus.data",
+    "metafocus.diagnostics",
+    "metafocus.estimators",
+    "metafocus.evals",
+    "metafocus.evals.babilong",
+    "metafocus.evals.ruler",
+    "metafocus.integrations.hf",
+    "metafocus.masks",
+    "metafocus.recipes",
+    "metafocus.recipes.fewshot",
+    "metafocus.recipes.hpo",
+    "metafocus.single_loop",
+)
+# Of an adapter's own construction: not for users of one.
+PARTS = {"bound", "for_each", "functions", "one_of", "rebind"}
+
+
+def resolve(name: str) -> Any:
+    home, _, last = name.rpartition(".")
+    return getattr(importlib.import_module(home), last)
+
+
+def public(package: str) -> dict[str, Any]:
+    """What a package offers: its `__all__`, or what its `__init__` defines or re-exports."""
+    module = importlib.import_module(package)
+    if hasattr(module, "__all__"):
+        return {name: getattr(module, name) for name in module.__all__}
+    text = Path(module.__file__ or "").read_text()
+    if package.count(".") > 1:
+        names = re.findall(r"^(?:def|class) ([a-z]\w*)", text, re.M)
+    else:
+        names = re.findall(r"^from .* import (\w+) as \1$", text, re.M)
+    assert names, package
+    return {name: getattr(module, name) for name in names}
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_what_is_shown_exists_where_it_is_defined(name):
+    value = resolve(name)
+    home = name.rpartition(".")[0]
+    # Constants and aliases do not know where they come from.
+    if isinstance(value, type | FunctionType):
+        assert value.__module__ == home
+        assert value.__doc__
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_public_name_is_shown(package):
+    shown = [resolve(name) for name in SHOWN]
+    missing = [
+        name
+        for name, value in public(package).items()
+        if not isinstance(value, ModuleType)
+        and name not in PARTS
+        and not any(value is one for one in shown)
+    ]
+    assert not missing
+
+
+def test_public_modules_have_a_page():
+    modules = {name for name in mf.__all__ if isinstance(getattr(mf, name), ModuleType)}
+    assert modules == {"attention", "diagnostics", "errors", "masks", "recipes", "single_loop"}
+    assert modules <= {page.stem for page in DOCS.glob("*.md")}
+
+
+def test_nothing_is_shown_twice():
+    assert len(SHOWN) == len(set(SHOWN))

@@ -14,6 +14,7 @@ from metafocus.__main__ import main
 from metafocus.cli import evaluate
 from metafocus.errors import DataError
 from metafocus.evals import babilong, builtin_prose, ruler
+from metafocus.evals.agentic import pass_at_k
 from metafocus.evals.intervals import wilson
 from metafocus.evals.results import cells
 from metafocus.evals.run import answers, prompt_text
@@ -214,3 +215,71 @@ def test_bad_words(checkpoint, tmp_path):
         "--model", tmp_path / "none", "--suite", "ruler", "--output", tmp_path / "out"
     )
     assert not (tmp_path / "out").exists()
+
+
+def test_science(checkpoint, tmp_path):
+    out = tmp_path / "out"
+    words = ("--model", checkpoint, "--suite", "science", "--n", 4, "--new-tokens", 12)
+    code, text, err = run(*words, "--samples", 3, "--k", "1,3", "--output", out)
+    assert code == 0, err
+    report = json.loads((out / "eval.json").read_text())
+    lines = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    assert [(x["question"], x["sample"]) for x in lines] == [
+        (i, j) for i in range(4) for j in range(3)
+    ]
+    counts = [sum(x["correct"] for x in lines if x["question"] == i) for i in range(4)]
+    for k, rate in report["pass_at_k"].items():
+        assert rate["mean"] == pytest.approx(sum(pass_at_k(3, c, int(k)) for c in counts) / 4)
+        assert [rate["low"], rate["high"]] == pytest.approx(wilson(rate["mean"], 4))
+    assert report["pass_at_k"].keys() == {"1", "3"} and report["questions"] == 4
+    assert report["settings"]["temperature"] == 0.7 and report["settings"]["samples"] == 3
+    assert report["tool_limits"]["seconds"] == 10 and "namespaces" in report["tool_walls"]
+    assert sum(report["ended"].values()) == 12 and "pass@k" in text
+    assert "Python" in lines[0]["messages"][0]["content"]
+    assert "pass --overwrite" in refused(*words, "--output", out)
+    code, _, err = run(
+        *words, "--samples", 1, "--temperature", 0, "--no-tool", "--output", out, "--overwrite",
+        "--lengths", "1k",
+    )  # fmt: skip
+    assert code == 0 and "--lengths has no effect with --suite science" in err
+    report = json.loads((out / "eval.json").read_text())
+    assert report["tool_limits"] is report["tool_walls"] is None
+    lines = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    assert "Python" not in lines[0]["messages"][0]["content"] and len(lines) == 4
+
+
+def test_gpqa(checkpoint, tmp_path):
+    names = ["Question", "Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3))]
+    rows = [",".join(names), *(f"Question {i}?,r,a,b,c" for i in range(5))]
+    (tmp_path / "gpqa.csv").write_text("\n".join(rows))
+    base = ("--model", checkpoint, "--suite", "gpqa", "--output", tmp_path / "out")
+    words = (*base, "--data", tmp_path / "gpqa.csv", "--new-tokens", 4, "--samples", 1)
+    assert run(*words)[0] == 0
+    lines = (tmp_path / "out" / "answers.jsonl").read_text().splitlines()
+    assert len(lines) == 5
+    assert run(*words, "--n", 2, "--overwrite")[0] == 0
+    assert len((tmp_path / "out" / "answers.jsonl").read_text().splitlines()) == 2
+    other = (*base[:-1], tmp_path / "none")
+    assert "needs --data FILE.csv" in refused(*other)
+    assert "is not a file" in refused(*other, "--data", tmp_path / "none.csv")
+    assert "alike" in refused(*other, "--temperature", 0, "--samples", 2)
+    assert "--k '1,5': give whole numbers from 1" in refused(*other, "--k", "1,5")
+    assert "--top-p" in refused(*other, "--top-p", -1)
+    assert not (tmp_path / "none").exists()
+
+
+def test_export(checkpoint, tmp_path):
+    tasks = tmp_path / "tasks"
+    words = ("--model", checkpoint, "--suite", "babilong", "--tasks", "qa1,qa2", "--lengths")
+    code, text, err = run(*words, "0k,1k", "--n", 2, "--export", tasks)
+    assert code == 0, err
+    names = [
+        f"metafocus_babilong_{task}_{size}" for task in ("qa1", "qa2") for size in ("0k", "1k")
+    ]
+    assert ",".join(names) in text and f"--include_path {tasks}" in text
+    assert {p.stem for p in tasks.glob("*.yaml")} == {p.stem for p in tasks.glob("*.jsonl")}
+    assert {p.stem for p in tasks.glob("*.yaml")} == set(names)
+    assert not (tasks / "eval.json").exists()
+    assert "--output is missing" in refused(*words, "1k")
+    code, _, err = run(*words, "0k", "--n", 1, "--samples", 2, "--output", tmp_path / "out")
+    assert code == 0 and "--samples has no effect with --suite babilong" in err

@@ -1,4 +1,4 @@
-"""`metafocus eval`: long-context questions made by code, answered greedily by a model."""
+"""`metafocus eval`: long-context questions made by code, and multiple-choice science."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from metafocus.cli import options
+from metafocus.cli import options, trials
 from metafocus.cli.models import model_and_tokenizer
 from metafocus.comparison import environment
 from metafocus.errors import DataError
-from metafocus.evals import babilong, results, ruler
+from metafocus.evals import babilong, harness, results, ruler
 from metafocus.evals.items import Item
 from metafocus.evals.prose import builtin_prose, prose_from_file
 from metafocus.evals.report import length_name, plot_depths, table
@@ -32,12 +32,12 @@ def add_parser(commands: Any) -> None:
     """Add the command."""
     parser = commands.add_parser(
         "eval",
-        help="measure long-context skill: BABILong and RULER, made on this machine",
+        help="measure long-context skill (BABILong, RULER) and science with a tool (GPQA)",
         description=__doc__,
     )
     parser.set_defaults(run=run)
     parser.add_argument("--model", required=True, help="directory or hub id")
-    parser.add_argument("--suite", required=True, choices=tuple(TASKS))
+    parser.add_argument("--suite", required=True, choices=(*TASKS, *trials.SUITES))
     parser.add_argument(
         "--tasks", help="separated by commas; default: all of the suite (qa only with --questions)"
     )
@@ -48,7 +48,10 @@ def add_parser(commands: Any) -> None:
         "without noise; default %(default)s",
     )
     parser.add_argument(
-        "--n", type=options.whole(1), default=100, help="questions of each; default %(default)s"
+        "--n",
+        type=options.whole(1),
+        default=100,
+        help="questions of each; default %(default)s, of gpqa all",
     )
     parser.add_argument(
         "--noise",
@@ -57,25 +60,36 @@ def add_parser(commands: Any) -> None:
         "(default), train or all",
     )
     parser.add_argument("--questions", help="file for RULER's qa: .jsonl, SQuAD or HotpotQA")
+    parser.add_argument(
+        "--export",
+        metavar="DIR",
+        help="write the questions as tasks of lm-evaluation-harness, and ask nothing",
+    )
     parser.add_argument("--batch-size", type=options.whole(1), default=8, help="%(default)s")
     parser.add_argument("--depth-bins", type=options.whole(1), default=10, help="%(default)s")
     parser.add_argument("--attn", default="sdpa", choices=("sdpa", "eager"), help="%(default)s")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--device", default="cpu", help="default %(default)s")
     parser.add_argument("--seed", type=options.whole(0), default=1234, help="default %(default)s")
-    parser.add_argument(
-        "--output", required=True, help=f"directory for {REPORT}, {ANSWERS} and {DEPTHS}"
-    )
+    parser.add_argument("--output", help=f"directory for {REPORT}, {ANSWERS} and {DEPTHS}")
     parser.add_argument("--overwrite", action="store_true", help="replace results in --output")
+    trials.add_options(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Make the questions, ask them, score and report."""
-    output = options.directory(args.output)
+    long = args.suite in TASKS
+    if args.output is None and not (long and args.export):
+        raise DataError(f"--output is missing: name a directory for {REPORT} and {ANSWERS}")
+    output = options.directory(args.output or args.export)
     if (output / REPORT).exists() and not args.overwrite:
         raise DataError(
             f"--output {output} holds {REPORT}: name another directory, or pass --overwrite"
         )
+    if not long:
+        trials.run(args, output, output / REPORT, output / ANSWERS)
+        return
+    trials.note_unused(args)
     tasks, lengths = _tasks(args), _lengths(args.lengths, args.suite)
     generate = _generator(args, max(lengths))
     # Without a length: the check there names another option.
@@ -86,6 +100,9 @@ def run(args: argparse.Namespace) -> None:
     cells = [(task, length) for task in tasks for length in lengths]
     for task, length in cells:
         generate(count, task, length, 1)  # what cannot be made is refused before hours of answers
+    if args.export:
+        _export(args.export, [item for cell in cells for item in generate(count, *cell, args.n)])
+        return
     start = time.perf_counter()
     items, outputs = _ask(
         lambda items, progress: answers(
@@ -114,6 +131,13 @@ def run(args: argparse.Namespace) -> None:
         print(f"wrote {output / DEPTHS}")
     else:
         print("no heat map: the evidence of these tasks stands everywhere")
+
+
+def _export(directory: str, items: list[Item]) -> None:
+    names = harness.export_tasks(items, options.directory(directory))
+    print(f"wrote {len(names)} tasks; with the same model and its chat template:")
+    words = f"--include_path {directory} --tasks {','.join(names)} --apply_chat_template"
+    print(f"  lm_eval --model hf --model_args pretrained=DIR {words}")
 
 
 def _tasks(args: argparse.Namespace) -> list[str]:

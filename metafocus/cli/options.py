@@ -48,7 +48,8 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line and an exception, and which knows what was `given`."""
 
     def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+        # In full: what is short today may stand for two options tomorrow.
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
         self.register("action", None, _Store)
         self.set_defaults(given=set())
 

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+# Whatever a checkpoint's own settings say.
+_PLAIN: dict[str, Any] = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+
+
 def prompt_text(item: Item, tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the chat of one user message, the answer's header, and the answer's first words.
 
@@ -93,10 +97,8 @@ def _generate(
         input_ids=batch,
         attention_mask=mask,
         max_new_tokens=new,
+        **_PLAIN,
         do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
         temperature=None,
         top_p=None,
         top_k=None,
@@ -130,3 +132,42 @@ def _rendered(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
 def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     # The template writes the special tokens itself.
     return tokenizer.encode(text, add_special_tokens=False, verbose=False)
+
+
+def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Sequence[int],
+    new: int,
+    temperature: float,
+    *,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> str:
+    """Return one continuation of a prompt, greedy if the temperature is 0.
+
+    It depends on the arguments alone, neither on the checkpoint's own settings nor on the global
+    random state, which stays as it was.
+    """
+    embeddings: Any = model.get_input_embeddings()
+    device = embeddings.weight.device
+    ends, own = _ends(model, tokenizer), {"do_sample": False, "temperature": None, "top_p": None}
+    if temperature > 0:
+        own = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    batch = torch.tensor([list(ids)], device=device)
+    devices = [device] if device.type == "cuda" else []
+    with torch.inference_mode(), torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        output = model.generate(  # pyright: ignore[reportCallIssue]
+            input_ids=batch,
+            attention_mask=torch.ones_like(batch),
+            max_new_tokens=new,
+            **_PLAIN,
+            **own,
+            top_k=0 if temperature > 0 else None,
+            pad_token_id=ends[0] if ends else 0,
+            eos_token_id=ends or None,
+        )
+    return str(
+        tokenizer.decode(_until(output[0, len(ids) :].tolist(), ends), skip_special_tokens=True)
+    )

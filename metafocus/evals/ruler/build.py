@@ -97,7 +97,7 @@ def _plan(
         assert words is not None
         return frequency.plan_common(rng, length, words)
     if task == "fwe":
-        return frequency.plan_frequent(rng, length)
+        return frequency.plan_frequent(rng, length, NEW_TOKENS[task])
     if task == "qa":
         assert questions is not None
         size = len(questions)

@@ -13,7 +13,7 @@ from metafocus.evals.ruler.words import letters
 
 COMMON = 10
 LONG = 4096  # tokens from which words are repeated 30 and 3 times instead of 6 and 1
-ALPHA, LETTERS, TOKENS_PER_WORD = 2.0, 6, 50  # fwe: the vocabulary has length / 50 words
+ALPHA, LETTERS, TOKENS_PER_WORD = 2.0, 6, 50  # fwe: a word of vocabulary for 50 tokens
 # The ranks 2 to 5 occur differently often from 53 words on, whatever the rounding.
 _FEWEST = 53
 _SHOWN = (2, 1, 10)  # of the solved example, whose size is ours: common, uncommon, how many
@@ -76,11 +76,12 @@ def zipf_counts(n: int, vocabulary: int) -> list[int]:
     return [int(n * rank**-ALPHA / zeta) for rank in range(1, vocabulary + 1)]
 
 
-def plan_frequent(rng: random.Random, length: int) -> Plan:
+def plan_frequent(rng: random.Random, length: int, new_tokens: int) -> Plan:
     """Draw the vocabulary, most frequent first; the first is noise, the next three the answer."""
-    size = length // TOKENS_PER_WORD
+    size = (length - new_tokens) // TOKENS_PER_WORD
     if size < 5:
-        raise DataError(f"length={length} is too short for fwe: pass at least 250")
+        least = 5 * TOKENS_PER_WORD + new_tokens
+        raise DataError(f"length={length} is too short for fwe: pass at least {least}")
     words = ["...", *islice(letters(rng, LETTERS), size - 1)]
     seed = rng.random()
     question = "Leaving out the dots '...', which three coded words are the most frequent?"

@@ -1,0 +1,164 @@
+"""`metafocus eval --suite science | gpqa`: multiple choice, a Python tool, pass@k."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metafocus.cli import options
+from metafocus.cli.models import model_and_tokenizer
+from metafocus.comparison import environment
+from metafocus.errors import DataError
+from metafocus.evals import agentic
+
+SUITES = ("science", "gpqa")
+_LONG = ("tasks", "lengths", "noise", "questions", "batch_size", "depth_bins", "export")
+_OWN = ("data", "samples", "k", "calls", "tool_seconds", "temperature", "top_p", "new_tokens")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what these suites alone use."""
+    group = parser.add_argument_group("science and gpqa")
+    group.add_argument("--data", help="GPQA's CSV file, for --suite gpqa")
+    group.add_argument("--samples", type=options.whole(1), default=4, help="tries; %(default)s")
+    group.add_argument("--k", default="1", help="of pass@k, separated by commas; %(default)s")
+    group.add_argument(
+        "--tool",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="let the model run Python, in a process with limits; Linux only; default on",
+    )
+    group.add_argument("--calls", type=options.whole(0), default=5, help="of the tool; %(default)s")
+    group.add_argument(
+        "--tool-seconds", type=options.positive, default=10.0, help="of each call; %(default)s"
+    )
+    group.add_argument("--temperature", type=_temperature, default=0.7, help="%(default)s")
+    group.add_argument("--top-p", type=options.positive, default=1.0, help="%(default)s")
+    group.add_argument(
+        "--new-tokens", type=options.whole(1), default=1024, help="of a reply; %(default)s"
+    )
+
+
+def note_unused(args: argparse.Namespace) -> None:
+    """Say which options have no effect on the other suites."""
+    options.note_unused(args, _OWN, f"with --suite {args.suite}")
+
+
+def run(args: argparse.Namespace, output: Path, report: Path, answers: Path) -> None:
+    """Ask, score and report."""
+    options.note_unused(args, _LONG, f"with --suite {args.suite}")
+    ks = _ks(args.k, args.samples)
+    if args.temperature == 0 and args.samples > 1:
+        raise DataError(
+            f"--temperature 0 makes all --samples {args.samples} alike: pass --samples 1, or a "
+            "temperature above 0"
+        )
+    questions = _questions(args)
+    limits = agentic.Limits(
+        seconds=args.tool_seconds, cpu_seconds=max(1, -int(-args.tool_seconds // 1))
+    )
+    walls = agentic.walls() if args.tool else None
+    if walls is not None and not (walls.namespaces or walls.system_calls):
+        print("note: the kernel gives the tool no walls, only its limits.", file=sys.stderr)
+    model, tokenizer = model_and_tokenizer(args, lambda: (), 0)
+    model = model.to(getattr(torch, args.dtype)).eval()
+    endpoint = agentic.LocalEndpoint(
+        model, tokenizer, args.temperature, args.top_p, args.new_tokens
+    )
+    start = time.perf_counter()
+    trial = _ask(args, endpoint, questions, ks, limits)
+    seconds = time.perf_counter() - start
+    found = {
+        "suite": args.suite,
+        "questions": len(questions),
+        **trial.summary(),
+        "seconds": seconds,
+        "settings": {k: v for k, v in vars(args).items() if k not in ("run", "given")},
+        "tool_limits": asdict(limits) if args.tool else None,
+        "tool_walls": asdict(walls) if walls else None,
+        "environment": environment(next(model.parameters()).dtype),
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    report.unlink(missing_ok=True)
+    _write(answers, questions, trial)
+    report.write_text(json.dumps(found, indent=2) + "\n")
+    _print(trial, args.samples)
+    print(f"{len(questions)} questions in {seconds:.1f} s; wrote {report}, {answers}")
+
+
+def _temperature(word: str) -> float:
+    return 0.0 if word in ("0", "0.0") else options.positive(word)
+
+
+def _ks(text: str, samples: int) -> list[int]:
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and 1 <= int(word) <= samples for word in words):
+        raise DataError(f"--k {text!r}: give whole numbers from 1 to --samples {samples}")
+    return [int(word) for word in words]
+
+
+def _questions(args: argparse.Namespace) -> list[agentic.Choice]:
+    if args.suite == "science":
+        options.note_unused(args, ("data",), "with --suite science")
+        return agentic.science(args.n, args.seed)
+    if args.data is None:
+        raise DataError("--suite gpqa needs --data FILE.csv: GPQA is gated, and is not shipped.")
+    every = agentic.read_gpqa(args.data, args.seed)
+    if "n" not in args.given or args.n >= len(every):
+        return every
+    return random.Random(f"gpqa order {args.seed}").sample(every, args.n)
+
+
+def _ask(
+    args: argparse.Namespace,
+    endpoint: agentic.Endpoint,
+    questions: list[agentic.Choice],
+    ks: list[int],
+    limits: agentic.Limits,
+) -> agentic.Trial:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeRemainingColumn(), transient=True) as bar:
+        row = bar.add_task("answering", total=len(questions) * args.samples)
+        return agentic.evaluate(
+            endpoint,
+            questions,
+            samples=args.samples,
+            ks=ks,
+            tool=(lambda code: agentic.run_python(code, limits)) if args.tool else None,
+            calls=args.calls,
+            seed=args.seed,
+            progress=lambda n: bar.advance(row, n),
+        )
+
+
+def _write(path: Path, questions: list[agentic.Choice], trial: agentic.Trial) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for i, (question, tries) in enumerate(zip(questions, trial.episodes, strict=True)):
+            for j, episode in enumerate(tries):
+                known = {"question": i, "sample": j, "topic": question.topic}
+                record = {**known, "reference": question.letter, **asdict(episode)}
+                file.write(json.dumps(record) + "\n")
+
+
+def _print(trial: agentic.Trial, samples: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(title="pass@k in per cent, with 95 % Wilson intervals over questions")
+    for name in ("k", "pass@k", "interval", "questions", "samples"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    for rate in trial.rates:
+        interval = f"{100 * rate.low:.1f} to {100 * rate.high:.1f}"
+        row: tuple[Any, ...] = (rate.k, f"{100 * rate.mean:.1f}", interval, rate.questions, samples)
+        shown.add_row(*map(str, row))
+    Console(file=sys.stdout).print(shown)

@@ -1,0 +1,129 @@
+"""One try at a question: replies and calls of the tool, until an answer or a limit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from metafocus.errors import DataError
+from metafocus.evals.agentic.endpoints import Endpoint, Message, TooLong
+from metafocus.evals.agentic.questions import LETTERS, Choice, answer_letter
+from metafocus.evals.agentic.sandbox import Ran
+
+Tool = Callable[[str], Ran]
+
+_BLOCK = re.compile(r"```[ \t]*(?:python|py|Python)[ \t]*\n(.*?)(?:\n[ \t]*)?```", re.DOTALL)
+_OPEN = re.compile(r"```[ \t]*(?:python|py|Python)\b")
+_FORM = "End with a line of the form: Answer: LETTER"
+_TOOL = (
+    "You may run Python, at most {calls} times. To do so, write one block that begins with "
+    "```python and ends with ```, and stop: the next message shows what it printed. Every run "
+    "starts anew. There is no network."
+)
+_UNCLOSED = "The block of code has no end (```), so nothing was run."
+_SPENT = "No runs are left: answer now."
+_REMIND = f"I found no answer. {_FORM}"
+
+
+@dataclass(frozen=True)
+class Episode:
+    """What came of one try.
+
+    Attributes:
+        answer: the letter given, None if none was.
+        correct: whether it is the right one.
+        calls: how often the tool was called, calls that could not be run included.
+        ended: "answered", "no answer" or "too long", if the chat outgrew the model.
+        messages: the whole chat. A reply is cut where its first block of code ends: what follows
+            was written without knowing the output.
+        runs: how each call went: exit status, limit that stopped it, seconds; None if it could
+            not be run.
+    """
+
+    answer: str | None
+    correct: bool
+    calls: int
+    ended: str
+    messages: tuple[Message, ...]
+    runs: tuple[dict[str, Any] | None, ...]
+
+
+def play(
+    endpoint: Endpoint, question: Choice, *, tool: Tool | None = None, calls: int = 5, seed: int = 0
+) -> Episode:
+    """Ask a question; run the code of each reply, until one without code gives an answer.
+
+    A reply without answer or code is asked for once more. After the last call the next reply
+    counts, whatever is in it: there are at most `calls + 2` replies.
+
+    Args:
+        endpoint: who is asked.
+        question: what.
+        tool: such as `run_python`; None for a chat without it.
+        calls: the most calls of the tool.
+        seed: of this try; each reply gets its own.
+
+    Raises:
+        DataError: fewer than 0 calls.
+
+    Example:
+        >>> from metafocus.evals.agentic import Choice, play
+        >>> question = Choice("What is 2 + 2?", ("3", "4"), answer=1)
+        >>> play(lambda messages, seed: "It is four. Answer: B", question).correct
+        True
+    """
+    if calls < 0:
+        raise DataError(f"calls={calls}: pass 0 or more")
+    left = calls if tool is not None else 0
+    messages: list[Message] = [{"role": "user", "content": _first(question, left)}]
+    runs: list[dict[str, Any] | None] = []
+    letter, reminded, ended = None, False, "no answer"
+    for turn in range(left + 2):
+        try:
+            reply = endpoint(tuple(messages), seed=seed * 1_000_003 + turn)
+        except TooLong:
+            ended = "too long"
+            break
+        block = _BLOCK.search(reply) if left else None
+        if block:
+            reply = reply[: block.end()]
+        messages.append({"role": "assistant", "content": reply})
+        if left and (block or _OPEN.search(reply)):
+            left -= 1
+            assert tool is not None
+            ran = tool(block[1]) if block else None
+            runs.append(_how(ran))
+            told = f"Output:\n{ran.text}" if ran else _UNCLOSED
+            messages.append({"role": "user", "content": told if left else f"{told}\n\n{_SPENT}"})
+            continue
+        letter = answer_letter(reply, len(question.choices))
+        if letter or reminded:
+            break
+        reminded = True
+        messages.append({"role": "user", "content": _REMIND})
+    return Episode(
+        answer=letter,
+        correct=letter == question.letter,
+        calls=len(runs),
+        ended="answered" if letter else ended,
+        messages=tuple(messages),
+        runs=tuple(runs),
+    )
+
+
+def _first(question: Choice, calls: int) -> str:
+    letters = LETTERS[: len(question.choices)]
+    parts = [
+        f"Answer the following question with one of the letters {letters[0]} to {letters[-1]}."
+    ]
+    if calls:
+        parts.append(_TOOL.format(calls=calls))
+    return "\n\n".join([*parts, question.prompt, _FORM])
+
+
+def _how(ran: Ran | None) -> dict[str, Any] | None:
+    if ran is None:
+        return None
+    return {"code": ran.code, "stopped": ran.stopped, "seconds": round(ran.seconds, 3)}

@@ -1,0 +1,129 @@
+"""Multiple-choice questions: their prompt, and the letter that an answer names."""
+
+from __future__ import annotations
+
+import csv
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from metafocus.errors import DataError
+
+LETTERS = "ABCDEFGHIJ"
+COLUMNS = ("Question", "Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3)))
+"""The columns of GPQA's files that are read."""
+
+_ANSWER = re.compile(
+    r"answer\**\s*(?:is|:|=)?\s*:?\s*\**\s*(?:option|choice)?\s*"
+    r"(?:\\boxed\{|\$|\(|\[|\*)*\s*(?:\\text\{)?([A-Ja-j])(?![A-Za-z0-9'])",
+    re.IGNORECASE,
+)
+_BOXED = re.compile(r"\\boxed\{\s*(?:\\text\{)?\s*\(?([A-Ja-j])\)?\s*\}")
+_ALONE = re.compile(r"[\s(\[*]*([A-Ja-j])[\s)\].*:]*")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A question with its choices, one of which, `answer`, is right.
+
+    Raises:
+        DataError: fewer than 2 choices or more than 10, two alike, or an answer that is none.
+    """
+
+    question: str
+    choices: tuple[str, ...]
+    answer: int
+    topic: str = ""
+
+    def __post_init__(self):
+        n = len(self.choices)
+        if not 2 <= n <= len(LETTERS) or len(set(self.choices)) != n or not 0 <= self.answer < n:
+            raise DataError(
+                f"choices={self.choices!r}, answer={self.answer}: give 2 to {len(LETTERS)} "
+                "different choices and the number of the right one"
+            )
+
+    @property
+    def letter(self) -> str:
+        """The letter of the right choice."""
+        return LETTERS[self.answer]
+
+    @property
+    def prompt(self) -> str:
+        """The question and its lettered choices."""
+        rows = [f"({LETTERS[i]}) {choice}" for i, choice in enumerate(self.choices)]
+        return "\n".join([self.question, "", *rows])
+
+
+def answer_letter(text: str, n: int) -> str | None:
+    r"""Return the letter that a text answers with, of the first n letters; None if it names none.
+
+    The last "answer: C", "the answer is (C)" or "\\boxed{C}" counts, or a text that is nothing but
+    a letter.
+
+    Example:
+        >>> from metafocus.evals.agentic.questions import answer_letter
+        >>> answer_letter("A or B? Rather not. Answer: (C)", 4), answer_letter("A or B?", 4)
+        ('C', None)
+    """
+    found = [*_ANSWER.finditer(text), *_BOXED.finditer(text)]
+    # "answer a question": a small letter counts only where nothing but it could be meant.
+    said = [m for m in sorted(found, key=lambda m: m.start(1)) if m[1].isupper() or _plain(text, m)]
+    alone = _ALONE.fullmatch(text)
+    letter = said[-1][1] if said else alone[1] if alone else None
+    if letter is None or letter.upper() not in LETTERS[:n]:
+        return None
+    return letter.upper()
+
+
+def _plain(text: str, match: re.Match[str]) -> bool:
+    """Whether a small letter stands at the end of its line or in brackets."""
+    rest = text[match.end(1) :].partition("\n")[0]
+    return re.fullmatch(r"[\s)\]}.*$]*", rest) is not None or rest[:1] in (")", "]", "}")
+
+
+def shuffled(
+    question: str, right: str, wrong: Sequence[str], rng: random.Random, topic: str = ""
+) -> Choice:
+    """Return a question whose right choice stands anywhere with the same chance."""
+    choices = [right, *wrong]
+    rng.shuffle(choices)
+    return Choice(question, tuple(choices), choices.index(right), topic)
+
+
+def read_gpqa(path: str | Path, seed: int = 0) -> list[Choice]:
+    """Read questions from a CSV file with GPQA's columns; the choices are shuffled by the seed.
+
+    The columns are `Question`, `Correct Answer` and `Incorrect Answer 1` to `3`, and, if there,
+    `High-level domain` as the topic; others are ignored. GPQA's files (gpqa_diamond.csv and so
+    on) are to be had by whoever accepts their terms, and must not be published. The order of the
+    choices of a question depends on the seed and its row alone.
+
+    Raises:
+        DataError: no such file, not UTF-8, a column or a cell missing, or two choices alike.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"path={str(path)!r} is not a file: name a CSV file of GPQA")
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"path={str(path)!r} cannot be read as CSV in UTF-8: {error}") from error
+    if not rows:
+        raise DataError(f"path={str(path)!r} holds no questions: it needs a header and rows")
+    found = []
+    for i, row in enumerate(rows):
+        cells = [(row.get(name) or "").strip() for name in COLUMNS]
+        for name, cell in zip(COLUMNS, cells, strict=True):
+            if not cell:
+                raise DataError(f"path={str(path)!r}, question {i + 1}: {name!r} is missing")
+        try:
+            rng = random.Random(f"gpqa {seed} {i}")
+            topic = (row.get("High-level domain") or "").strip()
+            found.append(shuffled(cells[0], cells[1], cells[2:], rng, topic))
+        except DataError as error:
+            raise DataError(f"path={str(path)!r}, question {i + 1}: {error}") from error
+    return found

@@ -22,6 +22,9 @@ import torch
 from metafocus.comparison import environment
 from metafocus.measure import peak_bytes, process_memory
 
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+"""What makes glibc give blocks back when they are freed, so that a peak can be seen."""
+
 Contenders = dict[str, Callable[[], torch.Tensor]]
 
 
@@ -49,10 +52,7 @@ def interleaved(contenders: Contenders, reference: str, repeats: int) -> dict[st
                 seconds[name].append(time.process_time() - start)
     result = {}
     for name, values in seconds.items():
-        ratios = [a / b for a, b in zip(values, seconds[reference], strict=True)]
-        low, middle, high = (
-            statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
-        )
+        low, middle, high = quartiles(values, seconds[reference])
         result[name] = {
             "seconds": statistics.median(values),
             "ratio": middle,
@@ -61,14 +61,20 @@ def interleaved(contenders: Contenders, reference: str, repeats: int) -> dict[st
     return result
 
 
+def quartiles(values: list[float], base: list[float]) -> tuple[float, float, float]:
+    """Return the quartiles of the per-repetition ratios of two lists of times."""
+    ratios = [a / b for a, b in zip(values, base, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    return low, middle, high
+
+
 def peak_rss(script: str, name: str, arguments: list[str]) -> int | str:
     """Return the growth of the peak RSS over one call, in a fresh process; or its error."""
-    malloc = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     run = subprocess.run(
         [sys.executable, script, "--peak", name, *arguments],
         capture_output=True,
         text=True,
-        env={**os.environ, **malloc},
+        env={**os.environ, **MALLOC},
     )
     if run.returncode:
         return run.stderr.strip().splitlines()[-1]

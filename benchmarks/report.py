@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.rivals.report import sections as race  # noqa: E402
+
+FIGURES = ROOT / "docs/figures/benchmarks"
 TITLES = {
     "unroll_deep": (
         "A long unroll",
@@ -66,6 +72,7 @@ def main():
     reports = {
         path.stem: json.loads(path.read_text())
         for path in sorted((ROOT / "benchmarks/results").glob("*.json"))
+        if not path.stem.startswith("rivals_")
     }
     for name, (title, text, (ours, other)) in TITLES.items():
         report = reports[name]
@@ -93,6 +100,7 @@ def main():
     lines += by_length(reports["attention"])
     lines += ["", "## An exact second-order step by length", "", flow(LONG), ""]
     lines += [where(reports["long_context"]), "", *long_context(reports["long_context"])]
+    lines += race(ROOT / "benchmarks/results", FIGURES, "figures/benchmarks")
     (ROOT / "docs/benchmarks.md").write_text("\n".join(lines) + "\n")
 
 

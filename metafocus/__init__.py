@@ -11,6 +11,7 @@ from metafocus.adapters import FullWeights, LoRA, Placement, all_linear, matchin
 from metafocus.bilevel import MetaLoss, adapt, bilevel, hypergrad
 from metafocus.compare import compare
 from metafocus.comparison import Comparison
+from metafocus.compiled import compiled
 from metafocus.errors import (
     ClosureError,
     DataError,
@@ -125,6 +126,7 @@ __all__ = [
     "clip_global",
     "clip_per_tensor",
     "compare",
+    "compiled",
     "context_tokens",
     "diagnostics",
     "errors",

@@ -10,7 +10,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch._functorch.pyfunctorch import (
+    VmapInterpreter,
+    retrieve_current_functorch_interpreter,
+    temporarily_pop_interpreter_stack,
+)
 
 from metafocus import tree
 from metafocus.errors import ProblemError, TransformError
@@ -65,12 +72,13 @@ def replayed(fn: Callable[..., Any], near: Sequence[Tensor]) -> Callable[..., An
 
 
 def value_and_grad(
-    loss: Callable[[Params], Tensor], fast: Params, *, differentiable: bool
+    loss: Callable[[Params], Tensor], fast: Params, *, differentiable: bool, cut: bool = True
 ) -> tuple[Tensor, Params]:
     """Return `loss(fast)`, detached, and its gradient.
 
     With `differentiable`, the gradient can be differentiated again, also by everything that
-    `loss` closes over; without, it is a constant.
+    `loss` closes over; without, it is a constant. `cut=False` without `differentiable` is for a
+    caller that gives constants and takes care itself that the gradient becomes one.
 
     Raises:
         TransformError: in inference mode, where every gradient would be zero.
@@ -80,10 +88,13 @@ def value_and_grad(
             "torch.inference_mode() has no gradients, so the inner loop would not adapt. Use "
             "torch.no_grad() instead."
         )
+    if only_vmap():
+        return _per_task(loss, fast, differentiable)
     if transforming():
-        point = fast if differentiable else tree.detach(fast)
+        cut = cut and not differentiable
+        point = tree.detach(fast) if cut else fast
         grads, value = torch.func.grad_and_value(lambda p: scalar(loss(p), "inner_loss"))(point)
-        return value.detach(), grads if differentiable else tree.detach(grads)
+        return value.detach(), tree.detach(grads) if cut else grads
     track = differentiable and torch.is_grad_enabled()
     with torch.enable_grad():
         leaves = {k: fresh(v, track) for k, v in fast.items()}
@@ -93,6 +104,43 @@ def value_and_grad(
         torch.zeros_like(x) if g is None else g for g, x in zip(grads, fast.values(), strict=True)
     ]
     return value.detach(), dict(zip(fast, filled, strict=True))
+
+
+def only_vmap() -> bool:
+    """Return whether one `vmap` over the plain tape is all that is active."""
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+        return False
+    stack = _functorch.get_interpreter_stack() or []
+    return len(stack) == 1 and stack[0].key() == _functorch.TransformType.Vmap
+
+
+def _per_task(
+    loss: Callable[[Params], Tensor], fast: Params, differentiable: bool
+) -> tuple[Tensor, Params]:
+    """Return value and gradient of every task of a `vmap` over the tape, by the tape.
+
+    Task `i`'s loss depends on task `i`'s fast weights only, so the gradient of the sum holds the
+    gradient of each; a backward pass outside `vmap` costs what its kernels cost.
+    """
+    vmap = retrieve_current_functorch_interpreter()
+    assert isinstance(vmap, VmapInterpreter)
+    level, size = vmap.level(), vmap.batch_size()
+    inside = {k: _functorch._remove_batch_dim(x, level, size, 0) for k, x in fast.items()}
+    track = differentiable and torch.is_grad_enabled()
+    with torch.enable_grad():
+        with temporarily_pop_interpreter_stack():
+            leaves = {k: fresh(x, track) for k, x in inside.items()}
+        point = {k: _functorch._add_batch_dim(x, 0, level) for k, x in leaves.items()}
+        value = _functorch._remove_batch_dim(scalar(loss(point), "inner_loss"), level, size, 0)
+        with temporarily_pop_interpreter_stack():
+            found = _grad([value.sum()], list(leaves.values()), None, create_graph=track)
+            grads = [
+                torch.zeros_like(x) if g is None else g
+                for g, x in zip(found, leaves.values(), strict=True)
+            ]
+            value = value.detach()
+    wrapped = {k: _functorch._add_batch_dim(g, 0, level) for k, g in zip(fast, grads, strict=True)}
+    return _functorch._add_batch_dim(value, 0, level), wrapped
 
 
 def pullback(

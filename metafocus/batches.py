@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,13 +49,18 @@ def collate(
         raise DataError("samples is empty: pass at least one sample to collate")
     if side not in ("right", "left"):
         raise DataError(f"side={side!r} is unknown: pad on the 'right' or on the 'left'")
+    if pad_token_id is not None and not isinstance(pad_token_id, int):
+        raise DataError(f"pad_token_id={pad_token_id!r} is no token id: pass a whole number")
     if pad_token_id is None:
         raise DataError(
             "pad_token_id=None: set tokenizer.pad_token (to tokenizer.eos_token, say) and pass "
             "tokenizer.pad_token_id"
         )
-    if pad_to_multiple_of is not None and pad_to_multiple_of < 1:
+    if pad_to_multiple_of is not None and (
+        not isinstance(pad_to_multiple_of, int) or pad_to_multiple_of < 1
+    ):
         raise DataError(f"pad_to_multiple_of={pad_to_multiple_of}: pass None or at least 1")
+    _check_samples(samples)
 
     length = max(len(sample["input_ids"]) for sample in samples)
     length = -(-length // (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1)
@@ -77,6 +82,35 @@ def collate(
         if name in ("turn_ids", "answer_mask") or any(name in sample for sample in samples):
             batch[name] = stack([_column(sample, name) for sample in samples], filler)
     return batch
+
+
+def _check_samples(samples: Sequence[Sample]) -> None:
+    """Raise for a sample whose tensors are missing, no tensors or of different lengths.
+
+    A shorter one would be taken for padded, and a batch of nothing ends in the middle of a model.
+    """
+    for i, sample in enumerate(samples):
+        if not isinstance(sample, Mapping):
+            raise DataError(f"sample {i} is a {type(sample).__name__}: pass a list of dicts")
+        for name in ("input_ids", "turn_ids", "answer_mask"):
+            if name not in sample:
+                raise DataError(
+                    f"sample {i} has no {name}, only {', '.join(sample)}: encode_chat makes all"
+                )
+        size = None
+        for name in ("input_ids", *_PADDING):
+            value = sample.get(name)
+            if value is None:
+                continue
+            if not isinstance(value, Tensor) or value.ndim != 1:
+                shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise DataError(f"sample {i}: {name} is {shape}, not a tensor of one dimension")
+            size = len(value) if size is None else size
+            if len(value) != size or size == 0:
+                raise DataError(
+                    f"sample {i}: {name} has {len(value)} entries for {size} tokens: give one for "
+                    "each of at least one token"
+                )
 
 
 def _column(sample: Sample, name: str) -> Tensor:
@@ -121,6 +155,9 @@ def pack(samples: Sequence[Sample], length: int) -> list[Sample]:
         >>> [row["document_ids"].tolist() for row in pack([sample] * 3, 5)]
         [[0, 0, 1, 1], [0, 0]]
     """
+    if isinstance(length, bool) or not isinstance(length, int):
+        raise DataError(f"length={length!r} is no whole number of tokens")
+    _check_samples(samples)
     sizes = [len(sample["input_ids"]) for sample in samples]
     for i, size in enumerate(sizes):
         if size > length:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -116,15 +116,54 @@ def hypergrad(meta_loss: MetaLoss) -> Callable[[Params, Any], tuple[Params, tupl
                 k: v.view_as(v) if track and v.requires_grad else v.detach().requires_grad_()
                 for k, v in outer.items()
             }
-            loss, aux = meta_loss(leaves, episode)
-            if not loss.requires_grad or not leaves:
-                return tree.zeros_like(outer), (loss.detach(), aux)
-            grads = torch.autograd.grad(
-                loss, list(leaves.values()), create_graph=track, materialize_grads=True
-            )
-        return dict(zip(leaves, grads, strict=True)), (loss if track else loss.detach(), aux)
+            if track or not hasattr(meta_loss, "pieces"):
+                grads, loss, aux = _differentiated(lambda x: meta_loss(x, episode), leaves, track)
+            else:
+                grads, loss, aux = _piecewise(cast(Separable, meta_loss), leaves, episode)
+        return grads, (loss if track else loss.detach(), aux)
 
     return value_and_hypergrad
+
+
+class Separable(Protocol):
+    """A meta loss that is a sum: each term can be differentiated and forgotten by itself."""
+
+    def pieces(self, episodes: Any) -> Sequence[Callable[[Params], tuple[Tensor, Aux]]]:
+        """Return functions of the outer parameters whose losses add up to the meta loss."""
+        ...
+
+    def join(self, aux: list[Aux]) -> Aux:
+        """Return the auxiliary outputs of all pieces as those of the whole."""
+        ...
+
+
+def sum_of(losses: Sequence[Tensor]) -> Tensor:
+    """Return the sum of scalars."""
+    return losses[0] if len(losses) == 1 else torch.stack(list(losses)).sum()
+
+
+def _piecewise(whole: Separable, leaves: Params, episodes: Any) -> tuple[Params, Tensor, Aux]:
+    total, losses, auxiliary = None, [], []
+    for piece in whole.pieces(episodes):
+        grads, loss, aux = _differentiated(piece, leaves, track=False)
+        losses.append(loss.detach())
+        auxiliary.append(aux)
+        total = grads if total is None else tree.add(total, grads)
+    assert total is not None
+    return total, sum_of(losses), whole.join(auxiliary)
+
+
+def _differentiated(
+    fn: Callable[[Params], tuple[Tensor, Aux]], leaves: Params, track: bool
+) -> tuple[Params, Tensor, Aux]:
+    """Return gradient, value and auxiliary output of a function of leaves of the tape."""
+    loss, aux = fn(leaves)
+    if not loss.requires_grad or not leaves:
+        return tree.zeros_like(tree.detach(leaves)), loss, aux
+    grads = torch.autograd.grad(
+        loss, list(leaves.values()), create_graph=track, materialize_grads=True
+    )
+    return dict(zip(leaves, grads, strict=True)), loss, aux
 
 
 def adapt(problem: Problem, outer: Params, support: Any, *, solver: Solver) -> Solution:

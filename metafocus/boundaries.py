@@ -92,6 +92,11 @@ def render(
         DataError: no chat template, a template that refuses the chat, or one that never renders
             the same text twice.
     """
+    if not hasattr(tokenizer, "apply_chat_template"):
+        raise DataError(
+            f"tokenizer is a {type(tokenizer).__name__}: pass a Hugging Face tokenizer, such as "
+            "AutoTokenizer.from_pretrained(name)"
+        )
     if not tokenizer.chat_template:
         raise DataError(
             "the tokenizer has no chat template: load the tokenizer of the chat model, or set "
@@ -106,6 +111,13 @@ def render(
             f"({', '.join(m['role'] for m in messages)}) to what the template accepts"
         ) from error
 
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"the rendered chat holds {text[error.start]!a}, half of a surrogate pair: look for it "
+            "in the tool calls and the parts of the content"
+        ) from error
     template = tokenizer.get_chat_template(tools=cast(Any, tool_list))
     marked = bool(tokenizer.is_fast) and _GENERATION.search(template) is not None
     encoded = cast(

@@ -107,9 +107,13 @@ def check_max_length(max_length: int | None) -> None:
     """Refuse a length that leaves no token to predict.
 
     Raises:
-        DataError: `max_length` is below 2.
+        DataError: `max_length` is no integer, or below 2.
     """
-    if max_length is not None and max_length < 2:
+    if max_length is None:
+        return
+    if isinstance(max_length, bool) or not isinstance(max_length, int):
+        raise DataError(f"max_length={max_length!r} is no whole number: pass None or >= 2")
+    if max_length < 2:
         raise DataError(
             f"max_length={max_length} leaves no token to predict from another: pass None or >= 2"
         )

@@ -83,6 +83,11 @@ def compare(
         raise ProblemError(
             "compare needs explicit outer parameters, got {}. Pass dict(model.named_parameters())."
         )
+    if not isinstance(estimators, Mapping) or not (estimators or others):
+        raise ProblemError(
+            f"estimators must be a dict of at least one, such as {{'full': mf.Unrolled()}}, got "
+            f"{estimators!r}."
+        )
     outer, others = tree.detach(outer), dict(others or {})
     title = _title(reference, estimators, outer)
     losses: dict[str, MetaLoss] = {

@@ -128,7 +128,10 @@ class Comparison:
             for r in self.rows
         ]
         text = {"reference": self.reference, "environment": self.environment, "rows": clean}
-        Path(path).write_text(json.dumps(text, indent=2) + "\n")
+        # Under another name first: a file of this name is whole.
+        part = Path(f"{path}.part")
+        part.write_text(json.dumps(text, indent=2) + "\n")
+        part.replace(path)
 
 
 def environment(dtype: torch.dtype) -> dict[str, Any]:

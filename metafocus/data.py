@@ -55,16 +55,26 @@ def read_chats(path: str | Path) -> list[dict[str, Any]]:
         ...     read_chats(path)
         [{'messages': [{'role': 'user', 'content': 'hi'}]}]
     """
+    if not isinstance(path, str | Path):
+        raise DataError(f"path={path!r} is no path: pass a string or a pathlib.Path")
     path = Path(path)
     if path.suffix not in _SUFFIXES:
         raise DataError(f"path={str(path)!r} has an unknown suffix: use {', '.join(_SUFFIXES)}")
-    if not path.is_file():
+    if not _is_file(path):
         raise DataError(f"path={str(path)!r} is not a file: check the name and the folder")
     rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
     records = [_checked(record, f"{path}, {place}: ") for place, record in rows]
     if not records:
         raise DataError(f"path={str(path)!r} holds no record: write one chat per line or row")
     return records
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        # A name that is too long, or holds a zero byte.
+        return False
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -74,7 +84,11 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
             if not line.strip():
                 continue
             try:
-                record = json.loads(line.decode("utf-8-sig"))
+                record = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_unique)
+            except DataError as error:
+                raise DataError(f"{path}, line {number}: {error}") from error
+            except RecursionError as error:
+                raise DataError(f"{path}, line {number}: nested too deeply for a chat") from error
             except ValueError as error:
                 raise DataError(
                     f"{path}, line {number}: not JSON ({error}): write one complete JSON object "
@@ -83,18 +97,28 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
             yield f"line {number}", record
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, without keys that stand there twice: only one of them would be read."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"the key {twice!r:.80} stands twice in one object: remove one")
+    return found
+
+
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
+        records = pq.read_table(path).to_pylist()
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(
             f"path={str(path)!r} cannot be read as parquet ({error}): the file may be cut off, "
             "write or download it again"
         ) from error
-    for number, record in enumerate(table.to_pylist(), start=1):
+    for number, record in enumerate(records, start=1):
         yield f"row {number}", _without_nulls(record)
 
 
@@ -117,7 +141,7 @@ def _checked(record: Any, where: str) -> dict[str, Any]:
     if isinstance(tools, str):
         try:
             tools = json.loads(tools)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{where}tools is a string, but not JSON ({error})") from error
         record = {**record, "tools": tools}
     if tools is not None and not isinstance(tools, list):
@@ -174,6 +198,11 @@ def encode_chats(
         '1 samples with 25 tokens, 3 of them answers; 0 truncated, 1 dropped without an answer.'
     """
     check_max_length(max_length)
+    if isinstance(records, str | Mapping) or not isinstance(records, Iterable):
+        raise DataError(
+            f"records is a {type(records).__name__}: pass a list of dicts with messages, as "
+            "read_chats returns it"
+        )
     if progress:
         from tqdm import tqdm
 
@@ -182,6 +211,8 @@ def encode_chats(
     samples: list[Sample] = []
     seen = truncated = cut_off = 0
     for seen, record in enumerate(records, start=1):
+        if not isinstance(record, Mapping):
+            raise DataError(f"record {seen - 1}: {record!r:.80} is no dict with messages")
         try:
             whole = encode_chat(
                 record.get("messages"),  # pyright: ignore[reportArgumentType]

@@ -19,7 +19,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 from metafocus.adapters import slots
 from metafocus.checkpointing import exact_checkpointing
 from metafocus.errors import ProblemError
-from metafocus.levels import is_batched, outside_transforms
+from metafocus.levels import is_batched, outside_transforms, tracing
 from metafocus.recompute import recompute
 from metafocus.token_loss import IGNORED, Tail, entropies, token_loss, wide
 
@@ -276,6 +276,6 @@ def scored_rows(targets: Tensor) -> Tensor | None:
         >>> scored_rows(torch.tensor([[-100, 3], [5, -100]]))
         tensor([1, 2])
     """
-    if torch.compiler.is_compiling() or targets.is_meta or is_batched(targets):
+    if tracing() or targets.is_meta or is_batched(targets):
         return None
     return (targets.flatten() != IGNORED).nonzero().squeeze(-1)

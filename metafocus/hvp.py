@@ -6,6 +6,7 @@ Each linearises once and can be used for many products.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,8 +64,8 @@ class Taped:
         self.leaves = leaves
         self.rebuild = rebuild
         self.track = track
-        self.alive = [k for k, g in gradient.items() if g.requires_grad]
-        self.outputs = [gradient[k] for k in self.alive]
+        self.alive: list[str] = [k for k, g in gradient.items() if g.requires_grad]
+        self.outputs: list[Tensor] = [gradient[k] for k in self.alive]
 
     def __call__(self, direction: Params) -> tuple[Any, ...]:
         """Return the whole product."""
@@ -187,6 +188,6 @@ def hvp_finite(eps: float | None = None) -> HVP:
         eps: length of the displacement `h |d|`, absolute (DARTS, arXiv 1806.09055, uses
             0.01). None: `u^(1/3) max(|fast|, 1)`, relative to the fast weights.
     """
-    if eps is not None and not eps > 0:
-        raise ValueError(f"eps must be positive, got {eps}.")
+    if eps is not None and (not eps > 0 or math.isinf(eps)):
+        raise ValueError(f"eps must be {'finite' if eps > 0 else 'positive'}, got {eps}.")
     return _Finite(eps)

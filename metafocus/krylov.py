@@ -32,7 +32,7 @@ class CG:
     steps: int
     damping: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check(self.steps, self.damping)
 
     def __call__(self, matvec: MatVec, b: Params) -> Params:
@@ -92,7 +92,7 @@ class GMRES:
     steps: int
     damping: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check(self.steps, self.damping)
 
     def __call__(self, matvec: MatVec, b: Params) -> Params:

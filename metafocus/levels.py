@@ -13,6 +13,16 @@ from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 
 from metafocus.errors import TransformError
 
+_PROXY = torch._C._TorchDispatchModeKey.PROXY  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def tracing() -> bool:
+    """Return whether a compiler is looking at this code, so that no value can be looked at.
+
+    Either `torch.compile`, or `make_fx` as `metafocus.compiled` uses it.
+    """
+    return torch.compiler.is_compiling() or torch._C._get_dispatch_mode(_PROXY) is not None
+
 
 def transforming() -> bool:
     """Return whether a transform or a compiler is looking at this code.
@@ -20,7 +30,7 @@ def transforming() -> bool:
     A plain `forward_ad.dual_level` counts: gradients of the tape lose tangents there.
     """
     return (
-        torch.compiler.is_compiling()
+        tracing()
         or _functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
     )

@@ -6,6 +6,7 @@ alone raises for a singular matrix, and so looks at it. `CG` and `GMRES` are in 
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ class Neumann:
     steps: int
     scale: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check(self.steps, 0.0)
         _positive("scale", self.scale)
 
@@ -72,7 +73,7 @@ class Dense:
 
     damping: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check(1, self.damping)
 
     def __call__(self, matvec: MatVec, b: Params) -> Params:
@@ -102,7 +103,7 @@ class Identity:
 
     scale: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _positive("scale", self.scale)
 
     def __call__(self, matvec: MatVec, b: Params) -> Params:
@@ -141,7 +142,7 @@ class Nystrom:
     damping: float
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check(self.rank, 0.0, "rank")
         _positive("damping", self.damping)
 
@@ -232,10 +233,10 @@ def check(steps: int, damping: float, name: str = "steps") -> None:
     """Raise for arguments that no linear solver accepts."""
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"{name} must be an integer >= 1, got {steps!r}.")
-    if not damping >= 0:
-        raise ValueError(f"damping must be >= 0, got {damping}.")
+    if not damping >= 0 or math.isinf(damping):
+        raise ValueError(f"damping must be {'finite' if damping > 0 else '>= 0'}, got {damping}.")
 
 
 def _positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{name} must be positive, got {value}.")
+    if not value > 0 or math.isinf(value):
+        raise ValueError(f"{name} must be {'finite' if value > 0 else 'positive'}, got {value}.")

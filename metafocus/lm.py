@@ -15,6 +15,7 @@ from metafocus import heads, masks, prefix
 from metafocus.attention.hugging_face import attending, takes_spans
 from metafocus.checkpointing import exact_checkpointing
 from metafocus.errors import ProblemError
+from metafocus.inputs import check_ids, check_parts, check_spans
 from metafocus.masks import MaskPolicy
 from metafocus.spans import Spans, windowed
 from metafocus.token_loss import IGNORED, Tail, wide
@@ -46,7 +47,7 @@ def answer_tokens(batch: Batch) -> Tensor:
             "answer_tokens needs batch['answer_mask'] ([B, S] bool); the batch has "
             f"{sorted(batch)}. metafocus.data.collate makes it."
         )
-    return batch["answer_mask"].bool()
+    return masks.take(batch, "answer_mask", "answer_tokens")
 
 
 def context_tokens(batch: Batch) -> Tensor:
@@ -190,7 +191,9 @@ class LMLoss:
     def _model_inputs(self, batch: Batch) -> dict[str, Any]:
         if "input_ids" not in batch:
             raise ProblemError(f"a batch needs input_ids [B, S]; this one has {sorted(batch)}.")
-        return self._inputs(batch["input_ids"], masks.positions(batch), self.mask(batch))
+        positions, spans = masks.positions(batch), check_spans(self.mask(batch))
+        check_ids(self.model, batch["input_ids"])
+        return self._inputs(batch["input_ids"], positions, spans)
 
     def _inputs(self, ids: Tensor, positions: Tensor, spans: Spans) -> dict[str, Any]:
         return {
@@ -288,8 +291,5 @@ def lm_loss(
         ProblemError: at the first call, for an attention implementation that takes no explicit
             mask, or a batch without what the policies need.
     """
-    if not hasattr(model, "config") or not hasattr(model.config, "get_text_config"):
-        raise ProblemError(
-            f"model must be a Hugging Face model, got {type(model).__name__} without a config."
-        )
+    check_parts(model, adapter, mask, tokens)
     return LMLoss(model, adapter, mask, tokens)

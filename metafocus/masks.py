@@ -106,7 +106,7 @@ def prefix_lm(batch: Batch) -> Spans:
         transformer", JMLR 2020.
     """
     layout = _layout(batch)
-    answer = _take(batch, "answer_mask", "prefix_lm") & layout.valid
+    answer = take(batch, "answer_mask", "prefix_lm") & layout.valid
     length = answer.shape[-1]
     next_answer = _next(torch.where(answer, layout.token, length))
     prefix = torch.minimum(next_answer.gather(-1, layout.start), layout.stop)
@@ -142,8 +142,8 @@ def context_bidirectional(batch: Batch) -> Spans:
         [[2, 2, 3, 4, 5]]
     """
     layout = _layout(batch)
-    answer = _take(batch, "answer_mask", "context_bidirectional")
-    turns = _take(batch, "turn_ids", "context_bidirectional")
+    answer = take(batch, "answer_mask", "context_bidirectional")
+    turns = take(batch, "turn_ids", "context_bidirectional")
     _, end = _runs(layout.change | _differs(turns) | _differs(answer))
     return layout.spans(layout.start, torch.where(answer, layout.token + 1, end))
 
@@ -214,23 +214,23 @@ class _Layout(NamedTuple):
 
 
 def _layout(batch: Batch) -> _Layout:
-    ids = _take(batch, "input_ids", "every mask policy")
+    ids = take(batch, "input_ids", "every mask policy")
     if ids.ndim != 2:
         raise DataError(f"input_ids must be [batch, sequence], got shape {list(ids.shape)}")
     index = torch.arange(ids.shape[-1], device=ids.device).expand(ids.shape)
     if "attention_mask" in batch:
-        valid = _take(batch, "attention_mask", "") != 0
+        valid = take(batch, "attention_mask", "") != 0
     else:
         valid = torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
     change = _differs(valid)
-    _refuse(
+    refuse(
         (change & valid).sum(-1) > 1,
         "attention_mask has padding between tokens; put all padding of a row at its ends",
     )
     if "document_ids" in batch:
-        documents = _take(batch, "document_ids", "")
+        documents = take(batch, "document_ids", "")
         change = change | _differs(documents)
-        _refuse(
+        refuse(
             _interleaved(documents, change, valid),
             "document_ids returns to a document after another one began; "
             "keep the tokens of a document together",
@@ -238,18 +238,43 @@ def _layout(batch: Batch) -> _Layout:
     return _Layout(valid, index, change, *_runs(change))
 
 
-def _take(batch: Batch, key: str, user: str) -> Tensor:
+_BINARY = {
+    "answer_mask": "True on answers; from Hugging Face labels: labels != -100",
+    "attention_mask": "1 on tokens and 0 on padding; numbers of documents go into document_ids",
+}
+
+
+def take(batch: Batch, key: str, user: str) -> Tensor:
+    """Return an entry of a batch, checked to fit its `input_ids`; the answer mask as booleans.
+
+    Raises:
+        ProblemError: If it is missing; `user` names who needs it.
+        DataError: If its type, its shape or its values do not fit.
+    """
+    key = key if "input_ids" in batch else "input_ids"
     if key not in batch:
         raise ProblemError(
             f"{user} needs batch[{key!r}] ([B, S]: {_MEANING[key]}), but the batch has only "
             f"{sorted(batch)}; add it (metafocus.data does), or choose another mask policy"
         )
+    for name in ("input_ids", key):
+        if not isinstance(batch[name], Tensor):
+            raise DataError(
+                f"batch[{name!r}] is a {type(batch[name]).__name__} and no tensor [B, S]; "
+                "metafocus.data.collate makes batches, or use torch.tensor(...)"
+            )
     value = batch[key]
     expected = batch["input_ids"].shape
     if value.shape != expected:
         raise DataError(
             f"batch[{key!r}] has shape {list(value.shape)}, but input_ids has {list(expected)}; "
             "give one entry per token"
+        )
+    if key in _BINARY and value.dtype != torch.bool:
+        # An additive mask or labels, read as true and false, would mean the opposite.
+        refuse(
+            ((value != 0) & (value != 1)).any(-1),
+            f"{key} has entries other than 0 and 1; give {_BINARY[key]}",
         )
     return value.bool() if key == "answer_mask" else value
 
@@ -283,8 +308,8 @@ def _interleaved(documents: Tensor, change: Tensor, valid: Tensor) -> Tensor:
     return runs > _differs(ordered).sum(-1)
 
 
-def _refuse(bad: Tensor, message: str) -> None:
-    """Raise where the values can be read; on CUDA queue a check that does not wait for them."""
+def refuse(bad: Tensor, message: str) -> None:
+    """Raise for rows `bad` `[B]` where values can be read; on CUDA queue a check instead."""
     if transforming() or bad.is_meta:
         return
     if bad.is_cuda:

@@ -39,6 +39,8 @@ def _check_message(message: Any, where: str) -> None:
         )
     if content is not None and not isinstance(content, (str, list)):
         raise DataError(f"{where}content={content!r:.80} is neither a string nor a list of parts")
+    if isinstance(content, str):
+        _check_text(content, where)
     weight = message.get("weight")
     if weight is not None and (role != "assistant" or weight not in (0, 1)):
         raise DataError(
@@ -50,6 +52,17 @@ def _check_message(message: Any, where: str) -> None:
         _check_evidence(evidence, role, content, where)
 
 
+def _check_text(text: str, where: str) -> None:
+    # JSON can write half of a pair of UTF-16 code units; no tokenizer takes it.
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}character {error.start} of the content, {text[error.start]!a}, is half of a "
+            "surrogate pair: the text was cut between two code units of UTF-16"
+        ) from error
+
+
 def _check_evidence(evidence: Any, role: str, content: Any, where: str) -> None:
     if role == "assistant" or not isinstance(content, str):
         raise DataError(
@@ -59,7 +72,7 @@ def _check_evidence(evidence: Any, role: str, content: Any, where: str) -> None:
         good = (
             isinstance(span, (list, tuple))
             and len(span) == 2
-            and all(isinstance(edge, int) for edge in span)
+            and all(isinstance(edge, int) and not isinstance(edge, bool) for edge in span)
             and 0 <= span[0] < span[1] <= len(content)
         )
         if not good:

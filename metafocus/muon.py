@@ -67,7 +67,7 @@ class Muon:
     eps: float = 1e-7
     adjust: str = "original"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_common(self.lr, self.steps, self.weight_decay)
         fraction("momentum", self.momentum)
         if isinstance(self.ns_steps, bool) or not isinstance(self.ns_steps, int):

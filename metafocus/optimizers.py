@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from metafocus import tree
 from metafocus.stepping import (
@@ -68,10 +69,10 @@ class SGD:
         """Return the fast weights and velocities after one step."""
         grads = coupled(grads, params, self.clip, self.weight_decay)
         if self.momentum:
-            state = tree.add(grads, state, self.momentum)
-            grads = tree.add(grads, state, self.momentum) if self.nesterov else state
+            state = _all_moved(grads, self.momentum, state)
+            grads = _all_moved(grads, self.momentum, state) if self.nesterov else state
         rate = rates(self.lr, outer, params, step)
-        return {k: p - rate[k] * grads[k] for k, p in params.items()}, state
+        return {k: _moved(p, -rate[k], grads[k]) for k, p in params.items()}, state
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class Adam:
         if self.weight_decay:
             direction = tree.add(direction, params, self.weight_decay)
         rate = rates(self.lr, outer, params, step)
-        return {k: p - rate[k] * direction[k] for k, p in params.items()}, state
+        return {k: _moved(p, -rate[k], direction[k]) for k, p in params.items()}, state
 
 
 def AdamW(
@@ -229,9 +230,9 @@ class RMSprop:
             variance = {k: square[k] - m * m for k, m in mean.items()}
         direction = {k: g / (safe_sqrt(variance[k]) + self.eps) for k, g in grads.items()}
         if self.momentum:
-            direction = velocity = tree.add(direction, velocity, self.momentum)
+            direction = velocity = _all_moved(direction, self.momentum, velocity)
         rate = rates(self.lr, outer, params, step)
-        new = {k: p - rate[k] * direction[k] for k, p in params.items()}
+        new = {k: _moved(p, -rate[k], direction[k]) for k, p in params.items()}
         return new, (square, mean, velocity)
 
 
@@ -294,6 +295,16 @@ class Adagrad:
             for k, p in params.items()
         }
         return new, state
+
+
+def _all_moved(a: Params, by: float, b: Params) -> Params:
+    """Return `a + by * b`."""
+    return {k: _moved(a[k], by, b[k]) for k in a}
+
+
+def _moved(a: Tensor, by: float | Tensor, b: Tensor) -> Tensor:
+    # One kernel and one node of the graph; a learned rate is a tensor and needs two.
+    return a + by * b if isinstance(by, Tensor) else torch.add(a, b, alpha=by)
 
 
 def coupled(grads: Params, params: Params, clip: Clip | None, weight_decay: float) -> Params:

@@ -97,7 +97,7 @@ class PES:
     pairs: int
     chunk_size: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check(self.sigma, self.pairs, self.chunk_size)
 
     def init(self, outer: Params) -> PESState:
@@ -172,7 +172,7 @@ class ESSingle:
     pairs: int
     chunk_size: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check(self.sigma, self.pairs, self.chunk_size)
 
     def init(self, outer: Params) -> ESSingleState:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,13 @@ class Problem:
     init: Callable[[Params], Params]
     prepare: Callable[[Params, Episode], Episode] | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("inner_loss", "outer_loss", "init"):
+            if not callable(getattr(self, name)):
+                raise ProblemError(
+                    f"{name} must be a function, got {type(getattr(self, name)).__name__}."
+                )
+
     def start(self, outer: Params) -> Params:
         """Return `init(outer)`, checked to be a dict of floating-point tensors."""
         fast = self.init(outer)
@@ -48,7 +56,30 @@ class Problem:
 
     def prepared(self, outer: Params, episode: Episode) -> Episode:
         """Return the episode as `prepare` makes it."""
-        return episode if self.prepare is None else Episode(*self.prepare(outer, episode))
+        episode = as_episode(episode)
+        if self.prepare is None:
+            return episode
+        return as_episode(self.prepare(outer, episode), "prepare")
+
+
+def as_episode(value: Any, source: str = "episode") -> Episode:
+    """Return a pair as an `Episode`.
+
+    A tensor of two rows or a dict of two entries could be taken apart as well, silently wrong.
+
+    Raises:
+        ProblemError: if it is no tuple or list of two.
+
+    Example:
+        >>> as_episode((1, 2))
+        Episode(support=1, query=2)
+    """
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        size = f" of {len(value)}" if hasattr(value, "__len__") else ""
+        got = type(value).__name__ + size
+        verb = "return" if source == "prepare" else "be"
+        raise ProblemError(f"{source} must {verb} mf.Episode(support, query), got {got}.")
+    return Episode(*value)
 
 
 def proximal(inner_loss: InnerLoss, strength: float) -> InnerLoss:
@@ -66,8 +97,9 @@ def proximal(inner_loss: InnerLoss, strength: float) -> InnerLoss:
         >>> loss(w, {"w": torch.tensor([0.0])}, None)
         tensor(2.)
     """
-    if not strength >= 0:
-        raise ValueError(f"strength must be >= 0, got {strength}.")
+    if not strength >= 0 or math.isinf(strength):
+        allowed = "finite" if strength > 0 else ">= 0"
+        raise ValueError(f"strength must be {allowed}, got {strength}.")
 
     def loss(fast: Params, slow: Params, support: Any) -> Tensor:
         missing = sorted(set(fast) - set(slow))

@@ -31,7 +31,7 @@ class Shared:
 
     def __init__(self, loss: LMLoss):
         self.loss = loss
-        self.checked = False
+        self.checked: bool = False
         self.cut: tuple[str, int] | None = None
 
     def __call__(self, slow: Params, batch: Batch) -> Batch:

@@ -57,11 +57,18 @@ def descend(
     *,
     differentiable: bool,
 ) -> tuple[Params, State, list[Tensor]]:
-    """Run inner steps; return fast weights, solver state and the loss before each step."""
+    """Run inner steps; return fast weights, solver state and the loss before each step.
+
+    Not `differentiable`: everything given is a constant already.
+    """
     losses = []
     for step in steps:
+        # Constants are cut off once in a step: under vmap each cut is a noticeable cost.
         value, grads = value_and_grad(
-            lambda p: inner_loss(p, outer, support), params, differentiable=differentiable
+            lambda p: inner_loss(p, outer, support),
+            params,
+            differentiable=differentiable,
+            cut=False,
         )
         params, state = solver.update(params, grads, state, step, outer)
         if not differentiable:

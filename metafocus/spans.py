@@ -45,7 +45,17 @@ class Spans(NamedTuple):
             >>> b = Spans(torch.tensor([[0, 1]]), torch.tensor([[0, 2]]))
             >>> [t.tolist() for t in a & b]
             [[[0, 1]], [[0, 2]]]
+
+        Raises:
+            ProblemError: If `other` is no spans of the same shape.
         """
+        if not isinstance(other, Spans):
+            return NotImplemented
+        if self.start.shape != other.start.shape:
+            raise ProblemError(
+                f"a & b needs spans of one shape, got {list(self.start.shape)} and "
+                f"{list(other.start.shape)}; make both of the same batch"
+            )
         return nonempty(
             torch.maximum(self.start, other.start), torch.minimum(self.stop, other.stop)
         )
@@ -120,9 +130,14 @@ class Spans(NamedTuple):
         Example:
             >>> Spans(torch.tensor([[0, 0]]), torch.tensor([[1, 2]])).block_mask().shape
             (1, 1, 2, 2)
+
+        Raises:
+            ProblemError: If `block_size` is below 1.
         """
         from torch.nn.attention.flex_attention import BlockMask
 
+        if block_size < 1:
+            raise ProblemError(f"block_mask(block_size={block_size}) must be at least 1")
         start, stop = self
         length = start.shape[-1]
 
@@ -223,6 +238,11 @@ def windowed(spans: Spans, window: int) -> Spans:
         >>> causal = Spans(torch.tensor([[0, 0, 0]]), torch.tensor([[1, 2, 3]]))
         >>> windowed(causal, 2).start
         tensor([[0, 0, 1]])
+
+    Raises:
+        ProblemError: If `window` is below 1, which would leave a causal query without keys.
     """
+    if window < 1:
+        raise ProblemError(f"windowed(window={window}) must be at least 1: a query sees itself")
     query = torch.arange(spans.start.shape[-1], device=spans.start.device)
     return spans & Spans((query - window + 1).clamp(min=0).expand_as(spans.start), spans.stop)

@@ -80,6 +80,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> PreTrainedT
     if isinstance(texts, str):
         raise DataError("texts is a single string: pass an iterable of strings, such as [text]")
     texts = [text for text in texts if text]
+    odd = next((text for text in texts if not isinstance(text, str)), None)
+    if odd is not None:
+        raise DataError(f"texts holds {odd!r:.80} of type {type(odd).__name__}: pass strings only")
     if not texts:
         raise DataError("texts holds no text: pass at least one non-empty string")
 

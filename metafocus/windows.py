@@ -19,7 +19,7 @@ from metafocus.probe import probe
 from metafocus.problem import Problem, check_finite, check_params
 from metafocus.recompute import recompute
 from metafocus.solvers import descend, stacked
-from metafocus.types import Aux, Episode, InnerLoss, Params, Solver, State
+from metafocus.types import Aux, InnerLoss, Params, Solver, State
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Windows:
     solver: Solver
     recompute: bool | int = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.solver.steps < 1:
             raise ValueError(
                 f"solver.steps must be >= 1: it is the length of a window, got {self.solver.steps}."
@@ -100,7 +100,7 @@ class Windows:
                 f"window must be a Window, got {type(window).__name__}. Start with "
                 "windows.init(outer) and go on with the window that loss returns."
             )
-        support, query = self.problem.prepared(outer, Episode(*episode))
+        support, query = self.problem.prepared(outer, episode)
         problem, fast, state = self.problem, tree.detach(window.fast), window.solver_state
         state = tree.detach(state)
         if window.step == 0:

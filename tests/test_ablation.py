@@ -212,7 +212,7 @@ def made_up(ablation, scale, gain: float, seeds: int = 5, sink: float = 0.5):
                 "scores": {"deployed": scores},
                 "attention": {way: look for way in ways},
                 "control": {"none": 1.0, "own": 0.9, "another's": 0.9} if cell.inner else None,
-                "training": {"loss": [2.0, 1.0]},
+                "training": {"loss": [2.0, 1.0], "last_loss": 1.0},
                 "seconds": 1.0,
             }
     base = results["causal-none"][0]

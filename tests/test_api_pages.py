@@ -26,6 +26,7 @@ PACKAGES = (
     "metafocus.diagnostics",
     "metafocus.estimators",
     "metafocus.evals",
+    "metafocus.evals.agentic",
     "metafocus.evals.babilong",
     "metafocus.evals.ruler",
     "metafocus.integrations.hf",

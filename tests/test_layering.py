@@ -27,7 +27,18 @@ ENGINE = [
     {"estimators"},
     {"bilevel"},
     # Whole methods, beside each other.
-    {"tasks", "compare", "comparison", "examine", "evolution", "windows", "pes", "single_loop"},
+    {
+        "tasks",
+        "compiled",
+        "captured",
+        "compare",
+        "comparison",
+        "examine",
+        "evolution",
+        "windows",
+        "pes",
+        "single_loop",
+    },
 ]
 # What every part may know of the engine: its errors, and which transforms are active.
 SHARED = {"errors", "levels"}

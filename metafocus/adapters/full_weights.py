@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from metafocus.adapters import slots
+from metafocus.adapters import checks, slots
+from metafocus.adapters.files import load_tensors, save_tensors
 from metafocus.adapters.placement import Placement
 from metafocus.errors import PlacementError, ProblemError
 
@@ -51,6 +52,9 @@ class FullWeights:
     """
 
     where: Placement
+
+    def __post_init__(self) -> None:
+        checks.check_where("FullWeights", self.where)
 
     def modules(self, model: nn.Module) -> tuple[str, ...]:
         """Paths of the modules of `model` that see fast weights, in model order.
@@ -176,29 +180,24 @@ class FullWeights:
             ...     os.listdir(directory), list(full.load(model, directory))
             (['fast_weights.safetensors'], ['0.weight', '0.bias'])
         """
-        from safetensors.torch import save_file
-
         places = self._places(model)
         _check(model, places, fast)
         if not places:
             raise PlacementError("FullWeights.save: the placement is empty, nothing to save")
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
         # Copies: one memory under two names, as a start by functional_call may be, is refused.
         tensors = {k: v.detach().cpu().contiguous().clone() for k, v in fast.items()}
-        save_file(tensors, directory / FILE, metadata={"format": "pt"})
+        save_tensors(Path(directory) / FILE, tensors)
 
     def load(self, model: nn.Module, directory: str | Path) -> dict[str, Tensor]:
         """Read what `save` wrote, onto the devices of the model's parameters.
 
         Raises:
             ProblemError: If the file is of another model or placement.
+            DataError: If it is missing or cut off.
             PlacementError: As `modules`.
         """
-        from safetensors.torch import load_file
-
         places = self._places(model)
-        found = load_file(Path(directory) / FILE)
+        found = load_tensors(Path(directory) / FILE)
         _check(model, places, found)
         return {name: found[name].to(_read(model, name).device) for name in places}
 
@@ -211,7 +210,7 @@ class FullWeights:
             for own, value in module._parameters.items():
                 if value is not None:
                     homes.setdefault(id(value), []).append((path, own))
-        paths = tuple(self.where(model))
+        paths = checks.checked_paths("FullWeights", self.where, self.where(model))
         if len(set(paths)) < len(paths):
             twice = sorted({path for path in paths if paths.count(path) > 1})
             raise PlacementError(f"FullWeights: {self.where!r} names {twice} more than once")
@@ -244,6 +243,7 @@ class FullWeights:
 def _check(
     model: nn.Module, places: Mapping[str, list[tuple[str, str]]], fast: Mapping[str, Tensor]
 ) -> None:
+    checks.check_tensors("FullWeights", fast)
     missing, unknown = places.keys() - fast.keys(), fast.keys() - places.keys()
     if missing or unknown:
         raise ProblemError(

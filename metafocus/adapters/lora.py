@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from metafocus.adapters import low_rank, peft_format, slots
+from metafocus.adapters import checks, low_rank, peft_format, slots
 from metafocus.adapters.placement import Placement, adaptable
 from metafocus.errors import PlacementError, ProblemError
 
@@ -62,10 +62,15 @@ class LoRA:
     alpha: float = 64.0
 
     def __post_init__(self) -> None:
+        checks.check_where("LoRA", self.where)
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
             raise ProblemError(f"LoRA(rank={self.rank!r}) must be an integer of at least 1")
-        if not math.isfinite(self.alpha):
-            raise ProblemError(f"LoRA(alpha={self.alpha}) must be finite")
+        if self.rank > checks.MOST:
+            raise ProblemError(
+                f"LoRA(rank={self.rank}) must be at most {checks.MOST}: no layer is that wide"
+            )
+        if not isinstance(self.alpha, int | float) or not math.isfinite(self.alpha):
+            raise ProblemError(f"LoRA(alpha={self.alpha!r}) must be finite")
 
     @property
     def scale(self) -> float:
@@ -233,7 +238,7 @@ class LoRA:
 
     def _placed(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         modules = dict(model.named_modules())
-        paths = tuple(self.where(model))
+        paths = checks.checked_paths("LoRA", self.where, self.where(model))
         for path in paths:
             if path not in modules:
                 raise PlacementError(
@@ -271,6 +276,7 @@ class LoRA:
             inputs, outputs = low_rank.sizes(module)
             expected[f"{path}.lora_A"] = (self.rank, inputs)
             expected[f"{path}.lora_B"] = (outputs, self.rank)
+        checks.check_tensors("LoRA", fast)
         missing, unknown = expected.keys() - fast.keys(), fast.keys() - expected.keys()
         if missing or unknown:
             raise ProblemError(

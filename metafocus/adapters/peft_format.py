@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor, nn
 
+from metafocus.adapters.files import save_tensors
 from metafocus.adapters.placement import Placement, adaptable, all_linear, is_conv1d, matching
 from metafocus.errors import PlacementError, ProblemError
 
@@ -123,6 +124,13 @@ def read(config: LoraConfig) -> tuple[Placement, int, float]:
     Raises:
         ProblemError: If `target_modules` is missing or an option that plain LoRA lacks is set.
     """
+    from peft import LoraConfig
+
+    if not isinstance(config, LoraConfig):
+        raise ProblemError(
+            f"LoRA.from_peft takes a peft.LoraConfig, got {type(config).__name__}; from a dict: "
+            "LoraConfig(**options)"
+        )
     default = type(config)()
     # What is not known to be harmless is refused: PEFT gains options with every release.
     changed = {
@@ -175,7 +183,6 @@ def write(
         lora: Rank and alpha.
     """
     from peft import LoraConfig
-    from safetensors.torch import save_file
 
     # An expression: PEFT would match whole paths in a list as endings of other paths, too.
     targets = "|".join(re.escape(path) for path in paths)
@@ -191,10 +198,9 @@ def write(
         inference_mode=True,
     )
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(str(directory))
     tensors = {
         f"base_model.model.{key}.weight": tensor.detach().cpu().contiguous()
         for key, tensor in fast.items()
     }
-    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_tensors(directory / "adapter_model.safetensors", tensors)
+    config.save_pretrained(str(directory))

@@ -72,9 +72,10 @@ class top_layers:
     names: Sequence[str]
 
     def __post_init__(self) -> None:
-        if not 0 <= self.fraction <= 1:
+        number = isinstance(self.fraction, int | float) and not isinstance(self.fraction, bool)
+        if not number or not 0 <= self.fraction <= 1:
             raise PlacementError(
-                f"top_layers(fraction={self.fraction}) must lie in [0, 1]: it is the share of "
+                f"top_layers(fraction={self.fraction!r}) must lie in [0, 1]: it is the share of "
                 "layers, not their number"
             )
         if isinstance(self.names, str) or not self.names:
@@ -145,7 +146,7 @@ class matching:
     def __post_init__(self) -> None:
         try:
             re.compile(self.pattern)
-        except re.error as error:
+        except (re.error, TypeError) as error:
             raise PlacementError(
                 f"matching({self.pattern!r}) is no regular expression: {error}"
             ) from error

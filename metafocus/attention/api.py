@@ -112,6 +112,11 @@ def _checked(
 ) -> Spans:
     if backend not in BACKENDS:
         raise ProblemError(f"backend={backend!r} must be one of {', '.join(BACKENDS)}.")
+    if not isinstance(spans, Spans):
+        raise ProblemError(
+            f"spans must be mf.Spans, the keys [start, stop) of each query, got "
+            f"{type(spans).__name__}; a mask policy makes them: mf.masks.causal(batch)."
+        )
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4 or not x.is_floating_point() or x.dtype != q.dtype or x.device != q.device:
             raise ProblemError(

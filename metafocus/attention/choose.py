@@ -15,7 +15,7 @@ from metafocus.spans import Spans
 SMALL = 64
 """Up to this length "auto" is "dense", the faster one there by `benchmarks/attention.py`."""
 
-log = logging.getLogger("metafocus.attention")
+log: logging.Logger = logging.getLogger("metafocus.attention")
 
 
 class Auto:

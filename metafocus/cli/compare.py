@@ -11,6 +11,7 @@ import torch
 from metafocus import stdlib_qa
 from metafocus.cli import options
 from metafocus.cli.models import model_and_tokenizer
+from metafocus.cli.saving import saving
 from metafocus.compare import compare
 from metafocus.data import Collator, encode_chats, read_chats
 from metafocus.errors import DataError
@@ -108,7 +109,8 @@ def run(args: argparse.Namespace) -> None:
     )
     print(result.table())
     if directory:
-        directory.mkdir(parents=True, exist_ok=True)
-        result.plot(directory / "compare.png")
-        result.to_json(directory / "compare.json")
+        with saving(directory, "the comparison"):
+            directory.mkdir(parents=True, exist_ok=True)
+            result.plot(directory / "compare.png")
+            result.to_json(directory / "compare.json")
         print(f"wrote {directory / 'compare.png'} and {directory / 'compare.json'}")

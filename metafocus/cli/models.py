@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import pickle
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from metafocus.cli import options
+from metafocus.cli.saving import saving
 from metafocus.errors import DataError
 
 if TYPE_CHECKING:
@@ -81,21 +83,33 @@ def _as_loaded(tokenizer: Any, model: PreTrainedModel) -> Any:
     from transformers import AutoTokenizer
 
     with tempfile.TemporaryDirectory() as directory:
-        tokenizer.save_pretrained(directory)
-        model.config.save_pretrained(directory)
-        return AutoTokenizer.from_pretrained(directory)
+        with saving(Path(directory), "a tokenizer"):
+            tokenizer.save_pretrained(directory)
+            model.config.save_pretrained(directory)
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
 
 
 def _loaded(name: str, attn: str) -> tuple[PreTrainedModel, Any]:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise DataError(
+            f"--model {name!r} cannot be loaded: there is no config.json in it. Give a directory "
+            "with a model and its tokenizer, or a hub id."
+        )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        # Said, not left out: transformers would ask at the terminal whether to run code of the hub.
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         # In bfloat16 most updates of a small learning rate would round to nothing.
         model = AutoModelForCausalLM.from_pretrained(
-            name, attn_implementation=attn, dtype=torch.float32
+            name, attn_implementation=attn, dtype=torch.float32, trust_remote_code=False
         )
+    except pickle.UnpicklingError as error:
+        raise DataError(
+            f"--model {name!r} cannot be loaded: its weights are a pickle that holds more than "
+            "tensors and could run any code. Save the model as safetensors."
+        ) from error
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         place = "" if Path(name).is_dir() else "it is not a directory here, and on the hub: "

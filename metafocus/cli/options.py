@@ -6,9 +6,9 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from metafocus import masks, stdlib_qa
 from metafocus.adapters import LoRA, top_layers
@@ -39,7 +39,7 @@ ESTIMATORS: dict[str, Callable[[], Estimator]] = {
 class _Store(argparse.Action):
     """Stores a value, and in `given` that the user gave it."""
 
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
         setattr(namespace, self.dest, values)
         namespace.given = {*namespace.given, self.dest}
 
@@ -53,7 +53,7 @@ class Parser(argparse.ArgumentParser):
         self.register("action", None, _Store)
         self.set_defaults(given=set())
 
-    def error(self, message: str):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage and leaving."""
         raise DataError(f"{message} (see {self.prog} --help)")
 
@@ -148,7 +148,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=whole(0), default=1234, help="default %(default)s")
 
 
-def choice(table: dict, word: str, option: str):
+def choice(table: Mapping[str, Any], word: str, option: str) -> Any:
     """Return the object for a word, or raise an error that lists the words."""
     if word not in table:
         raise DataError(f"{option} {word!r} is unknown: use one of {', '.join(table)}.")

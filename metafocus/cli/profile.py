@@ -12,6 +12,7 @@ from metafocus import stdlib_qa
 from metafocus.bilevel import adapt
 from metafocus.cli import options
 from metafocus.cli.models import model_and_tokenizer
+from metafocus.cli.saving import saving, write_whole
 from metafocus.comparison import environment
 from metafocus.data import Collator, encode_chats, read_chats
 from metafocus.diagnostics import AttentionProfile, attention_profile, plot_comparison
@@ -107,15 +108,16 @@ def run(args: argparse.Namespace) -> None:
             losses[name] = inner
             note = f" (inner loss before each step: {', '.join(f'{x:.4f}' for x in inner)})"
         print(f"\n{name}, answer queries{note}\n{profile.table()}", flush=True)
-    directory.mkdir(parents=True, exist_ok=True)
     report = {
         "profiles": {name: profile.to_dict() for name, profile in profiles.items()},
         "inner_losses": losses,
         "settings": {k: v for k, v in vars(args).items() if k not in ("run", "given")},
         "environment": environment(next(model.parameters()).dtype),
     }
-    written = [*_figures(profiles, directory, args.layer), directory / REPORT]
-    (directory / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+    with saving(directory, "the profiles"):
+        directory.mkdir(parents=True, exist_ok=True)
+        written = [*_figures(profiles, directory, args.layer), directory / REPORT]
+        write_whole(directory / REPORT, json.dumps(report, indent=1) + "\n")
     print("\nwrote " + ", ".join(str(path) for path in written))
 
 

@@ -17,6 +17,7 @@ import torch
 from metafocus import masks, stdlib_qa
 from metafocus.cli import options
 from metafocus.cli.models import model_and_tokenizer
+from metafocus.cli.saving import saving, write_whole
 from metafocus.comparison import environment
 from metafocus.data import Collator, encode_chats, read_chats
 from metafocus.errors import DataError
@@ -232,11 +233,12 @@ def _split(records: list, fraction: float, seed: int) -> tuple[list, list]:
 
 def _save(model: Any, tokenizer: Any, report: dict[str, Any], output: Path) -> None:
     # The report comes last: where it is, the checkpoint beside it is whole.
-    output.mkdir(parents=True, exist_ok=True)
-    (output / REPORT).unlink(missing_ok=True)
-    model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
-    (output / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+    with saving(output, "the checkpoint"):
+        output.mkdir(parents=True, exist_ok=True)
+        (output / REPORT).unlink(missing_ok=True)
+        model.save_pretrained(output)
+        tokenizer.save_pretrained(output)
+        write_whole(output / REPORT, json.dumps(report, indent=2) + "\n")
 
 
 def _warn_diverged(history: History) -> None:

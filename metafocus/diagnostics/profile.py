@@ -197,7 +197,10 @@ class AttentionProfile:
 
     def to_json(self, path: str | Path) -> None:
         """Write `to_dict()` as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        # Under another name first: a file of this name is whole.
+        part = Path(f"{path}.part")
+        part.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        part.replace(path)
 
     def to_pandas(self) -> pd.DataFrame:
         """Return one line for each set of queries, layer and head; pandas must be installed."""

@@ -49,6 +49,7 @@ class Tokens:
             ProblemError: Without `answer_mask`.
             DataError: If `needle_mask` has another shape than `input_ids`.
         """
+        masks.take(batch, "input_ids", "a profile")
         valid = all_tokens(batch)
         answer = answer_tokens(batch) & valid
         position = masks.positions(batch)

@@ -61,7 +61,7 @@ class EvoGrad:
     temperature: float = 1.0
     generator: torch.Generator | None = field(default=None, compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("sigma", "temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")

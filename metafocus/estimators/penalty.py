@@ -81,7 +81,7 @@ class Penalty:
     solver: Solver | None = None
     central: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.strength > 0:
             raise ValueError(f"strength must be positive, got {self.strength}.")
 

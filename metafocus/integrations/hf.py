@@ -74,7 +74,9 @@ class FocusMixin(Trainer):
         if args is not None:
             checks.check_supported(args, kwargs.get("compute_loss_func"))
             checks.check_writable(args)
-        self.focus = focus or (args if isinstance(args, FocusOptions) else FocusOptions())
+        self.focus: FocusOptions = focus or (
+            args if isinstance(args, FocusOptions) else FocusOptions()
+        )
         self._recipe, self._factory = dict(recipe or {}), meta_loss_factory
         super().__init__(model, args, **kwargs)  # pyright: ignore[reportArgumentType]
         checks.check_dtypes(self._plain, self.args)

@@ -21,8 +21,9 @@ class Journal:
     """
 
     def __init__(self, device: torch.device, max_skipped: int, *, raise_on_nan: bool = True):
-        self.inner, self.whole = Stopwatch(device), Stopwatch(device)
-        self.skipped = 0
+        self.inner: Stopwatch = Stopwatch(device)
+        self.whole: Stopwatch = Stopwatch(device)
+        self.skipped: int = 0
         self._max_skipped = max_skipped
         self._raise_on_nan = raise_on_nan
         self._sums: dict[str, Tensor] = {}
@@ -33,7 +34,9 @@ class Journal:
             value = value.detach().float()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
-    def micro_batch(self, loss: Tensor, inner: Tensor, weight: Tensor, *, same_tokens: bool):
+    def micro_batch(
+        self, loss: Tensor, inner: Tensor, weight: Tensor, *, same_tokens: bool
+    ) -> None:
         """Add a micro-batch.
 
         Args:

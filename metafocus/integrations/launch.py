@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from metafocus.cli import options
 from metafocus.cli.models import model_and_tokenizer
 from metafocus.data import encode_chats, read_chats
 from metafocus.errors import DataError, MetafocusError
+from metafocus.integrations import config_file
 from metafocus.integrations.hf import FocusArguments, FocusTrainer
 from metafocus.integrations.options import described
 
@@ -46,6 +46,14 @@ class Source:
     outer_lora_rank: int = described(0, "train a PEFT LoRA of this rank, not the whole model")
     outer_lora_modules: str = described("all-linear", "modules of the outer LoRA")
 
+    def __post_init__(self) -> None:
+        least = {"vocab_size": 1, "hidden_size": 1, "layers": 1, "max_length": 2, "samples": 1}
+        for name, low in {**least, "turns": 1, "outer_lora_rank": 0}.items():
+            if not getattr(self, name) >= low:
+                raise DataError(f"{name} must be >= {low}, got {getattr(self, name)}.")
+        if self.attn not in ("sdpa", "eager"):
+            raise DataError(f"attn={self.attn!r} is unknown: use one of sdpa, eager.")
+
 
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -64,13 +72,9 @@ def parse(argv: list[str]) -> tuple[Source, FocusArguments]:
         3
     """
     kinds: Any = (Source, FocusArguments)
-    parser = _Parser(kinds, prog="metafocus train", description=__doc__)
-    known = {f.name for kind in kinds for f in dataclasses.fields(kind) if f.init}
+    parser = _Parser(kinds, prog="metafocus train", description=__doc__, allow_abbrev=False)
     if argv and argv[0].endswith((".yaml", ".yml", ".json")):
-        values = _read(Path(argv[0]))
-        odd = sorted(set(values) - known)
-        if odd:
-            raise DataError(f"{argv[0]}: unknown settings {odd}; --help lists the known ones.")
+        values = config_file.read(Path(argv[0]), kinds)
         # As defaults, words become numbers as they do on a command line: YAML reads 1e-5 as text.
         parser.set_defaults(**values)
         argv = argv[1:]
@@ -83,24 +87,6 @@ def parse(argv: list[str]) -> tuple[Source, FocusArguments]:
         for kind in kinds
     )
     return source, args
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text()
-        if path.suffix == ".json":
-            values = json.loads(text)
-        else:
-            import yaml
-
-            values = yaml.safe_load(text)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    except Exception as error:  # PyYAML's errors have no base among Python's own.
-        raise DataError(f"{path} is not YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise DataError(f"{path} must hold names and values, not a {type(values).__name__}.")
-    return values
 
 
 def main(argv: list[str] | None = None) -> FocusTrainer:

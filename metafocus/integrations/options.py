@@ -6,6 +6,7 @@ This is the only place where words stand for objects. In Python, objects are pas
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,12 @@ from metafocus.solvers import SGD, clip_per_tensor
 from metafocus.training import nothing
 
 TOKENS = {"answer": answer_tokens, "context": context_tokens, "all": all_tokens}
+
+
+NO_DEEPSPEED = (
+    "deepspeed={!r} is not supported by FocusTrainer: its engine must run the forward pass itself; "
+    "use DDP, or fsdp with version 2."
+)
 
 
 def described(default: Any, text: str) -> Any:
@@ -73,7 +80,7 @@ clip=clip_per_tensor(limit=1.0))
     )
     max_skipped: int = described(10, "adaptations that may fail (NaN) before training stops")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, table in {
             "method": ("focusft", "sft"),
             "estimator": words.ESTIMATORS,
@@ -85,9 +92,21 @@ clip=clip_per_tensor(limit=1.0))
             _known(name, getattr(self, name), table)
         if self.mask is not None:
             _known("mask", self.mask, words.MASKS)
+        if not 0 <= self.adaptation_seed < 2**63:
+            raise ProblemError(
+                f"adaptation_seed must be in [0, 2**63), got {self.adaptation_seed}."
+            )
         if self.max_skipped < 0:
             raise ProblemError(f"max_skipped must be >= 0, got {self.max_skipped}.")
-        # What the numbers mean is checked where they are used; build once, to fail early.
+        # By the names that a file or a command line gave; build once, to fail early.
+        for name, good in (
+            ("inner_steps", self.inner_steps >= 0),
+            ("inner_lr", 0 <= self.inner_lr < math.inf),
+            ("inner_clip", 0 < self.inner_clip < math.inf),
+        ):
+            if not good:
+                low = "> 0" if name == "inner_clip" else ">= 0"
+                raise ProblemError(f"{name} must be finite and {low}, got {getattr(self, name)}.")
         self.solver()
         LoRA(top_layers(self.layer_fraction, self._names()), self.lora_rank, self.lora_alpha)
         after = getattr(super(), "__post_init__", None)
@@ -143,7 +162,22 @@ class FocusArguments(FocusOptions, TrainingArguments):
 
     remove_unused_columns: bool = described(False, "must stay False")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        if self.deepspeed:
+            # transformers would look for the package first.
+            raise ProblemError(NO_DEEPSPEED.format(self.deepspeed))
+        for name in ("learning_rate", "weight_decay", "max_grad_norm"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ProblemError(
+                    f"{name} must be a finite number >= 0, got {getattr(self, name)}."
+                )
+        for name in (
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+        ):
+            if getattr(self, name) < 1:
+                raise ProblemError(f"{name} must be >= 1, got {getattr(self, name)}.")
         super().__post_init__()
         if self.remove_unused_columns:
             raise ProblemError(
@@ -153,5 +187,5 @@ class FocusArguments(FocusOptions, TrainingArguments):
 
 
 def _known(name: str, word: Any, table: Any) -> None:
-    if word not in table:
+    if not isinstance(word, str) or word not in table:
         raise ProblemError(f"{name}={word!r} is unknown: use one of {', '.join(table)}.")

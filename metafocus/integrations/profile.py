@@ -76,11 +76,12 @@ class ProfileCallback(TrainerCallback):
         """Profile the model that the training begins with; one that goes on has been profiled."""
         file = self._place(args, state)
         if state.global_step and file.exists():
-            rows = json.loads(file.read_text())
-            self.history = [
-                Moment(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
-                for row in rows
-            ]
+            rows: list[dict[str, Any]] = json.loads(file.read_text())
+            for row in rows:
+                fields: dict[str, Any] = {
+                    k: tuple(v) if isinstance(v, list) else v for k, v in row.items()
+                }
+                self.history.append(Moment(**fields))
         if not self.history or self.history[-1].step != state.global_step:
             self._record(state.global_step, model)
 

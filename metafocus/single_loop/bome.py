@@ -81,7 +81,7 @@ class BOME:
     eta: float = 0.5
     inner_steps: int = 10
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         positive(inner_lr=self.inner_lr, fast_lr=self.fast_lr, eta=self.eta)
         whole(inner_steps=self.inner_steps)
 

@@ -14,7 +14,7 @@ from metafocus.composites import differentiable_twice
 from metafocus.errors import NonFiniteError, ProblemError
 from metafocus.levels import transforming
 from metafocus.problem import Problem, check_params
-from metafocus.types import Episode, Params
+from metafocus.types import Params
 
 Level = Callable[[Params, Params], Tensor]
 """`(fast, outer) -> scalar`."""
@@ -39,11 +39,11 @@ def levels(problem: Problem, episode: Any) -> tuple[Level, Level]:
     inner_loss = differentiable_twice(problem.inner_loss)
 
     def inner(fast: Params, outer: Params) -> Tensor:
-        support = problem.prepared(outer, Episode(*episode)).support
+        support = problem.prepared(outer, episode).support
         return scalar(inner_loss(fast, outer, support), "inner_loss")
 
     def upper(fast: Params, outer: Params) -> Tensor:
-        query = problem.prepared(outer, Episode(*episode)).query
+        query = problem.prepared(outer, episode).query
         return scalar(problem.outer_loss(fast, outer, query), "outer_loss")
 
     return inner, upper

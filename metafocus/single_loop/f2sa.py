@@ -85,7 +85,7 @@ class F2SA:
     growth: float = 0.0
     inner_steps: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         positive(inner_lr=self.inner_lr, strength=self.strength)
         whole(inner_steps=self.inner_steps)
         if not self.growth >= 0:

@@ -11,7 +11,7 @@ import torch
 from metafocus import tree
 from metafocus.errors import ProblemError
 from metafocus.hvp import hvp_reverse
-from metafocus.problem import Problem
+from metafocus.problem import Problem, as_episode
 from metafocus.single_loop.common import (
     StepAux,
     check_stationarity,
@@ -37,7 +37,7 @@ class ImplicitSteps:
     hvp: HVP = hvp_reverse
     fresh: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         positive(inner_lr=self.inner_lr, v_lr=self.v_lr)
         whole(inner_steps=self.inner_steps, v_steps=self.v_steps)
 
@@ -46,7 +46,7 @@ class ImplicitSteps:
     ) -> tuple[Params, Params, Params, StepAux]:
         """Return the outer gradient, `fast`, `v` and aux, all detached."""
         outer, fast, v = tree.detach(outer), tree.detach(fast), tree.detach(v)
-        support, query = Episode(*episode)
+        support, query = as_episode(episode)
         inner_steps, v_steps = self.inner_steps, self.v_steps
         self._check_batches(support)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from metafocus import tree
 from metafocus.errors import ProblemError
 from metafocus.hvp import hvp_reverse
-from metafocus.problem import Problem
+from metafocus.problem import Problem, as_episode
 from metafocus.single_loop.common import (
     StepAux,
     check_stationarity,
@@ -108,7 +108,7 @@ class SABA:
     v_lr: float
     hvp: HVP = hvp_reverse
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         positive(inner_lr=self.inner_lr, v_lr=self.v_lr)
 
     def init(self, outer: Params, data: Any) -> SABAState:
@@ -153,7 +153,7 @@ class SABA:
             ProblemError: if the episode does not say which terms it holds.
             NonFiniteError: outside transforms, if the inner gradient is NaN or infinite.
         """
-        support, query = Episode(*episode)
+        support, query = as_episode(episode)
         if not isinstance(support, Term) or not isinstance(query, Term):
             raise ProblemError(
                 f"SABA needs numbered terms: Episode(Term(i, data), Term(j, data)), got "

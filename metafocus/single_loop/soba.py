@@ -76,7 +76,7 @@ class SOBA:
     v_lr: float
     hvp: HVP = hvp_reverse
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         positive(inner_lr=self.inner_lr, v_lr=self.v_lr)
 
     def init(self, outer: Params) -> SOBAState:

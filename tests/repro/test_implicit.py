@@ -76,7 +76,13 @@ def implicit(solve):
     return error(mf.Implicit(solve))
 
 
-def test_t1_unroll_conjugate_gradients_and_a_direct_solve_agree():
+@pytest.mark.claim(
+    "T1",
+    paper="Grazzi et al., arXiv 2006.16218",
+    says="unroll, conjugate gradients and a direct solve share their limit",
+    published="equal in the limit",
+)
+def test_t1_unroll_conjugate_gradients_and_a_direct_solve_agree(claim):
     """Grazzi et al. (arXiv 2006.16218): iterative and implicit differentiation share their limit.
 
     Measured before: CG with as many steps as unknowns 5.4e-8. Here: a direct solve 0.0 (the same
@@ -85,14 +91,25 @@ def test_t1_unroll_conjugate_gradients_and_a_direct_solve_agree():
     rounding times the condition number, with room for 1500 sums; CG at 50 steps has lost
     orthogonality on a logarithmic spectrum, hence 1e-6.
     """
-    assert implicit(mf.Dense()) < 1e-10
-    assert implicit(mf.CG(2 * DIM)) < 1e-10
-    assert implicit(mf.GMRES(DIM)) < 1e-10
-    assert error(mf.Unrolled(recompute=50), mf.SGD(LR, 1500)) < 1e-10
-    assert implicit(mf.CG(DIM)) < 1e-6
+    found = {
+        "direct": implicit(mf.Dense()),
+        "CG 100": implicit(mf.CG(2 * DIM)),
+        "GMRES 50": implicit(mf.GMRES(DIM)),
+        "1500 unrolled": error(mf.Unrolled(recompute=50), mf.SGD(LR, 1500)),
+    }
+    early = implicit(mf.CG(DIM))
+    claim({**found, "CG 50": early})
+    assert max(found.values()) < 1e-10
+    assert early < 1e-6
 
 
-def test_t2_the_error_of_neumann_falls_as_its_rate():
+@pytest.mark.claim(
+    "T2",
+    paper="Lorraine et al., arXiv 1911.02590",
+    says="the error of the Neumann series falls as rate^k",
+    published="rate 0.9802: log slope -0.0200 a term",
+)
+def test_t2_the_error_of_neumann_falls_as_its_rate(claim):
     """Lorraine et al. (arXiv 1911.02590): the Neumann series converges as |I - lr H|^k.
 
     The rate is (kappa - 1) / (kappa + 1) = 0.9802. Measured before at k = 50, 100, 200, 400:
@@ -101,6 +118,8 @@ def test_t2_the_error_of_neumann_falls_as_its_rate():
     """
     counts = (50, 100, 200, 400)
     errors = [implicit(mf.Neumann(k, LR)) for k in counts]
+    slope = math.log(errors[-1] / errors[0]) / (counts[-1] - counts[0])
+    claim({"log slope a term": slope, "terms": list(counts), "error": errors})
     for i in range(3):
         want = (counts[i + 1] - counts[i]) * math.log(RATE)
         assert abs(math.log(errors[i + 1] / errors[i]) / want - 1) < 0.25
@@ -108,7 +127,13 @@ def test_t2_the_error_of_neumann_falls_as_its_rate():
         assert before / 1.5 < found < before * 1.5
 
 
-def test_t3_conjugate_gradients_beat_neumann_and_keep_their_bound():
+@pytest.mark.claim(
+    "T3",
+    paper="Rajeswaran et al., arXiv 1909.04630",
+    says="conjugate gradients beat Neumann at equal products and keep their bound",
+    published="2 sqrt(kappa) ((sqrt kappa - 1) / (sqrt kappa + 1))^k",
+)
+def test_t3_conjugate_gradients_beat_neumann_and_keep_their_bound(claim):
     """Rajeswaran et al. (arXiv 1909.04630), Grazzi et al.: CG is best at equal products.
 
     Error below 2 sqrt(kappa) ((sqrt kappa - 1) / (sqrt kappa + 1))^k, times |M||H^-1 v| / |exact|
@@ -120,17 +145,26 @@ def test_t3_conjugate_gradients_beat_neumann_and_keep_their_bound():
     spread = (
         torch.linalg.matrix_norm(M, 2) * torch.linalg.solve(H, v).norm() / EXACT.norm()
     ).item()
-    for k in (5, 10, 20, 40):
-        found = implicit(mf.CG(k))
-        assert found < implicit(mf.Neumann(k, LR))
+    counts = (5, 10, 20, 40)
+    errors = [implicit(mf.CG(k)) for k in counts]
+    series = [implicit(mf.Neumann(k, LR)) for k in counts]
+    claim({"products": list(counts), "CG": errors, "Neumann": series})
+    for k, found, other in zip(counts, errors, series, strict=True):
+        assert found < other
         bound = 2 * math.sqrt(KAPPA) * ((math.sqrt(KAPPA) - 1) / (math.sqrt(KAPPA) + 1)) ** k
         assert found < bound * spread
-    assert 0.05 < implicit(mf.CG(10)) < 0.1
-    assert 0.004 < implicit(mf.CG(20)) < 0.009
+    assert 0.05 < errors[1] < 0.1
+    assert 0.004 < errors[2] < 0.009
 
 
+@pytest.mark.claim(
+    "T4",
+    paper="Shaban et al., arXiv 1810.10667; Lorraine et al., arXiv 1911.02590",
+    says="at the optimum, truncation to K steps is the Neumann series of K terms",
+    published="equal; bias of order rate^K",
+)
 @pytest.mark.parametrize("k", [1, 25, 50, 100])
-def test_t4_truncation_at_the_optimum_is_the_neumann_series(k):
+def test_t4_truncation_at_the_optimum_is_the_neumann_series(k, claim):
     """Lorraine et al. (1911.02590), Shaban et al. (1810.10667): K steps are K Neumann terms.
 
     Bias of order rate^K. Measured before at K = 25, 50, 100: 0.511, 0.272, 0.082; here 0.463,
@@ -140,21 +174,32 @@ def test_t4_truncation_at_the_optimum_is_the_neumann_series(k):
     problem = mf.Problem(QUADRATIC.inner_loss, QUADRATIC.outer_loss, lambda _: best(OUTER))
     truncated = hypergradient(mf.Unrolled(last=k), mf.SGD(LR, k + 5), problem)
     neumann = hypergradient(mf.Implicit(mf.Neumann(k, LR)), mf.SGD(LR, k + 5), problem)
+    bias = relative_error(neumann, EXACT)
+    claim({"difference": relative_error(truncated, neumann), "bias / rate^K": bias / RATE**k})
     assert_close(truncated, neumann, 1e-10)
-    assert 0.5 < relative_error(neumann, EXACT) / RATE**k < 1.2
+    assert 0.5 < bias / RATE**k < 1.2
 
 
-def test_t5_one_step_differentiation():
+@pytest.mark.claim(
+    "T5",
+    paper="Bolte et al., arXiv 2305.13768",
+    says="one-step differentiation is exact for Newton, off by the rate for descent",
+    published="0 and O(rate), rate 0.9802",
+)
+def test_t5_one_step_differentiation(claim):
     """Bolte, Pauwels and Vaiter (arXiv 2305.13768): exact for Newton, error O(rate) for descent.
 
     Measured before: 0, and 0.970 with cosine 0.930; here 9e-16, and 0.954 with cosine 0.907.
     Tolerance for Newton 1e-12: rounding times the condition number. For gradient descent the
     relative error must be near the rate 0.98 and below 1, and the direction right.
     """
-    assert error(mf.OneStep(newton_map)) < 1e-12
+    newton = error(mf.OneStep(newton_map))
     found = hypergradient(mf.OneStep(gradient_map))
-    assert 0.9 <= relative_error(found, EXACT) < 1
-    assert torch.cosine_similarity(found, EXACT, 0) > 0.9
+    off, cosine = relative_error(found, EXACT), torch.cosine_similarity(found, EXACT, 0)
+    claim({"Newton": newton, "descent": off, "cosine": cosine})
+    assert newton < 1e-12
+    assert 0.9 <= off < 1
+    assert cosine > 0.9
     # One step is the first term of the series.
     assert_close(found, hypergradient(mf.Implicit(mf.Identity(LR))), 1e-12)
 
@@ -210,8 +255,14 @@ def curvature(episode, value=-4.0):
     return values[0].item(), values[-1].item()
 
 
-@pytest.mark.parametrize("central", [False, True])
-def test_t6_the_bias_of_the_penalty_method(central, cancer):
+@pytest.mark.claim(
+    "T6",
+    paper="Kwon et al., arXiv 2301.10945; Chen et al., arXiv 2509.02937",
+    says="the bias of a penalty is O(1 / strength), of the central form O(1 / strength^2)",
+    published="log-log slope -1; central -2",
+)
+@pytest.mark.parametrize("central", [False, True], ids=["one-sided", "central"])
+def test_t6_the_bias_of_the_penalty_method(central, cancer, claim):
     """Kwon et al. (2301.10945), Pan et al. (2406.19976): bias O(1 / strength); central: squared.
 
     Measured before, with the outer loss itself in the penalty and on a quadratic, for strengths
@@ -227,12 +278,20 @@ def test_t6_the_bias_of_the_penalty_method(central, cancer):
         relative_error(logistic_gradient(mf.Penalty(s, solver, central), cancer), exact)
         for s in strengths
     ]
-    for one, two in itertools.pairwise(errors):
-        assert abs(math.log10(two / one) + (2 if central else 1)) < 0.05
+    slopes = [math.log10(two / one) for one, two in itertools.pairwise(errors)]
+    claim({"slope": slopes, "strength": list(strengths), "error": errors})
+    for slope in slopes:
+        assert abs(slope + (2 if central else 1)) < 0.05
     assert errors[0] < 0.01
 
 
-def test_t7_finite_difference_products(cancer):
+@pytest.mark.claim(
+    "T7",
+    paper="Liu et al. (DARTS), arXiv 1806.09055",
+    says="a central difference of gradients is the product with an error O(eps^2)",
+    published="slope 2",
+)
+def test_t7_finite_difference_products(cancer, claim):
     """DARTS (arXiv 1806.09055): products with second derivatives by differences of gradients.
 
     The error is O(eps^2) for a central difference until rounding takes over, and the best step
@@ -249,12 +308,21 @@ def test_t7_finite_difference_products(cancer):
 
     exact = product(mf.hvp_reverse)
     errors = [relative_error(product(mf.hvp_finite(10.0**-k)), exact) for k in (1, 2, 3, 4)]
-    for one, two in itertools.pairwise(errors):
-        assert abs(math.log10(one / two) - 2) < 0.2
-    assert relative_error(product(mf.hvp_finite()), exact) < 1e-8
+    slopes = [math.log10(one / two) for one, two in itertools.pairwise(errors)]
+    best_step = relative_error(product(mf.hvp_finite()), exact)
+    claim({"slope": slopes, "default step": best_step})
+    for slope in slopes:
+        assert abs(slope - 2) < 0.2
+    assert best_step < 1e-8
 
 
-def test_t9_hyperparameters_of_a_logistic_regression(cancer):
+@pytest.mark.claim(
+    "T9",
+    paper="Grazzi et al., arXiv 2006.16218",
+    says="hyperparameter gradients: CG converges fast, Neumann slowly, the identity not",
+    published="orderings; exact by central differences",
+)
+def test_t9_hyperparameters_of_a_logistic_regression(cancer, claim):
     """Grazzi et al. (2006.16218), Lorraine et al. (1911.02590): hyperparameter gradients.
 
     breast_cancer, one log-L2 penalty for each of 30 features, Newton inside. Measured before:
@@ -272,19 +340,34 @@ def test_t9_hyperparameters_of_a_logistic_regression(cancer):
     h, point = 1e-4, penalties(-4.0)["log_l2"]
     units = torch.eye(30, dtype=F64)
     differences = [(whole(point + h * e) - whole(point - h * e)) / (2 * h) for e in units]
-    assert relative_error(torch.stack(differences), exact) < 1e-6
+    solves = {
+        "CG 10": mf.CG(10),
+        "CG 20": mf.CG(20),
+        "GMRES 20": mf.GMRES(20),
+        "Neumann 30": mf.Neumann(30, 1 / largest),
+        "identity": mf.Identity(1 / largest),
+    }
+    found = {
+        name: relative_error(logistic_gradient(mf.Implicit(solve), cancer), exact)
+        for name, solve in solves.items()
+    }
+    found["central differences"] = relative_error(torch.stack(differences), exact)
+    claim(found)
+    assert found["central differences"] < 1e-6
+    assert found["CG 10"] < 1e-3
+    assert found["CG 20"] < 1e-10
+    assert found["GMRES 20"] < 1e-10
+    assert found["Neumann 30"] < 0.1
+    assert 0.7 < found["identity"] < 0.85
 
-    def found(solve):
-        return relative_error(logistic_gradient(mf.Implicit(solve), cancer), exact)
 
-    assert found(mf.CG(10)) < 1e-3
-    assert found(mf.CG(20)) < 1e-10
-    assert found(mf.GMRES(20)) < 1e-10
-    assert found(mf.Neumann(30, 1 / largest)) < 0.1
-    assert 0.7 < found(mf.Identity(1 / largest)) < 0.85
-
-
-def test_t10_the_error_follows_the_inner_convergence_and_a_warning_says_so(cancer):
+@pytest.mark.claim(
+    "T10",
+    paper="Rajeswaran et al., arXiv 1909.04630",
+    says="the error falls with the accuracy of the inner loop; a warning says where it is large",
+    published="figure 2: the error falls",
+)
+def test_t10_the_error_follows_the_inner_convergence_and_a_warning_says_so(cancer, claim):
     """Rajeswaran et al. (1909.04630), fig. 2: the error falls with the accuracy of the inner loop.
 
     Measured before after 1, 10, 100, 1000 inner steps: 6.1, 0.55, 6e-5, 1e-15, with a warning in
@@ -302,6 +385,7 @@ def test_t10_the_error_follows_the_inner_convergence_and_a_warning_says_so(cance
             found = mf.hypergrad(meta)(penalties(-2.0), cancer)[0]["log_l2"]
         warned.append(any(w.category is mf.NotStationaryWarning for w in caught))
         errors.append(relative_error(found, exact))
+    claim({"steps": [1, 10, 100, 1000], "error": errors, "warned": warned})
     assert errors == sorted(errors, reverse=True)
     assert errors[0] > 1
     assert errors[1] > 0.1
@@ -317,7 +401,13 @@ def solved(solve, matrix, b):
     return solve(lambda v: {"x": matrix @ v["x"]}, {"x": b})["x"]
 
 
-def test_t11_nystrom_wants_low_rank():
+@pytest.mark.claim(
+    "T11",
+    paper="Hataya and Yamada, arXiv 2302.09726",
+    says="Nystrom is exact where the rank is low; CG is better on slowly decaying spectra",
+    published="exact at its rank",
+)
+def test_t11_nystrom_wants_low_rank(claim):
     """Hataya and Yamada (arXiv 2302.09726): exact and without iterations where the rank is low.
 
     On the Gram matrix of digits with 0.01 I, a slowly decaying spectrum, CG is better at an equal
@@ -331,20 +421,30 @@ def test_t11_nystrom_wants_low_rank():
     g = torch.Generator().manual_seed(0)
     b = torch.randn(64, generator=g, dtype=F64)
     want = torch.linalg.solve(gram + rho * torch.eye(64), b)
-    assert relative_error(solved(mf.Nystrom(64, rho), gram, b), want) < 1e-6
-    for k in (5, 10, 20, 40):
-        found = relative_error(solved(mf.Nystrom(k, rho), gram, b), want)
-        assert relative_error(solved(mf.CG(k, rho), gram, b), want) < found
-    assert relative_error(solved(mf.CG(20, rho), gram, b), want) < 0.01
+    counts = (5, 10, 20, 40)
+    full = relative_error(solved(mf.Nystrom(64, rho), gram, b), want)
+    nystrom = [relative_error(solved(mf.Nystrom(k, rho), gram, b), want) for k in counts]
+    cg = [relative_error(solved(mf.CG(k, rho), gram, b), want) for k in counts]
     root = torch.randn(64, 10, generator=g, dtype=F64)
     low = root @ root.T
     want = torch.linalg.solve(low + rho * torch.eye(64), b)
-    assert relative_error(solved(mf.Nystrom(10, rho), low, b), want) < 1e-6
+    exact = relative_error(solved(mf.Nystrom(10, rho), low, b), want)
+    claim({"rank 10": exact, "all 64": full, "k": list(counts), "Nystrom": nystrom, "CG": cg})
+    assert exact < 1e-6
+    assert full < 1e-6
+    assert all(one < other for one, other in zip(cg, nystrom, strict=True))
+    assert cg[2] < 0.01
 
 
 # --- many tasks -----------------------------------------------------------------------------------
 
 
+@pytest.mark.claim(
+    "T21",
+    paper="requirement",
+    says="vmap over tasks is a loop over tasks, at the solution",
+    published="equal",
+)
 @pytest.mark.parametrize(
     "estimator",
     [
@@ -355,7 +455,7 @@ def test_t11_nystrom_wants_low_rank():
     ],
     ids=str,
 )
-def test_t21_tasks_at_once_are_tasks_one_by_one(estimator, cancer):
+def test_t21_tasks_at_once_are_tasks_one_by_one(estimator, cancer, claim):
     """MAML and iMAML implementations batch tasks: vmap must equal a Python loop.
 
     Measured before: below 1e-6. Here: 2e-12 at most. Tolerance 1e-10: the order of float64
@@ -369,4 +469,5 @@ def test_t21_tasks_at_once_are_tasks_one_by_one(estimator, cancer):
         mf.hypergrad(mf.over_tasks(meta, how=how))(penalties(-4.0), episodes)[0]
         for how in ("loop", "vmap")
     )
+    claim(relative_error(many, one))
     assert_close(many, one, 1e-10)

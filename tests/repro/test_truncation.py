@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from problems import Ridge, assert_close
+from problems import Ridge, assert_close, relative_error
 from quadratics import F64, Quadratics, descend
 from torch.utils import _pytree as pytree
 
@@ -67,8 +67,14 @@ def exact(steps: int) -> float:
     return ((STATIONARY[0] - 1) * sum(powers)[0]).item()
 
 
+@pytest.mark.claim(
+    "T8",
+    paper="Tallec and Ollivier, arXiv 1702.05043; Vicol et al., arXiv 2112.13835",
+    says="truncated back-propagation has the wrong sign up to 40 steps",
+    published="-4, -8, -20, -40, -65.9, -39.5, -2.3, +19.0, +24, +24",
+)
 @pytest.mark.parametrize("steps", PUBLISHED)
-def test_t8_truncated_gradients_of_influence_balancing(steps):
+def test_t8_truncated_gradients_of_influence_balancing(steps, claim):
     """T8. Tallec and Ollivier, arXiv 1702.05043; Vicol et al., arXiv 2112.13835.
 
     Claim: with 23 states, 10 of them driven up and 13 down, truncated back-propagation has the
@@ -85,12 +91,16 @@ def test_t8_truncated_gradients_of_influence_balancing(steps):
     last = mf.bilevel(BALANCING, solver=Recurrence(300), estimator=mf.Unrolled(last=steps))
     unroll = mf.windows(BALANCING, solver=Recurrence(steps))
     window = unroll.init(OUTER)
-    for grads in (
-        mf.hypergrad(unrolled)(OUTER, episode)[0],
-        mf.hypergrad(last)(OUTER, episode)[0],
-        torch.func.grad(unroll.loss, has_aux=True)(OUTER, window, episode)[0],
-    ):
-        got = grads["theta"].item()
+    found = [
+        grads["theta"].item()
+        for grads in (
+            mf.hypergrad(unrolled)(OUTER, episode)[0],
+            mf.hypergrad(last)(OUTER, episode)[0],
+            torch.func.grad(unroll.loss, has_aux=True)(OUTER, window, episode)[0],
+        )
+    ]
+    claim({f"{steps} steps": found[0]})
+    for got in found:
         assert got == pytest.approx(exact(steps), rel=1e-6)
         assert abs(got - PUBLISHED[steps]) < 0.051
         assert (got > 0) == (steps >= 50), "the sign rule"
@@ -110,7 +120,13 @@ def particles(method, windows: int, pairs: int):
     return grads["theta"].item(), each.std().item() / math.sqrt(pairs)
 
 
-def test_t8_pes_is_unbiased_and_truncated_es_is_not():
+@pytest.mark.claim(
+    "T8",
+    paper="Vicol et al., arXiv 2112.13835; arXiv 2304.11153",
+    says="with windows of one step PES and ES-Single are unbiased, truncated ES is not",
+    published="+24; ES -4",
+)
+def test_t8_pes_is_unbiased_and_truncated_es_is_not(claim):
     """T8. Vicol et al., arXiv 2112.13835; Vicol, arXiv 2304.11153.
 
     Claim: with windows of one step, PES estimates the whole gradient +24, truncated ES that of
@@ -119,10 +135,7 @@ def test_t8_pes_is_unbiased_and_truncated_es_is_not():
     is quadratic, so smoothing adds no bias.
     Ours: PES 24.8 +- 2.3, ES-Single 24.4 +- 0.34, after 100 windows; ES -4.02 +- 0.06.
     """
-    for method, largest in ((mf.PES, 3.0), (mf.ESSingle, 0.5)):
-        got, standard = particles(method, windows=100, pairs=10_000)
-        assert abs(got - 24.0) < 3 * standard
-        assert standard < largest, "a wide interval would prove nothing"
+    found = {m: particles(m, windows=100, pairs=10_000) for m in (mf.PES, mf.ESSingle)}
     unroll = mf.windows(BALANCING, solver=Recurrence(1))
     window = unroll.init(OUTER)
     pairs = 10_000
@@ -132,14 +145,26 @@ def test_t8_pes_is_unbiased_and_truncated_es_is_not():
         pairs=pairs,
         generator=torch.Generator().manual_seed(0),
     )
-    got = mf.hypergrad(truncated)(OUTER, NONE)[0]["theta"].item()
+    biased = mf.hypergrad(truncated)(OUTER, NONE)[0]["theta"].item()
+    estimates = {m.__name__: list(values) for m, values in found.items()}
+    claim({"estimate, standard error": estimates, "truncated ES": biased})
+    for method, largest in ((mf.PES, 3.0), (mf.ESSingle, 0.5)):
+        got, standard = found[method]
+        assert abs(got - 24.0) < 3 * standard
+        assert standard < largest, "a wide interval would prove nothing"
     # A pair contributes -4 e^2: standard deviation 4 sqrt(2).
     standard = 4 * math.sqrt(2 / pairs)
-    assert abs(got + 4.0) < 3 * standard
-    assert abs(got - 24.0) > 100 * standard
+    assert abs(biased + 4.0) < 3 * standard
+    assert abs(biased - 24.0) > 100 * standard
 
 
-def test_t8_variance_of_pes_grows_with_the_windows():
+@pytest.mark.claim(
+    "T8",
+    paper="Vicol, arXiv 2304.11153",
+    says="the variance of PES grows linearly with the unrolls, that of ES-Single stays",
+    published="the formulas: ratio 1",
+)
+def test_t8_variance_of_pes_grows_with_the_windows(claim):
     """Vicol, arXiv 2304.11153: the variance of PES grows linearly in the number of unrolls.
 
     Claim: PES grows linearly, ES-Single stays.
@@ -149,18 +174,26 @@ def test_t8_variance_of_pes_grows_with_the_windows():
     heavy-tailed products, two to three standard deviations.
     Ours: within 5 % of the formulas at 100 and at 300 windows.
     """
-    pairs = 4000
+    pairs, ratios = 4000, {}
     influence = torch.stack([(torch.linalg.matrix_power(MATRIX, k) @ SIGNS)[0] for k in range(300)])
     for windows in (100, 300):
         square = (influence[:windows] ** 2).sum().item()
         total = influence[:windows].sum().item() ** 2
-        _, standard = particles(mf.PES, windows, pairs)
-        assert standard**2 * pairs == pytest.approx(16 * (windows * square + total), rel=0.15)
-        _, standard = particles(mf.ESSingle, windows, pairs)
-        assert standard**2 * pairs == pytest.approx(16 * 2 * total, rel=0.10)
+        for method, law in ((mf.PES, windows * square + total), (mf.ESSingle, 2 * total)):
+            variance = particles(method, windows, pairs)[1] ** 2 * pairs
+            ratios[f"{method.__name__} {windows}"] = variance / (16 * law)
+    claim({"variance / formula": ratios})
+    for name, ratio in ratios.items():
+        assert ratio == pytest.approx(1, rel=0.15 if name.startswith("PES") else 0.10), name
 
 
-def test_t8_training():
+@pytest.mark.claim(
+    "T8",
+    paper="Vicol et al., arXiv 2112.13835",
+    says="truncated back-propagation and ES raise the loss, PES lowers it",
+    published="ordering; the start is 8",
+)
+def test_t8_training(claim):
     """T8. Vicol et al., arXiv 2112.13835: training with windows of one step.
 
     Claim: truncated back-propagation and truncated ES raise the loss, PES lowers it towards 0.
@@ -191,7 +224,7 @@ def test_t8_training():
                 window = aux[0]
             outer = {"theta": outer["theta"] - lr * grads["theta"]}
         found[name] = 0.5 * (6 * outer["theta"].item() + 1) ** 2
-    print(found)
+    claim(found)
     assert found["pes"] < 0.1
     assert found["tbptt"] > 12
     assert found["es"] > 12
@@ -213,7 +246,13 @@ class RatePerStep:
         return {k: p - outer["rates"][step] * grads[k] for k, p in params.items()}, state
 
 
-def test_t22_truncated_windows_forget_exactly():
+@pytest.mark.claim(
+    "T22",
+    paper="Williams and Peng, 1990",
+    says="a truncated window gives early steps exactly nothing; a window of all steps is exact",
+    published="exact",
+)
+def test_t22_truncated_windows_forget_exactly(claim):
     """T22. Truncated back-propagation through time (Williams and Peng, 1990).
 
     Claim: the gradient with respect to early steps is exactly zero; a window of all steps is
@@ -225,16 +264,18 @@ def test_t22_truncated_windows_forget_exactly():
     outer = case.outer | {"rates": torch.linspace(0.02, 0.05, 20, dtype=F64)}
     unroll = mf.windows(case.problem, solver=RatePerStep(5))
     window = unroll.init(outer)
-    for j in range(4):
+    alive = []
+    for _ in range(4):
         grads, (window, _) = torch.func.grad(unroll.loss, has_aux=True)(
             outer, window, case.episode()
         )
-        alive = grads["rates"].nonzero().flatten().tolist()
-        assert alive == list(range(5 * j, 5 * j + 5))
+        alive.append(grads["rates"].nonzero().flatten().tolist())
     whole = mf.bilevel(case.problem, solver=RatePerStep(20), estimator=mf.Unrolled())
     want, _ = mf.hypergrad(whole)(outer, case.episode())
     one = mf.windows(case.problem, solver=RatePerStep(20))
     got, _ = torch.func.grad(one.loss, has_aux=True)(outer, one.init(outer), case.episode())
+    claim({"steps seen by each window": alive, "difference": relative_error(got, want)})
+    assert alive == [list(range(5 * j, 5 * j + 5)) for j in range(4)]
     assert_close(got, want, 1e-12)
     assert (want["rates"] != 0).all()
 
@@ -262,7 +303,13 @@ def stochastic_runs(method, rate: float, lr: float, steps: int, seeds: int = 8) 
     return sorted(Q.gap(x) for x in outer["x"])
 
 
-def test_saba_converges_linearly_where_soba_stops_at_a_noise_floor():
+@pytest.mark.claim(
+    "SABA",
+    paper="Dagréou et al., arXiv 2201.13409",
+    says="SABA converges linearly with constant rates, SOBA stops at a noise floor",
+    published="linear rate; a floor",
+)
+def test_saba_converges_linearly_where_soba_stops_at_a_noise_floor(claim):
     """Dagréou et al., arXiv 2201.13409 (SABA's linear rate).
 
     Claim: with constant rates and one term of each finite sum a step, SABA converges linearly
@@ -277,17 +324,22 @@ def test_saba_converges_linearly_where_soba_stops_at_a_noise_floor():
     """
     half, full = (stochastic_runs(mf.SABA, 0.2, 0.1, steps) for steps in (400, 800))
     middle, worst = full[4], full[-1]
-    print("SABA", half, full)
+    early, late = (stochastic_runs(mf.SOBA, 0.2, 0.1, steps)[4] for steps in (200, 400))
+    claim({"SABA 400, 800": [half[4], middle], "its worst": worst, "SOBA 200, 400": [early, late]})
     assert middle < 1e-6
     assert worst < 1e-3
     assert middle < half[4] / 100
-    early, late = (stochastic_runs(mf.SOBA, 0.2, 0.1, steps)[4] for steps in (200, 400))
-    print("SOBA", early, late)
     assert early > 1e-2
     assert late > early / 10
 
 
-def test_the_noise_floor_of_soba_falls_with_its_rates():
+@pytest.mark.claim(
+    "SOBA",
+    paper="Dagréou et al., arXiv 2201.13409",
+    says="SOBA converges with decreasing rates only: its floor is proportional to them",
+    published="factor 4 for rates 4 times lower",
+)
+def test_the_noise_floor_of_soba_falls_with_its_rates(claim):
     """Dagréou et al., arXiv 2201.13409: SOBA converges with decreasing rates only.
 
     Claim: the floor is proportional to the rates, so that lower ones end nearer.
@@ -301,11 +353,17 @@ def test_the_noise_floor_of_soba_falls_with_its_rates():
         return sum(gaps) / len(gaps)
 
     high, low = floor(0.1, 250), floor(0.025, 1000)
-    print(high, low)
+    claim({"high": high, "low": low, "factor": high / low})
     assert low < high / 2
 
 
-def test_warm_starts_do_the_work_of_many_steps():
+@pytest.mark.claim(
+    "AmIGO",
+    paper="Arbel and Mairal, arXiv 2111.14580",
+    says="with warm starts a few steps on the linear system suffice for convergence",
+    published="ordering",
+)
+def test_warm_starts_do_the_work_of_many_steps(claim):
     """Arbel and Mairal, arXiv 2111.14580: warm starts amortise both inner solves.
 
     Claim: with warm starts a fixed small number of steps on the linear system suffices for
@@ -324,13 +382,19 @@ def test_warm_starts_do_the_work_of_many_steps():
         outer, state = Q.start(), algorithm.init(Q.start())
         outer, _ = descend(algorithm, outer, state, [Q.full] * 40, 0.4)
         gaps[name] = Q.gap(outer["x"])
-    print(gaps)
+    claim(gaps)
     assert gaps["warm 5"] < 1e-8
     assert gaps["cold 5"] > 1e-3
     assert 1e-8 < gaps["cold 20"] < 1e-4
 
 
-def test_the_bias_of_f2sa_is_one_over_its_strength():
+@pytest.mark.claim(
+    "F2SA",
+    paper="Kwon et al., arXiv 2301.10945",
+    says="a fixed multiplier leaves a bias O(1 / strength)",
+    published="log-log slope -1",
+)
+def test_the_bias_of_f2sa_is_one_over_its_strength(claim):
     """Kwon et al., arXiv 2301.10945: |grad L_lambda - grad F| = O(1 / lambda).
 
     Claim: a fixed multiplier leaves a bias of the first order in 1 / lambda, with no second
@@ -346,11 +410,17 @@ def test_the_bias_of_f2sa_is_one_over_its_strength():
         assert_close(outer["x"], Q.penalised(strength), 1e-8)
         distances.append((outer["x"] - Q.solution()).norm().log().item())
     slope = (distances[-1] - distances[0]) / math.log(strengths[-1] / strengths[0])
-    print(slope)
+    claim({"slope": slope})
     assert slope == pytest.approx(-1.0, abs=0.05)
 
 
-def test_the_bias_of_bome_is_proportional_to_its_rate():
+@pytest.mark.claim(
+    "BOME",
+    paper="Ye et al., arXiv 2209.08709",
+    says="with a constant rate BOME ends at a distance that vanishes with the rate",
+    published="factor 0.5 for half the rate",
+)
+def test_the_bias_of_bome_is_proportional_to_its_rate(claim):
     """Ye et al., arXiv 2209.08709: convergence as the rate goes to zero.
 
     Claim: with a constant rate xi BOME ends at a distance that vanishes with xi, given enough
@@ -368,7 +438,8 @@ def test_the_bias_of_bome_is_proportional_to_its_rate():
             outer, state = descend(bome, outer, state, [Q.full], rate)
             last.append((outer["x"] - Q.solution()).norm().item())
         distances.append(max(last))
-    print(distances)
+    factors = [fine / coarse for coarse, fine in itertools.pairwise(distances)]
+    claim({"distances": distances, "factors": factors})
     assert distances[0] < 0.15, "from a start at 1.8"
-    for coarse, fine in itertools.pairwise(distances):
-        assert fine / coarse == pytest.approx(0.5, rel=0.2)
+    for factor in factors:
+        assert factor == pytest.approx(0.5, rel=0.2)

@@ -1,0 +1,3 @@
+from benchmarks.rivals.run import main
+
+main()

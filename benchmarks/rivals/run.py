@@ -1,0 +1,86 @@
+"""Run the race: `python -m benchmarks.rivals --workloads w1,w2,w3 [--quick]`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from benchmarks.rivals.harness import RESULTS, Race, defined, save
+
+
+def main() -> None:
+    """Run the workloads and write one JSON file for each."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workloads", default="w1,w2,w3,w7")
+    parser.add_argument("--threads", default="1,2")
+    parser.add_argument("--only", help="contender files, by comma; default: all")
+    parser.add_argument("--repeats", type=int, help="default: the workload's own")
+    parser.add_argument("--quick", action="store_true", help="small cases, 3 repetitions")
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="directory")
+    args = parser.parse_args()
+    only = args.only.split(",") if args.only else None
+    for workload in args.workloads.split(","):
+        begun, runs = time.perf_counter(), []
+        definition = defined(workload)
+        for threads in map(int, args.threads.split(",")):
+            torch.set_num_threads(threads)
+            with tempfile.TemporaryDirectory() as folder:
+                race = Race(workload, threads, only, Path(folder))
+                usual = 3 if args.quick else getattr(definition, "REPEATS", 10)
+                repeats = args.repeats or usual
+                # The second number of threads would measure the same memory.
+                again = any(run["threads"] < threads for run in runs)
+                memory = not args.no_memory and not again
+                try:
+                    for case in definition.cases(args.quick):
+                        if again and not promised(definition, case):
+                            continue
+                        rows = race.run(case, repeats, memory)
+                        runs.append(
+                            {"case": case, "threads": threads, "repeats": repeats, "rows": rows}
+                        )
+                        show(workload, runs[-1])
+                finally:
+                    race.close()
+        args.output.mkdir(parents=True, exist_ok=True)
+        save(args.output / f"rivals_{workload}.json", workload, definition, runs)
+        print(f"{workload}: {time.perf_counter() - begun:.0f} s")
+
+
+def promised(definition: ModuleType, case: dict[str, Any]) -> bool:
+    """Return whether a target speaks of a case."""
+    targets = getattr(definition, "TARGETS", [])
+    return any(target.case.items() <= case.items() for target in targets)
+
+
+def show(workload: str, run: dict) -> None:
+    """Print the rows of one case."""
+    print(f"--- {workload} {json.dumps(run['case'])} threads={run['threads']}")
+    print(f"{'':30}{'error':>9}{'CPU s':>9}{'x':>7}{'quartiles':>15}{'RSS MB':>9}{'tensors':>9}")
+    for label, row in run["rows"].items():
+        if "seconds" not in row:
+            error = f"{row['error']:.1e}" if "error" in row else ""
+            print(f"{label:30}{row['verdict']} {error} {row.get('message', '')}")
+            continue
+        low, high = row["ratio_quartiles"]
+        memory = "".join(
+            f"{row[k] / 2**20:9.1f}" if row.get(k) is not None else f"{'':9}"
+            for k in ("process_bytes", "tensor_bytes")
+        )
+        print(
+            f"{label:30}{row['error']:9.1e}{row['seconds']:9.4f}{row['ratio']:7.2f}"
+            f"   [{low:4.2f}, {high:4.2f}]{memory}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

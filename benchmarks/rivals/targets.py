@@ -1,0 +1,86 @@
+"""What a workload promises, as data: the report computes whether it is met."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+
+class Target(NamedTuple):
+    """`ours` needs at most `at_most` times what `other` needs.
+
+    Attributes:
+        text: the promise in words.
+        ours: label of a contender.
+        other: label of another, or "*": the least of all right ones that are not metafocus.
+        at_most: the largest allowed ratio; 1/6 means six times as fast.
+        quantity: "cpu", "wall", "process_bytes" or "tensor_bytes".
+        case: what the parameters of a case must contain.
+    """
+
+    text: str
+    ours: str
+    other: str
+    at_most: float
+    quantity: str = "cpu"
+    case: Mapping[str, Any] = MappingProxyType({})
+
+
+class Verdict(NamedTuple):
+    """One target at one case and number of threads; `value` is None where it was not measured."""
+
+    target: Target
+    case: dict[str, Any]
+    threads: int
+    other: str
+    value: float | None
+
+    @property
+    def met(self) -> bool:
+        """Whether the measured ratio is within the target."""
+        return self.value is not None and self.value <= self.target.at_most
+
+    def words(self) -> str:
+        """Return "met", or by how much it is missed."""
+        if self.value is None:
+            return "not measured"
+        return "met" if self.met else f"missed by {self.value / self.target.at_most - 1:.1%}"
+
+
+def verdicts(target: Target, runs: list[dict[str, Any]]) -> list[Verdict]:
+    """Judge a target on every run (a case at a number of threads) that it speaks of."""
+    chosen = [r for r in runs if target.case.items() <= r["case"].items()]
+    found = []
+    for run in chosen:
+        rows, other = run["rows"], target.other
+        if other == "*":
+            right = [n for n, r in rows.items() if is_right(r) and not n.startswith("metafocus")]
+            right = [n for n in right if rows[n].get(target.quantity) is not None]
+            if right:
+                other = min(right, key=lambda n: _typical(rows[n][target.quantity]))
+        value = ratio(rows, target.ours, other, target.quantity)
+        found.append(Verdict(target, run["case"], run["threads"], other, value))
+    return found
+
+
+def is_right(row: dict[str, Any]) -> bool:
+    """Return whether a contender gave the right gradient."""
+    return row["verdict"] == "right"
+
+
+def ratio(rows: dict[str, Any], ours: str, other: str, quantity: str) -> float | None:
+    """Return the median of per-repetition ratios, or the ratio of two memories."""
+    if not all(n in rows and is_right(rows[n]) for n in (ours, other)):
+        return None
+    a, b = rows[ours].get(quantity), rows[other].get(quantity)
+    if a is None or b is None:
+        return None
+    if isinstance(a, list):
+        return statistics.median(x / y for x, y in zip(a, b, strict=True))
+    return a / b if b else None
+
+
+def _typical(value: Any) -> float:
+    return statistics.median(value) if isinstance(value, list) else value

@@ -1,0 +1,119 @@
+"""One rival in a process of its own: JSON lines on stdin and stdout, tensors by file.
+
+python -m benchmarks.rivals.worker CONTENDER THREADS
+
+Requests: load (workload, case, data, dtype), gradient (name, to), time (name, calls), peak (name).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib
+import importlib.util
+import json
+import os
+import sys
+import time
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.rivals.common import Contenders, cast
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Worker:
+    """Answers requests about one contender file."""
+
+    def __init__(self, module: str):
+        self.module = importlib.import_module(f"benchmarks.rivals.contenders.{module}")
+        self.runs: Contenders = {}
+
+    def load(self, workload: str, case: dict[str, Any], data: str, dtype: str) -> dict[str, Any]:
+        """Make the contenders of a case; return their labels."""
+        self.runs = {}
+        gc.collect()
+        kind = getattr(torch, dtype)
+        torch.set_default_dtype(kind)
+        torch.manual_seed(0)
+        tensors = cast(torch.load(data), kind)
+        self.runs = getattr(self.module, workload)(tensors, case)
+        return {"names": list(self.runs)}
+
+    def gradient(self, name: str, to: str) -> dict[str, Any]:
+        """Write the hypergradient to a file."""
+        torch.manual_seed(0)
+        torch.save(self.runs[name]().detach().clone(), to)
+        return {}
+
+    def time(self, name: str, calls: int) -> dict[str, Any]:
+        """Return CPU and wall seconds of one call, the mean over `calls`."""
+        run = self.runs[name]
+        # Not inside: a collection that another contender's garbage has made due.
+        gc.collect()
+        cpu, wall = time.process_time(), time.perf_counter()
+        for _ in range(calls):
+            run()
+        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+        return {"cpu": cpu / calls, "wall": wall / calls}
+
+    def peak(self, name: str) -> dict[str, Any]:
+        """Return the growth of the peak RSS over one call, and the peak of live tensors.
+
+        Asked of a fresh process whose allocator returns blocks at once. The call before it loads
+        code; its memory has been given back.
+        """
+        run = self.runs[name]
+        run()
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        measure = _measure()
+        before = measure.process_memory("VmRSS")
+        run()
+        process = measure.process_memory("VmHWM") - before
+        try:
+            tensors = measure.peak_bytes(run)[1]
+        except Exception:  # A dispatch mode does not go with everything that rivals do.
+            tensors = None
+        return {"process_bytes": process, "tensor_bytes": tensors}
+
+
+def _measure() -> Any:
+    # By file: the metafocus package needs more than torch.
+    spec = importlib.util.spec_from_file_location("measure", ROOT / "metafocus" / "measure.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def main() -> None:
+    """Answer requests until stdin ends."""
+    # Rivals print; the answers have a channel of their own.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(int(sys.argv[2]))
+    worker = None
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            if worker is None:
+                worker = Worker(sys.argv[1])
+            answer = getattr(worker, request.pop("do"))(**request)
+        except BaseException as error:
+            traceback.print_exc()
+            text = " ".join(str(error).split())
+            answer = {"error": f"{type(error).__name__}: {text[:300]}"}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

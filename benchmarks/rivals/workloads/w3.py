@@ -1,0 +1,62 @@
+"""W3: a long unroll, K = 50 steps of SGD with momentum 0.9; gradient by the initial parameters."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.rivals.common import initial
+from benchmarks.rivals.targets import Target
+
+TITLE = "W3: a long unroll"
+TEXT = """
+K = 50 inner steps of SGD with momentum 0.9, gradient of the final loss by the initial parameters.
+*published*: MLP 784-256-10, batch 64. *deep*: MLP 784-256-256-256-256-10, batch 512. tanh.
+"""
+REFERENCE = "torch.autograd loop"
+TOLERANCE = 1e-11  # rounding through 50 steps
+REPEATS = 7
+RATE, MOMENTUM = 0.05, 0.9
+WIDTHS = {"published": (784, 256, 10), "deep": (784, 256, 256, 256, 256, 10)}
+BATCH = {"published": 64, "deep": 512}
+
+
+def cases(quick: bool) -> list[dict[str, Any]]:
+    """The published size and the deep one."""
+    return [{"size": size, "steps": 10 if quick else 50} for size in WIDTHS]
+
+
+def network(case: dict[str, Any]) -> nn.Module:
+    """Return the MLP."""
+    layers: list[nn.Module] = []
+    widths = WIDTHS[case["size"]]
+    for a, b in itertools.pairwise(widths):
+        layers += [nn.Linear(a, b), nn.Tanh()]
+    return nn.Sequential(*layers[:-1])
+
+
+def loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """Return the cross-entropy."""
+    return nn.functional.cross_entropy(prediction, target)
+
+
+def data(case: dict[str, Any]) -> dict[str, Any]:
+    """Draw a batch."""
+    batch = BATCH[case["size"]]
+    return {
+        "params": initial(network(case)),
+        "x": torch.randn(batch, 784, dtype=torch.float64),
+        "y": torch.randint(0, 10, (batch,)),
+    }
+
+
+DEEP = {"size": "deep"}
+LEAN = "metafocus recompute=12"
+TARGETS = [
+    Target("at most 0.3 times the memory of higher", LEAN, "higher", 0.3, "process_bytes", DEEP),
+    Target("at no more than 1.3 times its time", LEAN, "higher", 1.3, "cpu", DEEP),
+    Target("graph form against the fastest rival", "metafocus graph", "*", 1.05),
+]

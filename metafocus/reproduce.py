@@ -199,11 +199,9 @@ def _rows(lines: list[dict[str, Any]], code: int) -> list[dict[str, Any]]:
                 (claim["id"], name),
                 {**claim, "measured": {}, "verdict": "reproduced", "seconds": 0.0, "message": ""},
             )
-            mine = verdict
-            if not claim["asserted"]:
-                # A failure is then one of the test, not of the claim.
-                mine = {"reproduced": "reported", "contradicted": "error"}.get(verdict, verdict)
-            row["verdict"] = min((row["verdict"], mine), key=VERDICTS.index)
+            reported = verdict == "reproduced" and not claim["asserted"]
+            both = (row["verdict"], "reported" if reported else verdict)
+            row["verdict"] = min(both, key=VERDICTS.index)
             row["seconds"] += sum(line["seconds"] for line in phases)
             row["message"] = row["message"] or message
             row |= {"test": name.rpartition("/")[2], "docstring": item["docstring"]}

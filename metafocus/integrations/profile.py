@@ -77,6 +77,7 @@ class ProfileCallback(TrainerCallback):
         file = self._place(args, state)
         if state.global_step and file.exists():
             rows: list[dict[str, Any]] = json.loads(file.read_text())
+            self.history = []
             for row in rows:
                 fields: dict[str, Any] = {
                     k: tuple(v) if isinstance(v, list) else v for k, v in row.items()

@@ -143,9 +143,11 @@ def pytest_runtest_makereport(item, call):
     if report.skipped:
         line["message"] = str(call.excinfo.value)
     elif report.failed:
+        asserted = any(c["asserted"] for c in claims_of(item))
         broken = isinstance(call.excinfo.value, AssertionError | pytest.fail.Exception)
-        # What fails outside the test itself is no finding about the claim.
-        line["outcome"] = "contradicted" if broken and report.when == "call" else "error"
+        # What fails outside a test that asserts its claim is no finding about the claim.
+        found = broken and asserted and report.when == "call"
+        line["outcome"] = "contradicted" if found else "error"
         line["message"] = call.excinfo.exconly().splitlines()[0]
     append(item.config, line)
     return report

@@ -132,7 +132,7 @@ def _one(value: Any) -> str:
             return _several(value)
         if any(isinstance(x, list) for x in value):
             return " / ".join(_one(x) for x in value)
-        return ", ".join(_one(x) for x in value)
+        return ", ".join(_one(x) for x in value) or "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:.3g}" if isinstance(value, float) else str(value)

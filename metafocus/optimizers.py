@@ -53,7 +53,7 @@ class SGD:
     weight_decay: float = 0.0
     clip: Clip | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_common(self.lr, self.steps, self.weight_decay)
         fraction("momentum", self.momentum)
         if self.nesterov and self.momentum == 0:
@@ -110,7 +110,7 @@ class Adam:
     weight_decay: float = 0.0
     clip: Clip | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_common(self.lr, self.steps, self.weight_decay)
         for beta in self.betas:
             fraction("betas", beta)
@@ -205,7 +205,7 @@ class RMSprop:
     weight_decay: float = 0.0
     clip: Clip | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_common(self.lr, self.steps, self.weight_decay)
         fraction("alpha", self.alpha)
         fraction("momentum", self.momentum)
@@ -273,7 +273,7 @@ class Adagrad:
     weight_decay: float = 0.0
     clip: Clip | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_common(self.lr, self.steps, self.weight_decay)
         not_negative("lr_decay", self.lr_decay)
         not_negative("initial", self.initial)

@@ -101,7 +101,7 @@ class clip_per_tensor:
 
     limit: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         positive("limit", self.limit)
 
     def __call__(self, grads: Params) -> Params:
@@ -115,7 +115,7 @@ class clip_global:
 
     limit: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         positive("limit", self.limit)
 
     def __call__(self, grads: Params) -> Params:

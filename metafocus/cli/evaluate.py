@@ -23,7 +23,7 @@ from metafocus.evals.prose import builtin_prose, prose_from_file
 from metafocus.evals.report import length_name, plot_depths, table
 from metafocus.evals.run import answers, prompt_counter
 
-TASKS = {"babilong": babilong.TASKS, "ruler": ruler.TASKS}
+TASKS: dict[str, tuple[str, ...]] = {"babilong": babilong.TASKS, "ruler": ruler.TASKS}
 REPORT, ANSWERS, DEPTHS = "eval.json", "answers.jsonl", "depths.png"
 _NOISE = {"all": None, "train": "train", "heldout": "heldout"}
 

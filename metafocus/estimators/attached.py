@@ -59,9 +59,11 @@ class System:
     ):
         self.problem = problem
         self.solver = solver
-        self.names = tuple(start)
+        self.names: tuple[str, ...] = tuple(start)
+        self.inputs: list[Tensor]
+        self.rebuild: Callable[[Any], Any]
         self.inputs, self.rebuild = tree.partition((tree.detach(start), outer, support))
-        self.on_tape = (
+        self.on_tape: bool = (
             torch.is_grad_enabled()
             and not transforming()
             and any(x.requires_grad for x in self.inputs)

@@ -74,7 +74,7 @@ class Implicit:
     solve: LinearSolver = CG(10)  # noqa: RUF009 - frozen, so it can be shared
     hvp: HVP = hvp_reverse
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"Implicit(solve={self.solve}, hvp={getattr(self.hvp, '__name__', self.hvp)})"
 
     @property

@@ -52,14 +52,14 @@ class Unrolled:
     recompute: bool | int = False
     hvp: HVP = hvp_reverse
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, value in (("last", self.last), ("recompute", self.recompute)):
             if value is not None and (not isinstance(value, int) or value < 0):
                 raise ValueError(f"{name} must be an integer >= 0, got {value!r}.")
         if isinstance(self.last, bool):
             raise ValueError(f"last must be an integer >= 0, got {self.last!r}.")
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         hvp = getattr(self.hvp, "__name__", self.hvp)
         return f"Unrolled(last={self.last}, recompute={self.recompute}, hvp={hvp})"
 

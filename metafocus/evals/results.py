@@ -13,7 +13,7 @@ from metafocus.evals.items import Item
 from metafocus.evals.scorers import babilong_official, lm_eval_substring, reference_hits
 
 # The first is what the depths are scored by.
-SCORERS = {
+SCORERS: dict[str, tuple[str, ...]] = {
     "babilong": ("babilong_official", "lm_eval_substring"),
     "ruler": ("string_match_all",),
     "ruler qa": ("string_match_part",),

@@ -172,5 +172,5 @@ def _texts(records: list[dict[str, Any]] | None) -> Any:
 if __name__ == "__main__":
     try:
         main()
-    except MetafocusError as error:
-        sys.exit(f"error: {error}")
+    except MetafocusError as _error:
+        sys.exit(f"error: {_error}")

@@ -54,7 +54,7 @@ class LocalEndpoint:
     top_p: float = 1.0
     new_tokens: int = 1024
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.temperature >= 0 or not 0 < self.top_p <= 1 or self.new_tokens < 1:
             raise DataError(
                 f"temperature={self.temperature}, top_p={self.top_p}, "

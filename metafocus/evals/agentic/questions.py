@@ -37,7 +37,7 @@ class Choice:
     answer: int
     topic: str = ""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         n = len(self.choices)
         if not 2 <= n <= len(LETTERS) or len(set(self.choices)) != n or not 0 <= self.answer < n:
             raise DataError(

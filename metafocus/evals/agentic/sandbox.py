@@ -50,7 +50,7 @@ class Limits:
     output: int = 10_000
     file: int = 1 << 24
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if not value > 0 or (name != "seconds" and not isinstance(value, int)):
                 kind = "number" if name == "seconds" else "whole number"

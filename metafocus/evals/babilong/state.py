@@ -25,9 +25,11 @@ class State:
     """A world in motion. `history` has the known rooms of each object, with their supports."""
 
     def __init__(self, world: World, people: tuple[str, ...], rng: random.Random):
-        self.world, self.people, self.rng = world, people, rng
-        self.room = {person: rng.choice(world.rooms) for person in people}
-        self.floor = {thing: rng.choice(world.rooms) for thing in world.objects}
+        self.world: World = world
+        self.people: tuple[str, ...] = people
+        self.rng: random.Random = rng
+        self.room: dict[str, str] = {person: rng.choice(world.rooms) for person in people}
+        self.floor: dict[str, str] = {thing: rng.choice(world.rooms) for thing in world.objects}
         self.holder: dict[str, str] = {}
         self.events: list[Event] = []
         self.last_move: dict[str, int] = {}

@@ -48,7 +48,7 @@ class World:
     give: tuple[str, ...] = ("gave", "handed", "passed")
     tails: tuple[str, ...] = ("", " there")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         least = {"rooms": 3, "people": 2, "objects": 1, "givers": 3}
         for field in fields(self):
             table = getattr(self, field.name)

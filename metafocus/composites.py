@@ -27,12 +27,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
+from metafocus.batch_norm import batch_norm
 from metafocus.errors import TransformError
 from metafocus.levels import forward_levels, transforming
 from metafocus.likelihood import cross_entropy
 from metafocus.operators import (
     attention,
-    batch_norm,
     cdist,
     embedding,
     group_norm,

@@ -1,0 +1,71 @@
+"""Batch norm on the tape: torch's kernels and memory, derivatives of every order."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from metafocus import batch_norm, operators
+from metafocus.measure import peak_bytes
+
+X = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+W, B = torch.tensor([0.7, -1.3]).double(), torch.tensor([0.2, 0.5]).double()
+
+
+def leaves(*xs):
+    return [x.clone().requires_grad_() for x in xs]
+
+
+def norm(x, w=None, b=None):
+    return batch_norm.batch_norm(x, None, None, w, b, training=True)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_derivatives(affine):
+    given = leaves(X, W, B) if affine else leaves(X)
+    assert torch.equal(norm(*given), F.batch_norm(given[0], None, None, *given[1:], training=True))
+    assert torch.autograd.gradcheck(norm, given)
+    assert torch.autograd.gradgradcheck(norm, given)
+
+
+def test_third_derivatives_are_those_of_the_formula():
+    def third(f):
+        x, w, b = leaves(X, W, B)
+        (g,) = torch.autograd.grad((f(x, w, b).sin()).sum(), x, create_graph=True)
+        (h,) = torch.autograd.grad(g.sin().sum(), w, create_graph=True)
+        return torch.autograd.grad(h.sin().sum(), [x, w, b])
+
+    def pieces(x, w, b):
+        return operators.batch_norm(x, None, None, w, b, training=True)
+
+    for ours, theirs in zip(third(norm), third(pieces), strict=True):
+        # The same formula, summed in another order, three times over.
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+
+
+def test_running_statistics_move_as_torch_moves_them():
+    ours, theirs = ([torch.zeros(2).double(), torch.ones(2).double()] for _ in range(2))
+    (x,) = leaves(X)
+    batch_norm.batch_norm(x, *ours, training=True, momentum=0.3).sum().backward()
+    F.batch_norm(X, *theirs, training=True, momentum=0.3)
+    assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+
+
+def test_other_types_and_fixed_statistics_are_written_out():
+    half = X.bfloat16()
+    got = batch_norm.batch_norm(half, None, None, training=True)
+    assert torch.equal(got, operators.batch_norm(half, None, None, training=True))
+    mean, var = torch.zeros(2).double(), torch.ones(2).double()
+    got = batch_norm.batch_norm(X, mean, var)
+    torch.testing.assert_close(got, F.batch_norm(X, mean, var))
+
+
+def test_it_keeps_its_input_alone():
+    def graph(f):
+        x = torch.randn(8, 4, 32, 32, requires_grad=True)
+        return peak_bytes(lambda: f(x, None, None, training=True))[1] / (x.numel() * 4)
+
+    # Its output, beside two numbers for each channel; the pieces keep their own results too.
+    assert graph(batch_norm.batch_norm) < 1.1
+    assert graph(operators.batch_norm) > 2

@@ -12,8 +12,10 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 from models import replace_norms
 from problems import maml
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from trainer_script import COLLATOR, SAMPLES, arguments, tiny
 from transformers import TrainerCallback
 
 import metafocus as mf
+from metafocus.comparison import environment
 from metafocus.integrations.hf import FocusTrainer
 
 Trajectory = list[dict[str, float]]
@@ -190,6 +193,11 @@ CLASSES: dict[str, dict[str, Run]] = {
         "two, accumulation 2": two_processes(batch=1, accumulation=2),
     },
 }
+
+
+def snapshot() -> dict[str, Any]:
+    """What a trajectory may depend on beside the code."""
+    return {**environment(torch.float64), "transformers": transformers.__version__}
 
 
 def stored(name: str) -> Path:

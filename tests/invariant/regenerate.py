@@ -10,16 +10,13 @@ import json
 import sys
 
 import torch
-import transformers
 
-from invariant.members import CLASSES, stored
+from invariant.members import CLASSES, snapshot, stored
 from invariant.test_trajectories import STORED, WITHIN, difference
-from metafocus.comparison import environment
 
 
 def main(names: list[str]) -> int:
     torch.set_num_threads(1)
-    at = {**environment(torch.float64), "transformers": transformers.__version__}
     for name in names or CLASSES:
         found = {member: run() for member, run in CLASSES[name].items()}
         first = next(iter(found.values()))
@@ -32,7 +29,7 @@ def main(names: list[str]) -> int:
         text = {
             "class": name,
             "tolerance": {"within the class": WITHIN, "against this file": STORED},
-            "environment": at,
+            "environment": snapshot(),
             "members": found,
         }
         stored(name).write_text(json.dumps(text, indent=1) + "\n")

@@ -3,8 +3,8 @@
 torch's own second derivative is right on the tape, its third is silently wrong (torch 2.13): the
 formula holds the saved statistics constant. Written out in pieces every order is right, but each
 piece keeps what it needs, almost twice the memory of an unrolled convolutional network. Here the
-forward and the first backward pass are torch's kernels, which keep the input alone; derivatives
-above are those of the formula, written out when they are asked for.
+forward and the first backward pass are torch's kernels, which keep the input alone; the second is
+written out when it is asked for, so that the orders above are its own derivatives.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from metafocus import operators
-from metafocus.autodiff import pullback
 from metafocus.levels import transforming
 
 
@@ -40,21 +39,51 @@ def batch_norm(
     return _Norm.apply(input, weight, bias, (running_mean, running_var, True, momentum, eps))
 
 
-def _derivative(
-    g: Tensor, x: Tensor, weight: Tensor | None, eps: float
+def _second(
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    moments: tuple[Tensor, Tensor] | None,
+    eps: float,
+    cotangents: tuple[Tensor, Tensor, Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the derivative of `<g, norm(x)>` by `x`, `weight` and `bias`."""
-    axes = [0, *range(2, x.ndim)]
-    size = x.numel() // x.shape[1]
-    x = x - x.mean(axes, keepdim=True)
-    scale = torch.rsqrt((x * x).mean(axes, keepdim=True) + eps)
-    x = x * scale
-    by_bias = g.sum(axes, keepdim=True)
-    by_weight = (g * x).sum(axes, keepdim=True)
-    if weight is not None:
-        scale = scale * weight.reshape(by_bias.shape)
-    by_x = scale * (g - by_bias / size - x * (by_weight / size))
-    return by_x, by_weight.flatten(), by_bias.flatten()
+    """Return the derivatives of a backward pass by `g`, `x` and `weight`.
+
+    With `y = (x - mean) s` and sums over what a channel is normalised over, the backward pass is
+    `s w (g - sum(g) / n - y sum(g y) / n)`, `sum(g y)` and `sum(g)`.
+
+    Args:
+        g: its cotangent.
+        x: the input.
+        weight: of the norm.
+        moments: mean and `s` of `x` as constants; None: computed here, to be differentiated.
+        eps: of the norm.
+        cotangents: of its results.
+    """
+    u, by_weight, by_bias = cotangents
+    axes, shape = [0, *range(2, x.ndim)], [1, -1, *[1] * (x.ndim - 2)]
+    n = x.numel() // x.shape[1]
+
+    def total(t: Tensor) -> Tensor:
+        return t.sum(axes, keepdim=True)
+
+    if moments is None:
+        y = x - total(x) / n
+        s = torch.rsqrt(total(y * y) / n + eps)
+    else:
+        y, s = x - moments[0].reshape(shape), moments[1].reshape(shape)
+    y = y * s
+    p, q = by_weight.reshape(shape), by_bias.reshape(shape)
+    w = s if weight is None else s * weight.reshape(shape)
+    sum_g, sum_u, sum_gy, sum_uy = total(g), total(u), total(g * y), total(u * y)
+    inner = total(u * g) - (sum_g * sum_u + sum_gy * sum_uy) / n
+    by_g = u * w + y * (p - w * sum_uy / n) + (q - w * sum_u / n)
+    # The derivative by y is g a + u b; then that of y and of s by x.
+    a, b = p - w * sum_uy / n, -w * sum_gy / n
+    mean = (a * sum_g + b * sum_u) / n
+    slope = (a * sum_gy + b * sum_uy + w * inner) / n
+    by_x = (g * a + u * b - mean - y * slope) * s
+    return by_g, by_x, (s * inner).flatten()
 
 
 class _Norm(torch.autograd.Function):
@@ -74,13 +103,13 @@ class _Norm(torch.autograd.Function):
 
 
 class _Pull(torch.autograd.Function):
-    """The backward pass of `_Norm`; `mean` and `scale` are for its kernel alone."""
+    """The backward pass of `_Norm`; `mean` and `scale` are constants here, functions of `x`."""
 
     @staticmethod
     def forward(
         ctx: Any, g: Tensor, x: Tensor, weight: Any, mean: Tensor, scale: Tensor, eps: float
     ) -> Any:
-        ctx.save_for_backward(g, x, weight)
+        ctx.save_for_backward(g, x, weight, mean, scale)
         ctx.eps = eps
         return torch.ops.aten.native_batch_norm_backward(
             g, x, weight, None, None, mean, scale, True, eps, [True, True, True]
@@ -88,19 +117,7 @@ class _Pull(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> Any:
-        g, x, weight = ctx.saved_tensors
-        if weight is None:
-            by_g, by_x = pullback(
-                lambda g, x: _derivative(g, x, None, ctx.eps),
-                (g, x),
-                cotangents,
-                ctx.needs_input_grad[:2],
-            )
-            return by_g, by_x, None, None, None, None
-        found = pullback(
-            lambda g, x, weight: _derivative(g, x, weight, ctx.eps),
-            (g, x, weight),
-            cotangents,
-            ctx.needs_input_grad[:3],
-        )
-        return *found, None, None, None
+        g, x, weight, *moments = ctx.saved_tensors
+        constant = None if torch.is_grad_enabled() else (moments[0], moments[1])
+        found = _second(g, x, weight, constant, ctx.eps, cotangents)
+        return *found[:2], None if weight is None else found[2], None, None, None

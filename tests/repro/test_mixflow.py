@@ -102,7 +102,8 @@ def test_mixed_mode_keeps_one_iterate_a_step(claim):
     times that at least. So the ratio rises, and is above 5 at 32 steps; in the full form above the
     published 10 at 128.
     Ours, at 2, 8, 32 steps: graph 6.57, 22.32, 85.34 MB, mixed 5.59, 6.77, 11.49 MB, ratio
-    1.18, 3.30, 7.43, and 11.1 at 128 steps in the full form. A step of the graph form keeps 13.4 times an iterate.
+    1.18, 3.30, 7.43, and 11.1 at 128 steps in the full form. A step of the
+    graph form keeps 13.4 times an iterate.
     Rebuilding step by step in reverse mode (`recompute=True`), which the paper also has, saves as
     much or more here: 3.27, 4.52, 9.24 MB. Torch's forward mode runs over a gradient
     whose own graph it keeps, so mixing modes by itself saves no memory in eager mode.

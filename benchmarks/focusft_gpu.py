@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 import torch
-from focusft_step import FRACTION, Size, official, ours, plain, transformers_sft
+from focusft_step import Size, flop, official, ours, plain, start, transformers_sft
 
 from metafocus.comparison import environment
 from metafocus.measure import process_memory
@@ -32,32 +32,12 @@ SEVEN_B = dict(
 TINY = dict(vocabulary=512, hidden=64, intermediate=96, heads=4, kv_heads=2, tied=False, rows=1)
 
 
-def flop(size: Size, name: str, rank: int = 32, steps: int = 2) -> float:
-    """Products of one step, each two operations: forward 1, to the inputs 1, to the weights 1."""
-    kv = size.hidden * size.kv_heads // size.heads
-    attention = 2 * size.hidden**2 + 2 * size.hidden * kv
-    # Half of the pairs of queries and keys, about, of scores and of values.
-    attention += size.length * size.hidden
-    mlp = 3 * size.hidden * size.intermediate
-    fast = size.layers - int(size.layers * (1 - FRACTION) + 1e-9)
-    lora = 3 * rank * (size.hidden + size.intermediate)
-    per_token = 3 * size.layers * (attention + mlp)
-    if not name.startswith("plain"):
-        per_token += steps * fast * (2 * (attention + mlp) + 3 * lora) + 2 * fast * lora
-    # The head, where the next token is scored: a quarter.
-    head = size.vocabulary * size.hidden / 4
-    per_token += head * (3 if name.startswith("plain") else 3 + 2 * steps)
-    return 2 * per_token * size.rows * size.length
-
-
 def measure(name: str, size: Size, path: str, repeats: int) -> dict[str, float]:
     if name.startswith("plain"):
         step = (plain if "mask" in name else transformers_sft)(size, True)
     else:
-        step, start = official(size, True, path)
-        if name == "metafocus":
-            del step
-            step = ours(size, True, start)
+        fast = start(size)
+        step = official(size, True, path, fast) if name == "official" else ours(size, True, fast)
     cuda = size.device.startswith("cuda")
     step()
     if cuda:

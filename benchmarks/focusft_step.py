@@ -1,17 +1,13 @@
-"""One FocuSFT step against the official code, and against plain fine-tuning.
+"""One FocuSFT step, of the official code and of this library, and plain steps beside them.
 
-    python benchmarks/focusft_step.py --official PATH --vocabulary 32000 [--checkpointing]
-
-PATH is a checkout of the official repository (its commit c924c48 was measured); none of it is
-here. Qwen2 of 12 layers, hidden 256, two rows of 512 tokens of which a quarter are answers, two
-inner steps, the paper's rank and clipping. Both start from the same fast weights when gradients are
-compared. The plain steps score the same answers without an inner loop: with the same mask here, and
-as transformers does it, causal and with `labels`.
+What `benchmarks/rivals` races on a CPU as W6, and `focusft_gpu.py` on a GPU. The official code
+comes from a checkout of its repository (its commit c924c48 was measured); none of it is here. The
+plain steps score the same answers without an inner loop: with the same mask here, and as
+transformers does it, causal and with `labels`.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -19,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from harness import Contenders, main
 from torch import Tensor, nn
 
 import metafocus as mf
@@ -111,8 +106,14 @@ def gradient(model: nn.Module) -> Tensor:
     return result
 
 
-def official(size: Size, checkpointing: bool, path: str) -> tuple[Any, dict[str, Tensor]]:
-    """The official step, and the fast weights that it starts from after `manual_seed(7)`."""
+def start(size: Size) -> dict[str, Tensor]:
+    """Fast weights to start from, of both."""
+    model = build(size, checkpointing=False)
+    return mf.LoRA(mf.top_layers(FRACTION, NAMES), 32, 64.0).init(model)
+
+
+def official(size: Size, checkpointing: bool, path: str, start: Mapping[str, Tensor]) -> Any:
+    """The official step, started from given fast weights instead of random ones."""
     sys.path.insert(0, path)
     from focusft import FocuSFTConfig, FocuSFTTrainer  # pyright: ignore
 
@@ -128,20 +129,24 @@ def official(size: Size, checkpointing: bool, path: str) -> tuple[Any, dict[str,
     trainer = FocuSFTTrainer(config, model=model)
     trainer.state.global_step = 1  # Otherwise it logs at every call.
     inputs = {**batch, "loss_mask": batch["answer_mask"].long()}
-
-    def step() -> Tensor:
-        torch.manual_seed(7)
-        trainer.compute_loss(model, inputs).backward()
-        return gradient(model)
-
-    torch.manual_seed(7)
-    trainer.memory.reset_inner()
-    start = {
-        name.replace("mem_inner_A", "lora_A").replace("mem_inner_B", "lora_B"): p.detach().clone()
+    fast = {
+        name.replace("mem_inner_A", "lora_A").replace("mem_inner_B", "lora_B"): p
         for name, p in model.named_parameters()
         if "mem_inner" in name
     }
-    return step, start
+
+    @torch.no_grad()
+    def reset() -> None:
+        for name, p in fast.items():
+            p.copy_(start[name])
+
+    trainer.memory.reset_inner = reset
+
+    def step() -> Tensor:
+        trainer.compute_loss(model, inputs).backward()
+        return gradient(model)
+
+    return step
 
 
 @dataclass(frozen=True)
@@ -190,32 +195,19 @@ def transformers_sft(size: Size, checkpointing: bool) -> Any:
     return step
 
 
-def contenders(args: argparse.Namespace) -> Contenders:
-    given = Size(vocabulary=args.vocabulary), args.checkpointing
-    # One model at a time where memory is measured.
-    if args.peak in ("plain SFT, same mask", "plain SFT, transformers"):
-        make = plain if "mask" in args.peak else transformers_sft
-        return {args.peak: make(*given)}
-    step, start = official(*given, args.official)
-    if args.peak == "official":
-        return {"official": step}
-    if args.peak:
-        del step
-        return {"metafocus": ours(*given, start)}
-    return {
-        "official": step,
-        "metafocus": ours(*given, start),
-        "plain SFT, same mask": plain(*given),
-        "plain SFT, transformers": transformers_sft(*given),
-    }
-
-
-def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--official", required=True, help="checkout of the official code")
-    parser.add_argument("--vocabulary", type=int, default=4096)
-    parser.add_argument("--checkpointing", action="store_true")
-
-
-if __name__ == "__main__":
-    # Compared in float64: the same products, summed in another order.
-    main(__file__, contenders, reference="official", tolerance=1e-11, options=options)
+def flop(size: Size, name: str, rank: int = 32, steps: int = 2) -> float:
+    """Products of one step, each two operations: forward 1, to the inputs 1, to the weights 1."""
+    kv = size.hidden * size.kv_heads // size.heads
+    attention = 2 * size.hidden**2 + 2 * size.hidden * kv
+    # Half of the pairs of queries and keys, about, of scores and of values.
+    attention += size.length * size.hidden
+    mlp = 3 * size.hidden * size.intermediate
+    fast = size.layers - int(size.layers * (1 - FRACTION) + 1e-9)
+    lora = 3 * rank * (size.hidden + size.intermediate)
+    per_token = 3 * size.layers * (attention + mlp)
+    if not name.startswith("plain"):
+        per_token += steps * fast * (2 * (attention + mlp) + 3 * lora) + 2 * fast * lora
+    # The head, where the next token is scored: a quarter.
+    head = size.vocabulary * size.hidden / 4
+    per_token += head * (3 if name.startswith("plain") else 3 + 2 * steps)
+    return 2 * per_token * size.rows * size.length

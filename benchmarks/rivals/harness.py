@@ -35,6 +35,10 @@ BLOCK = 0.08
 """Seconds of one measurement: shorter calls are repeated to fill it."""
 
 
+KEEPING = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
+"""What makes glibc keep freed blocks: else page faults are timed, which depend on the past."""
+
+
 class Failure(Exception):
     """What a worker answered instead of a result."""
 
@@ -44,8 +48,7 @@ class Worker:
 
     def __init__(self, name: str, facts: dict[str, Any], threads: int, *, malloc: bool = False):
         settings = {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
-        if malloc:
-            settings |= MALLOC
+        settings |= MALLOC if malloc else KEEPING
         paths = [str(ROOT), *([facts["path"]] if facts.get("path") else [])]
         self.log = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
@@ -161,10 +164,14 @@ class Race:
                     rows[label] = about
                 except Failure as failure:
                     rows[label] = {**about, "verdict": "failed", "message": str(failure)}
-        rows = judged(rows, found, self.definition.REFERENCE, self.definition.TOLERANCE)
+        baselines = getattr(self.definition, "BASELINES", ())
+        compared = {k: v for k, v in found.items() if k not in baselines}
+        rows = judged(rows, compared, self.definition.REFERENCE, self.definition.TOLERANCE)
         labels: dict[str, list[str]] = {}
         for label, (name, _) in found.items():
-            if rows[label]["verdict"] == "right":
+            if label in baselines:
+                rows[label]["verdict"] = "baseline"
+            if rows[label]["verdict"] in ("right", "baseline"):
                 labels.setdefault(name, []).append(label)
         return rows, labels
 
@@ -173,7 +180,7 @@ class Race:
         pairs = [(name, label) for name, some in labels.items() for label in some]
         calls = {}
         for name, label in pairs:
-            self.workers[name].ask("time", name=label, calls=1)
+            rows[label]["first_call"] = self.workers[name].ask("time", name=label, calls=1)["wall"]
             warm = self.workers[name].ask("time", name=label, calls=1)["wall"]
             calls[label] = min(100, max(1, math.ceil(BLOCK / warm)))
             rows[label] |= {"cpu": [], "wall": []}
@@ -197,7 +204,8 @@ class Race:
     ) -> None:
         """Add the peak memory of each, in a fresh process."""
         for name, some in labels.items():
-            for label in some:
+            # What takes minutes to compile is not compiled again.
+            for label in () if self.facts[name].get("compiles") else some:
                 worker = Worker(name, self.facts[name], self.threads, malloc=True)
                 try:
                     worker.ask("load", **request)
@@ -261,6 +269,7 @@ def contenders(workload: str, only: Iterable[str] | None = None) -> dict[str, di
             }
         else:
             facts = installed.get(package, {"error": f"not installed ({install.__name__})"})
+        facts = {**facts, "compiles": constants.get("COMPILES", False)}
         found[file.stem] = facts if reason is None else {**facts, "not": reason}
     return found
 

@@ -27,7 +27,8 @@ MANIFEST = FOLDER / "rivals.json"
 class Rival(NamedTuple):
     """Where a rival comes from."""
 
-    environment: str
+    environment: str | None
+    """None: that of this script."""
     requirement: str | None = None
     """What pip installs; None: `clone` goes on PYTHONPATH."""
     clone: str | None = None
@@ -54,6 +55,8 @@ RIVALS: dict[str, Rival] = {
     "learn2learn": Rival("common", clone="https://github.com/learnables/learn2learn"),
     # It wants torch < 1.10.
     "torchmeta": Rival("common", clone="https://github.com/tristandeleu/pytorch-meta"),
+    # It needs transformers' trainer, as this project does.
+    "focusft": Rival(None, clone="https://github.com/JarvisPei/FocuSFT"),
 }
 
 
@@ -87,12 +90,12 @@ def install(name: str, source: str | None) -> dict[str, Any]:
     """Install one rival into its environment."""
     rival = RIVALS[name]
     python = environment(rival.environment)
-    if rival.requirement and source is None:
+    if rival.requirement and rival.environment and source is None:
         pip(python, rival.environment, rival.requirement)
         package = rival.requirement.partition("==")[0]
         code = f"from importlib.metadata import version; print(version({package!r}))"
         return {"python": python, "path": None, "version": _run([python, "-c", code]).strip()}
-    if rival.extra:
+    if rival.extra and rival.environment:
         pip(python, rival.environment, *rival.extra)
     path = Path(source) if source else FOLDER / "clones" / name
     if source is None and not path.exists():
@@ -103,13 +106,16 @@ def install(name: str, source: str | None) -> dict[str, Any]:
     return {"python": python, "path": str(path.resolve()), "version": f"clone {tree_hash(path)}"}
 
 
-def environment(name: str) -> str:
+def environment(name: str | None) -> str:
     """Return the interpreter of an environment; make it, with torch and numpy, if it is new."""
+    if name is None:
+        return sys.executable
     folder = FOLDER / name
     python = folder / "bin" / "python"
     if not (folder / ".ready").exists():
         venv.create(folder, with_pip=True, clear=True)
-        pip(str(python), name, "torch", "numpy", "setuptools<81")
+        # transformers: the model of W5 is one of its own.
+        pip(str(python), name, "torch", "numpy", "setuptools<81", "transformers")
         (folder / ".ready").touch()
     return str(python)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -18,18 +19,20 @@ from benchmarks.rivals.harness import RESULTS, Race, defined, save
 def main() -> None:
     """Run the workloads and write one JSON file for each."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--workloads", default="w1,w2,w3,w7")
+    parser.add_argument("--workloads", default="w1,w2,w3,w4,w7")
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--only", help="contender files, by comma; default: all")
     parser.add_argument("--repeats", type=int, help="default: the workload's own")
     parser.add_argument("--quick", action="store_true", help="small cases, 3 repetitions")
     parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--keep", action="store_true", help="add to the cases in the file")
     parser.add_argument("--output", type=Path, default=RESULTS, help="directory")
     args = parser.parse_args()
     only = args.only.split(",") if args.only else None
     for workload in args.workloads.split(","):
-        begun, runs = time.perf_counter(), []
-        definition = defined(workload)
+        begun, definition = time.perf_counter(), defined(workload)
+        path = args.output / f"rivals_{workload}.json"
+        runs = json.loads(path.read_text())["runs"] if args.keep and path.exists() else []
         for threads in map(int, args.threads.split(",")):
             torch.set_num_threads(threads)
             with tempfile.TemporaryDirectory() as folder:
@@ -43,16 +46,35 @@ def main() -> None:
                     for case in definition.cases(args.quick):
                         if again and not promised(definition, case):
                             continue
+                        about = {"case": case, "threads": threads, "repeats": repeats}
+                        load = os.getloadavg()[0]
                         rows = race.run(case, repeats, memory)
-                        runs.append(
-                            {"case": case, "threads": threads, "repeats": repeats, "rows": rows}
-                        )
+                        about["load"] = [load, os.getloadavg()[0]]
+                        runs = merged(runs, {**about, "rows": rows})
                         show(workload, runs[-1])
                 finally:
                     race.close()
         args.output.mkdir(parents=True, exist_ok=True)
-        save(args.output / f"rivals_{workload}.json", workload, definition, runs)
+        runs = sorted(runs, key=lambda run: run["threads"])
+        save(path, workload, definition, runs)
         print(f"{workload}: {time.perf_counter() - begun:.0f} s")
+
+
+def merged(runs: list[dict[str, Any]], run: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the runs with this one at the end, in place of an earlier one of the same case.
+
+    Memory, where it was not measured again, is that of the earlier one.
+    """
+    kept = []
+    for earlier in runs:
+        if (earlier["case"], earlier["threads"]) != (run["case"], run["threads"]):
+            kept.append(earlier)
+            continue
+        for label, row in run["rows"].items():
+            old = earlier["rows"].get(label, {})
+            memory = {k: old[k] for k in ("process_bytes", "tensor_bytes") if k in old}
+            run["rows"][label] = {**memory, **row}
+    return [*kept, run]
 
 
 def promised(definition: ModuleType, case: dict[str, Any]) -> bool:

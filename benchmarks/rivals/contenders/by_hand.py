@@ -12,6 +12,7 @@ from benchmarks.rivals.workloads import w1 as W1
 from benchmarks.rivals.workloads import w2 as W2
 from benchmarks.rivals.workloads import w3 as W3
 from benchmarks.rivals.workloads import w4 as W4
+from benchmarks.rivals.workloads import w5 as W5
 
 PACKAGE = None
 
@@ -144,3 +145,26 @@ def w4(data, case):
         return flat([-torch.autograd.grad(g, reg, x)[0]])
 
     return {"torch.autograd by hand": run}
+
+
+def w5(data, case):
+    net = W5.adapted(case, data["params"])
+    outer = list(net.parameters())
+    names = [k for k, _ in net.named_parameters()]
+    fast_names = [k for k in names if W5.is_fast(k)]
+
+    def loss(values, ids):
+        return W5.loss(lambda **inputs: functional_call(net, values, (), inputs), ids)
+
+    def taped():
+        start = dict(zip(names, outer, strict=True))
+        fast = {k: start[k] for k in fast_names}
+        with W5.twice_differentiable():
+            for _ in range(case["steps"]):
+                value = loss({**start, **fast}, data["support"])
+                grads = torch.autograd.grad(value, list(fast.values()), create_graph=True)
+                fast = {k: v - W5.RATE * g for (k, v), g in zip(fast.items(), grads, strict=True)}
+            value = loss({**start, **fast}, data["query"])
+            return flat(torch.autograd.grad(value, outer))
+
+    return {"torch.autograd create_graph": taped}

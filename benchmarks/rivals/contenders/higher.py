@@ -9,6 +9,7 @@ from benchmarks.rivals.common import Contenders, flat, loaded, take_grads
 from benchmarks.rivals.workloads import w1 as W1
 from benchmarks.rivals.workloads import w2 as W2
 from benchmarks.rivals.workloads import w3 as W3
+from benchmarks.rivals.workloads import w5 as W5
 
 PACKAGE = "higher"
 
@@ -55,3 +56,19 @@ def w3(data, case):
 
 def w7(data, case):
     return maml(data, case, W1)
+
+
+def w5(data, case):
+    net = W5.adapted(case, data["params"])
+    fast = [p for k, p in net.named_parameters() if W5.is_fast(k)]
+    optimizer = torch.optim.SGD(fast, lr=W5.RATE)
+
+    def run():
+        context = higher.innerloop_ctx(net, optimizer, copy_initial_weights=False)
+        with W5.twice_differentiable(), context as (model, inner):
+            for _ in range(case["steps"]):
+                inner.step(W5.loss(model, data["support"]))
+            value = W5.loss(model, data["query"])
+            return flat(torch.autograd.grad(value, list(net.parameters())))
+
+    return {"higher": run}

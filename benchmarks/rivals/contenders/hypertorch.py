@@ -12,6 +12,7 @@ from benchmarks.rivals.workloads import w1 as W1
 from benchmarks.rivals.workloads import w2 as W2
 from benchmarks.rivals.workloads import w3 as W3
 from benchmarks.rivals.workloads import w4 as W4
+from benchmarks.rivals.workloads import w5 as W5
 
 PACKAGE = "hypertorch"
 
@@ -136,3 +137,42 @@ def w4(data, case):
         return flat(CG([data["w"]], [reg], case["products"], step, outer, set_grad=False))
 
     return {"hypertorch CG": run}
+
+
+def w5(data, case):
+    net = W5.adapted(case, data["params"])
+    outer, names = list(net.parameters()), [k for k, _ in net.named_parameters()]
+    at = [i for i, k in enumerate(names) if W5.is_fast(k)]
+
+    def of(ids):
+        def value(params, hparams):
+            values = dict(zip(names, hparams, strict=True))
+            values |= {names[i]: p for i, p in zip(at, params, strict=True)}
+            return W5.loss(lambda **inputs: functional_call(net, values, (), inputs), ids)
+
+        return value
+
+    step = GradientDescent(of(data["support"]), W5.RATE)
+
+    def unrolled():
+        with W5.twice_differentiable():
+            params = [outer[i] for i in at]
+            for _ in range(case["steps"]):
+                params = step(params, outer, create_graph=True)
+            return flat(reverse_unroll(params, outer, of(data["query"]), set_grad=False))
+
+    def first(params, hparams):
+        # It cannot differentiate by the start: a first map returns the start.
+        return [hparams[i] + 0 * p for i, p in zip(at, params, strict=True)]
+
+    def rebuilt():
+        with W5.twice_differentiable():
+            params = [outer[i].detach() for i in at]
+            history = [params, params]
+            for _ in range(case["steps"]):
+                here = [p.detach().requires_grad_() for p in history[-1]]
+                history.append([p.detach() for p in step(here, outer, create_graph=False)])
+            maps = [first] + [step] * case["steps"]
+            return flat(reverse(history, outer, maps, of(data["query"]), set_grad=False))
+
+    return {"hypertorch unroll": unrolled, "hypertorch reverse": rebuilt}

@@ -8,6 +8,7 @@ from benchmarks.rivals.common import Contenders, bare_package, flat, loaded, tak
 from benchmarks.rivals.workloads import w1 as W1
 from benchmarks.rivals.workloads import w2 as W2
 from benchmarks.rivals.workloads import w3 as W3
+from benchmarks.rivals.workloads import w5 as W5
 
 bare_package("learn2learn")
 bare_package("learn2learn.algorithms")
@@ -61,3 +62,23 @@ def w3(data, case):
 
 def w7(data, case):
     return maml(data, case, W1)
+
+
+def w5(data, case):
+    # Its MAML adapts every parameter, the primitives below it those that get an update.
+    net = W5.adapted(case, data["params"])
+    names = [k for k, _ in net.named_parameters()]
+
+    def run():
+        clone = clone_module(net)
+        with W5.twice_differentiable():
+            for _ in range(case["steps"]):
+                fast = [p for k, p in zip(names, clone.parameters(), strict=True) if W5.is_fast(k)]
+                value = W5.loss(clone, data["support"])
+                grads = iter(torch.autograd.grad(value, fast, create_graph=True))
+                updates = [-W5.RATE * next(grads) if W5.is_fast(k) else None for k in names]
+                clone = update_module(clone, updates=updates)
+            value = W5.loss(clone, data["query"])
+            return flat(torch.autograd.grad(value, list(net.parameters())))
+
+    return {"learn2learn primitives": run}

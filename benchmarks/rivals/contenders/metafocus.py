@@ -5,18 +5,24 @@ from __future__ import annotations
 from torch.func import functional_call
 
 import metafocus as mf
+from benchmarks import focusft_step
 from benchmarks.rivals.common import Contenders, flat
 from benchmarks.rivals.workloads import w1 as W1
 from benchmarks.rivals.workloads import w2 as W2
 from benchmarks.rivals.workloads import w3 as W3
 from benchmarks.rivals.workloads import w4 as W4
+from benchmarks.rivals.workloads import w5 as W5
+from benchmarks.rivals.workloads import w6 as W6
 
 PACKAGE = None
 
 
-def maml(data, case, workload, **layouts) -> Contenders:
-    net, start = workload.network(), data["params"]
-    episodes = mf.Episode(tuple(data["support"]), tuple(data["query"]))
+def inputs(data):
+    return data["params"], mf.Episode(tuple(data["support"]), tuple(data["query"]))
+
+
+def maml_gradient(data, case, workload, **layout):
+    net = workload.network()
 
     def loss(fast, slow, batch):
         x, y = batch
@@ -25,12 +31,17 @@ def maml(data, case, workload, **layouts) -> Contenders:
     problem = mf.Problem(loss, loss, init=lambda slow: slow)
     estimator = mf.Unrolled() if case["order"] == 2 else mf.FirstOrder()
     meta = mf.bilevel(problem, solver=mf.SGD(workload.RATE, case["steps"]), estimator=estimator)
+    return mf.hypergrad(mf.over_tasks(meta, **layout))
 
-    def contender(options):
-        gradient = mf.hypergrad(mf.over_tasks(meta, **options))
+
+def maml(data, case, workload, **layouts) -> Contenders:
+    start, episodes = inputs(data)
+
+    def contender(layout):
+        gradient = maml_gradient(data, case, workload, **layout)
         return lambda: flat(gradient(start, episodes)[0].values())
 
-    return {f"metafocus {name}": contender(options) for name, options in layouts.items()}
+    return {f"metafocus {name}": contender(layout) for name, layout in layouts.items()}
 
 
 def w1(data, case):
@@ -79,3 +90,36 @@ def w4(data, case):
     gradient = mf.hypergrad(mf.bilevel(problem, solver=solver, estimator=estimator))
     start, episode = {"log_l2": data["log_l2"]}, mf.Episode(data["train"], data["test"])
     return {"metafocus Implicit(CG(20))": lambda: gradient(start, episode)[0]["log_l2"]}
+
+
+def w5(data, case):
+    model, params = W5.plain(case), data["params"]
+    fast_names = [k for k in params if W5.is_fast(k)]
+    adapter = mf.LoRA(mf.matching("|".join(rf".*\.{m}" for m in W5.MODULES)), W5.RANK, W5.RANK)
+    score = mf.lm_loss(model, adapter=adapter, mask=mf.masks.causal, tokens=mf.all_tokens)
+
+    def loss(fast, slow, batch):
+        return score(fast, {k: v for k, v in slow.items() if k not in fast}, batch)
+
+    problem = mf.Problem(loss, loss, init=lambda slow: {k: slow[k] for k in fast_names})
+    batches = mf.Episode({"input_ids": data["support"]}, {"input_ids": data["query"]})
+
+    def contender(estimator):
+        meta = mf.bilevel(problem, solver=mf.SGD(W5.RATE, case["steps"]), estimator=estimator)
+        gradient = mf.hypergrad(meta)
+        return lambda: flat(gradient(params, batches)[0].values())
+
+    return {
+        "metafocus graph": contender(mf.Unrolled()),
+        "metafocus recompute=True": contender(mf.Unrolled(recompute=True)),
+        "metafocus hvp_forward": contender(mf.Unrolled(hvp=mf.hvp_forward)),
+    }
+
+
+def w6(data, case):
+    given = W6.size(case), case["checkpointing"]
+    return {
+        "metafocus": focusft_step.ours(*given, data["start"]),
+        W6.BASELINES[0]: focusft_step.plain(*given),
+        W6.BASELINES[1]: focusft_step.transformers_sft(*given),
+    }

@@ -11,6 +11,7 @@ from benchmarks.rivals.workloads import w1 as W1
 from benchmarks.rivals.workloads import w2 as W2
 from benchmarks.rivals.workloads import w3 as W3
 from benchmarks.rivals.workloads import w4 as W4
+from benchmarks.rivals.workloads import w5 as W5
 
 PACKAGE = "torchopt"
 
@@ -101,3 +102,27 @@ def w4(data, case):
         return flat(torch.autograd.grad(value, [reg]))
 
     return {"TorchOpt custom_root, CG": run}
+
+
+def w5(data, case):
+    net = W5.adapted(case, data["params"])
+    outer = dict(net.named_parameters())
+    rule = torchopt.sgd(lr=W5.RATE)
+
+    def loss(values, ids):
+        return W5.loss(lambda **inputs: functional_call(net, values, (), inputs), ids)
+
+    def run():
+        fast = {k: v for k, v in outer.items() if W5.is_fast(k)}
+        state = rule.init(fast)
+        with W5.twice_differentiable():
+            for _ in range(case["steps"]):
+                value = loss({**outer, **fast}, data["support"])
+                grads = torch.autograd.grad(value, list(fast.values()), create_graph=True)
+                grads = dict(zip(fast, grads, strict=True))
+                updates, state = rule.update(grads, state, inplace=False)
+                fast = torchopt.apply_updates(fast, updates, inplace=False)
+            value = loss({**outer, **fast}, data["query"])
+            return flat(torch.autograd.grad(value, list(outer.values())))
+
+    return {"TorchOpt functional": run}

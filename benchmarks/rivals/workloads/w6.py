@@ -1,0 +1,76 @@
+"""W6: one step of FocuSFT against the official code, and against plain fine-tuning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.rivals.targets import Target
+
+TITLE = "W6: a FocuSFT step against the official code"
+TEXT = """
+Qwen2 of 12 layers, hidden 256, two rows of 512 tokens of which a quarter are answers, K = 2, rank
+32, float32. The plain steps score the same answers without an inner loop, so their gradient is
+another one; the one with the same mask is this library's own, lean in the same places.
+"""
+REFERENCE = "official"
+TOLERANCE = 1e-11  # the same products, summed in another order
+REPEATS = 4
+MEMORY: dict[str, Any] = {}
+BASELINES = ("plain SFT, same mask", "plain SFT, transformers")
+
+
+def cases(quick: bool) -> list[dict[str, Any]]:
+    """Two vocabularies, without and with activation checkpointing."""
+    return [
+        {"vocabulary": vocabulary, "checkpointing": checkpointing}
+        for vocabulary in ((4096,) if quick else (4096, 32000))
+        for checkpointing in (False, True)
+    ]
+
+
+def check_case(case: dict[str, Any]) -> dict[str, Any]:
+    """Return the case with the smaller vocabulary."""
+    return {**case, "vocabulary": 4096}
+
+
+def data(case: dict[str, Any]) -> dict[str, Any]:
+    """Return the fast weights that both start from; each builds the same model and batch."""
+    from benchmarks import focusft_step
+
+    return {"start": focusft_step.start(size(case))}
+
+
+def size(case: dict[str, Any]) -> Any:
+    """Return the model and the batch of a case."""
+    from benchmarks.focusft_step import Size
+
+    return Size(vocabulary=case["vocabulary"])
+
+
+def report(results: dict[str, Any]) -> list[str]:
+    """Return what the products alone allow."""
+    from benchmarks.focusft_step import flop
+
+    lines = []
+    for vocabulary in dict.fromkeys(run["case"]["vocabulary"] for run in results["runs"]):
+        at = size({"vocabulary": vocabulary})
+        ours, plain = flop(at, "metafocus"), flop(at, "plain SFT, same mask")
+        lines.append(
+            f"Counted in products of layers and head at vocabulary {vocabulary}, a plain step is "
+            f"{plain / 1e9:.0f} GFLOP, one with the two inner steps {ours / 1e9:.0f}: "
+            f"{ours / plain:.2f} times as much is the least."
+        )
+    return [" ".join(lines), ""]
+
+
+SMALL, LARGE = {"vocabulary": 4096}, {"vocabulary": 32000}
+TARGETS = [
+    Target("at least 1.3 times as fast", "metafocus", REFERENCE, 1 / 1.3, case=SMALL),
+    Target("at least 1.9 times as fast", "metafocus", REFERENCE, 1 / 1.9, case=LARGE),
+    Target("at least 1.2 times less memory", "metafocus", REFERENCE, 1 / 1.2, "process_bytes",
+           SMALL),
+    Target("at least 1.6 times less memory", "metafocus", REFERENCE, 1 / 1.6, "process_bytes",
+           LARGE),
+    Target("at most 1.45 times a lean plain step", "metafocus", BASELINES[0], 1.45),
+    Target("at most 1.45 times transformers' plain step", "metafocus", BASELINES[1], 1.45),
+]  # fmt: skip

@@ -37,6 +37,10 @@ def page(found: Reproduction, command: str) -> str:
     count = collections.Counter(row["verdict"] for row in rows)
     verdicts = [f"{count[v]} {v}" for v in reversed(VERDICTS) if count[v]]
     form = "full" if found.settings.get("full") else "quick"
+    again = "".join(
+        f"; {', '.join(part['ids'])} again since, in {part['seconds']:.0f} s"
+        for part in found.settings.get("again", ())
+    )
     where = (
         f"torch {at.get('torch', '?')}, Python {at.get('python', '?')}, {at.get('system', '?')} "
         f"{at.get('machine', '?')}, {at.get('cores', '?')} cores, {at.get('threads', '?')} thread"
@@ -46,18 +50,20 @@ def page(found: Reproduction, command: str) -> str:
         "# Published claims, reproduced",
         "",
         f"Written by `{command}`, the {form} form of the suite, in "
-        f"{found.settings.get('seconds', 0.0):.0f} s; {where}. Every value below was recorded by "
-        "the test while it ran; `reproduction.json` beside this page has them in full, with each "
-        "test's docstring: the claim, the tolerance and its reason.",
+        f"{found.settings.get('seconds', 0.0):.0f} s{again}; {where}. Every value "
+        "below was recorded by the test while it ran; `reproduction.json` beside this page has "
+        "them in full, with each test's docstring: the claim, the tolerance and its reason.",
         "",
         f"**{len(rows)} claims: {', '.join(verdicts) or 'none'}.**",
         "",
         "*Reproduced*: the test asserts the claim and passed. *Reported*: measured, not asserted. "
         "*Contradicted*: an assertion failed. *Error*: the test broke before it could tell. "
-        "`a to b` are the extremes over the cases of a test or over its values.",
+        "`a to b` are the extremes over the cases of a test or over its values. *Form*: the "
+        "full form has the published budgets, the quick one those for minutes on two cores; most "
+        "claims are the same in both.",
         "",
-        "| | claim | paper | published | measured | verdict | seconds |",
-        "|---|---|---|---|---|---|---|",
+        "| | claim | paper | published | measured | form | verdict | seconds |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         says = row["says"] + (f" ({row['note']})" if row["note"] else "")
@@ -66,7 +72,7 @@ def page(found: Reproduction, command: str) -> str:
             told += f"; {row['message']}"
         cells = (row["id"], says, row["paper"], row["published"], told)
         end = (f"**{row['verdict']}**" if row["message"] else row["verdict"], _time(row["seconds"]))
-        lines.append("| " + " | ".join([*map(_cell, cells), *end]) + " |")
+        lines.append("| " + " | ".join([*map(_cell, cells), row["form"], *end]) + " |")
     lines += ["", "## Where the tests are", ""]
     places: dict[str, list[str]] = {}
     for row in rows:

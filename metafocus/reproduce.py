@@ -35,9 +35,11 @@ class Reproduction:
     Attributes:
         rows: a dict for each claim of each test: `id`, `paper`, `says`, `published`, `note`,
             `measured` (case -> value; the case of a test without parameters is the empty word),
-            `verdict`, `seconds`, `message` (why it is not reproduced), `test`, `docstring`.
+            `verdict`, `seconds`, `message` (why it is not reproduced), `test`, `docstring`, and
+            `form`: "full" or "quick".
         environment: versions and machine of the process that ran the tests.
-        settings: `full`, `only`, and the `seconds` of the whole run.
+        settings: `full`, `only`, and the `seconds` of the whole run; `again`: the ids and seconds
+            of claims that were run again since.
     """
 
     rows: list[dict[str, Any]]
@@ -48,6 +50,37 @@ class Reproduction:
     def holds(self) -> bool:
         """Whether no claim was contradicted and no test broke."""
         return not {row["verdict"] for row in self.rows} & {"contradicted", "error"}
+
+    def over(self, before: Reproduction) -> Reproduction:
+        """Return an earlier run with the rows of the claims that this one ran again.
+
+        Raises:
+            DataError: If the two ran with different versions or on different machines.
+        """
+        if self.environment != before.environment:
+            raise DataError(
+                f"the report was written with {before.environment}, this run with "
+                f"{self.environment}: rows of both cannot stand in one report. Run all claims anew."
+            )
+        ids = sorted({row["id"] for row in self.rows}, key=_order)
+        rows = [row for row in before.rows if row["id"] not in ids] + self.rows
+        again = {"ids": ids, "seconds": self.settings.get("seconds", 0.0)}
+        settings = {**before.settings, "again": [*before.settings.get("again", []), again]}
+        rows.sort(key=lambda row: (_order(row["id"]), row["test"]))
+        return Reproduction(rows, self.environment, settings)
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> Reproduction:
+        """Read what `to_json` wrote.
+
+        Raises:
+            DataError: If there is no such file, or it is something else.
+        """
+        try:
+            told = json.loads(Path(path).read_text())
+            return cls(told["rows"], told["environment"], told["settings"])
+        except (OSError, ValueError, KeyError, TypeError) as cause:
+            raise DataError(f"{path} is no report of `metafocus reproduce`: {cause!r}") from cause
 
     def to_json(self, path: str | Path) -> None:
         """Write everything as JSON."""
@@ -131,7 +164,7 @@ def reproduce(
         # Of these codes pytest says itself that it could not begin.
         if not tested and process.returncode in (2, 3, 4, 5):
             raise DataError(f"the suite could not be collected: {_reason(log.read_text())}")
-        rows = _rows(lines, process.returncode)
+        rows = _rows(lines, process.returncode, "full" if full else "quick")
     settings = {"full": full, "only": list(only), "seconds": time.perf_counter() - begun}
     at = next((line["environment"] for line in lines if "environment" in line), {})
     return Reproduction(rows, at, settings)
@@ -183,7 +216,7 @@ def _reason(log: str) -> str:
     return "; ".join(errors[-3:] or lines[-1:]) or "pytest said nothing"
 
 
-def _rows(lines: list[dict[str, Any]], code: int) -> list[dict[str, Any]]:
+def _rows(lines: list[dict[str, Any]], code: int, form: str) -> list[dict[str, Any]]:
     """One row for each claim of each test function, over its cases and their phases."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for item in (line for line in lines if "collected" in line):
@@ -204,10 +237,10 @@ def _rows(lines: list[dict[str, Any]], code: int) -> list[dict[str, Any]]:
             row["verdict"] = min(both, key=VERDICTS.index)
             row["seconds"] += sum(line["seconds"] for line in phases)
             row["message"] = row["message"] or message
-            row |= {"test": name.rpartition("/")[2], "docstring": item["docstring"]}
+            row |= {"test": name.rpartition("/")[2], "docstring": item["docstring"], "form": form}
             if "measured" in found.get(claim["id"], {}):
                 row["measured"][case.rstrip("]")] = found[claim["id"]]["measured"]
-    return [rows[key] for key in sorted(rows, key=lambda key: _order(key[0]))]
+    return sorted(rows.values(), key=lambda row: (_order(row["id"]), row["test"]))
 
 
 def _order(id: str) -> tuple[bool, int, str]:

@@ -188,6 +188,32 @@ def test_the_suite_of_this_checkout_is_found():
     assert find_suite() == SUITE and find_suite(SUITE) == SUITE
 
 
+def test_claims_that_are_run_again_replace_their_rows(suite, tmp_path):
+    write(suite, a=GOOD, b=test_body("T3", "claim(1.5)"))
+    out = tmp_path / "out"
+    assert run("--suite", suite, "--output", out)[0] == 0
+    write(suite, b=test_body("T3", "claim(os.environ['METAFOCUS_REPRO'])"))
+    words = ("--suite", suite, "--output", out, "--only", "T3", "--update")
+    assert run(*words, "--full")[0] == 0
+    told = json.loads((out / "reproduction.json").read_text())
+    rows = [(r["id"], r["form"], r["measured"][""]) for r in told["rows"]]
+    assert rows == [("T2", "quick", {"a": 1.0, "nan": "nan"}), ("T3", "full", "full")]
+    assert told["settings"]["full"] is False and told["settings"]["only"] == []
+    text = (out / "reproduction.md").read_text()
+    assert "`metafocus reproduce`, the quick form" in text and "; T3 again since, in " in text
+    assert "| quick | reproduced |" in text and "| full | reproduced |" in text
+    assert text == page(Reproduction(**told), "metafocus reproduce")
+
+    told["environment"]["torch"] = "1.0"
+    (out / "reproduction.json").write_text(json.dumps(told))
+    code, _, err = run(*words)
+    assert code == 2 and "rows of both cannot stand in one report" in err
+    (out / "reproduction.json").write_text("{}")
+    assert "is no report of `metafocus reproduce`" in run(*words)[2]
+    code, _, err = run("--suite", suite, "--output", out, "--update")
+    assert code == 2 and "say with --only which are" in err
+
+
 # --- the page ------------------------------------------------------------------------------------
 
 

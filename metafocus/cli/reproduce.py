@@ -9,7 +9,7 @@ from typing import Any
 from metafocus import claims_page
 from metafocus.cli import options
 from metafocus.errors import DataError
-from metafocus.reproduce import VERDICTS, reproduce
+from metafocus.reproduce import VERDICTS, Reproduction, reproduce
 
 
 def add_parser(commands: Any) -> None:
@@ -34,6 +34,11 @@ def add_parser(commands: Any) -> None:
         default="reproduction",
         help="directory for reproduction.md and reproduction.json; default %(default)s",
     )
+    parser.add_argument(
+        "--update",
+        action="store_true",
+        help="with --only: keep the other claims of the report that is in --output",
+    )
     parser.add_argument("--suite", help="folder of the suite; default tests/repro of a checkout")
     parser.add_argument(
         "--workers",
@@ -48,9 +53,11 @@ def run(args: argparse.Namespace) -> int:
     only = [word.strip() for word in args.only.split(",") if word.strip()]
     if "only" in args.given and not only:
         raise DataError("--only is empty: name claims such as T1,T12, or leave it out.")
+    if args.update and not only:
+        raise DataError("--update keeps claims that are not run: say with --only which are.")
     directory = options.directory(args.output)
-    words = ["metafocus reproduce", *(["--full"] if args.full else [])]
-    words += [f"--only {','.join(only)}"] if only else []
+    report = directory / "reproduction.json"
+    before = Reproduction.from_json(report) if args.update else None
     found = reproduce(
         args.suite,
         full=args.full,
@@ -58,8 +65,12 @@ def run(args: argparse.Namespace) -> int:
         workers=args.workers,
         progress=lambda line: print(line, flush=True),
     )
+    if before:
+        found = found.over(before)
+    words = ["metafocus reproduce", *(["--full"] if found.settings["full"] else [])]
+    words += [f"--only {','.join(found.settings['only'])}"] if found.settings["only"] else []
     directory.mkdir(parents=True, exist_ok=True)
-    found.to_json(directory / "reproduction.json")
+    found.to_json(report)
     (directory / "reproduction.md").write_text(claims_page.page(found, " ".join(words)))
     for row in found.rows:
         if row["verdict"] in ("contradicted", "error"):
@@ -70,5 +81,5 @@ def run(args: argparse.Namespace) -> int:
         f"{len(found.rows)} claims in {found.settings['seconds']:.0f} s: "
         + ", ".join(f"{count[v]} {v}" for v in reversed(VERDICTS) if count[v])
     )
-    print(f"wrote {directory / 'reproduction.md'} and {directory / 'reproduction.json'}")
+    print(f"wrote {directory / 'reproduction.md'} and {report}")
     return 0 if found.holds else 1

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from metafocus import attention, diagnostics, errors, masks, recipes, single_loop
 from metafocus.adapters import FullWeights, LoRA, Placement, all_linear, matching, top_layers
+from metafocus.autodiff.hvp import hvp_finite, hvp_forward, hvp_reverse
+from metafocus.autodiff.recompute import recompute
 from metafocus.bilevel import MetaLoss, adapt, bilevel, hypergrad
 from metafocus.compare import compare
 from metafocus.comparison import Comparison
@@ -34,21 +36,18 @@ from metafocus.estimators import (
     adjoint,
 )
 from metafocus.evolution import evolution
-from metafocus.given import Given
-from metafocus.hvp import hvp_finite, hvp_forward, hvp_reverse
-from metafocus.krylov import CG, GMRES
-from metafocus.linear import Dense, Identity, Neumann, Nystrom, WarmStart
+from metafocus.linear import CG, GMRES, Dense, Identity, Neumann, Nystrom, WarmStart
 from metafocus.lm import all_tokens, answer_tokens, context_tokens, lm_loss
 from metafocus.masks import MaskPolicy
 from metafocus.pes import PES, ESSingle
 from metafocus.problem import Problem, proximal
-from metafocus.recompute import recompute
 from metafocus.single_loop import BOME, F2SA, SABA, SOBA, AmIGO, StocBiO
 from metafocus.solvers import (
     SGD,
     Adagrad,
     Adam,
     AdamW,
+    Given,
     Muon,
     RMSprop,
     clip_global,

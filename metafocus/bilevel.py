@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from metafocus import tree
-from metafocus.autodiff import scalar
-from metafocus.composites import Swapped
+from metafocus.autodiff.backends import scalar
+from metafocus.autodiff.composites import Swapped
 from metafocus.errors import ProblemError
 from metafocus.estimators import Estimator
 from metafocus.levels import transforming
 from metafocus.probe import probe
 from metafocus.problem import Problem, check_finite, check_params
-from metafocus.solvers import solve_inner
+from metafocus.solvers.descent import solve_inner
 from metafocus.types import Aux, Episode, Params, Solution, Solver
 
 MetaLoss = Callable[[Params, Any], tuple[Tensor, Aux]]

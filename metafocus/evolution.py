@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metafocus import tree
-from metafocus.autodiff import replayed, scalar
+from metafocus.autodiff.backends import replayed, scalar
 from metafocus.bilevel import MetaLoss
 from metafocus.errors import NonFiniteError, ProblemError
 from metafocus.levels import transforming

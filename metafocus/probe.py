@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from metafocus import tree
-from metafocus.autodiff import scalar
+from metafocus.autodiff.backends import scalar
 from metafocus.errors import ClosureError, ProblemError
-from metafocus.given import Given
 from metafocus.levels import is_tracked, transforming
 from metafocus.problem import Problem
+from metafocus.solvers import Given
 from metafocus.types import Params, Solver
 
 

@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metafocus import tree
-from metafocus.autodiff import scalar
-from metafocus.composites import differentiable_twice
+from metafocus.autodiff.backends import scalar
+from metafocus.autodiff.composites import differentiable_twice
+from metafocus.autodiff.recompute import recompute
 from metafocus.errors import ProblemError
 from metafocus.levels import transforming
 from metafocus.probe import probe
 from metafocus.problem import Problem, check_finite, check_params
-from metafocus.recompute import recompute
-from metafocus.solvers import descend, stacked
+from metafocus.solvers.descent import descend, stacked
 from metafocus.types import Aux, InnerLoss, Params, Solver, State
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from metafocus import batch_norm, operators
+from metafocus.autodiff import batch_norm, operators
 from metafocus.measure import peak_bytes
 
 X = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from metafocus.chat import encode_chat
+from metafocus.data import encode_chat
 from metafocus.errors import DataError
 from metafocus.tokenizer import CHATML, train_tokenizer
 

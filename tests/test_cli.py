@@ -25,10 +25,11 @@ from transformers import (
 )
 
 import metafocus as mf
-from metafocus import checkpointing, stdlib_qa
+from metafocus import stdlib_qa
 from metafocus.__main__ import main
 from metafocus.cli import options
 from metafocus.data import Collator, encode_chats, read_chats
+from metafocus.lm import checkpointing
 from metafocus.training import History, evaluate
 
 TINY = "--hidden-size 64 --layers 2 --vocab-size 320".split()

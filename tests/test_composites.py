@@ -9,8 +9,8 @@ from problems import assert_close, central_difference, flat
 from torch import nn
 
 import metafocus as mf
-from metafocus import composites
-from metafocus.composites import differentiable_twice
+from metafocus.autodiff import composites
+from metafocus.autodiff.composites import differentiable_twice
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metafocus.batches import _first_fit
 from metafocus.data import Collator, collate, encode_chat, encode_chats, pack, read_chats
+from metafocus.data.batches import _first_fit
 from metafocus.errors import DataError
 from metafocus.tokenizer import train_tokenizer
 

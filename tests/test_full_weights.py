@@ -16,7 +16,7 @@ from torch.func import functional_call, grad, jvp, vmap
 import metafocus as mf
 from metafocus.adapters import bound, functions, slots
 from metafocus.errors import PlacementError, ProblemError
-from metafocus.heads import read_hidden
+from metafocus.lm.heads import read_hidden
 from metafocus.recipes import focusft
 from metafocus.recipes.focusft import focusft_problem
 

@@ -12,8 +12,9 @@ from models import build, chat_batch, relative
 from torch import nn
 
 import metafocus as mf
-from metafocus import heads, masks
-from metafocus.token_loss import Tail
+from metafocus import masks
+from metafocus.lm import heads
+from metafocus.lm.token_loss import Tail
 
 NOTHING = mf.LoRA(lambda model: ())
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from problems import F64, assert_close, flat
 
 import metafocus as mf
-from metafocus.inverse import Operator, inverse
+from metafocus.linear.inverse import Operator, inverse
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -18,8 +18,9 @@ from models import (
 )
 
 import metafocus as mf
-from metafocus import heads, masks
-from metafocus.lm import windowed
+from metafocus import masks
+from metafocus.lm import heads
+from metafocus.spans import windowed
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),

@@ -33,7 +33,7 @@ from problems import assert_close, central_difference, flat
 from torch import Tensor
 
 import metafocus as mf
-from metafocus import composites
+from metafocus.autodiff import composites
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -17,7 +17,7 @@ from problems import (
 )
 
 import metafocus as mf
-from metafocus import stepping
+from metafocus.solvers import stepping
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.func import functional_call
 
 import metafocus as mf
-from metafocus.autodiff import only_vmap
+from metafocus.autodiff.backends import only_vmap
 from metafocus.measure import peak_bytes
 
 TASKS = 5

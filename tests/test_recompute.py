@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from problems import assert_close
 
 import metafocus as mf
-from metafocus.composites import differentiable_twice
+from metafocus.autodiff.composites import differentiable_twice
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -25,9 +25,9 @@ import metafocus as mf
 from metafocus import masks
 from metafocus.errors import ProblemError
 from metafocus.lm import lm_loss
-from metafocus.prefix import fast_layers, hidden_before
+from metafocus.lm.prefix import fast_layers, hidden_before
+from metafocus.lm.sharing import Shared
 from metafocus.recipes.focusft import focusft_problem, trainable
-from metafocus.sharing import Shared
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 

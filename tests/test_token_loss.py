@@ -13,8 +13,8 @@ from torch.func import grad, hessian, jacrev, jvp, vmap
 
 import metafocus as mf
 from metafocus.levels import transforming
+from metafocus.lm.token_loss import Tail, token_loss
 from metafocus.measure import peak_bytes
-from metafocus.token_loss import Tail, token_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 

@@ -12,10 +12,10 @@ from typing import Any, NoReturn
 
 from metafocus import masks, stdlib_qa
 from metafocus.adapters import LoRA, top_layers
+from metafocus.autodiff.hvp import hvp_finite, hvp_forward
 from metafocus.errors import DataError
 from metafocus.estimators import Estimator, FirstOrder, Implicit, Unrolled
-from metafocus.hvp import hvp_finite, hvp_forward
-from metafocus.krylov import CG
+from metafocus.linear import CG
 from metafocus.solvers import SGD, clip_per_tensor
 
 MASKS = {

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metafocus import heads
 from metafocus.adapters import LoRA
 from metafocus.attention.hugging_face import attend, attention_as, make_mask, register
 from metafocus.attention.kernel import Shape
@@ -18,7 +17,7 @@ from metafocus.diagnostics.profile import AttentionProfile
 from metafocus.diagnostics.tokens import Tokens, block_size
 from metafocus.diagnostics.walking import walk_over
 from metafocus.errors import ProblemError
-from metafocus.lm import Adapter, Batch, all_tokens, lm_loss
+from metafocus.lm import Adapter, Batch, all_tokens, heads, lm_loss
 from metafocus.masks import MaskPolicy
 from metafocus.spans import Spans, windowed
 

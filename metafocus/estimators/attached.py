@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from metafocus import tree
-from metafocus.autodiff import value_and_grad
+from metafocus.autodiff.backends import value_and_grad
 from metafocus.errors import NotStationaryWarning, TransformError
 from metafocus.levels import alive, transforming
 from metafocus.problem import Problem
-from metafocus.solvers import solve_inner
+from metafocus.solvers.descent import solve_inner
 from metafocus.types import Params, Solution, Solver
 
 STATIONARY = 1e-2

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from metafocus import tree
-from metafocus.composites import Swapped
+from metafocus.autodiff.composites import Swapped
 from metafocus.problem import Problem
-from metafocus.solvers import solve_inner
+from metafocus.solvers.descent import solve_inner
 from metafocus.types import Params, Solution, Solver
 
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from metafocus import tree
-from metafocus.autodiff import fresh, replayed, vjp
-from metafocus.composites import Swapped
+from metafocus.autodiff.backends import fresh, replayed, vjp
+from metafocus.autodiff.composites import Swapped
 from metafocus.errors import ClosureError, ProblemError
 from metafocus.estimators.attached import Point, System, attach, warn_if_large
-from metafocus.inverse import Operator, inverse
 from metafocus.levels import is_tracked, refuse_nested_forward_mode, transforming
 from metafocus.linear import Identity, Neumann
+from metafocus.linear.inverse import Operator, inverse
 from metafocus.problem import Problem
 from metafocus.types import LinearSolver, MatVec, Params, Solution, Solver
 

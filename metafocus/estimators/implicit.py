@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from metafocus import tree
-from metafocus.autodiff import replayed, vjp
-from metafocus.composites import differentiable_twice
+from metafocus.autodiff.backends import replayed, vjp
+from metafocus.autodiff.composites import differentiable_twice
+from metafocus.autodiff.hvp import Taped, evaluated_for, hvp_reverse
 from metafocus.errors import ProblemError
 from metafocus.estimators.attached import (
     STATIONARY,
@@ -21,10 +22,9 @@ from metafocus.estimators.attached import (
     gradient_norm,
     warn_if_large,
 )
-from metafocus.hvp import Taped, evaluated_for, hvp_reverse
-from metafocus.inverse import Operator, inverse
-from metafocus.krylov import CG
 from metafocus.levels import refuse_nested_forward_mode, transforming
+from metafocus.linear import CG
+from metafocus.linear.inverse import Operator, inverse
 from metafocus.problem import Problem, check_params
 from metafocus.types import HVP, Episode, LinearSolver, MatVec, Params, Solution, Solver
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from metafocus import tree
-from metafocus.autodiff import replayed, value_and_grad
-from metafocus.composites import Swapped
+from metafocus.autodiff.backends import replayed, value_and_grad
+from metafocus.autodiff.composites import Swapped
 from metafocus.errors import ProblemError
 from metafocus.estimators.attached import (
     Point,
@@ -25,7 +25,8 @@ from metafocus.estimators.attached import (
 from metafocus.estimators.implicit import refuse_decay
 from metafocus.levels import forward_levels, transforming
 from metafocus.problem import Problem
-from metafocus.solvers import Given, solve_inner
+from metafocus.solvers import Given
+from metafocus.solvers.descent import solve_inner
 from metafocus.types import Params, Solution, Solver
 
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from metafocus import tree
-from metafocus.autodiff import pullback
-from metafocus.hvp import evaluated_for, hvp_reverse
+from metafocus.autodiff.backends import pullback
+from metafocus.autodiff.hvp import evaluated_for, hvp_reverse
+from metafocus.autodiff.recompute import recompute
 from metafocus.problem import Problem, detached
-from metafocus.recompute import recompute
-from metafocus.solvers import count, descend, stacked
+from metafocus.solvers.descent import count, descend, stacked
 from metafocus.types import HVP, InnerLoss, Params, Solution, Solver, State
 
 

@@ -17,10 +17,9 @@ from typing import Any, NoReturn
 from transformers import HfArgumentParser
 
 from metafocus import stdlib_qa
-from metafocus.batches import pack
 from metafocus.cli import options
 from metafocus.cli.models import model_and_tokenizer
-from metafocus.data import encode_chats, read_chats
+from metafocus.data import encode_chats, pack, read_chats
 from metafocus.errors import DataError, MetafocusError
 from metafocus.integrations import config_file
 from metafocus.integrations.hf import FocusArguments, FocusTrainer

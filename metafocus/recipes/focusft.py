@@ -15,10 +15,10 @@ from metafocus.bilevel import MetaLoss, bilevel
 from metafocus.errors import ProblemError
 from metafocus.estimators import Estimator, FirstOrder
 from metafocus.lm import Adapter, TokenPolicy, answer_tokens, lm_loss
+from metafocus.lm.sharing import Shared
 from metafocus.masks import MaskPolicy
 from metafocus.problem import Problem, as_episode
 from metafocus.recipes.per_example import PerExampleLoss, PerExampleSolver, mean_loss
-from metafocus.sharing import Shared
 from metafocus.solvers import SGD, clip_per_tensor
 from metafocus.types import Aux, Episode, Params, Solver
 

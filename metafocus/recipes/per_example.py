@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from metafocus import masks
-from metafocus.lm import IGNORED, Batch, LMLoss, Scored, TokenPolicy
+from metafocus.lm import Batch, LMLoss, TokenPolicy
+from metafocus.lm.loss import Scored
+from metafocus.lm.token_loss import IGNORED
 from metafocus.types import Params, Solver, State
 
 

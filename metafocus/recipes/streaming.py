@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from metafocus import tree
+from metafocus.autodiff.composites import Swapped
+from metafocus.autodiff.recompute import recompute
 from metafocus.bilevel import MetaLoss
-from metafocus.composites import Swapped
 from metafocus.errors import ProblemError
 from metafocus.estimators import Estimator
 from metafocus.levels import transforming
@@ -20,7 +21,6 @@ from metafocus.lm import Batch, TokenPolicy
 from metafocus.probe import probe
 from metafocus.problem import Problem, as_episode, check_finite
 from metafocus.recipes.per_example import scored_tokens
-from metafocus.recompute import recompute
 from metafocus.types import Aux, Episode, Params, Solver, State
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from metafocus import tree
-from metafocus.autodiff import scalar, value_and_grad
-from metafocus.composites import differentiable_twice
+from metafocus.autodiff.backends import scalar, value_and_grad
+from metafocus.autodiff.composites import differentiable_twice
 from metafocus.errors import NonFiniteError, ProblemError
 from metafocus.levels import transforming
 from metafocus.problem import Problem, check_params

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from metafocus import tree
+from metafocus.autodiff.hvp import hvp_reverse
 from metafocus.errors import ProblemError
-from metafocus.hvp import hvp_reverse
 from metafocus.problem import Problem, as_episode
 from metafocus.single_loop.common import (
     StepAux,

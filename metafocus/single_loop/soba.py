@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from metafocus import tree
-from metafocus.hvp import hvp_reverse
+from metafocus.autodiff.hvp import hvp_reverse
 from metafocus.problem import Problem
 from metafocus.single_loop.common import (
     StepAux,

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from models import NAMES, build_exact, chat_batch, grads
 
 import metafocus as mf
-from metafocus.chat import encode_chat
-from metafocus.data import Collator, pack
+from metafocus.data import Collator, encode_chat, pack
 from metafocus.tokenizer import CHATML, train_tokenizer
 
 pytestmark = [

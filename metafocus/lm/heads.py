@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 
 from metafocus.adapters import slots
-from metafocus.checkpointing import exact_checkpointing
+from metafocus.autodiff.recompute import recompute
 from metafocus.errors import ProblemError
 from metafocus.levels import is_batched, outside_transforms, tracing
-from metafocus.recompute import recompute
-from metafocus.token_loss import IGNORED, Tail, entropies, token_loss, wide
+from metafocus.lm.checkpointing import exact_checkpointing
+from metafocus.lm.token_loss import IGNORED, Tail, entropies, token_loss, wide
 
 Reader = Callable[[nn.Module, Tensor], Tensor]
 """`(head, hidden [B, S, D]) -> result`."""

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, cast
 
+from metafocus.data.messages import Message
 from metafocus.errors import DataError
-from metafocus.messages import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from metafocus import autodiff, composites, tree
+from metafocus import tree
+from metafocus.autodiff import backends, composites
 from metafocus.levels import alive, refuse_nested_forward_mode
 
 Pullback = Callable[[tuple[Any, ...], Any], tuple[Any, ...]]
@@ -89,7 +90,7 @@ class _Spec:
     ) -> Sequence[Tensor | None]:
         with self.ambient.again():
             if self.pullback is None:
-                return autodiff.pullback(self.flat, inputs, cotangents, wanted)
+                return backends.pullback(self.flat, inputs, cotangents, wanted)
             assert self.out_spec is not None
             args = self.rebuild(inputs)
             grads = self.pullback(args, pytree.tree_unflatten(list(cotangents), self.out_spec))
@@ -144,13 +145,13 @@ class _Recompute(torch.autograd.Function):
             for i, x in zip(chosen, xs, strict=True):
                 merged[i] = x
             outputs = spec.flat(*merged)
-            kept[:] = [autodiff.smooth(y) for y in outputs]
-            return tuple(y for y in outputs if autodiff.smooth(y))
+            kept[:] = [backends.smooth(y) for y in outputs]
+            return tuple(y for y in outputs if backends.smooth(y))
 
         with spec.ambient.again():
-            outputs, pull = autodiff.vjp(fn, *at)
+            outputs, pull = backends.vjp(fn, *at)
             zeros = tuple(torch.zeros_like(y) for y in outputs)
-            _, transpose = autodiff.vjp(pull, zeros)
+            _, transpose = backends.vjp(pull, zeros)
             (out,) = transpose(tuple(tangents[i] for i in chosen))
         found = iter(out)
         return tuple(next(found) if keep else None for keep in kept)

@@ -12,9 +12,9 @@ import warnings
 import torch
 from torch import nn
 
-from metafocus import heads
-from metafocus.lm import Batch, LMLoss
-from metafocus.prefix import fast_layers
+from metafocus.lm import heads
+from metafocus.lm.loss import Batch, LMLoss
+from metafocus.lm.prefix import fast_layers
 from metafocus.types import Params
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metafocus.linear import check, flattening
+from metafocus.linear.vectors import check, flattening
 from metafocus.types import MatVec, Params
 
 

@@ -27,11 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from metafocus.batch_norm import batch_norm
-from metafocus.errors import TransformError
-from metafocus.levels import forward_levels, transforming
-from metafocus.likelihood import cross_entropy
-from metafocus.operators import (
+from metafocus.autodiff.batch_norm import batch_norm
+from metafocus.autodiff.likelihood import cross_entropy
+from metafocus.autodiff.operators import (
     attention,
     cdist,
     embedding,
@@ -48,6 +46,8 @@ from metafocus.operators import (
     soft_margin_loss,
     weight_norm,
 )
+from metafocus.errors import TransformError
+from metafocus.levels import forward_levels, transforming
 
 
 def _no_ctc_loss(*args: Any, **kwargs: Any) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from metafocus import tree
-from metafocus.autodiff import pullback, smooth, vjp
+from metafocus.autodiff.backends import pullback, smooth, vjp
 from metafocus.levels import alive
 from metafocus.types import LinearSolver, MatVec, Params
 

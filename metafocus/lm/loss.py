@@ -11,14 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metafocus import heads, masks, prefix
+from metafocus import masks
 from metafocus.attention.hugging_face import attending, takes_spans
-from metafocus.checkpointing import exact_checkpointing
 from metafocus.errors import ProblemError
-from metafocus.inputs import check_ids, check_parts, check_spans
+from metafocus.lm import heads, prefix
+from metafocus.lm.checkpointing import exact_checkpointing
+from metafocus.lm.checks import check_ids, check_parts, check_spans
+from metafocus.lm.token_loss import IGNORED, Tail, wide
 from metafocus.masks import MaskPolicy
 from metafocus.spans import Spans, windowed
-from metafocus.token_loss import IGNORED, Tail, wide
 from metafocus.types import Params
 
 Batch = dict[str, Any]

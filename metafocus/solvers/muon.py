@@ -8,8 +8,16 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from metafocus import tree
-from metafocus.optimizers import adam_direction
-from metafocus.stepping import Clip, Rate, check_common, fraction, normalised, positive, rates
+from metafocus.solvers.optimizers import adam_direction
+from metafocus.solvers.stepping import (
+    Clip,
+    Rate,
+    check_common,
+    fraction,
+    normalised,
+    positive,
+    rates,
+)
 from metafocus.types import Params, State
 
 _ADJUST = ("original", "match_rms_adamw")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metafocus import operators
+from metafocus.autodiff import operators
 from metafocus.levels import transforming
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from metafocus.boundaries import (
+from metafocus.data.boundaries import (
     RenderedChat,
     RewrittenError,
     assistant_spans,
@@ -25,8 +25,8 @@ from metafocus.boundaries import (
     spans_from_marks,
     unused_character,
 )
+from metafocus.data.messages import Message, check_messages
 from metafocus.errors import DataError
-from metafocus.messages import Message, check_messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,7 +65,7 @@ def encode_chat(
             rewrites its history, or evidence that cannot be traced to tokens.
 
     Example:
-        >>> from metafocus.chat import encode_chat
+        >>> from metafocus.data import encode_chat
         >>> from metafocus.tokenizer import train_tokenizer
         >>> tokenizer = train_tokenizer(["a tiny text"])
         >>> chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]

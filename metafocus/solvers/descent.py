@@ -1,4 +1,4 @@
-"""The inner loop, and the names of all that it is made of."""
+"""The inner loop: steps of a solver, with or without a graph."""
 
 from __future__ import annotations
 
@@ -9,41 +9,9 @@ import torch
 from torch import Tensor
 
 from metafocus import tree
-from metafocus.autodiff import scalar, value_and_grad
-from metafocus.given import Given
-from metafocus.muon import Muon
-from metafocus.optimizers import SGD, Adagrad, Adam, AdamW, RMSprop
-from metafocus.stepping import (
-    Clip,
-    Rate,
-    clip_global,
-    clip_per_tensor,
-    per_step,
-    rates,
-    safe_sqrt,
-)
+from metafocus.autodiff.backends import scalar, value_and_grad
+from metafocus.solvers.given import Given
 from metafocus.types import InnerLoss, Params, Solution, Solver, State
-
-__all__ = [
-    "SGD",
-    "Adagrad",
-    "Adam",
-    "AdamW",
-    "Clip",
-    "Given",
-    "Muon",
-    "RMSprop",
-    "Rate",
-    "clip_global",
-    "clip_per_tensor",
-    "count",
-    "descend",
-    "per_step",
-    "rates",
-    "safe_sqrt",
-    "solve_inner",
-    "stacked",
-]
 
 
 def descend(

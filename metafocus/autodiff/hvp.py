@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from metafocus import tree
-from metafocus.autodiff import fresh, replayed, value_and_grad, vjp
-from metafocus.composites import Swapped, differentiable_twice
+from metafocus.autodiff.backends import fresh, replayed, value_and_grad, vjp
+from metafocus.autodiff.composites import Swapped, differentiable_twice
 from metafocus.levels import transforming
 from metafocus.types import HVP, Params
 

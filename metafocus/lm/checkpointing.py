@@ -17,7 +17,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 
 from metafocus.adapters import slots
 from metafocus.attention.hugging_face import attention_as
-from metafocus.recompute import recompute
+from metafocus.autodiff.recompute import recompute
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metafocus.chat import Sample
+from metafocus.data.chat import Sample
 from metafocus.errors import DataError
 
 # What a position holds that no token of the sample fills.
@@ -39,7 +39,7 @@ def collate(
 
     Example:
         >>> import torch
-        >>> from metafocus.batches import collate
+        >>> from metafocus.data import collate
         >>> sample = {"input_ids": torch.tensor([5, 6]), "turn_ids": torch.tensor([0, 1]),
         ...           "answer_mask": torch.tensor([False, True])}
         >>> collate([sample], pad_token_id=0, side="left", pad_to_multiple_of=4)["input_ids"]
@@ -149,7 +149,7 @@ def pack(samples: Sequence[Sample], length: int) -> list[Sample]:
 
     Example:
         >>> import torch
-        >>> from metafocus.batches import pack
+        >>> from metafocus.data import pack
         >>> sample = {"input_ids": torch.tensor([5, 6]), "turn_ids": torch.tensor([0, 1]),
         ...           "answer_mask": torch.tensor([False, True])}
         >>> [row["document_ids"].tolist() for row in pack([sample] * 3, 5)]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metafocus import tree
-from metafocus.stepping import (
+from metafocus.solvers.stepping import (
     Clip,
     Rate,
     check_common,

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metafocus import autodiff
+from metafocus.autodiff import backends
+from metafocus.autodiff.recompute import recompute
 from metafocus.errors import ProblemError
 from metafocus.levels import is_tracked, transforming
-from metafocus.recompute import recompute
 
 IGNORED = -100
 """The target of a position that is not scored, as everywhere in torch and transformers."""
@@ -314,7 +314,7 @@ def _second(
         at = [part, w] if b is None else [part, w, b]
         toward = [c for c in (None if into_h is None else move, *rest) if c is not None]
         # As cotangents, not as factors: is_grads_batched=True hides factors from the tape.
-        first, *others = autodiff.pullback(grads, at, toward, wanted[: len(at)])
+        first, *others = backends.pullback(grads, at, toward, wanted[: len(at)])
         if first is not None:
             into_rows.append(first)
         for i, value in enumerate(others):

@@ -1,0 +1,22 @@
+"""Linear solvers `x = solve(matvec, b)` on fast weights, with a fixed number of products.
+
+None of them looks at a value on the host, so all work under `vmap` and `torch.compile`; `Dense`
+alone raises for a singular matrix, and so looks at it.
+"""
+
+from __future__ import annotations
+
+from metafocus.linear.direct import Dense, Nystrom
+from metafocus.linear.krylov import CG, GMRES
+from metafocus.linear.series import Identity, Neumann
+from metafocus.linear.warm_start import WarmStart
+
+__all__ = [
+    "CG",
+    "GMRES",
+    "Dense",
+    "Identity",
+    "Neumann",
+    "Nystrom",
+    "WarmStart",
+]

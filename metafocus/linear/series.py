@@ -1,0 +1,70 @@
+"""The Neumann series, and its first term alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from metafocus import tree
+from metafocus.linear.vectors import check, positive
+from metafocus.types import MatVec, Params
+
+
+@dataclass(frozen=True)
+class Neumann:
+    """The first terms of the Neumann series: `x = scale * sum_(j<steps) (I - scale A)^j b`.
+
+    Converges where `|I - scale A| < 1`, that is for positive definite `A` and
+    `scale < 2 / max eigenvalue`; the error falls as `|I - scale A|^steps`. Along a singular
+    direction `x` is `steps * scale * b`; along one of negative or too large curvature it grows
+    as `|1 - scale * eigenvalue|^steps`. With `scale` the inner
+    learning rate it equals truncation to the last `steps` inner steps taken at the solution
+    (Lorraine et al., arXiv 1911.02590).
+
+    Args:
+        steps: number of terms; the products with `A` are one fewer.
+        scale: step size of the underlying fixed-point iteration.
+
+    Example:
+        >>> Neumann(3, scale=0.5)(lambda v: v, {"x": torch.tensor([8.0])})["x"]
+        tensor([7.])
+    """
+
+    steps: int
+    scale: float
+
+    def __post_init__(self) -> None:
+        check(self.steps, 0.0)
+        positive("scale", self.scale)
+
+    def __call__(self, matvec: MatVec, b: Params) -> Params:
+        """Sum the series."""
+        x = tree.scale(b, self.scale)
+        for _ in range(self.steps - 1):
+            x = tree.add(x, tree.sub(b, matvec(x)), self.scale)
+        return x
+
+
+@dataclass(frozen=True)
+class Identity:
+    """No solve at all: `x = scale * b`, as if `A` were `I / scale`.
+
+    The first term of the Neumann series. In `Implicit` this is the estimate of Luketina et al.
+    (arXiv 1511.06727) and the core of SAMA (arXiv 2310.05674); in `FixedPoint`, one-step
+    differentiation (arXiv 2305.13768). The outcome is the same for any `A`.
+
+    Args:
+        scale: the assumed inverse curvature.
+
+    Example:
+        >>> Identity(0.5)(lambda v: v, {"x": torch.tensor([8.0])})["x"]
+        tensor([4.])
+    """
+
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        positive("scale", self.scale)
+
+    def __call__(self, matvec: MatVec, b: Params) -> Params:
+        """Scale."""
+        return tree.scale(b, self.scale)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from metafocus.autodiff import batch_norm, operators
+from metafocus.autodiff.operators import batch_norm, norms
 from metafocus.measure import peak_bytes
 
 X = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -18,7 +18,7 @@ def leaves(*xs):
 
 
 def norm(x, w=None, b=None):
-    return batch_norm.batch_norm(x, None, None, w, b, training=True)
+    return batch_norm(x, None, None, w, b, training=True)
 
 
 @pytest.mark.parametrize("affine", [True, False])
@@ -37,7 +37,7 @@ def test_third_derivatives_are_those_of_the_formula():
         return torch.autograd.grad(h.sin().sum(), [x, w, b])
 
     def pieces(x, w, b):
-        return operators.batch_norm(x, None, None, w, b, training=True)
+        return norms.batch_norm(x, None, None, w, b, training=True)
 
     for ours, theirs in zip(third(norm), third(pieces), strict=True):
         # The same formula, summed in another order, three times over.
@@ -47,17 +47,17 @@ def test_third_derivatives_are_those_of_the_formula():
 def test_running_statistics_move_as_torch_moves_them():
     ours, theirs = ([torch.zeros(2).double(), torch.ones(2).double()] for _ in range(2))
     (x,) = leaves(X)
-    batch_norm.batch_norm(x, *ours, training=True, momentum=0.3).sum().backward()
+    batch_norm(x, *ours, training=True, momentum=0.3).sum().backward()
     F.batch_norm(X, *theirs, training=True, momentum=0.3)
     assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
 
 
 def test_other_types_and_fixed_statistics_are_written_out():
     half = X.bfloat16()
-    got = batch_norm.batch_norm(half, None, None, training=True)
-    assert torch.equal(got, operators.batch_norm(half, None, None, training=True))
+    got = batch_norm(half, None, None, training=True)
+    assert torch.equal(got, norms.batch_norm(half, None, None, training=True))
     mean, var = torch.zeros(2).double(), torch.ones(2).double()
-    got = batch_norm.batch_norm(X, mean, var)
+    got = batch_norm(X, mean, var)
     torch.testing.assert_close(got, F.batch_norm(X, mean, var))
 
 
@@ -67,5 +67,5 @@ def test_it_keeps_its_input_alone():
         return peak_bytes(lambda: f(x, None, None, training=True))[1] / (x.numel() * 4)
 
     # Its output, beside two numbers for each channel; the pieces keep their own results too.
-    assert graph(batch_norm.batch_norm) < 1.1
-    assert graph(operators.batch_norm) > 2
+    assert graph(batch_norm) < 1.1
+    assert graph(norms.batch_norm) > 2

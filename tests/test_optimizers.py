@@ -17,7 +17,7 @@ from problems import (
 )
 
 import metafocus as mf
-from metafocus.solvers import stepping
+from metafocus.solvers.clipping import normalised
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -264,9 +264,9 @@ def test_zero_gradients_have_finite_derivatives_of_both_orders(name, way):
 
 def test_normalised_divides_by_the_norm_or_by_the_least():
     x = torch.tensor([3.0, 4.0])
-    assert stepping.normalised(x, 1e-7).tolist() == pytest.approx([0.6, 0.8], rel=1e-15)
-    assert stepping.normalised(x * 0, 1e-7).tolist() == [0.0, 0.0]
-    jacobian = torch.func.jacrev(lambda x: stepping.normalised(x, 0.1))
+    assert normalised(x, 1e-7).tolist() == pytest.approx([0.6, 0.8], rel=1e-15)
+    assert normalised(x * 0, 1e-7).tolist() == [0.0, 0.0]
+    jacobian = torch.func.jacrev(lambda x: normalised(x, 0.1))
     assert_close(jacobian(x * 0), torch.eye(2) * 10, 1e-15)
     assert not torch.func.jacrev(jacobian)(x * 0).any()
     # The derivative of x / |x| is the projection on the complement of x, over |x|.

@@ -10,7 +10,7 @@ import torch
 from problems import FAST, SOLVERS, assert_close, flat, grads_of, maml, network, regression
 
 import metafocus as mf
-from metafocus.solvers import stepping
+from metafocus.autodiff.guarded import safe_sqrt
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -269,12 +269,10 @@ def test_an_own_clip_is_a_function():
 
 def test_safe_sqrt_is_the_root_with_derivative_zero_at_zero():
     x = torch.tensor([0.0, 4.0])
-    assert stepping.safe_sqrt(x).tolist() == [0.0, 2.0]
-    grads = torch.func.vmap(torch.func.grad(stepping.safe_sqrt))(x)
+    assert safe_sqrt(x).tolist() == [0.0, 2.0]
+    grads = torch.func.vmap(torch.func.grad(safe_sqrt))(x)
     assert grads.tolist() == [0.0, 0.25]
-    third = torch.func.vmap(torch.func.grad(torch.func.grad(torch.func.grad(stepping.safe_sqrt))))(
-        x
-    )
+    third = torch.func.vmap(torch.func.grad(torch.func.grad(torch.func.grad(safe_sqrt))))(x)
     # 3/8 x^(-5/2) = 3/256.
     assert third[0] == 0 and abs(third[1] - 3 / 256) < 1e-16
 

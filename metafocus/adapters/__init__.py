@@ -8,6 +8,7 @@ from metafocus.adapters.placement import Placement as Placement
 from metafocus.adapters.placement import all_linear as all_linear
 from metafocus.adapters.placement import matching as matching
 from metafocus.adapters.placement import top_layers as top_layers
+from metafocus.adapters.protocol import Adapter as Adapter
 from metafocus.adapters.slots import bound as bound
 from metafocus.adapters.slots import functions as functions
 from metafocus.adapters.slots import rebind as rebind

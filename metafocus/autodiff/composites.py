@@ -27,11 +27,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from metafocus.autodiff.batch_norm import batch_norm
-from metafocus.autodiff.likelihood import cross_entropy
 from metafocus.autodiff.operators import (
     attention,
+    batch_norm,
     cdist,
+    cross_entropy,
     embedding,
     group_norm,
     hardsigmoid,

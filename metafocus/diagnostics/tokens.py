@@ -10,6 +10,7 @@ from torch import Tensor
 from metafocus import masks
 from metafocus.errors import DataError
 from metafocus.lm import Batch, all_tokens, answer_tokens
+from metafocus.masks.batch import take
 
 SINKS = (1, 4)
 """How many first tokens of a document count as the sink."""
@@ -49,7 +50,7 @@ class Tokens:
             ProblemError: Without `answer_mask`.
             DataError: If `needle_mask` has another shape than `input_ids`.
         """
-        masks.take(batch, "input_ids", "a profile")
+        take(batch, "input_ids", "a profile")
         valid = all_tokens(batch)
         answer = answer_tokens(batch) & valid
         position = masks.positions(batch)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from metafocus.autodiff.guarded import safe_divide, safe_sqrt
 from metafocus.linear.vectors import check, flattening
 from metafocus.types import MatVec, Params
 
@@ -99,8 +100,8 @@ class GMRES:
         """Build the Krylov basis, rotate its Hessenberg matrix to a triangle, solve."""
         flat, unflat = flattening(b)
         right = flat(b)
-        length = _root(right @ right)
-        basis = [_divided(right, length)]
+        length = safe_sqrt(right @ right)
+        basis = [safe_divide(right, length)]
         live = length > 0
         triangle: list[Tensor] = []
         rotations: list[tuple[Tensor, Tensor]] = []
@@ -111,7 +112,7 @@ class GMRES:
             image = flat(matvec(unflat(basis[-1]))) + self.damping * basis[-1]
             # A dead basis vector is zero; so is its image, unless matvec is not linear.
             image = torch.where(live, image, 0.0)
-            size = _root(image @ image)
+            size = safe_sqrt(image @ image)
             largest = torch.maximum(largest, size)
             known = torch.stack(basis)
             # Gram-Schmidt twice is orthogonal to rounding.
@@ -120,19 +121,19 @@ class GMRES:
             second = known @ image
             image = image - second @ known
             column = list((first + second).unbind())
-            below = _root(image @ image)
+            below = safe_sqrt(image @ image)
             live = live & (below > tiny * largest)
             below = torch.where(live, below, 0.0)
-            basis.append(torch.where(live, _divided(image, below), 0.0))
+            basis.append(torch.where(live, safe_divide(image, below), 0.0))
             for i, (cosine, sine) in enumerate(rotations):
                 upper, lower = column[i], column[i + 1]
                 column[i] = cosine * upper + sine * lower
                 column[i + 1] = cosine * lower - sine * upper
-            pivot = _root(column[-1] ** 2 + below**2)
+            pivot = safe_sqrt(column[-1] ** 2 + below**2)
             # No pivot: this vector cannot lower the residual, and is left out.
             used = pivot > tiny * largest
-            cosine = torch.where(used, _divided(column[-1], pivot), 1.0)
-            sine = torch.where(used, _divided(below, pivot), 0.0)
+            cosine = torch.where(used, safe_divide(column[-1], pivot), 1.0)
+            sine = torch.where(used, safe_divide(below, pivot), 0.0)
             rotations.append((cosine, sine))
             column[-1] = torch.where(used, pivot, 0.0)
             triangle.append(torch.stack(column))
@@ -143,17 +144,5 @@ class GMRES:
             value = rest[j]
             for i, weight in enumerate(reversed(weights)):
                 value = value - triangle[j + 1 + i][j] * weight
-            weights.append(_divided(value, triangle[j][j]))
+            weights.append(safe_divide(value, triangle[j][j]))
         return unflat(torch.stack(weights[::-1]) @ torch.stack(basis[: len(weights)]))
-
-
-def _root(square: Tensor) -> Tensor:
-    """Return the square root, with the derivative 0 at 0."""
-    positive = square > 0
-    return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)
-
-
-def _divided(x: Tensor, by: Tensor) -> Tensor:
-    """Return `x / by`, and 0 where `by` is 0, with derivatives that are finite there."""
-    nonzero = by != 0
-    return torch.where(nonzero, x / torch.where(nonzero, by, 1.0), 0.0)

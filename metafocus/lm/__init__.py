@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-from metafocus.lm.loss import (
-    Adapter,
-    Batch,
-    LMLoss,
-    TokenPolicy,
-    all_tokens,
-    answer_tokens,
-    context_tokens,
-    lm_loss,
-)
+from metafocus.adapters.protocol import Adapter
+from metafocus.lm.loss import LMLoss, lm_loss
+from metafocus.lm.tokens import Batch, TokenPolicy, all_tokens, answer_tokens, context_tokens
 
 __all__ = [
     "Adapter",

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metafocus import masks
 from metafocus.errors import DataError, ProblemError
+from metafocus.masks.batch import refuse
 from metafocus.spans import Spans
 
 
@@ -68,7 +68,7 @@ def check_ids(model: nn.Module, ids: Tensor) -> None:
     embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)()
     rows = getattr(embeddings, "num_embeddings", None)
     if rows is not None and not ids.is_cuda:
-        masks.refuse(
+        refuse(
             ((ids < 0) | (ids >= rows)).any(-1),
             f"input_ids has tokens outside of 0 to {rows - 1}, the embeddings of the model; encode "
             "with the model's own tokenizer (-100 belongs into labels only)",

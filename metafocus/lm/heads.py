@@ -21,7 +21,8 @@ from metafocus.autodiff.recompute import recompute
 from metafocus.errors import ProblemError
 from metafocus.levels import is_batched, outside_transforms, tracing
 from metafocus.lm.checkpointing import exact_checkpointing
-from metafocus.lm.token_loss import IGNORED, Tail, entropies, token_loss, wide
+from metafocus.lm.chunk import IGNORED, Tail, entropies, wide
+from metafocus.lm.token_loss import token_loss
 
 Reader = Callable[[nn.Module, Tensor], Tensor]
 """`(head, hidden [B, S, D]) -> result`."""

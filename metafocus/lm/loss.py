@@ -3,63 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metafocus import masks
+from metafocus.adapters.protocol import Adapter
 from metafocus.attention.hugging_face import attending, takes_spans
 from metafocus.errors import ProblemError
 from metafocus.lm import heads, prefix
 from metafocus.lm.checkpointing import exact_checkpointing
 from metafocus.lm.checks import check_ids, check_parts, check_spans
-from metafocus.lm.token_loss import IGNORED, Tail, wide
+from metafocus.lm.chunk import IGNORED, Tail, wide
+from metafocus.lm.tokens import Batch, TokenPolicy, answer_tokens
 from metafocus.masks import MaskPolicy
 from metafocus.spans import Spans, windowed
 from metafocus.types import Params
-
-Batch = dict[str, Any]
-"""`input_ids`, `attention_mask`, `answer_mask`, `turn_ids`: each `[B, S]`; see `data.collate`."""
-
-TokenPolicy = Callable[[Batch], Tensor]
-"""`batch -> [B, S]` boolean: which tokens are predicted and scored."""
-
-
-class Adapter(Protocol):
-    """What fast weights are and how a model sees them: `LoRA` is one."""
-
-    def init(self, model: nn.Module, generator: torch.Generator | None = None) -> Params:
-        """Return fresh fast weights."""
-        ...
-
-    def bind(self, model: nn.Module, fast: Mapping[str, Tensor]) -> Any:
-        """Return a context manager inside which the model sees the fast weights."""
-        ...
-
-
-def answer_tokens(batch: Batch) -> Tensor:
-    """Score the tokens of trained answers: the official FocuSFT, and plain fine-tuning."""
-    if "answer_mask" not in batch:
-        raise ProblemError(
-            "answer_tokens needs batch['answer_mask'] ([B, S] bool); the batch has "
-            f"{sorted(batch)}. metafocus.data.collate makes it."
-        )
-    return masks.take(batch, "answer_mask", "answer_tokens")
-
-
-def context_tokens(batch: Batch) -> Tensor:
-    """Score the tokens that are no answers: adaptation on the context alone."""
-    return all_tokens(batch) & ~answer_tokens(batch)
-
-
-def all_tokens(batch: Batch) -> Tensor:
-    """Score every token that is not padding."""
-    mask = batch.get("attention_mask")
-    return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
 
 
 class Scored(NamedTuple):

@@ -7,50 +7,17 @@ recomputed for a derivative; a compiler sees plain operators.
 
 from __future__ import annotations
 
-import contextlib
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from metafocus.autodiff import backends
 from metafocus.autodiff.recompute import recompute
 from metafocus.errors import ProblemError
 from metafocus.levels import is_tracked, transforming
-
-IGNORED = -100
-"""The target of a position that is not scored, as everywhere in torch and transformers."""
-
-
-@dataclass(frozen=True)
-class Tail:
-    """What a model does to the output of its head: `softcap * tanh(scale * x / softcap)`.
-
-    Args:
-        scale: factor of the logits (Cohere, Granite).
-        softcap: bound of their absolute value (Gemma), or None.
-
-    Example:
-        >>> Tail(scale=2.0)(torch.tensor([1.0, 3.0]))
-        tensor([2., 6.])
-    """
-
-    scale: float = 1.0
-    softcap: float | None = None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return the logits."""
-        x = x if self.scale == 1 else x * self.scale
-        return x if self.softcap is None else self.softcap * torch.tanh(x / self.softcap)
-
-    def slope(self, logits: Tensor) -> Tensor | float:
-        """Return the derivative, from the value that `__call__` returned."""
-        return (
-            self.scale if self.softcap is None else self.scale * (1 - (logits / self.softcap) ** 2)
-        )
+from metafocus.lm.chunk import Tail, chunk_grads, chunk_loss, no_autocast
+from metafocus.lm.taped import sweep, taped
 
 
 def token_loss(
@@ -59,7 +26,7 @@ def token_loss(
     targets: Tensor,
     *,
     bias: Tensor | None = None,
-    tail: Tail = Tail(),
+    tail: Tail = Tail(),  # noqa: B008 - frozen, so it can be shared
     chunk: int | None = None,
 ) -> Tensor:
     """Return the sum of the cross entropies of a linear head, in memory `O(chunk * V)`.
@@ -97,14 +64,14 @@ def token_loss(
         low = torch.get_autocast_dtype(kind)
         hidden, weight = (_cast(x, low) for x in (hidden, weight))
         bias = None if bias is None else _cast(bias, low)
-    with _no_autocast(kind):
+    with no_autocast(kind):
         if transforming():
             return _recomputed(tail, rows, hidden, weight, bias, targets)
         inputs = (hidden, weight, bias)
         wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
         if any(wanted):
-            return _Taped.apply(tail, rows, wanted, *inputs, targets)[0]  # pyright: ignore
-        return _sweep(tail, rows, wanted, *inputs, targets)[0]
+            return taped(tail, rows, wanted, inputs, targets)
+        return sweep(tail, rows, wanted, *inputs, targets)[0]
 
 
 def _check(
@@ -136,64 +103,17 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == torch.float64 else x.to(dtype)
 
 
-def _no_autocast(kind: str) -> contextlib.AbstractContextManager[Any]:
-    on = torch.is_autocast_enabled(kind)
-    return torch.autocast(kind, enabled=False) if on else contextlib.nullcontext()
-
-
-def wide(x: Tensor) -> Tensor:
-    """Return `x` in the type of softmax statistics: float32, or float64 if it has that."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-# One chunk as plain operators; each is differentiable, in any mode.
-
-
-def entropies(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the sum of the cross entropies of wide logits, 0 where the target is -100."""
-    kept = targets != IGNORED
-    index = torch.where(kept, targets, 0).unsqueeze(-1)
-    losses = logits.logsumexp(-1) - logits.gather(-1, index).squeeze(-1)
-    return torch.where(kept, losses, 0).sum()
-
-
-def _loss(tail: Tail, h: Tensor, w: Tensor, b: Tensor | None, y: Tensor) -> Tensor:
-    return entropies(tail(wide(F.linear(h, w, b))), y)
-
-
-def _residual(logits: Tensor, y: Tensor) -> Tensor:
-    """Return the gradient by the logits: softmax minus one-hot, 0 where not scored."""
-    kept = (y != IGNORED).unsqueeze(-1)
-    index = torch.where(kept, y.unsqueeze(-1), 0)
-    # Not scatter_add: its in-place form cannot take a batch into a tensor without one.
-    hit = index == torch.arange(logits.shape[-1], device=y.device)
-    return torch.where(kept, logits.softmax(-1) - hit.to(logits.dtype), 0)
-
-
-def _grads(
-    tail: Tail, wanted: list[bool], h: Tensor, w: Tensor, b: Tensor | None, y: Tensor, g: Tensor
-) -> list[Tensor]:
-    """Return the gradients that are wanted, times `g`."""
-    logits = tail(wide(F.linear(h, w, b)))
-    r = (g * tail.slope(logits) * _residual(logits, y)).to(w.dtype)
-    parts = (lambda: r @ w, lambda: r.mT @ h, lambda: r.sum(0))
-    return [part() for part, wants in zip(parts, wanted, strict=True) if wants]
-
-
-# The form for function transforms.
-
-
 def _recomputed(tail: Tail, rows: int, h: Tensor, w: Tensor, b: Tensor | None, y: Tensor) -> Tensor:
     chunks = zip(h.split(rows), y.split(rows), strict=True)
     if torch.compiler.is_compiling():
-        return _total([_loss(tail, part, w, b, target) for part, target in chunks])
+        return _total([chunk_loss(tail, part, w, b, target) for part, target in chunks])
     wanted = [x is not None and is_tracked(x) for x in (h, w, b)]
 
     def pullback(args: tuple[Any, ...], cotangent: Tensor) -> tuple[Any, ...]:
-        found = iter(recompute(partial(_grads, tail, wanted), *args, cotangent))
+        found = iter(recompute(partial(chunk_grads, tail, wanted), *args, cotangent))
         return *(next(found) if wants else None for wants in wanted), None
 
-    loss = partial(_loss, tail)
+    loss = partial(chunk_loss, tail)
     return _total(
         [recompute(loss, part, w, b, target, pullback=pullback) for part, target in chunks]
     )
@@ -201,123 +121,3 @@ def _recomputed(tail: Tail, rows: int, h: Tensor, w: Tensor, b: Tensor | None, y
 
 def _total(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
-
-
-# The form for the tape.
-
-
-def _sweep(
-    tail: Tail,
-    rows: int,
-    wanted: list[bool],
-    h: Tensor,
-    w: Tensor,
-    b: Tensor | None,
-    y: Tensor,
-) -> tuple[Tensor, list[Tensor | None]]:
-    """Return the loss and its gradients by `h`, `w`, `b`, None where not wanted; no graph."""
-    total = wide(h.new_zeros(()))
-    dh = torch.empty_like(h) if wanted[0] else None
-    # Sums over chunks in the wide type: bfloat16 would lose what each chunk adds.
-    dw = wide(torch.zeros_like(w)) if wanted[1] else None
-    db = wide(w.new_zeros(len(w))) if wanted[2] else None
-    start = 0
-    for part, target in zip(h.split(rows), y.split(rows), strict=True):
-        z = wide(F.linear(part, w, b))
-        if tail.scale != 1:
-            z = z.mul_(tail.scale)
-        if tail.softcap is not None:
-            z = z.div_(tail.softcap).tanh_().mul_(tail.softcap)
-        kept = target != IGNORED
-        index = torch.where(kept, target, 0).unsqueeze(-1)
-        # The largest probability is the inverse of the norm: cheaper than a logsumexp beside it.
-        p = z.softmax(-1)
-        norm = z.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()
-        total += torch.where(kept.unsqueeze(-1), norm - z.gather(-1, index), 0).sum()
-        if not any(wanted):
-            continue
-        slope = tail.slope(z)
-        p.scatter_add_(-1, index, -torch.ones_like(norm))
-        p = p.mul_(slope).masked_fill_(~kept.unsqueeze(-1), 0)
-        r = p.to(w.dtype)
-        stop = start + len(part)
-        if dh is not None:
-            torch.mm(r, w, out=dh[start:stop])
-        if dw is not None:
-            dw.addmm_(r.mT, part) if dw.dtype == w.dtype else dw.add_(r.mT @ part)
-        if db is not None:
-            db += p.sum(0)
-        start = stop
-        # Before the next chunk's.
-        del z, p, r
-    return total, [dh, *(None if x is None else x.to(w.dtype) for x in (dw, db))]
-
-
-class _Taped(torch.autograd.Function):
-    """The loss, and as further outputs its gradients.
-
-    As outputs they carry their own derivative: a backward pass with `create_graph` multiplies
-    them with the cotangent of the loss, and so sends their cotangent here.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        tail: Tail,
-        rows: int,
-        wanted: list[bool],
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-    ) -> tuple[Tensor | None, ...]:
-        ctx.tail, ctx.rows, ctx.wanted = tail, rows, wanted
-        loss, grads = _sweep(tail, rows, wanted, hidden, weight, bias, targets)
-        ctx.save_for_backward(hidden, weight, bias, targets, *grads)
-        ctx.set_materialize_grads(False)
-        return loss, *grads
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
-        hidden, weight, bias, targets, *grads = ctx.saved_tensors
-        g, *into_grads = cotangents
-        found = [None if d is None or g is None else g * d for d in grads]
-        if any(c is not None for c in into_grads):
-            inputs = (hidden, weight, bias)
-            with _no_autocast(hidden.device.type):
-                more = _second(ctx.tail, ctx.rows, ctx.wanted, inputs, targets, into_grads)
-            found = [b if a is None else a + b for a, b in zip(found, more, strict=True)]
-        return None, None, None, *found, None
-
-
-def _second(
-    tail: Tail,
-    rows: int,
-    wanted: list[bool],
-    inputs: tuple[Tensor, Tensor, Tensor | None],
-    targets: Tensor,
-    cotangents: list[Tensor | None],
-) -> list[Tensor | None]:
-    """Return the Hessian of the loss times the cotangents of its gradients."""
-    h, w, b = inputs
-    into_h, *rest = cotangents
-    asked = [c is not None for c in cotangents]
-    one = wide(h.new_ones(()))
-    into_w: list[Tensor | None] = [None, None]
-    into_rows: list[Tensor] = []
-    moves = h.split(rows) if into_h is None else into_h.split(rows)
-    for part, move, target in zip(h.split(rows), moves, targets.split(rows), strict=True):
-
-        def grads(*xs: Tensor, target: Tensor = target) -> list[Tensor]:
-            return _grads(tail, asked, xs[0], xs[1], xs[2] if len(xs) > 2 else None, target, one)
-
-        at = [part, w] if b is None else [part, w, b]
-        toward = [c for c in (None if into_h is None else move, *rest) if c is not None]
-        # As cotangents, not as factors: is_grads_batched=True hides factors from the tape.
-        first, *others = backends.pullback(grads, at, toward, wanted[: len(at)])
-        if first is not None:
-            into_rows.append(first)
-        for i, value in enumerate(others):
-            old = into_w[i]
-            into_w[i] = value if old is None or value is None else old + value
-    return [torch.cat(into_rows) if into_rows else None, *into_w]

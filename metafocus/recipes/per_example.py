@@ -17,8 +17,8 @@ from torch import Tensor
 
 from metafocus import masks
 from metafocus.lm import Batch, LMLoss, TokenPolicy
+from metafocus.lm.chunk import IGNORED
 from metafocus.lm.loss import Scored
-from metafocus.lm.token_loss import IGNORED
 from metafocus.types import Params, Solver, State
 
 

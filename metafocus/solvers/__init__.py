@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from metafocus.solvers.adam import Adam, AdamW
+from metafocus.solvers.adaptive import Adagrad, RMSprop
+from metafocus.solvers.clipping import Clip, clip_global, clip_per_tensor
 from metafocus.solvers.given import Given
 from metafocus.solvers.muon import Muon
-from metafocus.solvers.optimizers import SGD, Adagrad, Adam, AdamW, RMSprop
-from metafocus.solvers.stepping import Clip, Rate, clip_global, clip_per_tensor, per_step
+from metafocus.solvers.rates import Rate, per_step
+from metafocus.solvers.sgd import SGD
 
 __all__ = [
     "SGD",

@@ -8,16 +8,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from metafocus import tree
-from metafocus.solvers.optimizers import adam_direction
-from metafocus.solvers.stepping import (
-    Clip,
-    Rate,
-    check_common,
-    fraction,
-    normalised,
-    positive,
-    rates,
-)
+from metafocus.solvers.adam import adam_direction
+from metafocus.solvers.checks import check_common, fraction, positive
+from metafocus.solvers.clipping import Clip, normalised
+from metafocus.solvers.rates import Rate, rates
 from metafocus.types import Params, State
 
 _ADJUST = ("original", "match_rms_adamw")

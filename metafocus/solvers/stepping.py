@@ -1,170 +1,28 @@
-"""What inner optimisers share: learning rates, clipping, roots with derivatives at zero, checks."""
+"""What a step is made of: gradients with a coupled decay, and moves along a direction."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from metafocus import tree
-from metafocus.errors import ProblemError
+from metafocus.solvers.clipping import Clip
 from metafocus.types import Params
 
 
-@dataclass(frozen=True)
-class per_step:
-    """A learning rate that depends on the number of the inner step: schedules and MAML++.
-
-    `lr_t = fn(outer, t)` for `t = 0, 1, ..., steps - 1`; the same `t` when a step is rebuilt in
-    a backward pass or belongs to the tail of a truncated unroll.
-
-    Args:
-        fn: `(outer, step) -> rate`: a number, a scalar tensor, or one for each fast weight (a
-            number, or a tensor that broadcasts against it).
-
-    Raises:
-        ProblemError: at that step, if `fn` indexes a table that is too short.
-
-    Example:
-        >>> warm_up = SGD(per_step(lambda outer, t: 0.1 * min(1.0, (t + 1) / 3)), steps=5)
-        >>> learned = SGD(per_step(lambda outer, t: outer["lr"][t]), steps=5)
-
-    How to train your MAML (arXiv 1810.09502, section 4) learns one rate per layer and step:
-    `per_step(lambda outer, t: {k: outer["lr"][i, t] for i, k in enumerate(names)})`.
-    """
-
-    fn: Callable[[Params, int], float | Tensor | Params]
-
-    def at(self, outer: Params, step: int) -> Any:
-        """Return the rate of step number `step`, counted from 0."""
-        try:
-            return self.fn(outer, step)
-        except IndexError as error:
-            raise ProblemError(
-                f"lr has no entry for inner step {step} (counted from 0): {error}. Give it one "
-                "entry for each of the solver's steps, or take fewer steps."
-            ) from error
+def coupled(grads: Params, params: Params, clip: Clip | None, weight_decay: float) -> Params:
+    """Return the clipped gradients of `loss + weight_decay / 2 |p|^2`, the decay not clipped."""
+    if clip is not None:
+        grads = clip(grads)
+    return tree.add(grads, params, weight_decay) if weight_decay else grads
 
 
-Rate = float | Callable[[Params], Tensor | Params] | per_step
-"""A learning rate: a number, a function of the outer parameters, or `per_step(fn)`."""
-
-Clip = Callable[[Params], Params]
-
-
-def rates(lr: Rate, outer: Params, params: Params, step: int) -> dict[str, Any]:
-    """Return the learning rate of every fast weight at one step.
-
-    Raises:
-        ProblemError: if `lr` gives neither a scalar nor a dict with every fast weight, or a
-            tensor that does not broadcast against its fast weight.
-    """
-    if isinstance(lr, per_step):
-        value = lr.at(outer, step)
-    else:
-        value = lr(outer) if callable(lr) else lr
-    if not isinstance(value, dict):
-        if isinstance(value, Tensor) and value.ndim:
-            raise ProblemError(
-                f"lr(outer) must return a scalar or a dict of rates, got shape "
-                f"{list(value.shape)}. One rate per step: "
-                "mf.per_step(lambda outer, step: outer[name][step])."
-            )
-        return dict.fromkeys(params, value)
-    if set(value) != set(params):
-        odd = sorted(set(value) ^ set(params))
-        raise ProblemError(
-            f"lr(outer) must return one rate for each fast weight; {odd[0]!r} is on one side "
-            f"only. Fast weights: {sorted(params)}."
-        )
-    for k, v in value.items():
-        if isinstance(v, Tensor) and not _broadcasts(v.shape, params[k].shape):
-            raise ProblemError(
-                f"lr(outer)[{k!r}] has shape {list(v.shape)}, which does not broadcast to its "
-                f"fast weight of shape {list(params[k].shape)}. A table with one row per step "
-                "wants mf.per_step."
-            )
-    return value
+def all_moved(a: Params, by: float, b: Params) -> Params:
+    """Return `a + by * b` of all fast weights."""
+    return {k: moved(a[k], by, b[k]) for k in a}
 
 
-def _broadcasts(small: torch.Size, large: torch.Size) -> bool:
-    pairs = zip(reversed(small), reversed(large), strict=False)
-    return len(small) <= len(large) and all(a in (1, b) for a, b in pairs)
-
-
-@dataclass(frozen=True)
-class clip_per_tensor:
-    """Scale each gradient tensor to a norm of at most `limit`: `g * min(1, limit / |g|)`."""
-
-    limit: float
-
-    def __post_init__(self) -> None:
-        positive("limit", self.limit)
-
-    def __call__(self, grads: Params) -> Params:
-        """Clip."""
-        return {k: g * _shrink((g * g).sum(), self.limit) for k, g in grads.items()}
-
-
-@dataclass(frozen=True)
-class clip_global:
-    """Scale all gradients together to a norm of at most `limit`."""
-
-    limit: float
-
-    def __post_init__(self) -> None:
-        positive("limit", self.limit)
-
-    def __call__(self, grads: Params) -> Params:
-        """Clip."""
-        return tree.scale(grads, _shrink(tree.dot(grads, grads), self.limit))
-
-
-def _shrink(square: Tensor, limit: float) -> Tensor:
-    # On squares and with a guarded square root, so that a zero gradient has derivatives of every
-    # order; the plain form is 0 * inf there.
-    active = square > limit * limit
-    return torch.where(active, limit * torch.rsqrt(torch.where(active, square, 1.0)), 1.0)
-
-
-def normalised(x: Tensor, eps: float) -> Tensor:
-    """Return `x / max(|x|, eps)`, with derivatives of every order also at zero."""
-    return x * (_shrink((x * x).sum(), eps) / eps)
-
-
-def safe_sqrt(x: Tensor) -> Tensor:
-    """Return the square root with the derivative 0 at 0."""
-    positive = x > 0
-    return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
-
-
-def check_common(lr: Rate, steps: int, weight_decay: float) -> None:
-    """Raise for an argument of every optimiser that is out of its range."""
-    if not callable(lr) and not isinstance(lr, per_step) and not lr >= 0:
-        raise ValueError(
-            f"lr must be a number >= 0 or a function of the outer parameters, got {lr}."
-        )
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-        raise ValueError(f"steps must be an integer >= 0 (0: no adaptation), got {steps!r}.")
-    not_negative("weight_decay", weight_decay)
-
-
-def not_negative(name: str, value: float) -> None:
-    """Raise unless `value >= 0`."""
-    if not value >= 0:
-        raise ValueError(f"{name} must be >= 0, got {value}.")
-
-
-def positive(name: str, value: float) -> None:
-    """Raise unless `value > 0`."""
-    if not value > 0:
-        raise ValueError(f"{name} must be positive, got {value}.")
-
-
-def fraction(name: str, value: float) -> None:
-    """Raise unless `0 <= value < 1`."""
-    if not 0 <= value < 1:
-        raise ValueError(f"{name} must be in [0, 1), got {value}.")
+def moved(a: Tensor, by: float | Tensor, b: Tensor) -> Tensor:
+    """Return `a + by * b` of one fast weight."""
+    # One kernel and one node of the graph; a learned rate is a tensor and needs two.
+    return a + by * b if isinstance(by, Tensor) else torch.add(a, b, alpha=by)

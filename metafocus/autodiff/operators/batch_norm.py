@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metafocus.autodiff import operators
+from metafocus.autodiff.operators import norms
 from metafocus.levels import transforming
 
 
@@ -33,7 +33,7 @@ def batch_norm(
     single = input.dtype in (torch.float32, torch.float64)
     alike = all(x is None or x.dtype == input.dtype for x in (weight, bias, running_mean))
     if not (training and single and alike) or transforming():
-        return operators.batch_norm(
+        return norms.batch_norm(
             input, running_mean, running_var, weight, bias, training, momentum, eps
         )
     return _Norm.apply(input, weight, bias, (running_mean, running_var, True, momentum, eps))

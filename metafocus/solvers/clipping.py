@@ -1,0 +1,56 @@
+"""Gradients scaled to a largest norm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from metafocus import tree
+from metafocus.solvers.checks import positive
+from metafocus.types import Params
+
+Clip = Callable[[Params], Params]
+
+
+@dataclass(frozen=True)
+class clip_per_tensor:
+    """Scale each gradient tensor to a norm of at most `limit`: `g * min(1, limit / |g|)`."""
+
+    limit: float
+
+    def __post_init__(self) -> None:
+        positive("limit", self.limit)
+
+    def __call__(self, grads: Params) -> Params:
+        """Clip."""
+        return {k: g * shrink((g * g).sum(), self.limit) for k, g in grads.items()}
+
+
+@dataclass(frozen=True)
+class clip_global:
+    """Scale all gradients together to a norm of at most `limit`."""
+
+    limit: float
+
+    def __post_init__(self) -> None:
+        positive("limit", self.limit)
+
+    def __call__(self, grads: Params) -> Params:
+        """Clip."""
+        return tree.scale(grads, shrink(tree.dot(grads, grads), self.limit))
+
+
+def shrink(square: Tensor, limit: float) -> Tensor:
+    """Return `min(1, limit / norm)` from the square of a norm."""
+    # On squares and with a guarded square root, so that a zero gradient has derivatives of every
+    # order; the plain form is 0 * inf there.
+    active = square > limit * limit
+    return torch.where(active, limit * torch.rsqrt(torch.where(active, square, 1.0)), 1.0)
+
+
+def normalised(x: Tensor, eps: float) -> Tensor:
+    """Return `x / max(|x|, eps)`, with derivatives of every order also at zero."""
+    return x * (shrink((x * x).sum(), eps) / eps)

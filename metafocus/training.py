@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from metafocus.adapters import LoRA
+from metafocus.adapters.placement import nowhere
 from metafocus.bilevel import MetaLoss
-from metafocus.data import Collator
+from metafocus.data import Collator, Sample
 from metafocus.errors import NonFiniteError
 from metafocus.lm import Batch, lm_loss
 from metafocus.masks import MaskPolicy, positions
 from metafocus.types import Episode
-
-Sample = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,7 @@ def evaluate(
 
     Nothing is adapted, so no label can leak.
     """
-    loss = lm_loss(model, adapter=LoRA(nothing), mask=mask)
+    loss = lm_loss(model, adapter=LoRA(nowhere), mask=mask)
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
@@ -172,11 +171,6 @@ def evaluate(
         count += tokens
     model.train(was_training)
     return total / max(count, 1)
-
-
-def nothing(model: nn.Module) -> tuple[str, ...]:
-    """Place no fast weights."""
-    return ()
 
 
 def batches(size: int, batch_size: int, seed: int) -> Iterator[list[int]]:
@@ -202,4 +196,4 @@ def plain_sft(model: nn.Module, mask: MaskPolicy) -> MetaLoss:
     """Return ordinary supervised fine-tuning as a meta-loss: FocuSFT without fast weights."""
     from metafocus.recipes import focusft
 
-    return focusft(model, adapter=LoRA(nothing), mask=mask)
+    return focusft(model, adapter=LoRA(nowhere), mask=mask)

@@ -27,10 +27,10 @@ from transformers import (
 import metafocus as mf
 from metafocus import stdlib_qa
 from metafocus.__main__ import main
-from metafocus.cli import options
 from metafocus.data import Collator, encode_chats, read_chats
 from metafocus.lm import checkpointing
 from metafocus.training import History, evaluate
+from metafocus.words import ESTIMATORS, MASKS
 
 TINY = "--hidden-size 64 --layers 2 --vocab-size 320".split()
 SHORT = "--max-length 64 --steps 3 --batch-size 2 --lr 3e-3 --rank 2 --layer-fraction 0.5".split()
@@ -280,7 +280,7 @@ def test_steps_and_epochs(tmp_path, chats):
     assert len(found["history"]["loss"]) == 9
 
 
-@pytest.mark.parametrize("mask", options.MASKS)
+@pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("method", ["sft", "focusft"])
 def test_masks(tmp_path, chats, method, mask):
     words = SHORT if method == "focusft" else SFT
@@ -294,7 +294,7 @@ def test_masks(tmp_path, chats, method, mask):
 def test_estimators(tmp_path, chats, first):
     found = {
         word: train(chats, tmp_path / word, "--estimator", word)["history"]
-        for word in options.ESTIMATORS
+        for word in ESTIMATORS
         if word != "implicit-cg"
     }
     with pytest.warns(mf.errors.NotStationaryWarning):

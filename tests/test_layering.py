@@ -38,7 +38,7 @@ LAST = len(ENGINE) - 1
 # What every part may know of the engine: its errors, and which transforms are active.
 SHARED = {"errors", "levels"}
 PARTS = {"adapters", "masks", "spans", "attention"}
-TOP = {"__main__", "cli", "integrations"}
+TOP = {"__main__", "cli", "integrations", "words"}
 HEAVY = {"transformers", "peft", "accelerate", "safetensors", "rich", "matplotlib"}
 
 FILES = sorted(ROOT.rglob("*.py"))

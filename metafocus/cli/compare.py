@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from metafocus import stdlib_qa
-from metafocus.cli import options
+from metafocus import stdlib_qa, words
+from metafocus.cli import chats, options
 from metafocus.cli.models import model_and_tokenizer
 from metafocus.cli.saving import saving
 from metafocus.compare import compare
-from metafocus.data import Collator, encode_chats, read_chats
+from metafocus.data import Collator, encode_chats
 from metafocus.errors import DataError
 from metafocus.recipes.focusft import focusft_problem, trainable
 from metafocus.types import Episode
@@ -59,23 +59,21 @@ def run(args: argparse.Namespace) -> None:
         smaller = QUICK if args.model else QUICK | QUICK_MODEL
         vars(args).update({k: v for k, v in smaller.items() if k not in args.given})
     directory = options.directory(args.output) if args.output else None
-    words = [word.strip() for word in args.estimators.split(",") if word.strip()]
-    estimators = {
-        word: options.choice(options.ESTIMATORS, word, "--estimators")() for word in words
-    }
+    named = [word.strip() for word in args.estimators.split(",") if word.strip()]
+    estimators = {word: words.choice(words.ESTIMATORS, word, "--estimators")() for word in named}
     if not estimators:
-        raise DataError(f"--estimators is empty: use some of {', '.join(options.ESTIMATORS)}.")
+        raise DataError(f"--estimators is empty: use some of {', '.join(words.ESTIMATORS)}.")
     reference = (
         args.reference
         if args.reference in estimators
-        else options.choice(options.ESTIMATORS, args.reference, "--reference")()
+        else words.choice(words.ESTIMATORS, args.reference, "--reference")()
     )
-    mask = options.choice(options.MASKS, args.mask, "--mask")
-    records = None if args.data == "stdlib" else read_chats(args.data)
+    mask = words.choice(words.MASKS, args.mask, "--mask")
+    records = chats.read(args.data)
     model, tokenizer = model_and_tokenizer(args, stdlib_qa.texts, args.max_length)
     model = model.to(getattr(torch, args.dtype))
     if records is None:
-        records = options.documentation(args, tokenizer, split="train", n=args.batch_size)
+        records = chats.documentation(args, tokenizer, split="train", n=args.batch_size)
     samples = encode_chats(records, tokenizer, max_length=args.max_length).samples
     if len(samples) < args.batch_size:
         raise DataError(

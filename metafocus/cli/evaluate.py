@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from metafocus import words
 from metafocus.cli import options, trials
 from metafocus.cli.models import model_and_tokenizer
 from metafocus.comparison import environment
@@ -136,8 +137,8 @@ def run(args: argparse.Namespace) -> None:
 def _export(directory: str, items: list[Item]) -> None:
     names = harness.export_tasks(items, options.directory(directory))
     print(f"wrote {len(names)} tasks; with the same model and its chat template:")
-    words = f"--include_path {directory} --tasks {','.join(names)} --apply_chat_template"
-    print(f"  lm_eval --model hf --model_args pretrained=DIR {words}")
+    flags = f"--include_path {directory} --tasks {','.join(names)} --apply_chat_template"
+    print(f"  lm_eval --model hf --model_args pretrained=DIR {flags}")
 
 
 def _tasks(args: argparse.Namespace) -> list[str]:
@@ -148,7 +149,7 @@ def _tasks(args: argparse.Namespace) -> list[str]:
         return [task for task in known if task != "qa" or args.questions]
     tasks = list(dict.fromkeys(word.strip() for word in args.tasks.split(",") if word.strip()))
     for task in tasks:
-        options.choice(dict.fromkeys(known), task, "--tasks")
+        words.choice(dict.fromkeys(known), task, "--tasks")
     if not tasks:
         raise DataError(f"--tasks is empty: use some of {', '.join(known)}.")
     if args.suite == "ruler" and "qa" in tasks and not args.questions:

@@ -1,4 +1,4 @@
-"""Words of the command line and the objects they stand for."""
+"""Options that commands share, and the objects that they describe."""
 
 from __future__ import annotations
 
@@ -6,34 +6,13 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from metafocus import masks, stdlib_qa
 from metafocus.adapters import LoRA, top_layers
-from metafocus.autodiff.hvp import hvp_finite, hvp_forward
 from metafocus.errors import DataError
-from metafocus.estimators import Estimator, FirstOrder, Implicit, Unrolled
-from metafocus.linear import CG
 from metafocus.solvers import SGD, clip_per_tensor
-
-MASKS = {
-    "causal": masks.causal,
-    "prefix-lm": masks.prefix_lm,
-    "context-bidirectional": masks.context_bidirectional,
-    "full": masks.full,
-}
-
-ESTIMATORS: dict[str, Callable[[], Estimator]] = {
-    "first-order": FirstOrder,
-    "unrolled-last-1": lambda: Unrolled(last=1),
-    "unrolled": Unrolled,
-    "unrolled-recompute": lambda: Unrolled(recompute=True),
-    "unrolled-forward": lambda: Unrolled(hvp=hvp_forward),
-    "unrolled-finite": lambda: Unrolled(hvp=hvp_finite()),
-    "implicit-cg": lambda: Implicit(CG(10)),
-}
 
 
 class _Store(argparse.Action):
@@ -148,13 +127,6 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=whole(0), default=1234, help="default %(default)s")
 
 
-def choice(table: Mapping[str, Any], word: str, option: str) -> Any:
-    """Return the object for a word, or raise an error that lists the words."""
-    if word not in table:
-        raise DataError(f"{option} {word!r} is unknown: use one of {', '.join(table)}.")
-    return table[word]
-
-
 def note_unused(args: argparse.Namespace, names: Iterable[str], why: str) -> None:
     """Say which of the options were given although nothing follows from them."""
     for name in names:
@@ -171,17 +143,3 @@ def directory(word: str) -> Path:
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise DataError(f"--output {path}: {nearest} cannot be written to. Name another directory.")
     return path
-
-
-def documentation(
-    args: argparse.Namespace, tokenizer: Any, *, split: str, n: int, turns: int = 1
-) -> list[dict[str, Any]]:
-    """Return the chats that `--data stdlib` stands for."""
-    # Room for the questions, the answers and the template around them.
-    context = max(args.max_length - 96 * turns, 64)
-    try:
-        return stdlib_qa.generate(
-            tokenizer, split=split, n=n, context_tokens=context, turns=turns, seed=args.seed
-        )
-    except DataError as error:
-        raise DataError(f"--data stdlib with --max-length {args.max_length}: {error}.") from error

@@ -8,24 +8,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from metafocus import stdlib_qa
+from metafocus import stdlib_qa, words
 from metafocus.bilevel import adapt
-from metafocus.cli import options
+from metafocus.cli import chats, options
 from metafocus.cli.models import model_and_tokenizer
 from metafocus.cli.saving import saving, write_whole
 from metafocus.comparison import environment
-from metafocus.data import Collator, encode_chats, read_chats
+from metafocus.data import Collator, encode_chats
 from metafocus.diagnostics import AttentionProfile, attention_profile, plot_comparison
 from metafocus.diagnostics.plots import MOST
 from metafocus.errors import DataError
-from metafocus.lm import Batch, answer_tokens, context_tokens
+from metafocus.lm import Batch
 from metafocus.masks import MaskPolicy
 from metafocus.recipes.focusft import focusft_problem, trainable
 from metafocus.recipes.per_example import PerExampleSolver, mean_loss
 
 REPORT = "profile.json"
 SUFFIXES = (".png", ".svg")
-INNER_TOKENS = {"answer": answer_tokens, "context": context_tokens}
+INNER_TOKENS = {word: words.TOKENS[word] for word in ("answer", "context")}
 
 
 def add_parser(commands: Any) -> None:
@@ -51,7 +51,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--mask",
         default="context-bidirectional",
-        help=f"{', '.join(options.MASKS)}; several, separated by commas, are drawn side by side; "
+        help=f"{', '.join(words.MASKS)}; several, separated by commas, are drawn side by side; "
         "default %(default)s",
     )
     parser.add_argument(
@@ -78,16 +78,16 @@ def run(args: argparse.Namespace) -> None:
         names = ("inner_tokens", *options.INNER)
         options.note_unused(args, names, "without --adapt")
     directory = options.directory(args.out)
-    words = [word.strip() for word in args.mask.split(",") if word.strip()]
-    chosen = {word: options.choice(options.MASKS, word, "--mask") for word in words}
+    named = [word.strip() for word in args.mask.split(",") if word.strip()]
+    chosen = {word: words.choice(words.MASKS, word, "--mask") for word in named}
     cells = len(chosen) * (1 + args.adapt)
     if not 1 <= cells <= MOST:
         raise DataError(
             f"--mask {args.mask!r} makes {cells} profiles{' with --adapt' * args.adapt}; figures "
             f"show 1 to {MOST}: name fewer masks."
         )
-    options.choice(INNER_TOKENS, args.inner_tokens, "--inner-tokens")
-    records = None if args.data == "stdlib" else read_chats(args.data)
+    words.choice(INNER_TOKENS, args.inner_tokens, "--inner-tokens")
+    records = chats.read(args.data)
     asked = args.model is None or "max_length" in args.given
     longest = args.max_length if asked else 1
     model, tokenizer = model_and_tokenizer(args, stdlib_qa.texts, longest)
@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _batch(args: argparse.Namespace, records: list | None, tokenizer: Any) -> Batch:
     if records is None:
-        records = options.documentation(
+        records = chats.documentation(
             args, tokenizer, split="heldout", n=args.samples, turns=args.turns
         )
     else:

@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -14,8 +13,8 @@ from typing import Any
 
 import torch
 
-from metafocus import masks, stdlib_qa
-from metafocus.cli import options
+from metafocus import masks, words
+from metafocus.cli import chats, options
 from metafocus.cli.models import model_and_tokenizer
 from metafocus.cli.saving import saving, write_whole
 from metafocus.comparison import environment
@@ -66,12 +65,10 @@ def add_parser(commands: Any) -> None:
     method.add_argument("--method", choices=("sft", "focusft"), default="focusft")
     method.add_argument(
         "--mask",
-        help=f"{', '.join(options.MASKS)}; default: context-bidirectional for focusft, causal "
+        help=f"{', '.join(words.MASKS)}; default: context-bidirectional for focusft, causal "
         "for sft",
     )
-    method.add_argument(
-        "--estimator", default="first-order", help=f"{', '.join(options.ESTIMATORS)}"
-    )
+    method.add_argument("--estimator", default="first-order", help=f"{', '.join(words.ESTIMATORS)}")
     options.add_inner(parser, fraction=0.35, rank=32)
     outer = parser.add_argument_group("outer loop")
     outer.add_argument("--steps", type=options.whole(1), help="outer steps; default: from --epochs")
@@ -83,19 +80,17 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace files in --output")
 
 
-def wants_trainer(words: list[str]) -> bool:
+def wants_trainer(argv: list[str]) -> bool:
     """Whether the words of a command line are for Hugging Face's Trainer."""
-    return bool(words) and (
-        words[0] == "--trainer" or words[0].endswith((".yaml", ".yml", ".json"))
-    )
+    return bool(argv) and (argv[0] == "--trainer" or argv[0].endswith((".yaml", ".yml", ".json")))
 
 
-def run_trainer(words: list[str]) -> None:
+def run_trainer(argv: list[str]) -> None:
     """Train with `FocusTrainer`; see `integrations.launch`."""
     # It takes transformers' Trainer with it, which is slow to import.
     from metafocus.integrations import launch
 
-    launch.main(words[words[0] == "--trainer" :])
+    launch.main(argv[argv[0] == "--trainer" :])
 
 
 def run(args: argparse.Namespace) -> None:
@@ -103,16 +98,16 @@ def run(args: argparse.Namespace) -> None:
     _note_unused(args)
     output = _empty(args.output, args.overwrite)
     mask_word = args.mask or ("causal" if args.method == "sft" else "context-bidirectional")
-    mask = options.choice(options.MASKS, mask_word, "--mask")
-    estimator = options.choice(options.ESTIMATORS, args.estimator, "--estimator")()
+    mask = words.choice(words.MASKS, mask_word, "--mask")
+    estimator = words.choice(words.ESTIMATORS, args.estimator, "--estimator")()
     adapter, solver = options.adapter(args), options.solver(args)
     # Read what the user brought before anything slow happens.
-    records = None if args.data == "stdlib" else read_chats(args.data)
+    records = chats.read(args.data)
     heldout = read_chats(args.heldout) if args.heldout else None
 
-    model, tokenizer = model_and_tokenizer(args, lambda: _texts(records), args.max_length)
+    model, tokenizer = model_and_tokenizer(args, lambda: chats.texts(records), args.max_length)
     if records is None:
-        records, heldout = _standard_library(args, tokenizer)
+        records, heldout = chats.standard_library(args, tokenizer)
     elif heldout is None:
         records, heldout = _split(records, args.heldout_fraction, args.seed)
     if args.method == "focusft":
@@ -197,25 +192,6 @@ def _empty(word: str, overwrite: bool) -> Path:
             "replace its checkpoint."
         )
     return output
-
-
-def _texts(records: list[dict[str, Any]] | None) -> Iterable[str]:
-    if records is None:
-        yield from stdlib_qa.texts()
-        return
-    for record in records:
-        for message in record["messages"]:
-            if isinstance(message.get("content"), str):
-                yield message["content"]
-
-
-def _standard_library(args: argparse.Namespace, tokenizer: Any) -> tuple[list, list]:
-    sizes = {"train": args.samples, "heldout": max(args.samples // 10, 8)}
-    records, heldout = (
-        options.documentation(args, tokenizer, split=split, n=n, turns=args.turns)
-        for split, n in sizes.items()
-    )
-    return records, heldout
 
 
 def _split(records: list, fraction: float, seed: int) -> tuple[list, list]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from metafocus.adapters import LoRA
+from metafocus.adapters.placement import nowhere
 from metafocus.attention.hugging_face import attend, attention_as, make_mask, register
 from metafocus.attention.kernel import Shape
 from metafocus.diagnostics.measures import QUERIES, Measures, stack, summarise
@@ -76,7 +77,7 @@ def attention_profile(
             "neither."
         )
     config = _config(model)
-    adapter, fast = adapter or LoRA(_nowhere), dict(fast or {})
+    adapter, fast = adapter or LoRA(nowhere), dict(fast or {})
     device = next(model.parameters()).device
     raw = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
     raw = {k: v for k, v in raw.items() if k not in _PREPARED}
@@ -148,14 +149,9 @@ def recorded(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
     *,
     attention_recorder: Recorder,
-    **others: Any,
+    **settings: Any,
 ) -> tuple[Tensor, None]:
     """Attend in one layer as `attend` does, and let the recorder see it.
 
@@ -165,25 +161,19 @@ def recorded(
         key: `[B, Hkv, S, D]`.
         value: `[B, Hkv, S, Dv]`.
         attention_mask: Stacked spans `[B, 1, S, 2]`.
-        scaling: Factor of the products.
-        dropout: Must be 0.
-        sliding_window: Of the layer, or None.
-        softcap: Of the logits, or None.
-        s_aux: Sinks `[H]`, or None.
         attention_recorder: What measures.
-        others: Passed on.
+        settings: Of the layer, as transformers passes them to `attend`.
     """
     # It refuses what spans cannot serve, so that only what is measured is left.
-    out = attend(
-        module, query, key, value, attention_mask, scaling, dropout, sliding_window, softcap, s_aux,
-        backend="auto", **others,
-    )  # fmt: skip
+    out = attend(module, query, key, value, attention_mask, backend="auto", **settings)
     assert attention_mask is not None
-    spans = Spans.unstack(attention_mask)
-    if sliding_window is not None:
-        spans = windowed(spans, sliding_window)
+    spans, window = Spans.unstack(attention_mask), settings.get("sliding_window")
+    if window is not None:
+        spans = windowed(spans, window)
+    scaling = settings.get("scaling")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    attention_recorder(query, key, spans, Shape(scale, softcap), s_aux)
+    shape = Shape(scale, settings.get("softcap"))
+    attention_recorder(query, key, spans, shape, settings.get("s_aux"))
     return out
 
 
@@ -202,10 +192,6 @@ def _config(model: nn.Module) -> Any:
             "Hugging Face model that takes attention functions, such as Qwen2, Llama or Gemma."
         )
     return model.config.get_text_config()  # pyright: ignore
-
-
-def _nowhere(model: nn.Module) -> tuple[str, ...]:
-    return ()
 
 
 @contextmanager

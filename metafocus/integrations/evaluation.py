@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from metafocus.adapters import LoRA
+from metafocus.adapters.placement import nowhere
 from metafocus.estimators import Estimator
 from metafocus.integrations.batch import predicted, prompts, rows
 from metafocus.lm import Adapter, Batch, all_tokens, lm_loss
 from metafocus.masks import MaskPolicy, positions
 from metafocus.problem import Problem
 from metafocus.recipes.focusft import trainable
-from metafocus.training import nothing
 from metafocus.types import Params, Solver
 
 
@@ -45,7 +45,7 @@ def score(
         fast: the fast weights.
         logits: return the logits too, which takes a forward pass of its own.
     """
-    adapter, fast = adapter or LoRA(nothing), fast or {}
+    adapter, fast = adapter or LoRA(nowhere), fast or {}
     count = predicted(batch)[:, 1:].sum()
     with torch.no_grad():
         total = lm_loss(model, adapter=adapter, mask=mask)(fast, {}, batch) * count

@@ -16,8 +16,7 @@ from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
 
-from metafocus import stdlib_qa
-from metafocus.cli import options
+from metafocus.cli import chats
 from metafocus.cli.models import model_and_tokenizer
 from metafocus.data import encode_chats, pack, read_chats
 from metafocus.errors import DataError, MetafocusError
@@ -99,27 +98,25 @@ def main(argv: list[str] | None = None) -> FocusTrainer:
             where that is possible.
     """
     source, args = parse(sys.argv[1:] if argv is None else argv)
-    records = None if source.data == "stdlib" else read_chats(source.data)
+    records = chats.read(source.data)
     heldout = read_chats(source.heldout) if source.heldout else None
     namespace = argparse.Namespace(
         **dataclasses.asdict(source), seed=args.seed, device="cpu", given=set()
     )
-    model, tokenizer = model_and_tokenizer(namespace, lambda: _texts(records), source.max_length)
+    model, tokenizer = model_and_tokenizer(
+        namespace, lambda: chats.texts(records), source.max_length
+    )
     if records is None:
-        counts = {"train": source.samples, "heldout": max(source.samples // 10, 8)}
-        records, heldout = (
-            options.documentation(namespace, tokenizer, split=split, n=n, turns=source.turns)
-            for split, n in counts.items()
-        )
+        records, heldout = chats.standard_library(namespace, tokenizer)
     encoded = [
         encode_chats(
-            chats,
+            part,
             tokenizer,
             max_length=source.max_length,
             merge_context=not source.separate_messages,
         )
-        for chats in (records, heldout or [])
-        if chats
+        for part in (records, heldout or [])
+        if part
     ]
     train = encoded[0].samples
     if source.packing:
@@ -159,13 +156,6 @@ def _with_outer_lora(model: Any, source: Source) -> Any:
     rank = source.outer_lora_rank
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=modules, task_type="CAUSAL_LM")
     return get_peft_model(model, config)
-
-
-def _texts(records: list[dict[str, Any]] | None) -> Any:
-    if records is None:
-        return stdlib_qa.texts()
-    contents = (m.get("content") for record in records for m in record["messages"])
-    return (text for text in contents if isinstance(text, str))
 
 
 if __name__ == "__main__":

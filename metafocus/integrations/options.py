@@ -1,7 +1,6 @@
 """FocuSFT's settings as command lines and configuration files write them: words and numbers.
 
-This is the only place where words stand for objects. In Python, objects are passed to
-`FocusTrainer(recipe={...})`.
+In Python, objects are passed to `FocusTrainer(recipe={...})`.
 """
 
 from __future__ import annotations
@@ -13,18 +12,13 @@ from typing import Any
 from torch import nn
 from transformers import TrainingArguments
 
-from metafocus import masks
+from metafocus import masks, words
 from metafocus.adapters import LoRA, top_layers
-from metafocus.cli import options as words
+from metafocus.adapters.placement import nowhere
 from metafocus.errors import ProblemError
 from metafocus.integrations.outer_lora import BelowPeft, is_peft
-from metafocus.lm import all_tokens, answer_tokens, context_tokens
 from metafocus.masks import MaskPolicy
 from metafocus.solvers import SGD, clip_per_tensor
-from metafocus.training import nothing
-
-TOKENS = {"answer": answer_tokens, "context": context_tokens, "all": all_tokens}
-
 
 NO_DEEPSPEED = (
     "deepspeed={!r} is not supported by FocusTrainer: its engine must run the forward pass itself; "
@@ -66,7 +60,9 @@ clip=clip_per_tensor(limit=1.0))
         f"{', '.join(words.MASKS)}; default: context-bidirectional for focusft, causal for sft",
     )
     estimator: str = described("first-order", ", ".join(words.ESTIMATORS))
-    inner_tokens: str = described("answer", f"what the inner loss scores: {', '.join(TOKENS)}")
+    inner_tokens: str = described(
+        "answer", f"what the inner loss scores: {', '.join(words.TOKENS)}"
+    )
     per_example: bool = described(False, "fast weights of its own for each sample of a batch")
     adaptation_seed: int = described(0, "of the fast weights' starts")
     adaptation_start: str = described(
@@ -84,7 +80,7 @@ clip=clip_per_tensor(limit=1.0))
         for name, table in {
             "method": ("focusft", "sft"),
             "estimator": words.ESTIMATORS,
-            "inner_tokens": TOKENS,
+            "inner_tokens": words.TOKENS,
             "adaptation_start": ("micro-batch", "step"),
             "evaluate_on": ("deployed", "prompt"),
             "eval_mask": words.MASKS,
@@ -123,7 +119,7 @@ clip=clip_per_tensor(limit=1.0))
     def adapter(self, model: nn.Module) -> LoRA:
         """The fast weights; below PEFT's adapters if the model has some, none for sft."""
         if self.method == "sft":
-            return LoRA(nothing)
+            return LoRA(nowhere)
         where = top_layers(self.layer_fraction, self._names())
         placed = BelowPeft(where) if is_peft(model) else where
         return LoRA(placed, rank=self.lora_rank, alpha=self.lora_alpha)
@@ -140,7 +136,7 @@ clip=clip_per_tensor(limit=1.0))
             "mask": default if self.mask is None else words.MASKS[self.mask],
             "solver": self.solver(),
             "estimator": words.ESTIMATORS[self.estimator](),
-            "inner_tokens": TOKENS[self.inner_tokens],
+            "inner_tokens": words.TOKENS[self.inner_tokens],
         }
         return {**found, "per_example": True} if self.per_example else found
 

@@ -123,6 +123,13 @@ def test_every_module_that_is_named_exists():
     assert set().union(*ENGINE, PARTS, TOP) <= {house(name) for name in MODULES}
 
 
+def test_the_house_is_drawn_as_it_stands():
+    drawing = (ROOT.parent / "CONTRIBUTING.md").read_text().split("```")[1]
+    rows = [line.strip().split("   ")[0] for line in drawing.splitlines()]
+    drawn = {name.rstrip("/") for row in rows for name in row.split("  ")}
+    assert {house(name) for name in MODULES} - {""} <= drawn
+
+
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_direction(path):
     name = name_of(path)

@@ -93,6 +93,18 @@ def hypergrad(meta_loss: MetaLoss) -> Callable[[Params, Any], tuple[Params, tupl
     differentiated again where `outer` requires grad or a transform is active. Outside transforms
     it rides on the tape, which is faster.
 
+    Args:
+        meta_loss: `(outer, episode) -> (loss, Aux)`, of `bilevel`, `over_tasks`, `evolution` or
+            any function of this form.
+
+    Returns:
+        A function whose hypergradient has the names and shapes of `outer`; `outer` itself is
+        left alone, and so is its `.grad`.
+
+    Raises:
+        ProblemError: at the call, if `outer` is no dict of floating-point tensors, and what
+            `meta_loss` raises.
+
     Example:
         >>> import metafocus as mf
         >>> def loss(fast, slow, x):

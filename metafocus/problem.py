@@ -29,6 +29,9 @@ class Problem:
         prepare: `(slow, episode) -> episode`, computed once per outer step and shared by both
             levels: what does not depend on the fast weights.
 
+    Raises:
+        ProblemError: if a loss or `init` is no function.
+
     Example:
         >>> import metafocus as mf
         >>> def loss(fast, slow, x):

@@ -21,6 +21,10 @@ class Episode(NamedTuple):
     """What one outer step sees: support for the inner loop, query for the outer loss.
 
     Both are pytrees of tensors, so episodes can be stacked on a new axis 0 and vmapped.
+
+    Attributes:
+        support: what the inner loss is given.
+        query: what the outer loss is given.
     """
 
     support: Any
@@ -30,8 +34,9 @@ class Episode(NamedTuple):
 class Solution(NamedTuple):
     """What an inner loop returns: adapted fast weights and the inner loss before each step.
 
-    `params` depend on the outer parameters in the way the estimator decided; `losses`, of shape
-    `[steps]`, are detached.
+    Attributes:
+        params: the fast weights, which depend on the outer parameters as the estimator decided.
+        losses: `[steps]`, detached.
     """
 
     params: Params
@@ -39,7 +44,12 @@ class Solution(NamedTuple):
 
 
 class Aux(NamedTuple):
-    """What `meta_loss` returns beside the loss: detached fast weights and inner losses."""
+    """What `meta_loss` returns beside the loss, detached; over tasks stacked on axis 0.
+
+    Attributes:
+        params: the adapted fast weights.
+        inner_losses: the inner loss before each step, `[steps]`.
+    """
 
     params: Params
     inner_losses: Tensor

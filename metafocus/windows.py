@@ -56,7 +56,13 @@ pytree.register_pytree_node(Window, _flatten, _unflatten, serialized_type_name="
 
 @dataclass(frozen=True)
 class Windows:
-    """What `windows` returns; see there."""
+    """What `windows` returns; see there.
+
+    Attributes:
+        problem: the bilevel problem.
+        solver: the inner optimiser; its `steps` are the length of a window.
+        recompute: as for `Unrolled`.
+    """
 
     problem: Problem
     solver: Solver

@@ -102,6 +102,20 @@ def hvp_forward(loss: Callable[..., Tensor], fast: Params, *rest: Any) -> tuple[
     Mixed partial derivatives commute, so the tangent of the gradient by *all* arguments along a
     direction of `fast` is the Hessian product together with the mixed products
     (MixFlow-MG, arXiv 2505.00793).
+
+    Args:
+        loss: `(fast, *rest) -> scalar`.
+        fast: where the Hessian is taken.
+        rest: further differentiable arguments, pytrees of floating-point tensors.
+
+    Returns:
+        As `hvp_reverse`.
+
+    Example:
+        >>> x = {"x": torch.tensor([1.0, 2.0])}
+        >>> g, product = hvp_forward(lambda p: (p["x"] ** 3).sum(), x)
+        >>> product({"x": torch.ones(2)})[0]["x"]
+        tensor([ 6., 12.])
     """
     # Forward mode refuses an expanded tensor, whose elements lie in one place.
     fast = {name: x.contiguous() for name, x in fast.items()}
@@ -187,6 +201,15 @@ def hvp_finite(eps: float | None = None) -> HVP:
     Args:
         eps: length of the displacement `h |d|`, absolute (DARTS, arXiv 1806.09055, uses
             0.01). None: `u^(1/3) max(|fast|, 1)`, relative to the fast weights.
+
+    Raises:
+        ValueError: if `eps` is not positive and finite.
+
+    Example:
+        >>> x = {"x": torch.tensor([1.0, 2.0], dtype=torch.float64)}
+        >>> g, product = hvp_finite()(lambda p: (p["x"] ** 2).sum(), x)
+        >>> product({"x": torch.ones(2)})[0]["x"].round(decimals=6)
+        tensor([2., 2.], dtype=torch.float64)
     """
     if eps is not None and (not eps > 0 or math.isinf(eps)):
         raise ValueError(f"eps must be {'finite' if eps > 0 else 'positive'}, got {eps}.")

@@ -122,7 +122,20 @@ def _column(sample: Sample, name: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Collator:
-    """`collate` with its settings bound, picklable: a `collate_fn` for a data loader."""
+    """`collate` with its settings bound, picklable: a `collate_fn` for a data loader.
+
+    Args:
+        pad_token_id: as for `collate`, like the others.
+        side: where the padding goes.
+        pad_to_multiple_of: round S up to a multiple of this.
+
+    Example:
+        >>> import torch
+        >>> sample = {"input_ids": torch.tensor([5, 6]), "turn_ids": torch.tensor([0, 1]),
+        ...           "answer_mask": torch.tensor([False, True])}
+        >>> Collator(pad_token_id=0)([sample])["attention_mask"]
+        tensor([[1, 1]])
+    """
 
     pad_token_id: int
     side: str = "right"

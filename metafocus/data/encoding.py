@@ -15,7 +15,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Samples that each hold an answer, and how many chats were cut or left out on the way."""
+    """Samples that each hold an answer, and how many chats were cut or left out on the way.
+
+    Attributes:
+        samples: dicts of 1-D tensors, as `encode_chat` makes them.
+        dropped: how many chats had no answer to predict.
+        truncated: how many were cut to `max_length`.
+    """
 
     samples: list[Sample]
     dropped: int

@@ -94,6 +94,13 @@ def OneStep(step: Step) -> FixedPoint:
     Exact where `step` converges faster than linearly (Newton); for a contraction with factor
     `rho` the relative error is at most `rho`. No linear system at all.
 
+    Args:
+        step: as for `FixedPoint`.
+
+    Example:
+        >>> OneStep(lambda fast, slow, x: {"z": x + slow["a"]}).solve
+        Identity(scale=1.0)
+
     References:
         Bolte, Pauwels and Vaiter, arXiv 2305.13768.
     """

@@ -134,7 +134,13 @@ def _segments(steps: range, size: int) -> list[range]:
 def FirstOrder() -> Unrolled:
     """Return `Unrolled(last=0)`: the adapted fast weights move with `init(outer)` only.
 
-    First-order MAML (arXiv 1703.03400, section 5.2) and the official FocuSFT.
+    `d outer_loss / d outer = direct + v' d init / d outer`, with `v` the derivative of the outer
+    loss by the fast weights: the adaptation counts as a constant shift. First-order MAML (arXiv
+    1703.03400, section 5.2) and the official FocuSFT.
+
+    Example:
+        >>> FirstOrder() == Unrolled(last=0)
+        True
     """
     return Unrolled(last=0)
 

@@ -59,6 +59,9 @@ class Nystrom:
         damping: what `A` is outside the columns.
         seed: which columns; drawn by Python's `random`, so that `vmap` does not mind.
 
+    Raises:
+        ValueError: for a rank below 1, or a damping that is not positive and finite.
+
     References:
         Hataya and Yamada, arXiv 2302.09726.
 

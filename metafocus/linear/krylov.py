@@ -24,6 +24,12 @@ class CG:
         steps: number of products with `A`.
         damping: added to the diagonal.
 
+    Raises:
+        ValueError: for `steps` below 1, or a damping that is negative or infinite.
+
+    References:
+        Hestenes and Stiefel, J. Res. Natl. Bur. Stand. 49 (1952).
+
     Example:
         >>> A = torch.tensor([[2.0, 0.0], [0.0, 4.0]])
         >>> CG(2)(lambda v: {"x": A @ v["x"]}, {"x": torch.tensor([2.0, 4.0])})["x"].round()
@@ -79,6 +85,9 @@ class GMRES:
     Args:
         steps: number of products with `A`.
         damping: added to the diagonal.
+
+    Raises:
+        ValueError: for `steps` below 1, or a damping that is negative or infinite.
 
     References:
         Saad and Schultz, SIAM J. Sci. Stat. Comput. 7 (1986).

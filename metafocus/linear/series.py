@@ -24,6 +24,9 @@ class Neumann:
         steps: number of terms; the products with `A` are one fewer.
         scale: step size of the underlying fixed-point iteration.
 
+    Raises:
+        ValueError: for `steps` below 1, or a scale that is not positive and finite.
+
     Example:
         >>> Neumann(3, scale=0.5)(lambda v: v, {"x": torch.tensor([8.0])})["x"]
         tensor([7.])
@@ -54,6 +57,9 @@ class Identity:
 
     Args:
         scale: the assumed inverse curvature.
+
+    Raises:
+        ValueError: for a scale that is not positive and finite.
 
     Example:
         >>> Identity(0.5)(lambda v: v, {"x": torch.tensor([8.0])})["x"]

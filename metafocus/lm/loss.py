@@ -252,8 +252,22 @@ def lm_loss(
         UserWarning: at the first call, if the head of this model cannot be split off.
 
     Raises:
-        ProblemError: at the first call, for an attention implementation that takes no explicit
-            mask, or a batch without what the policies need.
+        ProblemError: for an argument that is no model, adapter, mask or token policy; at the first
+            call, for an attention implementation that takes no explicit mask, or a batch without
+            what the policies need.
+        DataError: at the call, for tokens that the model has no embeddings for.
+
+    Example:
+        >>> import metafocus as mf
+        >>> from transformers import Qwen2Config, Qwen2ForCausalLM
+        >>> model = Qwen2ForCausalLM(Qwen2Config(
+        ...     vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+        ...     num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=16))
+        >>> lora = mf.LoRA(mf.all_linear, rank=2)
+        >>> loss = lm_loss(model, adapter=lora, mask=mf.masks.causal, tokens=mf.all_tokens)
+        >>> batch = {"input_ids": torch.tensor([[1, 2, 3, 4]])}
+        >>> loss(lora.init(model), {}, batch).shape
+        torch.Size([])
     """
     check_parts(model, adapter, mask, tokens)
     return LMLoss(model, adapter, mask, tokens)

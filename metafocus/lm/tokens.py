@@ -19,7 +19,24 @@ TokenPolicy = Callable[[Batch], Tensor]
 
 
 def answer_tokens(batch: Batch) -> Tensor:
-    """Score the tokens of trained answers: the official FocuSFT, and plain fine-tuning."""
+    """Score the tokens of trained answers: the official FocuSFT, and plain fine-tuning.
+
+    Args:
+        batch: `input_ids` and `answer_mask`, each `[B, S]`.
+
+    Returns:
+        Booleans, `[B, S]`.
+
+    Raises:
+        ProblemError: without `answer_mask`.
+
+    Example:
+        >>> batch = {"input_ids": torch.tensor([[5, 6, 7]]),
+        ...          "answer_mask": torch.tensor([[False, True, True]]),
+        ...          "attention_mask": torch.tensor([[1, 1, 0]])}
+        >>> answer_tokens(batch).tolist()
+        [[False, True, True]]
+    """
     if "answer_mask" not in batch:
         raise ProblemError(
             "answer_tokens needs batch['answer_mask'] ([B, S] bool); the batch has "
@@ -29,11 +46,42 @@ def answer_tokens(batch: Batch) -> Tensor:
 
 
 def context_tokens(batch: Batch) -> Tensor:
-    """Score the tokens that are no answers: adaptation on the context alone."""
+    """Score the tokens that are neither answers nor padding: adaptation on the context alone.
+
+    Args:
+        batch: `input_ids`, `answer_mask` and optionally `attention_mask`, each `[B, S]`.
+
+    Returns:
+        Booleans, `[B, S]`.
+
+    Raises:
+        ProblemError: without `answer_mask`.
+
+    Example:
+        >>> batch = {"input_ids": torch.tensor([[5, 6, 7]]),
+        ...          "answer_mask": torch.tensor([[False, True, True]]),
+        ...          "attention_mask": torch.tensor([[1, 1, 0]])}
+        >>> context_tokens(batch).tolist()
+        [[True, False, False]]
+    """
     return all_tokens(batch) & ~answer_tokens(batch)
 
 
 def all_tokens(batch: Batch) -> Tensor:
-    """Score every token that is not padding."""
+    """Score every token that is not padding.
+
+    Args:
+        batch: `input_ids` and optionally `attention_mask`, each `[B, S]`.
+
+    Returns:
+        Booleans, `[B, S]`.
+
+    Example:
+        >>> batch = {"input_ids": torch.tensor([[5, 6, 7]]),
+        ...          "answer_mask": torch.tensor([[False, True, True]]),
+        ...          "attention_mask": torch.tensor([[1, 1, 0]])}
+        >>> all_tokens(batch).tolist()
+        [[True, True, False]]
+    """
     mask = batch.get("attention_mask")
     return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()

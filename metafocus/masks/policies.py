@@ -114,6 +114,9 @@ def context_bidirectional(batch: Batch) -> Spans:
         ... }
         >>> context_bidirectional(batch).stop.tolist()
         [[2, 2, 3, 4, 5]]
+
+    References:
+        FocuSFT, arXiv 2605.09932; blocks of GLM, Du et al., arXiv 2103.10360.
     """
     layout = layout_of(batch)
     answer = take(batch, "answer_mask", "context_bidirectional")

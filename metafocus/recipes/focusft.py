@@ -108,6 +108,10 @@ def focusft(
         `meta_loss(outer, Episode(batch, batch)) -> (loss, Aux)`. With `outer={}` the trained
         parameters are the model's own and `loss.backward()` fills their `.grad`.
 
+    Raises:
+        ProblemError: as `lm_loss`; at the call, if no parameter requires grad.
+        PlacementError: at the first call, if the adapter's placement matches nothing.
+
     Example:
         >>> import metafocus as mf
         >>> from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -124,6 +128,9 @@ def focusft(
         >>> loss.backward()
         >>> aux.inner_losses.shape
         torch.Size([2])
+
+    References:
+        FocuSFT, arXiv 2605.09932.
     """
     chosen = estimator or FirstOrder()
     generator = torch.Generator().manual_seed(0) if generator is None else generator

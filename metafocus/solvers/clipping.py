@@ -17,7 +17,18 @@ Clip = Callable[[Params], Params]
 
 @dataclass(frozen=True)
 class clip_per_tensor:
-    """Scale each gradient tensor to a norm of at most `limit`: `g * min(1, limit / |g|)`."""
+    """Scale each gradient tensor to a norm of at most `limit`: `g * min(1, limit / |g|)`.
+
+    Args:
+        limit: the largest norm of a tensor.
+
+    Raises:
+        ValueError: for a limit that is not positive.
+
+    Example:
+        >>> clip_per_tensor(1.0)({"w": torch.tensor([3.0, 4.0]), "b": torch.tensor([0.5])})
+        {'w': tensor([0.6000, 0.8000]), 'b': tensor([0.5000])}
+    """
 
     limit: float
 
@@ -31,7 +42,18 @@ class clip_per_tensor:
 
 @dataclass(frozen=True)
 class clip_global:
-    """Scale all gradients together to a norm of at most `limit`."""
+    """Scale all gradients together to a norm of at most `limit`, as `clip_grad_norm_` does.
+
+    Args:
+        limit: the largest norm over all entries of all tensors.
+
+    Raises:
+        ValueError: for a limit that is not positive.
+
+    Example:
+        >>> clip_global(1.0)({"w": torch.tensor([3.0]), "b": torch.tensor([4.0])})
+        {'w': tensor([0.6000]), 'b': tensor([0.8000])}
+    """
 
     limit: float
 

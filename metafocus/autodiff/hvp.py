@@ -208,7 +208,7 @@ def hvp_finite(eps: float | None = None) -> HVP:
     Example:
         >>> x = {"x": torch.tensor([1.0, 2.0], dtype=torch.float64)}
         >>> g, product = hvp_finite()(lambda p: (p["x"] ** 2).sum(), x)
-        >>> product({"x": torch.ones(2)})[0]["x"].round(decimals=6)
+        >>> product({"x": torch.ones(2)})[0]["x"].detach().round(decimals=6)
         tensor([2., 2.], dtype=torch.float64)
     """
     if eps is not None and (not eps > 0 or math.isinf(eps)):

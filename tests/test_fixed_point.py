@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from problems import F64, Ridge, assert_close, grads_of
-from test_estimators import WAYS, expected
+from ways import WAYS, expected
 
 import metafocus as mf
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from problems import F64, Quadratic, Ridge, assert_close, grads_of, maml, relative_error
-from test_estimators import WAYS, expected, fast_sgd
 from test_penalty import (
     ATTENTION_OUTER,
     FORWARD,
@@ -17,6 +16,7 @@ from test_penalty import (
     by_plain_attention,
     closed_form,
 )
+from ways import WAYS, expected, fast_sgd
 
 import metafocus as mf
 

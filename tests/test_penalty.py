@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from problems import F64, Quadratic, Ridge, assert_close, grads_of, relative_error
-from test_estimators import WAYS, expected, fast_sgd
 from torch.utils._python_dispatch import TorchDispatchMode
+from ways import WAYS, expected, fast_sgd
 
 import metafocus as mf
 

@@ -70,7 +70,7 @@ def bilevel(problem: Problem, *, solver: Solver, estimator: Estimator) -> MetaLo
                 "only. Pass dict(model.named_parameters()) as outer (never state_dict(): tied "
                 "names clash), or use Unrolled() or FirstOrder()."
             )
-        support, query = problem.prepared(outer, Episode(*episode))
+        support, query = problem.prepared(outer, episode)
         current = problem
         if not probed and not torch.compiler.is_compiling():
             current = probe(problem, solver, outer, support, explicit=explicit)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metafocus import tree
 from metafocus.errors import NonFiniteError, ProblemError
 from metafocus.types import Episode, InnerLoss, Params
 
@@ -57,7 +56,7 @@ class Problem:
         check_params(fast, "init", "fast weights")
         return fast
 
-    def prepared(self, outer: Params, episode: Episode) -> Episode:
+    def prepared(self, outer: Params, episode: Any) -> Episode:
         """Return the episode as `prepare` makes it."""
         episode = as_episode(episode)
         if self.prepare is None:
@@ -149,8 +148,3 @@ def check_finite(losses: Tensor) -> None:
             f"inner_loss is {value} before inner {place}. Lower the solver's lr, clip its "
             "gradients (clip=mf.clip_global(1.0)), or look at the support data."
         )
-
-
-def detached(outer: Params, support: Any) -> tuple[Params, Any]:
-    """Return both without their past: what an estimator holds constant."""
-    return tree.detach(outer), tree.detach(support)

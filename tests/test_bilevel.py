@@ -58,6 +58,12 @@ def test_an_episode_may_be_a_plain_tuple(name):
     assert torch.equal(meta(W, tuple(EPISODE))[0], meta(W, EPISODE)[0])
 
 
+@pytest.mark.parametrize("episode", [torch.stack(EPISODE), dict(EPISODE._asdict()), EPISODE[:1]])
+def test_what_only_looks_like_a_pair_is_no_episode(episode):
+    with pytest.raises(mf.ProblemError, match=r"episode must be mf\.Episode\(support, query\)"):
+        build()(W, episode)
+
+
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_no_grad_gives_the_value_without_a_graph(name):
     leaf = {"w": W["w"].clone().requires_grad_()}

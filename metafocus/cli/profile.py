@@ -67,7 +67,14 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--layer", type=options.whole(0), help="of the heat maps; default the middle one"
     )
-    parser.add_argument("--out", required=True, help="directory of profile.json and of the figures")
+    # As every other command calls it; the short one is the older.
+    parser.add_argument(
+        "--output",
+        "--out",
+        dest="out",
+        required=True,
+        help="directory of profile.json and of the figures",
+    )
     options.add_model(parser)
     options.add_inner(parser, fraction=0.35, rank=32)
 

@@ -13,7 +13,7 @@ from metafocus import tree
 from metafocus.autodiff.backends import pullback
 from metafocus.autodiff.hvp import evaluated_for, hvp_reverse
 from metafocus.autodiff.recompute import recompute
-from metafocus.problem import Problem, detached
+from metafocus.problem import Problem
 from metafocus.solvers.descent import count, descend, stacked
 from metafocus.types import HVP, InnerLoss, Params, Solution, Solver, State
 
@@ -80,7 +80,7 @@ class Unrolled:
                 solver,
                 tree.detach(start),
                 tree.detach(state),
-                *detached(outer, support),
+                *tree.detach((outer, support)),
                 range(head),
                 differentiable=False,
             )

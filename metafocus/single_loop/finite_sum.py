@@ -9,6 +9,7 @@ from torch import Tensor
 
 from metafocus import tree
 from metafocus.errors import ProblemError
+from metafocus.problem import as_episode
 from metafocus.types import Episode
 
 
@@ -44,7 +45,7 @@ def draw(data: Any, *, generator: torch.Generator) -> Episode:
         >>> bool(support.data == 10 * support.number)
         True
     """
-    support, query = Episode(*data)
+    support, query = as_episode(data)
     return Episode(_pick(support, "support", generator), _pick(query, "query", generator))
 
 

@@ -123,7 +123,7 @@ class SABA:
         """
         fast, outer = start(self.problem, outer), tree.detach(outer)
         v = tree.zeros_like(fast)
-        support, query = Episode(*data)
+        support, query = as_episode(data)
         counts = terms(support, "support"), terms(query, "query")
         # `prepare` may look at both halves: each inner term goes with the first outer term.
         one = [_first(half) for half in (support, query)]

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from metafocus.chat import encode_chat
+from metafocus.data import encode_chat
 from metafocus.cli.models import small_qwen2
 from metafocus.evals.prose import Prose
 from metafocus.tokenizer import SPECIAL_TOKENS, train_tokenizer

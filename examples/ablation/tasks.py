@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from metafocus.chat import encode_chat
+from metafocus.data import encode_chat
 from metafocus.evals.babilong import World, solve, tell
 from metafocus.evals.fit import largest
 from metafocus.evals.prose import Prose, builtin_prose, words_of

@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from metafocus.cli.models import small_qwen2
-from metafocus.data import encode_chat
-from metafocus.evals.prose import Prose
-from metafocus.tokenizer import SPECIAL_TOKENS, train_tokenizer
 from scale import Scale
+from tasks import chat, prose, samples
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from tasks import chat, prose, samples
+from metafocus.cli.models import small_qwen2
+from metafocus.data import encode_chat
+from metafocus.evals.prose import Prose
+from metafocus.tokenizer import SPECIAL_TOKENS, train_tokenizer
 
 PROSE_SHARE, REPEAT_SHARE, NOISE_SHARE = 0.15, 0.2, 0.2
 TURNS = 3

@@ -1,7 +1,8 @@
 """The tasks: facts among sentences of prose, and a question with a short answer.
 
 qa1 and qa4 are stories of BABILong; niah is a table of codes. Here a prompt is compact, facts and
-question without instructions, so that a small model can learn it.
+question without instructions, and an answer is a sentence like the facts, so that a small model can
+learn it: it finds what it has begun to say.
 """
 
 from __future__ import annotations
@@ -48,22 +49,42 @@ def facts(task: str, rng: random.Random) -> tuple[list[str], list[Question]]:
         values = [rng.choice(code_words()) for _ in keys]
         told = [f"The code of {k} is {v}." for k, v in zip(keys, values, strict=True)]
         asked = [
-            Question(f"What is the code of {k}?", v, (i,))
-            for i, (k, v) in enumerate(zip(keys, values, strict=True))
+            Question(f"What is the code of {k}?", fact, (i,))
+            for i, (k, fact) in enumerate(zip(keys, told, strict=True))
         ]
     else:
         story = tell(task, rng, WORLD)
         told = list(story.facts)
-        asked = [Question(story.question, story.answer, story.supports)]
+        asked = [Question(story.question, sentence(story.question, story.answer), story.supports)]
         if task == "qa1":
             # Of everybody that moved, not of one: more to learn from a story.
             last = {fact.split()[0]: i for i, fact in enumerate(told)}
             questions = {f"Where is {person}?": i for person, i in last.items()}
             asked = [
-                Question(q, solve(task, " ".join(told), q), (i,)) for q, i in questions.items()
+                Question(q, sentence(q, solve(task, " ".join(told), q)), (i,))
+                for q, i in questions.items()
             ]
     rng.shuffle(asked)
     return told, asked
+
+
+def sentence(question: str, answer: str) -> str:
+    """Return an answer of BABILong as a sentence that says what was asked.
+
+    Example:
+        >>> sentence("Where is Mary?", "garden")
+        'Mary is in the garden.'
+        >>> sentence("What is north of the kitchen?", "office")
+        'The office is north of the kitchen.'
+        >>> sentence("What is the kitchen south of?", "office")
+        'The kitchen is south of the office.'
+    """
+    words = question.rstrip("?").split()
+    if words[0] == "Where":
+        return f"{words[2]} is in the {answer}."
+    if words[2] == "the":
+        return f"The {words[3]} is {words[4]} of the {answer}."
+    return f"The {answer} is {' '.join(words[2:])}."
 
 
 def chat(

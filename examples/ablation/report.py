@@ -91,7 +91,10 @@ def about_base(scale: Scale, base: dict[str, Any]) -> list[str]:
     lines = [
         "## The base",
         "",
-        f"Pre-trained for {scale.pretrain_steps} steps on short tasks, prose and repetitions. It "
+        f"Pre-trained for {scale.pretrain_steps} steps of {scale.pretrain_rows} rows of "
+        f"{scale.pretrain_length} tokens: short tasks, prose and repetitions. Two heads began as "
+        "an induction circuit that rests on the first token when it finds nothing "
+        "(`examples/ablation/induction.py`): without it two cores would not get as far. It "
         f"**{verdict} first-token sink**: answers give the first token {layers} of their "
         "attention by layer, at "
         f"{scale.length} tokens (a sink: more than {SINK:g} and {SINK_TIMES:g} times an equal "
@@ -239,7 +242,8 @@ def method(scale: Scale, output: Path) -> list[str]:
         "the base knows it at short lengths only. Lengths beyond "
         f"{scale.length} were not trained. {scale.questions} questions for each task and length, "
         "the same for all cells, with noise that no training saw. An answer is right if greedy "
-        "decoding gives it exactly. Runs of one seed share the base, the data and their order; "
+        "decoding gives it exactly, a sentence such as *Mary is in the garden.* Runs of one seed "
+        "share the base, the data and their order; "
         f"AdamW with peak learning rate {scale.lr:g}, {scale.rows} rows a step. Inner loop: LoRA "
         "of rank 8 on the MLPs of the top 35 % of layers, SGD with rate 1, each tensor's gradient "
         "clipped to norm 1, first order, K = 2, where not varied. Intervals draw seeds and "

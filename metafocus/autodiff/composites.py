@@ -91,6 +91,8 @@ _IN_FORWARD_MODE = {
     F.soft_margin_loss: soft_margin_loss,
 }
 
+_TABLES = frozenset().union(_ALWAYS, _WRONG, _WRONG_IN_TRANSFORMS, _IN_FORWARD_MODE)
+
 
 class Swapped(TorchFunctionMode):
     """Inside this block, operators of the table are swapped where they need to be.
@@ -105,7 +107,10 @@ class Swapped(TorchFunctionMode):
         self.once = once
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self._composite(func)(*args, **(kwargs or {}))
+        # Every access to a tensor comes here: what is in no table must pass quickly.
+        if func in _TABLES:
+            func = self._composite(func)
+        return func(*args, **kwargs) if kwargs else func(*args)
 
     def _composite(self, func: Any) -> Any:
         if not self.once and func in _ALWAYS:

@@ -83,7 +83,8 @@ class _Spec:
     def flat(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         outputs, self.out_spec = pytree.tree_flatten(self.fn(*self.rebuild(inputs)))
         # Returning an input as it is would make it an output of the custom Function.
-        return tuple(y.clone() if any(y is x for x in inputs) else y for y in outputs)
+        given = {id(x) for x in inputs}
+        return tuple(y.clone() if id(y) in given else y for y in outputs)
 
     def grads(
         self, inputs: Sequence[Tensor], cotangents: Sequence[Tensor | None], wanted: Sequence[bool]

@@ -32,14 +32,23 @@ class Rival(NamedTuple):
     requirement: str | None = None
     """What pip installs; None: `clone` goes on PYTHONPATH."""
     clone: str | None = None
-    extra: tuple[str, ...] = ()
-    """What a clone needs beside torch and numpy."""
 
 
-ENVIRONMENTS: dict[str, tuple[str, ...]] = {
-    # name: pins of constraints.txt that its rivals cannot live with
-    "common": (),
-    "boat": ("numpy",),
+class Environment(NamedTuple):
+    """What an environment holds."""
+
+    # transformers: the model of W5 is one of its own.
+    packages: tuple[str, ...] = ("torch", "numpy", "setuptools<81", "transformers")
+    without: tuple[str, ...] = ()
+    """Pins of constraints.txt that its rivals cannot live with."""
+
+
+JAX = ("jax==0.4.35", "jaxlib==0.4.35", "jaxopt==0.8.5", "benchopt==1.7.0", "joblib<1.5")
+ENVIRONMENTS = {
+    "common": Environment(),
+    "boat": Environment(without=("numpy",)),
+    # jaxopt has ended: newer versions of jax and joblib do not go with it and with benchopt 1.7.
+    "benchopt": Environment((*JAX, "numpy<2.3", "scikit-learn"), without=("numpy",)),
 }
 RIVALS: dict[str, Rival] = {
     "higher": Rival("common", "higher==0.2.1"),
@@ -55,6 +64,8 @@ RIVALS: dict[str, Rival] = {
     "learn2learn": Rival("common", clone="https://github.com/learnables/learn2learn"),
     # It wants torch < 1.10.
     "torchmeta": Rival("common", clone="https://github.com/tristandeleu/pytorch-meta"),
+    # W8 alone.
+    "benchopt": Rival("benchopt", clone="https://github.com/benchopt/benchmark_bilevel"),
     # It needs transformers' trainer, as this project does.
     "focusft": Rival(None, clone="https://github.com/JarvisPei/FocuSFT"),
 }
@@ -95,8 +106,6 @@ def install(name: str, source: str | None) -> dict[str, Any]:
         package = rival.requirement.partition("==")[0]
         code = f"from importlib.metadata import version; print(version({package!r}))"
         return {"python": python, "path": None, "version": _run([python, "-c", code]).strip()}
-    if rival.extra and rival.environment:
-        pip(python, rival.environment, *rival.extra)
     path = Path(source) if source else FOLDER / "clones" / name
     if source is None and not path.exists():
         assert rival.clone is not None
@@ -114,8 +123,7 @@ def environment(name: str | None) -> str:
     python = folder / "bin" / "python"
     if not (folder / ".ready").exists():
         venv.create(folder, with_pip=True, clear=True)
-        # transformers: the model of W5 is one of its own.
-        pip(str(python), name, "torch", "numpy", "setuptools<81", "transformers")
+        pip(str(python), name, *ENVIRONMENTS[name].packages)
         (folder / ".ready").touch()
     return str(python)
 
@@ -123,7 +131,7 @@ def environment(name: str | None) -> str:
 def pip(python: str, name: str, *requirements: str) -> None:
     """Install under the project's constraints, less those that this environment drops."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
-    kept = [x for x in lines if x.partition("==")[0] not in ENVIRONMENTS[name]]
+    kept = [x for x in lines if x.partition("==")[0] not in ENVIRONMENTS[name].without]
     constraints = FOLDER / f"constraints_{name}.txt"
     constraints.write_text("\n".join(kept) + "\n")
     _run([python, "-m", "pip", "install", "-q", "-c", str(constraints), *requirements])

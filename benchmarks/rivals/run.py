@@ -25,10 +25,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, help="default: the workload's own")
     parser.add_argument("--quick", action="store_true", help="small cases, 3 repetitions")
     parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--case", type=json.loads, default={}, help='such as {"steps": 16}')
     parser.add_argument("--keep", action="store_true", help="add to the cases in the file")
     parser.add_argument("--output", type=Path, default=RESULTS, help="directory")
     args = parser.parse_args()
     only = args.only.split(",") if args.only else None
+    args.output.mkdir(parents=True, exist_ok=True)
     for workload in args.workloads.split(","):
         begun, definition = time.perf_counter(), defined(workload)
         path = args.output / f"rivals_{workload}.json"
@@ -44,7 +46,8 @@ def main() -> None:
                 memory = not args.no_memory and not again
                 try:
                     for case in definition.cases(args.quick):
-                        if again and not promised(definition, case):
+                        wanted = args.case.items() <= case.items()
+                        if not wanted or (again and not promised(definition, case)):
                             continue
                         about = {"case": case, "threads": threads, "repeats": repeats}
                         load = os.getloadavg()[0]
@@ -52,12 +55,14 @@ def main() -> None:
                         about["load"] = [load, os.getloadavg()[0]]
                         runs = merged(runs, {**about, "rows": rows})
                         show(workload, runs[-1])
+                        save(path, workload, definition, sorted(runs, key=_threads))
                 finally:
                     race.close()
-        args.output.mkdir(parents=True, exist_ok=True)
-        runs = sorted(runs, key=lambda run: run["threads"])
-        save(path, workload, definition, runs)
         print(f"{workload}: {time.perf_counter() - begun:.0f} s")
+
+
+def _threads(run: dict[str, Any]) -> int:
+    return run["threads"]
 
 
 def merged(runs: list[dict[str, Any]], run: dict[str, Any]) -> list[dict[str, Any]]:

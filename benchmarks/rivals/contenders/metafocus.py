@@ -112,6 +112,7 @@ def w5(data, case):
     return {
         "metafocus graph": contender(mf.Unrolled()),
         "metafocus recompute=True": contender(mf.Unrolled(recompute=True)),
+        "metafocus recompute=2": contender(mf.Unrolled(recompute=2)),
         "metafocus hvp_forward": contender(mf.Unrolled(hvp=mf.hvp_forward)),
     }
 

@@ -6,26 +6,39 @@ says so. The pins of `constraints.txt` are those of `torch="pinned"`.
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import nox
 
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
-TORCHES = {"oldest": "torch==2.11.*", "newest": "torch", "pinned": ""}
+TORCHES = ("oldest", "newest", "pinned")
+OLDEST = "torch==2.11.*"
 EPOCH = {"SOURCE_DATE_EPOCH": "1700000000"}
+TRAIN = (
+    *("--data", "stdlib", "--samples", "16", "--max-length", "256", "--steps", "2"),
+    *("--hidden-size", "64", "--layers", "2", "--rank", "4", "--vocab-size", "400"),
+)
 
 nox.options.sessions = ["lint", "tests"]
 nox.options.error_on_missing_interpreters = False
 
 
 def install(session: nox.Session, torch: str, extra: str) -> None:
-    """Install the package as it is here, with one torch."""
-    if torch == "pinned":
-        session.install("-c", "constraints.txt", "-e", f".[{extra}]")
-    else:
-        session.install(TORCHES[torch], "-e", f".[{extra}]")
+    """Install the package as it is here, with one torch; "newest" is newest of everything."""
+    if torch == "newest":
+        session.install(f"-e.[{extra}]")
+        return
+    pins = Path(session.create_tmp()).resolve() / "pins.txt"
+    kept = Path("constraints.txt").read_text().splitlines()
+    if torch == "oldest":
+        kept = [OLDEST, *(line for line in kept if not line.startswith("torch"))]
+    pins.write_text("\n".join(kept) + "\n")
+    session.install("-c", str(pins), f"-e.[{extra}]")
 
 
 @nox.session(python=PYTHONS)
-@nox.parametrize("torch", list(TORCHES))
+@nox.parametrize("torch", TORCHES)
 def tests(session: nox.Session, torch: str) -> None:
     """Run the tests; words after `--` go to pytest."""
     install(session, torch, "dev")
@@ -53,13 +66,28 @@ def docs(session: nox.Session) -> None:
 
 @nox.session(python=PYTHONS)
 def wheel(session: nox.Session) -> None:
-    """Build twice, compare, check, install into a clean environment and run a command."""
+    """Build twice, compare, check; then use the wheel in an environment that holds nothing else."""
     session.install("build", "twine", "hatchling")
-    first, second = (f"{session.create_tmp()}/{name}" for name in ("first", "second"))
+    root = Path(session.create_tmp()).resolve()
+    first, second, clean, elsewhere = (root / name for name in ("a", "b", "clean", "elsewhere"))
     for place in (first, second):
-        session.run("python", "-m", "build", "--no-isolation", "-o", place, env=EPOCH)
-    session.run("diff", "-r", first, second, external=True)
-    session.run("python", "-m", "twine", "check", "--strict", f"{first}/*")
-    session.run("bash", "-c", f"pip install -c constraints.txt {first}/*.whl", external=True)
-    session.chdir(first)
-    session.run("metafocus", "compare", "--quick", env={"OMP_NUM_THREADS": "1"})
+        shutil.rmtree(place, ignore_errors=True)
+        session.run("python", "-m", "build", "--no-isolation", "-o", str(place), env=EPOCH)
+    session.run("diff", "-r", str(first), str(second), external=True)
+    built = sorted(map(str, first.iterdir()))
+    session.run("python", "-m", "twine", "check", "--strict", *built)
+    session.run("python", "-m", "venv", "--clear", str(clean))
+    wheels = [name for name in built if name.endswith(".whl")]
+    pip = str(clean / "bin" / "pip")
+    session.run(pip, "install", "-q", "-c", "constraints.txt", *wheels, external=True)
+    elsewhere.mkdir(exist_ok=True)
+    session.chdir(elsewhere)  # where the sources cannot stand in for what the wheel lacks
+    python, metafocus = (str(clean / "bin" / name) for name in ("python", "metafocus"))
+    quiet = {"OMP_NUM_THREADS": "1"}
+    for words in (
+        (python, "-W", "error", "-c", "import metafocus"),
+        (metafocus, "--help"),
+        (metafocus, "compare", "--quick", "--output", "compare"),
+        (metafocus, "train", *TRAIN, "--output", "trained", "--overwrite"),
+    ):
+        session.run(*words, env=quiet, external=True)

@@ -8,7 +8,7 @@ TUNE := $(TRAIN) --model $(DEMO)/base --steps 60 --lr 5e-4 --seed 1234
 # One thread: on a machine that others use too, two threads wait for each other.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint docs reproduce clean
+.PHONY: demo test lint docs reproduce benchmarks clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -41,6 +41,10 @@ docs: $(VENV)/.dev
 
 reproduce: $(VENV)/.dev
 	$(BIN)/metafocus reproduce
+
+# The page, the README's table and the figures in the docs, from benchmarks/results.
+benchmarks: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.report
 
 clean:
 	rm -rf $(VENV) $(DEMO) site .pytest_cache .ruff_cache .hypothesis

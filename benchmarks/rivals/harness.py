@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import MALLOC, quartiles
 from benchmarks.rivals import install
 from metafocus.comparison import environment
 
@@ -35,6 +34,8 @@ BLOCK = 0.08
 """Seconds of one measurement: shorter calls are repeated to fill it."""
 
 
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+"""What makes glibc give blocks back when they are freed, so that a peak can be seen."""
 KEEPING = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 """What makes glibc keep freed blocks: else page faults are timed, which depend on the past."""
 
@@ -214,6 +215,13 @@ class Race:
                     rows[label] |= {"message": f"memory: {failure}"}
                 finally:
                     worker.close()
+
+
+def quartiles(values: list[float], base: list[float]) -> tuple[float, float, float]:
+    """Return the quartiles of the per-repetition ratios of two lists of times."""
+    ratios = [a / b for a, b in zip(values, base, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    return low, middle, high
 
 
 def defined(workload: str) -> ModuleType:

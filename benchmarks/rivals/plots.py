@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 OURS, OTHERS = "#c1440e", "#4c6a92"
 
@@ -24,34 +25,52 @@ def write(report: dict[str, Any], folder: Path) -> list[tuple[str, Path]]:
     if not axes:
         figure = bars(report, runs)
         written.append(("CPU time relative to the reference", figure, report["workload"]))
-    # Without a date, and with names that do not change: the same data give the same file.
-    found = []
+    return [
+        (title, saved(figure, folder / f"rivals_{name}.svg")) for title, figure, name in written
+    ]
+
+
+def saved(figure: Figure, path: Path) -> Path:
+    """Write a figure; the same data give the same file."""
     with rc_context({"svg.hashsalt": "metafocus"}):
-        for title, figure, name in written:
-            path = folder / f"rivals_{name}.svg"
-            figure.savefig(path, metadata={"Date": None})
-            found.append((title, path))
-    return found
+        figure.savefig(path, metadata={"Date": None})
+    return path
 
 
 def growth(runs: list[dict[str, Any]], axis: str) -> Figure:
-    """Return CPU seconds against an axis, both logarithmic, a line for each contender."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    ax = figure.subplots()
+    """Return CPU time, and memory if measured, against an axis; all axes are logarithmic."""
+    shown = [("seconds", 1e3, "CPU ms")]
+    if all(any(row.get("process_bytes") for row in run["rows"].values()) for run in runs):
+        shown.append(("process_bytes", 2.0**-20, "peak memory of the process, MB"))
+    figure = Figure(figsize=(5.2 * len(shown) + 1.8, 4), layout="constrained")
+    panels = figure.subplots(1, len(shown), squeeze=False)[0]
     labels = dict.fromkeys(k for run in runs for k, r in run["rows"].items() if "seconds" in r)
-    for label in labels:
-        points = [
-            (run["case"][axis], run["rows"][label]["seconds"] * 1e3)
-            for run in runs
-            if "seconds" in run["rows"].get(label, {})
-        ]
-        ours = label.startswith("metafocus")
-        ax.plot(*zip(*points, strict=True), marker="o", label=label, lw=2.5 if ours else 1.2)
-    ax.set(xscale="log", yscale="log", xlabel=axis, ylabel="CPU ms")
-    ax.set_xscale("log", base=2)
-    ax.grid(True, alpha=0.3)
-    ax.legend(fontsize=8, frameon=False)
+    for ax, (key, unit, title) in zip(panels, shown, strict=True):
+        for label in labels:
+            points = [
+                (run["case"][axis], run["rows"][label][key] * unit)
+                for run in runs
+                if run["rows"].get(label, {}).get(key)
+            ]
+            ours = label.startswith("metafocus")
+            style = {"lw": 2.2, "marker": "o"} if ours else {"lw": 1.2, "marker": ".", "ls": "--"}
+            if points:
+                ax.plot(*zip(*points, strict=True), label=label, **style)
+        axes(ax, axis, title)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=8,
+        frameon=False,
+    )  # fmt: skip
     return figure
+
+
+def axes(ax: Any, x: str, y: str) -> None:
+    """Make both axes logarithmic, with plain numbers on them."""
+    ax.set(yscale="log", xlabel=x, ylabel=y)
+    ax.set_xscale("log", base=2)
+    for one in (ax.xaxis, ax.yaxis):
+        one.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.grid(True, alpha=0.3)
 
 
 def bars(report: dict[str, Any], runs: list[dict[str, Any]]) -> Figure:

@@ -4,42 +4,54 @@ from __future__ import annotations
 
 import importlib
 import json
+import statistics
+from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 from benchmarks.rivals import plots
 from benchmarks.rivals.targets import Verdict, verdicts
 
 INTRODUCTION = """
-Every rival in its own idiom, in the environment that it needs (`python -m
-benchmarks.rivals.install`; `python -m benchmarks.rivals` runs the race). All gradients are compared
-with the reference in float64 first: a rival that is wrong is reported as wrong, with its relative
-error, and not timed. Then interleaved repetitions, CPU time measured inside a process for each
-rival: the median, and the median of the per-repetition ratio to the reference with quartiles. With
-two threads the CPU time of both is counted. *process*: the growth of the peak RSS over one call in
-a fresh process whose allocator returns freed blocks; *tensors*: the peak of live tensors.
+Every rival in its own idiom, in the environment that it needs. All gradients are compared with the
+reference in float64 first: a rival that is wrong is reported as wrong, with its relative error, and
+not timed. Then interleaved repetitions in random order, in a process for each rival whose allocator
+keeps freed blocks: the median CPU time, and the median of the per-repetition ratio to the reference
+with quartiles; *wall* is the time of the clock. With two threads the CPU time of both is counted.
+*process*: the growth of the peak RSS over one call in a fresh process whose allocator returns freed
+blocks; *tensors*: the peak of live tensors; *GFLOP*: matrix products, attention and convolutions as
+torch counts them. *load* is the load average of this machine before and after: above the number of
+threads, others computed beside the race, and clocks (less so CPU times) are noisy.
+"""
+TARGETS = """
+A target is the ratio of what *ours* needs to what the other needs, and is judged by CPU time or by
+the peak memory of a process; *fastest* is the rival with the right gradient and the least CPU time.
 """
 
 
-def sections(folder: Path, figures: Path, link: str) -> list[str]:
+def sections(
+    folder: Path, figures: Path, link: str, after: Mapping[str, list[str]] = MappingProxyType({})
+) -> list[str]:
     """Return the lines of all workloads with results; write their plots.
 
     Args:
         folder: where `rivals_*.json` are.
         figures: where the plots go.
         link: that folder, as the page sees it.
+        after: more lines for the end of a workload's section.
     """
     reports = [json.loads(path.read_text()) for path in sorted(folder.glob("rivals_*.json"))]
-    reports = [report for report in reports if "runs" in report]
     if not reports:
         return []
     judged = [(report, judge(report)) for report in reports]
-    lines = ["", "## The race", "", _flow(INTRODUCTION), "", "### Targets", ""]
-    lines += target_table(judged)
+    lines = ["", "## The race", "", _flow(INTRODUCTION), "", "### Targets", "", _flow(TARGETS)]
+    all_verdicts = [v for _, found in judged for v in found]
+    met = sum(v.met for v in all_verdicts)
+    lines += ["", f"{met} of {len(all_verdicts)} are met.", "", *target_table(judged)]
     figures.mkdir(parents=True, exist_ok=True)
     for report in reports:
-        lines += section(report, figures, link)
+        lines += [*section(report, figures, link), *after.get(report["workload"], [])]
     return lines
 
 
@@ -52,17 +64,18 @@ def judge(report: dict[str, Any]) -> list[Verdict]:
 def target_table(judged: list[tuple[dict[str, Any], list[Verdict]]]) -> list[str]:
     """Return one row for each target, case and number of threads."""
     lines = [
-        "| workload | target | case | threads | against | allowed | measured | |",
-        "|---|---|---|---|---|---|---|---|",
+        "| | target | case | threads | ours / other | allowed | measured | wall | |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for report, found in judged:
         for v in found:
             value = "-" if v.value is None else f"{v.value:.3g}"
+            wall = "" if v.wall is None else f"{v.wall:.3g}"
             verdict = v.words() if v.met else f"**{v.words()}**"
             lines.append(
-                f"| {report['workload']} | {v.target.text} (*{v.target.ours}*) | "
-                f"{case_words(v.case)} | {v.threads} | {v.other} | {v.target.at_most:.3g} | "
-                f"{value} | {verdict} |"
+                f"| {report['workload'].upper()} | {v.target.text} | {case_words(v.case)} | "
+                f"{v.threads} | {v.target.ours} / {v.other} | {v.target.at_most:.3g} | {value} | "
+                f"{wall} | {verdict} |"
             )
     return lines
 
@@ -80,24 +93,31 @@ def section(report: dict[str, Any], figures: Path, link: str) -> list[str]:
         lines += definition.report(report)
     for run in report["runs"]:
         threads = "one thread" if run["threads"] == 1 else f"{run['threads']} threads"
-        lines += [f"**{case_words(run['case'])}**, {threads}, {run['repeats']} repetitions", ""]
-        lines += [*table(run), ""]
+        load = "" if "load" not in run else ", load " + " to ".join(f"{x:.1f}" for x in run["load"])
+        words = f"**{case_words(run['case'])}**, {threads}, {run['repeats']} repetitions{load}"
+        lines += [words, "", *table(run), ""]
     return lines[:-1]
+
+
+HEADS = {"process_bytes": "process MB", "tensor_bytes": "tensors MB", "flop": "GFLOP"}
+UNITS = {"process_bytes": 2**20, "tensor_bytes": 2**20, "flop": 1e9}
 
 
 def table(run: dict[str, Any]) -> list[str]:
     """Return the rows of one case, the fastest first, then those without a time."""
-    memory = [k for k in ("process_bytes", "tensor_bytes") if _any(run, k)]
-    heads = {"process_bytes": "process MB", "tensor_bytes": "tensors MB"}
-    columns = ["", "version", "error", "CPU ms", "ratio", "quartiles", *(heads[k] for k in memory)]
+    more = [k for k in HEADS if any(row.get(k) for row in run["rows"].values())]
+    columns = ["", "version", "error", "CPU ms", "ratio", "quartiles", "wall ms"]
+    columns += [HEADS[k] for k in more]
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     timed = {k: r for k, r in run["rows"].items() if "seconds" in r}
     for label, row in sorted(timed.items(), key=lambda item: item[1]["ratio"]):
         low, high = row["ratio_quartiles"]
         name = f"**{label}**" if label.startswith("metafocus") else label
-        cells = [name, row["version"], f"{row['error']:.0e}", f"{row['seconds'] * 1e3:.4g}"]
-        cells += [f"{row['ratio']:.2f}", f"{low:.2f}-{high:.2f}"]
-        cells += [_mega(row.get(k)) for k in memory]
+        error = f"{row['error']:.0e}" if row.get("error") is not None else row["verdict"]
+        wall = f"{statistics.median(row['wall']) * 1e3:.4g}" if row.get("wall") else ""
+        cells = [name, row["version"], error, f"{row['seconds'] * 1e3:.4g}"]
+        cells += [f"{row['ratio']:.2f}", f"{low:.2f}-{high:.2f}", wall]
+        cells += [f"{row[k] / UNITS[k]:.1f}" if row.get(k) is not None else "" for k in more]
         lines.append("| " + " | ".join(cells) + " |")
     for label, row in run["rows"].items():
         if label in timed:
@@ -116,14 +136,6 @@ def case_words(case: dict[str, Any]) -> str:
 
 def _definition(report: dict[str, Any]) -> ModuleType:
     return importlib.import_module(f"benchmarks.rivals.workloads.{report['workload']}")
-
-
-def _any(run: dict[str, Any], key: str) -> bool:
-    return any(row.get(key) is not None for row in run["rows"].values())
-
-
-def _mega(value: int | None) -> str:
-    return "" if value is None else f"{value / 2**20:.1f}"
 
 
 def _flow(text: str) -> str:

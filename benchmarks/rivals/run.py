@@ -15,6 +15,8 @@ import torch
 
 from benchmarks.rivals.harness import RESULTS, Race, defined, save
 
+WEIGHED = ("process_bytes", "tensor_bytes", "flop")
+
 
 def main() -> None:
     """Run the workloads and write one JSON file for each."""
@@ -77,7 +79,7 @@ def merged(runs: list[dict[str, Any]], run: dict[str, Any]) -> list[dict[str, An
             continue
         for label, row in run["rows"].items():
             old = earlier["rows"].get(label, {})
-            memory = {k: old[k] for k in ("process_bytes", "tensor_bytes") if k in old}
+            memory = {k: old[k] for k in WEIGHED if k in old}
             run["rows"][label] = {**memory, **row}
     return [*kept, run]
 

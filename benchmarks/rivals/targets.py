@@ -14,7 +14,8 @@ class Target(NamedTuple):
     Attributes:
         text: the promise in words.
         ours: label of a contender.
-        other: label of another, or "*": the least of all right ones that are not metafocus.
+        other: label of another, or "fastest" or "leanest": of the right ones that are not ours,
+            that with the least CPU time, or the least of the quantity.
         at_most: the largest allowed ratio; 1/6 means six times as fast.
         quantity: "cpu", "wall", "process_bytes" or "tensor_bytes".
         case: what the parameters of a case must contain.
@@ -36,6 +37,8 @@ class Verdict(NamedTuple):
     threads: int
     other: str
     value: float | None
+    wall: float | None = None
+    """The same ratio of times of the clock, for a target on CPU time."""
 
     @property
     def met(self) -> bool:
@@ -55,19 +58,23 @@ def verdicts(target: Target, runs: list[dict[str, Any]]) -> list[Verdict]:
     found = []
     for run in chosen:
         rows, other = run["rows"], target.other
-        if other == "*":
-            right = [n for n, r in rows.items() if is_right(r) and not n.startswith("metafocus")]
-            right = [n for n in right if rows[n].get(target.quantity) is not None]
+        if other in ("fastest", "leanest"):
+            key = "cpu" if other == "fastest" else target.quantity
+            right = [n for n, r in rows.items() if r["verdict"] == "right" and r.get(key)]
+            right = [n for n in right if not n.startswith("metafocus")]
             if right:
-                other = min(right, key=lambda n: _typical(rows[n][target.quantity]))
+                other = min(right, key=lambda n: _typical(rows[n][key]))
         value = ratio(rows, target.ours, other, target.quantity)
-        found.append(Verdict(target, run["case"], run["threads"], other, value))
+        wall = ratio(rows, target.ours, other, "wall") if target.quantity == "cpu" else None
+        # Memory is measured once, on one thread.
+        if value is not None or target.quantity == "cpu" or run["threads"] == 1:
+            found.append(Verdict(target, run["case"], run["threads"], other, value, wall))
     return found
 
 
 def is_right(row: dict[str, Any]) -> bool:
-    """Return whether a contender gave the right gradient."""
-    return row["verdict"] == "right"
+    """Return whether a contender gave the right gradient, or stands there for its cost alone."""
+    return row["verdict"] in ("right", "baseline")
 
 
 def ratio(rows: dict[str, Any], ours: str, other: str, quantity: str) -> float | None:
@@ -75,7 +82,7 @@ def ratio(rows: dict[str, Any], ours: str, other: str, quantity: str) -> float |
     if not all(n in rows and is_right(rows[n]) for n in (ours, other)):
         return None
     a, b = rows[ours].get(quantity), rows[other].get(quantity)
-    if a is None or b is None:
+    if not a or not b:
         return None
     if isinstance(a, list):
         return statistics.median(x / y for x, y in zip(a, b, strict=True))

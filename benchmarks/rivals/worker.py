@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.rivals.common import Contenders, cast
 
@@ -63,7 +64,7 @@ class Worker:
         return {"cpu": cpu / calls, "wall": wall / calls}
 
     def peak(self, name: str) -> dict[str, Any]:
-        """Return the growth of the peak RSS over one call, and the peak of live tensors.
+        """Return the growth of the peak RSS over one call, the peak of live tensors, the FLOP.
 
         Asked of a fresh process whose allocator returns blocks at once. The call before it loads
         code; its memory has been given back.
@@ -77,11 +78,14 @@ class Worker:
         before = measure.process_memory("VmRSS")
         run()
         process = measure.process_memory("VmHWM") - before
+        found = {"process_bytes": process, "tensor_bytes": None, "flop": None}
         try:
-            tensors = measure.peak_bytes(run)[1]
+            with FlopCounterMode(display=False) as counter:
+                found["tensor_bytes"] = measure.peak_bytes(run)[1]
+            found["flop"] = counter.get_total_flops()
         except Exception:  # A dispatch mode does not go with everything that rivals do.
-            tensors = None
-        return {"process_bytes": process, "tensor_bytes": tensors}
+            pass
+        return found
 
 
 def _measure() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -66,7 +67,10 @@ def outer_loop(
             if not going:
                 # A line search calls again before it ends.
                 return torch.zeros((), dtype=torch.float64)
-            grads, (value, aux) = gradient({"x": x.detach()}, mf.Episode(None, None))
+            with warnings.catch_warnings():
+                # It compares with the start, which is warm: a small gradient already.
+                warnings.simplefilter("ignore", mf.errors.NotStationaryWarning)
+                grads, (value, aux) = gradient({"x": x.detach()}, mf.Episode(None, None))
             state["z"], x.grad = aux.params["z"], grads["x"]
             return value
 

@@ -65,5 +65,5 @@ LEAN = "metafocus recompute=14"
 TARGETS = [
     Target("at most 0.3 times the memory of higher", LEAN, "higher", 0.3, "process_bytes", DEEP),
     Target("at no more than 1.3 times its time", LEAN, "higher", 1.3, "cpu", DEEP),
-    Target("graph form against the fastest rival", "metafocus graph", "*", 1.05),
+    Target("graph form against the fastest rival", "metafocus graph", "fastest", 1.05),
 ]

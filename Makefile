@@ -45,6 +45,8 @@ reproduce: $(VENV)/.dev
 # The page, the README's table and the figures in the docs, from benchmarks/results.
 benchmarks: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.report
+	$(BIN)/python docs/figures/rivals.py
+	$(BIN)/python docs/figures/measured.py
 
 clean:
 	rm -rf $(VENV) $(DEMO) site .pytest_cache .ruff_cache .hypothesis

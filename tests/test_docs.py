@@ -149,41 +149,47 @@ def test_measured_tables_are_those_of_the_file():
     assert script("make").filled(page, report) == page
 
 
+def test_measured_figures_are_those_of_the_results():
+    measured = script("measured")
+    for name, parts in measured.PAGES.items():
+        page = (ROOT / "docs" / name).read_text()
+        assert measured.filled(page, parts) == page, f"{name}: run make benchmarks"
+
+
 def test_the_table_of_rivals_is_that_of_the_results():
     rivals, readme = script("rivals"), (ROOT / "README.md").read_text()
-    if rivals.BEGIN not in readme:
-        pytest.skip("README.md shows no rivals")
     assert rivals.filled(readme, rivals.read()) == readme
 
 
 def test_a_table_of_rivals():
-    """The heaviest case on one thread; the fastest right form; what went wrong, in words."""
+    """The heavy case on the fewest threads; the fastest right form; what went wrong, in words."""
     about = {"verdict": "right", "error": 0.0}
     rows = {
-        "torch": {"rival": "by_hand", "seconds": 1.0, "ratio": 1.0, **about},
-        "metafocus vmap": {"rival": "metafocus", "seconds": 0.2, "ratio": 0.2, **about},
-        "metafocus loop": {"rival": "metafocus", "seconds": 0.9, "ratio": 0.9, **about},
-        "first": {"rival": "alpha", "verdict": "wrong", "error": 0.25},
-        "beta": {"rival": "beta", "verdict": "absent", "message": "no wheel"},
+        "torch": {"rival": "by_hand", "ratio": 1.0, "process_bytes": 50 * 2**20, **about},
+        "metafocus vmap": {"rival": "metafocus", "ratio": 0.2, "process_bytes": 2**20, **about},
+        "metafocus recompute=2": {"rival": "metafocus", "ratio": 0.9, **about},
+        "first": {"rival": "higher", "verdict": "wrong", "error": 0.25},
+        "TorchOpt": {"rival": "torchopt", "verdict": "absent", "message": "no wheel"},
     }
-    light = {k: {**v, "seconds": 0.1, "ratio": 7.0} for k, v in rows.items()}
+    light = {k: {**v, "ratio": 7.0} for k, v in rows.items()}
+    heavy = {"steps": 5, "order": 2}
     report = {
-        "title": "W0: a race",
-        "reference": "torch",
+        "workload": "w1",
         "environment": {"torch": "2", "device": "cpu"},
         "runs": [
-            {"case": {"steps": 1}, "threads": 1, "rows": light},
-            {"case": {"steps": 5}, "threads": 1, "rows": rows},
-            {"case": {"steps": 5}, "threads": 2, "rows": light},
+            {"case": {"steps": 1, "order": 2}, "threads": 1, "rows": light},
+            {"case": heavy, "threads": 1, "rows": rows},
+            {"case": heavy, "threads": 2, "rows": light},
         ],
     }
     lines = script("rivals").table([report]).splitlines()
-    assert lines[0] == "| | W0: a race (steps 5) |"
-    assert lines[2:6] == [
+    assert lines[0] == "| | MAML, 25 tasks |"
+    assert lines[2:7] == [
         "| **metafocus** | 0.20 |",
-        "| by hand | 1.00 |",
-        "| alpha | wrong by 2e-01 |",
-        "| beta | absent |",
+        "| **metafocus**, recomputing | 0.90 |",
+        "| torch by hand | 1.00 (50 MB) |",
+        "| TorchOpt | not installable |",
+        "| higher | wrong by 2e-01 |",
     ]
 
 

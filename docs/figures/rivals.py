@@ -1,7 +1,7 @@
-"""The README's table against rivals, from benchmarks/results: `python docs/figures/rivals.py`.
+"""The README's table against rivals, from benchmarks/results: `make benchmarks`.
 
-For each workload the heaviest case on one thread: CPU time over that of the reference, of a rival's
-fastest form that computed the right gradient.
+One column for a workload: CPU time over that of torch written by hand, and peak memory where it
+was measured, of a rival's fastest form that computed the right gradient.
 """
 
 from __future__ import annotations
@@ -13,51 +13,70 @@ from typing import Any
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- begin rivals -->", "<!-- end rivals -->"
+COLUMNS = (
+    # Workload, what its case must contain, head.
+    ("w1", {"steps": 5, "order": 2}, "MAML, 25 tasks"),
+    ("w2", {"order": 2}, "MAML, Conv4"),
+    ("w3", {"size": "deep"}, "unroll, 50 steps"),
+    ("w4", {}, "implicit, CG"),
+    ("w5", {"steps": 16}, "LoRA in a language model, 16 steps"),
+)
+ROWS = (
+    # Rival, what its labels contain, name.
+    ("metafocus", "", "**metafocus**"),
+    ("metafocus", "recompute", "**metafocus**, recomputing"),
+    ("by_hand", "", "torch by hand"),
+    ("torchopt", "", "TorchOpt"),
+    ("higher", "", "higher"),
+    ("learn2learn", "", "learn2learn"),
+    ("hypertorch", "", "hypertorch"),
+    ("betty", "", "Betty"),
+    ("boat", "", "BOAT"),
+)
+WORDS = {"absent": "not installable", "not expressible": "cannot", "failed": "fails"}
 
 
-def heaviest(report: dict[str, Any]) -> dict[str, Any]:
-    """Return the run on the fewest threads whose reference took longest."""
-    fewest = min(run["threads"] for run in report["runs"])
-    runs = [run for run in report["runs"] if run["threads"] == fewest]
-    return max(runs, key=lambda run: run["rows"][report["reference"]].get("seconds", 0.0))
+def chosen(report: dict[str, Any], case: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the run of a case on the fewest threads."""
+    runs = [run for run in report["runs"] if case.items() <= run["case"].items()]
+    return min(runs, key=lambda run: run["threads"], default=None)
 
 
 def cell(rows: list[dict[str, Any]]) -> str:
     """Return what one rival did in one workload."""
-    right = [row["ratio"] for row in rows if row.get("verdict") == "right" and "ratio" in row]
+    right = [row for row in rows if row.get("verdict") == "right" and "ratio" in row]
     if right:
-        return f"{min(right):.2f}"
+        best = min(right, key=lambda row: row["ratio"])
+        memory = best.get("process_bytes") or 0
+        # Below 10 MB it is the noise of a process.
+        shown = f" ({memory / 2**20:.0f} MB)" if memory > 10 * 2**20 else ""
+        return f"{best['ratio']:.2f}{shown}"
     wrong = [row["error"] for row in rows if row.get("verdict") == "wrong"]
     if wrong:
         return f"wrong by {min(wrong):.0e}"
-    return rows[0]["verdict"] if rows else "-"
+    return WORDS.get(rows[0]["verdict"], rows[0]["verdict"]) if rows else ""
 
 
 def table(reports: list[dict[str, Any]]) -> str:
     """Return the rivals as rows, the workloads as columns, and a sentence about the machine."""
-    runs = [(report, heaviest(report)) for report in reports]
-    rivals: dict[str, list[str]] = {}
-    for index, (_, run) in enumerate(runs):
-        of: dict[str, list[dict[str, Any]]] = {}
-        for row in run["rows"].values():
-            of.setdefault(row["rival"], []).append(row)
-        for rival, rows in of.items():
-            rivals.setdefault(rival, ["-"] * len(runs))[index] = cell(rows)
-    names = sorted(rivals, key=lambda name: (name != "metafocus", name != "by_hand", name))
-    heads = [
-        f"{report['title']} ({', '.join(f'{k} {v}' for k, v in run['case'].items())})"
-        for report, run in runs
-    ]
-    lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(runs)]
-    for name in names:
-        shown = "**metafocus**" if name == "metafocus" else name.replace("_", " ")
-        lines.append(f"| {shown} | " + " | ".join(rivals[name]) + " |")
+    found = {report["workload"]: report for report in reports}
+    columns = [(chosen(found[w], case), head) for w, case, head in COLUMNS if w in found]
+    shown = [(run, head) for run, head in columns if run is not None]
+    lines = ["| | " + " | ".join(head for _, head in shown) + " |", "|---|" + "---:|" * len(shown)]
+    for rival, part, name in ROWS:
+        cells = []
+        for run, _ in shown:
+            rows = run["rows"].items()
+            cells.append(cell([r for k, r in rows if r["rival"] == rival and part in k]))
+        if any(cells):
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
     env = reports[0]["environment"]
     where = (
-        f"CPU time relative to torch written by hand; each gradient is compared first. torch "
-        f"{env['torch']}, {env['device']}, one thread. *absent*: cannot be installed here; *not "
-        "expressible*: the library has no way to say it. All cases: "
-        "[benchmarks](docs/benchmarks.md)."
+        "CPU time relative to a loop of torch.autograd, and peak memory, of the fastest form of "
+        "each; each gradient is compared first. *wrong*: its relative error; *fails*: with an "
+        "error; empty: not raced. torch "
+        f"{env['torch']}, {env['device']}, one thread. Errors, quartiles, other cases, targets and "
+        "which were missed: [benchmarks](docs/benchmarks.md)."
     )
     return "\n".join([*lines, "", where])
 

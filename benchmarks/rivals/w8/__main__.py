@@ -26,6 +26,7 @@ def main() -> None:
     """Run both sides, one after the other, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--limit", type=float, default=60.0, help="CPU seconds of one run")
+    parser.add_argument("--only", default="", help="part of a name; other rows are kept")
     parser.add_argument("--output", type=Path, default=RESULTS / "w8.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -35,7 +36,8 @@ def main() -> None:
         raise SystemExit(f"benchopt's benchmark: {facts['error']}")
     with tempfile.TemporaryDirectory() as folder:
         data, found = Path(folder) / "data.npz", Path(folder) / "rows.json"
-        words = ["-m", "benchmarks.rivals.w8.theirs", facts["path"], data, found, args.limit]
+        words = ["-m", "benchmarks.rivals.w8.theirs", facts["path"], data, found]
+        words += [args.limit, args.only]
         settings = {
             "PYTHONPATH": os.pathsep.join([str(ROOT), facts["path"]]),
             "JAX_PLATFORMS": "cpu",
@@ -51,7 +53,10 @@ def main() -> None:
         )
         theirs = json.loads(found.read_text())
         arrays = dict(np.load(data))
-    rows = theirs["rows"] + ours.rows(arrays, args.limit)
+    rows = theirs["rows"] + ours.rows(arrays, args.limit, args.only)
+    if args.only:
+        kept = json.loads(args.output.read_text())["rows"]
+        rows = [row for row in kept if args.only not in row["name"]] + rows
     report = {
         "benchmark": "w8",
         "environment": {**environment(torch.float64), "threads": 1, "jax": theirs["jax"]},

@@ -1,6 +1,6 @@
 """The side of benchopt's benchmark, in its own environment: its data set, its solvers.
 
-    python -m benchmarks.rivals.w8.theirs CLONE DATA.npz ROWS.json LIMIT
+    python -m benchmarks.rivals.w8.theirs CLONE DATA.npz ROWS.json LIMIT ONLY
 
 Writes its problem as arrays and runs its solvers on it, each in JAX on one thread in float64, until
 the goal or LIMIT seconds of CPU time. Compilation comes before, as in its own runs.
@@ -71,14 +71,14 @@ def generated(clone: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 def main() -> None:
     """Write the problem and the rows."""
-    clone, data_path, rows_path, limit = sys.argv[1:]
+    clone, data_path, rows_path, limit, only = sys.argv[1:]
     jax.config.update("jax_enable_x64", True)
     data, arrays = generated(Path(clone))
     np.savez(data_path, **arrays)  # pyright: ignore[reportArgumentType]
     objective = module(Path(clone) / "objective.py").Objective()
     objective.set_data(**data)
     value, rows = Value(arrays), []
-    for name, settings, calls in RUNS:
+    for name, settings, calls in (r for r in RUNS if only in r[0]):
         setting = ", ".join(f"{k} {v}" for k, v in settings.items() if k != "eval_freq")
         try:
             solver = configured(module(Path(clone) / "solvers" / f"{name}.py").Solver, **settings)

@@ -76,9 +76,13 @@ def axes(ax: Any, x: str, y: str) -> None:
 def bars(report: dict[str, Any], runs: list[dict[str, Any]]) -> Figure:
     """Return ratios to the reference with quartiles, a panel for each case."""
     height = max(sum("seconds" in r for r in run["rows"].values()) for run in runs)
-    size = (4.6 * len(runs), 0.26 * height + 1.1)
-    figure = Figure(figsize=size, layout="constrained")
-    for ax, run in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs, strict=True):
+    lines = -(-len(runs) // 2)
+    columns = min(len(runs), 2)
+    figure = Figure(figsize=(4.8 * columns, (0.24 * height + 1.1) * lines), layout="constrained")
+    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for ax in panels[len(runs) :]:
+        ax.set_axis_off()
+    for ax, run in zip(panels, runs, strict=False):
         rows = [(k, r) for k, r in run["rows"].items() if "seconds" in r]
         rows.sort(key=lambda item: -item[1]["ratio"])
         middle = [r["ratio"] for _, r in rows]

@@ -104,7 +104,7 @@ def rows(arrays: dict[str, np.ndarray], limit: float, only: str) -> list[dict[st
     # Inner steps and products; gradients of the outer loss, and of the inner one at the solution
     # and at the start, which are compared; the mixed product.
     # 20 products leave 3e-4 of the solution; 10 leave a bias that ends above the goal.
-    each = (20, 20, gradient_descent), (20, 20, lbfgs)
+    each = (20, 20, gradient_descent), (20, 20, lbfgs), (10, 20, lbfgs)
     for steps, products, optimizer in each:
         name = f"metafocus Implicit(CG({products})), {optimizer.__name__.replace('_', ' ')}"
         run = outer_loop(data, steps, products, optimizer)

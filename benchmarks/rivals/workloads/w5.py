@@ -27,6 +27,8 @@ REPEATS = 3
 RATE, RANK = 0.5, 8
 MODULES = ("gate_proj", "up_proj", "down_proj")
 SIZES = (2, 4, 8, 16)
+LONGEST_FORWARD = 8
+"""Forward over reverse takes much longer than any other way, and its growth is clear by then."""
 
 
 def cases(quick: bool) -> list[dict[str, Any]]:
@@ -141,3 +143,26 @@ TARGETS = [
     Target("at most 1/8 of create_graph's memory", LEAN, REFERENCE, 1 / 8, "process_bytes", LONG),
     Target("at most 1.25 times its time", LEAN, REFERENCE, 1.25, "cpu", LONG),
 ]
+
+
+def report(results: dict[str, Any]) -> list[str]:
+    """Return what the products of recomputation alone cost."""
+    lines = []
+    for run in results["runs"]:
+        flop = {k: row.get("flop") for k, row in run["rows"].items()}
+        base, steps = flop.get(REFERENCE), run["case"]["steps"]
+        found = [
+            f"*{k}* {flop[k] / base:.2f}"
+            for k in ("metafocus graph", "metafocus recompute=True", LEAN)
+            if base and flop.get(k)
+        ]
+        if run["threads"] == 1 and found:
+            lines.append(f"K = {steps}: {', '.join(found)}")
+    if not lines:
+        return []
+    text = "; ".join(lines)
+    return [
+        f"Products and attention alone, in those of *{REFERENCE}*: {text}. What is rebuilt is a "
+        "forward pass and a gradient of the inner loss for each step that is not kept.",
+        "",
+    ]

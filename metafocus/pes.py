@@ -50,7 +50,56 @@ class ESSingleState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PES:
+class Particles:
+    """What both strategies are made of: antithetic pairs of inner loops, window by window."""
+
+    windows: Windows
+    sigma: float
+    pairs: int
+    chunk_size: int | None = None
+
+    def __post_init__(self) -> None:
+        check(self.sigma, self.pairs, self.chunk_size)
+
+    def begin(self, outer: Params) -> tuple[Window, Params]:
+        """Return unperturbed particles, which the first window replaces, and zero perturbations."""
+        inputs, rebuild = tree.partition(self.windows.init(outer))
+        stack = rebuild([x.expand(2 * self.pairs, *x.shape).clone() for x in inputs])
+        zeros = {k: v.new_zeros((self.pairs, *v.shape)) for k, v in tree.detach(outer).items()}
+        return stack, zeros
+
+    def drawn(self, outer: Params, generator: torch.Generator) -> Params:
+        """Return a perturbation for each pair, `[pairs, ...]`."""
+        return tree.scale(normal(outer, self.pairs, generator), self.sigma)
+
+    def advance(
+        self, outer: Params, noise: Params, window: Window, episode: Any
+    ) -> tuple[Tensor, Window]:
+        """Return the losses `[2, pairs]` of one window and where the particles stand after it."""
+        check_params(outer, "outer", "outer parameters")
+        points = spread(tree.detach(outer), noise, 1.0)
+
+        def one(point: Params, at: Window) -> tuple[Tensor, Window]:
+            # The start is the outer parameters' work too: it takes part in the first perturbation.
+            at = self.windows.init(point) if at.step == 0 else at
+            loss, (after, _) = self.windows.loss(point, at, episode)
+            return loss.detach(), after
+
+        with torch.no_grad():
+            losses, after = torch.func.vmap(one, chunk_size=self.chunk_size, randomness="same")(
+                points, window
+            )
+        losses = losses.reshape(2, -1)
+        check_losses(losses)
+        return losses, after
+
+    def gradient(self, losses: Tensor, noise: Params) -> Params:
+        """Return `1 / (2 sigma^2 pairs) sum_i (L_i+ - L_i-) noise_i`."""
+        return contract(losses, noise, self.sigma**2 * self.pairs)
+
+
+@dataclass(frozen=True)
+class PES(Particles):
     """Persistent evolution strategies: each window's loss against all perturbations so far.
 
     In window `t` pair `i` runs its two inner loops on with `outer +- sigma e_it`; then
@@ -92,17 +141,9 @@ class PES:
         Vicol, Metz and Sohl-Dickstein, arXiv 2112.13835.
     """
 
-    windows: Windows
-    sigma: float
-    pairs: int
-    chunk_size: int | None = None
-
-    def __post_init__(self) -> None:
-        check(self.sigma, self.pairs, self.chunk_size)
-
     def init(self, outer: Params) -> PESState:
         """Return the particles before the first window."""
-        return PESState(*_particles(self.windows, self.pairs, outer))
+        return PESState(*self.begin(outer))
 
     def step(
         self, outer: Params, state: PESState, episode: Any, *, generator: torch.Generator
@@ -123,15 +164,15 @@ class PES:
             NonFiniteError: outside transforms, if a particle's loss is NaN or infinite.
         """
         check_generator(generator)
-        noise = tree.scale(normal(outer, self.pairs, generator), self.sigma)
-        losses, window = _advance(self, outer, noise, state.window, episode)
+        noise = self.drawn(outer, generator)
+        losses, window = self.advance(outer, noise, state.window, episode)
         accumulated = tree.add(state.accumulated, noise)
-        grads = contract(losses, accumulated, self.sigma**2 * self.pairs)
+        grads = self.gradient(losses, accumulated)
         return grads, PESState(window, accumulated), ParticleAux(losses.mean(), losses)
 
 
 @dataclass(frozen=True)
-class ESSingle:
+class ESSingle(Particles):
     """ES-Single: one perturbation per pair of particles for the whole inner problem.
 
     `g_t = 1 / (2 sigma pairs) sum_i (L_it+ - L_it-) e_i` with the same `e_i` in every window `t`:
@@ -167,17 +208,9 @@ class ESSingle:
         Vicol, arXiv 2304.11153.
     """
 
-    windows: Windows
-    sigma: float
-    pairs: int
-    chunk_size: int | None = None
-
-    def __post_init__(self) -> None:
-        check(self.sigma, self.pairs, self.chunk_size)
-
     def init(self, outer: Params) -> ESSingleState:
         """Return the particles before the first window."""
-        return ESSingleState(*_particles(self.windows, self.pairs, outer))
+        return ESSingleState(*self.begin(outer))
 
     def step(
         self, outer: Params, state: ESSingleState, episode: Any, *, generator: torch.Generator
@@ -189,37 +222,7 @@ class ESSingle:
         check_generator(generator)
         noise = state.noise
         if state.window.step == 0:
-            noise = tree.scale(normal(outer, self.pairs, generator), self.sigma)
-        losses, window = _advance(self, outer, noise, state.window, episode)
-        grads = contract(losses, noise, self.sigma**2 * self.pairs)
+            noise = self.drawn(outer, generator)
+        losses, window = self.advance(outer, noise, state.window, episode)
+        grads = self.gradient(losses, noise)
         return grads, ESSingleState(window, noise), ParticleAux(losses.mean(), losses)
-
-
-def _particles(windows: Windows, pairs: int, outer: Params) -> tuple[Window, Params]:
-    """Return unperturbed particles, which the first window replaces, and zero perturbations."""
-    window = windows.init(outer)
-    inputs, rebuild = tree.partition(window)
-    stack = rebuild([x.expand(2 * pairs, *x.shape).clone() for x in inputs])
-    return stack, {k: v.new_zeros((pairs, *v.shape)) for k, v in tree.detach(outer).items()}
-
-
-def _advance(
-    config: PES | ESSingle, outer: Params, noise: Params, window: Window, episode: Any
-) -> tuple[Tensor, Window]:
-    """Return the losses `[2, pairs]` of one window and where the particles stand after it."""
-    check_params(outer, "outer", "outer parameters")
-    points = spread(tree.detach(outer), noise, 1.0)
-
-    def one(point: Params, at: Window) -> tuple[Tensor, Window]:
-        # The start is the outer parameters' work too: it takes part in the first perturbation.
-        at = config.windows.init(point) if at.step == 0 else at
-        loss, (after, _) = config.windows.loss(point, at, episode)
-        return loss.detach(), after
-
-    with torch.no_grad():
-        losses, after = torch.func.vmap(one, chunk_size=config.chunk_size, randomness="same")(
-            points, window
-        )
-    losses = losses.reshape(2, -1)
-    check_losses(losses)
-    return losses, after

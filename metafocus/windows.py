@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,8 @@ from metafocus.errors import ProblemError
 from metafocus.levels import transforming
 from metafocus.probe import probe
 from metafocus.problem import Problem, check_finite, check_params
-from metafocus.solvers.descent import descend, stacked
-from metafocus.types import Aux, InnerLoss, Params, Solver, State
+from metafocus.solvers.descent import segment, stacked
+from metafocus.types import Aux, Params, Solver, State
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class Windows:
         size = int(self.recompute) or self.solver.steps
         losses: list[Tensor] = []
         for begin in range(first, last, size):
-            run = _segment(loss, self.solver, range(begin, min(begin + size, last)))
+            run = segment(loss, self.solver, range(begin, min(begin + size, last)))
             args = (fast, state, outer, support)
             fast, state, more = recompute(run, *args) if self.recompute else run(*args)
             losses += more
@@ -182,13 +182,6 @@ def windows(problem: Problem, *, solver: Solver, recompute: bool | int = False) 
         Williams and Peng, Neural Computation 1990; Wu et al., arXiv 1803.02021 (its bias).
     """
     return Windows(problem, solver, recompute)
-
-
-def _segment(loss: InnerLoss, solver: Solver, steps: range) -> Callable[..., Any]:
-    def run(fast: Params, state: State, outer: Params, support: Any) -> Any:
-        return descend(loss, solver, fast, state, outer, support, steps, differentiable=True)
-
-    return run
 
 
 def _copied(values: Any) -> Any:

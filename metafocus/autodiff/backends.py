@@ -18,6 +18,7 @@ from torch._functorch.pyfunctorch import (
     retrieve_current_functorch_interpreter,
     temporarily_pop_interpreter_stack,
 )
+from torch.utils import _pytree as pytree
 
 from metafocus import tree
 from metafocus.errors import ProblemError, TransformError
@@ -42,6 +43,18 @@ def vjp(fn: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., tuple
     """Return `fn(*primals)` and its pullback, by `torch.func`."""
     result = torch.func.vjp(fn, *primals)
     return result[0], result[1]
+
+
+def pushforward(fn: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
+    """Return `fn(*primals)` and a function from tangents of the primals to that of the value.
+
+    Forward mode as the transpose of the pullback: torch.func.jvp would refuse to run below
+    torch.autograd.forward_ad.
+    """
+    value, pull = vjp(fn, *primals)
+    zeros = pytree.tree_map(torch.zeros_like, value)
+    _, transpose = vjp(pull, zeros)
+    return value, lambda *tangents: transpose(tangents)[0]
 
 
 def fresh(x: Tensor, track: bool) -> Tensor:

@@ -133,8 +133,6 @@ class _Recompute(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        # Forward mode as the transpose of the pullback: torch.func.jvp here would refuse to run
-        # below torch.autograd.forward_ad.
         spec, inputs, tangents = ctx.spec, alive(ctx.saved_tensors), tangents[1:]
         chosen = [i for i, t in enumerate(tangents) if t is not None]
         at = [inputs[i] for i in chosen]
@@ -150,11 +148,8 @@ class _Recompute(torch.autograd.Function):
             return tuple(y for y in outputs if backends.smooth(y))
 
         with spec.ambient.again():
-            outputs, pull = backends.vjp(fn, *at)
-            zeros = tuple(torch.zeros_like(y) for y in outputs)
-            _, transpose = backends.vjp(pull, zeros)
-            (out,) = transpose(tuple(tangents[i] for i in chosen))
-        found = iter(out)
+            _, push = backends.pushforward(fn, *at)
+            found = iter(push(*(tangents[i] for i in chosen)))
         return tuple(next(found) if keep else None for keep in kept)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metafocus import tree
-from metafocus.autodiff.backends import fresh, replayed, vjp
+from metafocus.autodiff.backends import fresh, pushforward, replayed, vjp
 from metafocus.autodiff.composites import Swapped
 from metafocus.errors import ClosureError, ProblemError
 from metafocus.estimators.attached import Point, System, attach, warn_if_large
@@ -199,9 +199,8 @@ class _Fixed(System):
 
         def tangent(at: Sequence[Tensor]) -> MatVec:
             fast, outer, support = rebuild(at)
-            _, pull = vjp(lambda f: self.step(f, outer, support), fast)
-            _, push = vjp(lambda u: pull(u)[0], tree.zeros_like(fast))
-            return lambda d: tree.sub(d, push(d)[0])
+            _, push = pushforward(lambda f: self.step(f, outer, support), fast)
+            return lambda d: tree.sub(d, push(d))
 
         return Operator(adjoint, tangent), theta
 
@@ -219,8 +218,6 @@ class _Fixed(System):
     def push(self, point: Point, along: list[Tensor]) -> Params:
         """Return `(I - J)^-1 (d step / d rest) t`."""
         at, together = point.floats()
-        _, pull = vjp(lambda xs: self.step(point.fast, *together(xs)), at)
-        _, push = vjp(lambda u: pull(u)[0], tree.zeros_like(point.fast))
-        (right,) = push(along)
+        _, push = pushforward(lambda xs: self.step(point.fast, *together(xs)), at)
         operator, theta = self.operator(point)
-        return inverse(operator.T, self.solve, theta, right)
+        return inverse(operator.T, self.solve, theta, push(along))

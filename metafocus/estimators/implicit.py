@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metafocus import tree
-from metafocus.autodiff.backends import replayed, vjp
+from metafocus.autodiff.backends import pushforward, replayed
 from metafocus.autodiff.composites import differentiable_twice
 from metafocus.autodiff.hvp import Taped, evaluated_for, hvp_reverse
 from metafocus.errors import ProblemError
@@ -228,7 +228,5 @@ class _Stationary(System):
         def gradient(xs: list[Tensor]) -> Params:
             return torch.func.grad(loss)(point.fast, *together(xs))
 
-        _, transposed = vjp(gradient, at)
-        _, mixed = vjp(lambda d: transposed(d)[0], tree.zeros_like(point.fast))
-        (right,) = mixed(along)
-        return tree.scale(self.inverse(point, right), -1.0)
+        _, mixed = pushforward(gradient, at)
+        return tree.scale(self.inverse(point, mixed(along)), -1.0)

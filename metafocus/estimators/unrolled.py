@@ -14,7 +14,7 @@ from metafocus.autodiff.backends import pullback
 from metafocus.autodiff.hvp import evaluated_for, hvp_reverse
 from metafocus.autodiff.recompute import recompute
 from metafocus.problem import Problem
-from metafocus.solvers.descent import count, descend, stacked
+from metafocus.solvers.descent import count, descend, segment, stacked
 from metafocus.types import HVP, InnerLoss, Params, Solution, Solver, State
 
 
@@ -87,10 +87,11 @@ class Unrolled:
             params = {k: v + (start[k] - start[k].detach()) for k, v in params.items()}
         if head < steps:
             loss = evaluated_for(self.hvp, problem.inner_loss)
-            tail = self._rebuilt if self.explicit else _graph
-            params, state, more = tail(
-                loss, solver, params, state, outer, support, range(head, steps)
-            )
+            args = (params, state, outer, support)
+            if self.explicit:
+                params, more = self._rebuilt(loss, solver, *args, range(head, steps))
+            else:
+                params, _, more = segment(loss, solver, range(head, steps))(*args)
             losses = losses + more
         return Solution(params, stacked(losses, params))
 
@@ -103,26 +104,21 @@ class Unrolled:
         outer: Params,
         support: Any,
         steps: range,
-    ) -> tuple[Params, State, list[Tensor]]:
+    ) -> tuple[Params, list[Tensor]]:
         exact = self.hvp is hvp_reverse
         size = int(self.recompute) if exact else 1
         losses: list[Tensor] = []
-        for segment in _segments(steps, size):
-            if size > 1 and segment.stop == steps.stop:
+        for part in _segments(steps, size):
+            run, args = segment(loss, solver, part), (params, state, outer, support)
+            if size > 1 and part.stop == steps.stop:
                 # The backward pass begins here: it would rebuild this graph before any other.
-                params, state, more = _graph(loss, solver, params, state, outer, support, segment)
+                params, _, more = run(*args)
                 losses += more
                 break
-            params, state, more = recompute(
-                _segment(loss, solver, segment),
-                params,
-                state,
-                outer,
-                support,
-                pullback=None if exact else _step_pullback(loss, solver, segment.start, self.hvp),
-            )
+            pull = None if exact else _step_pullback(loss, solver, part.start, self.hvp)
+            params, state, more = recompute(run, *args, pullback=pull)
             losses += [x.detach() for x in more]
-        return params, state, losses
+        return params, losses
 
 
 def _segments(steps: range, size: int) -> list[range]:
@@ -143,25 +139,6 @@ def FirstOrder() -> Unrolled:
         True
     """
     return Unrolled(last=0)
-
-
-def _graph(
-    loss: InnerLoss,
-    solver: Solver,
-    params: Params,
-    state: State,
-    outer: Params,
-    support: Any,
-    steps: range,
-) -> tuple[Params, State, list[Tensor]]:
-    return descend(loss, solver, params, state, outer, support, steps, differentiable=True)
-
-
-def _segment(loss: InnerLoss, solver: Solver, steps: range) -> Callable[..., Any]:
-    def run(params: Params, state: State, outer: Params, support: Any) -> Any:
-        return _graph(loss, solver, params, state, outer, support, steps)
-
-    return run
 
 
 def _step_pullback(loss: InnerLoss, solver: Solver, step: int, hvp: HVP) -> Callable[..., Any]:

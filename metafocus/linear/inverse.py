@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from metafocus import tree
-from metafocus.autodiff.backends import pullback, smooth, vjp
+from metafocus.autodiff.backends import pullback, pushforward, smooth
 from metafocus.levels import alive
 from metafocus.types import LinearSolver, MatVec, Params
 
@@ -122,9 +122,7 @@ class _Inverse(torch.autograd.Function):
                     merged[i] = x
                 return tuple(spec.image(solution)(*merged))
 
-            out, pull = vjp(image, *(theta[i] for i in chosen))
-            _, transpose = vjp(pull, tuple(torch.zeros_like(y) for y in out))
-            (change,) = transpose(tuple(moved[i] for i in chosen))
-            total = tree.sub(total, spec.params(change))
+            _, push = pushforward(image, *(theta[i] for i in chosen))
+            total = tree.sub(total, spec.params(push(*(moved[i] for i in chosen))))
         solved = inverse(spec.operator, spec.solve, theta, total)
         return tuple(solved[k] for k in spec.names)

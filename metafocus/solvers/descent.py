@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -44,6 +44,17 @@ def descend(
             params, state = tree.detach(params), tree.detach(state)
         losses.append(value)
     return params, state, losses
+
+
+def segment(inner_loss: InnerLoss, solver: Solver, steps: range) -> Callable[..., Any]:
+    """Return `(params, state, outer, support) -> descend(...)`: steps of explicit tensors."""
+
+    def run(params: Params, state: State, outer: Params, support: Any) -> Any:
+        return descend(
+            inner_loss, solver, params, state, outer, support, steps, differentiable=True
+        )
+
+    return run
 
 
 def solve_inner(

@@ -14,7 +14,8 @@ from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
 
 import metafocus as mf
-from metafocus.adapters import bound, functions, slots
+from metafocus.adapters import slots
+from metafocus.adapters.slots import bound, functions
 from metafocus.errors import PlacementError, ProblemError
 from metafocus.lm.heads import read_hidden
 from metafocus.recipes import focusft

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from metafocus.adapters import LoRA, all_linear, bound, functions, matching, rebind, top_layers
-from metafocus.adapters.slots import Binding, Slot, bind, slot
+from metafocus.adapters import LoRA, all_linear, matching, top_layers
+from metafocus.adapters.slots import Binding, Slot, bind, bound, functions, rebind, slot
 from metafocus.errors import PlacementError, ProblemError
 
 # PEFT reads a property that transformers has renamed.

@@ -13,6 +13,7 @@ from metafocus.solvers.checks import positive
 from metafocus.types import Params
 
 Clip = Callable[[Params], Params]
+"""`gradients -> gradients`: any pure function of them."""
 
 
 @dataclass(frozen=True)

@@ -87,38 +87,34 @@ class Unrolled:
             params = {k: v + (start[k] - start[k].detach()) for k, v in params.items()}
         if head < steps:
             loss = evaluated_for(self.hvp, problem.inner_loss)
-            args = (params, state, outer, support)
-            if self.explicit:
-                params, more = self._rebuilt(loss, solver, *args, range(head, steps))
-            else:
-                params, _, more = segment(loss, solver, range(head, steps))(*args)
+            tail = self._rebuilt if self.explicit else segment
+            run = tail(loss, solver, range(head, steps))
+            params, state, more = run(params, state, outer, support)
             losses = losses + more
         return Solution(params, stacked(losses, params))
 
-    def _rebuilt(
-        self,
-        loss: InnerLoss,
-        solver: Solver,
-        params: Params,
-        state: State,
-        outer: Params,
-        support: Any,
-        steps: range,
-    ) -> tuple[Params, list[Tensor]]:
+    def _rebuilt(self, loss: InnerLoss, solver: Solver, steps: range) -> Callable[..., Any]:
+        """Return what `segment` returns, but rebuilt in the backward pass."""
         exact = self.hvp is hvp_reverse
         size = int(self.recompute) if exact else 1
-        losses: list[Tensor] = []
-        for part in _segments(steps, size):
-            run, args = segment(loss, solver, part), (params, state, outer, support)
-            if size > 1 and part.stop == steps.stop:
-                # The backward pass begins here: it would rebuild this graph before any other.
-                params, _, more = run(*args)
+
+        def run(params: Params, state: State, outer: Params, support: Any) -> Any:
+            losses: list[Tensor] = []
+            for part in _segments(steps, size):
+                forward = segment(loss, solver, part)
+                if size > 1 and part.stop == steps.stop:
+                    # The backward pass begins here: it would rebuild this graph before any other.
+                    params, state, more = forward(params, state, outer, support)
+                else:
+                    pull = None if exact else _step_pullback(loss, solver, part.start, self.hvp)
+                    params, state, more = recompute(
+                        forward, params, state, outer, support, pullback=pull
+                    )
+                    more = [x.detach() for x in more]
                 losses += more
-                break
-            pull = None if exact else _step_pullback(loss, solver, part.start, self.hvp)
-            params, state, more = recompute(run, *args, pullback=pull)
-            losses += [x.detach() for x in more]
-        return params, losses
+            return params, state, losses
+
+        return run
 
 
 def _segments(steps: range, size: int) -> list[range]:

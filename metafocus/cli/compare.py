@@ -40,13 +40,29 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--batch-size", type=options.whole(1), default=2, help="default %(default)s"
     )
-    parser.add_argument("--mask", default="context-bidirectional")
+    parser.add_argument(
+        "--mask",
+        default="context-bidirectional",
+        help=f"{', '.join(words.MASKS)}; default %(default)s",
+    )
     parser.add_argument(
         "--estimators", default=DEFAULT, help="separated by commas; default %(default)s"
     )
-    parser.add_argument("--reference", default="unrolled", help="default %(default)s")
-    parser.add_argument("--repeats", type=options.whole(1), default=3, help="default %(default)s")
-    parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
+    parser.add_argument(
+        "--reference", default="unrolled", help="what is taken as exact; default %(default)s"
+    )
+    parser.add_argument(
+        "--repeats",
+        type=options.whole(1),
+        default=3,
+        help="how often each is timed; default %(default)s",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float64"),
+        default="float32",
+        help="of the model; default %(default)s",
+    )
     parser.add_argument("--quick", action="store_true", help="smaller defaults: a quick look")
     parser.add_argument("--output", help="directory for compare.png and compare.json")
     options.add_model(parser)

@@ -62,20 +62,28 @@ def add_parser(commands: Any) -> None:
     )
     options.add_model(parser)
     method = parser.add_argument_group("method")
-    method.add_argument("--method", choices=("sft", "focusft"), default="focusft")
+    method.add_argument(
+        "--method", choices=("sft", "focusft"), default="focusft", help="default %(default)s"
+    )
     method.add_argument(
         "--mask",
         help=f"{', '.join(words.MASKS)}; default: context-bidirectional for focusft, causal "
         "for sft",
     )
-    method.add_argument("--estimator", default="first-order", help=f"{', '.join(words.ESTIMATORS)}")
+    method.add_argument(
+        "--estimator",
+        default="first-order",
+        help=f"{', '.join(words.ESTIMATORS)}; default %(default)s",
+    )
     options.add_inner(parser, fraction=0.35, rank=32)
     outer = parser.add_argument_group("outer loop")
     outer.add_argument("--steps", type=options.whole(1), help="outer steps; default: from --epochs")
     outer.add_argument("--epochs", type=options.positive, default=5.0, help="default %(default)s")
     outer.add_argument("--batch-size", type=options.whole(1), default=4, help="default %(default)s")
     outer.add_argument("--lr", type=options.positive, default=1e-5, help="default %(default)s")
-    outer.add_argument("--gradient-checkpointing", action="store_true")
+    outer.add_argument(
+        "--gradient-checkpointing", action="store_true", help="less memory for more time; exact"
+    )
     parser.add_argument("--output", required=True, help="directory of the checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace files in --output")
 

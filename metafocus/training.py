@@ -15,8 +15,9 @@ from metafocus.adapters.placement import nowhere
 from metafocus.bilevel import MetaLoss
 from metafocus.data import Collator, Sample
 from metafocus.errors import NonFiniteError
-from metafocus.lm import Batch, lm_loss
-from metafocus.masks import MaskPolicy, positions
+from metafocus.lm import Batch, answer_tokens, lm_loss
+from metafocus.lm.tokens import predicted
+from metafocus.masks import MaskPolicy
 from metafocus.types import Episode
 
 
@@ -165,8 +166,7 @@ def evaluate(
     for first in range(0, len(samples), batch_size):
         chosen = range(first, min(first + batch_size, len(samples)))
         batch = collate(samples, chosen, collator, device)
-        # The first token of a document is not predicted.
-        tokens = int((batch["answer_mask"] & (positions(batch) > 0)).sum())
+        tokens = int(predicted(answer_tokens, batch).sum())
         total += float(loss({}, {}, batch)) * tokens
         count += tokens
     model.train(was_training)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from metafocus.errors import DataError
-from metafocus.lm import Batch
-from metafocus.masks import positions
+from metafocus.lm import Batch, answer_tokens
+from metafocus.lm.tokens import predicted
 
 _OURS = (
     "input_ids", "attention_mask", "answer_mask", "turn_ids", "document_ids", "needle_mask",
@@ -57,20 +57,9 @@ def as_batch(inputs: Mapping[str, Any]) -> Batch:
     return batch
 
 
-def predicted(batch: Batch) -> Tensor:
-    """Answer tokens that something comes before in their document, bool `[B, S]`.
-
-    Example:
-        >>> batch = {"input_ids": torch.ones(1, 3), "answer_mask": torch.ones(1, 3)}
-        >>> predicted(batch).tolist()
-        [[False, True, True]]
-    """
-    return batch["answer_mask"].bool() & (positions(batch) > 0)
-
-
 def labels_of(batch: Batch) -> Tensor:
     """The batch's labels as transformers wants them: -100 on what is not predicted, `[B, S]`."""
-    return torch.where(predicted(batch), batch["input_ids"], -100)
+    return torch.where(predicted(answer_tokens, batch), batch["input_ids"], -100)
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from metafocus.adapters import LoRA
 from metafocus.adapters.placement import nowhere
 from metafocus.estimators import Estimator
-from metafocus.integrations.batch import predicted, prompts, rows
-from metafocus.lm import Adapter, Batch, all_tokens, lm_loss
+from metafocus.integrations.batch import prompts, rows
+from metafocus.lm import Adapter, Batch, all_tokens, answer_tokens, lm_loss
+from metafocus.lm.tokens import predicted
 from metafocus.masks import MaskPolicy, positions
 from metafocus.problem import Problem
 from metafocus.recipes.focusft import trainable
@@ -46,7 +47,7 @@ def score(
         logits: return the logits too, which takes a forward pass of its own.
     """
     adapter, fast = adapter or LoRA(nowhere), fast or {}
-    count = predicted(batch)[:, 1:].sum()
+    count = predicted(answer_tokens, batch).sum()
     with torch.no_grad():
         total = lm_loss(model, adapter=adapter, mask=mask)(fast, {}, batch) * count
         if not logits:

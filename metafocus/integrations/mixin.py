@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback
 from metafocus.bilevel import MetaLoss
 from metafocus.estimators import FirstOrder
 from metafocus.integrations import checks
-from metafocus.integrations.batch import as_batch, check_length, labels_of, predicted
+from metafocus.integrations.batch import as_batch, check_length, labels_of
 from metafocus.integrations.checkpoints import SEAL, require_complete, resumable
 from metafocus.integrations.compiled import compile_below
 from metafocus.integrations.evaluation import Scored, score, score_adapted
@@ -28,6 +28,7 @@ from metafocus.integrations.options import FocusOptions
 from metafocus.integrations.sharded import focusft_sharded, is_sharded
 from metafocus.integrations.wrapped import through
 from metafocus.lm import Batch, answer_tokens
+from metafocus.lm.tokens import predicted
 from metafocus.recipes.focusft import focusft
 from metafocus.types import Episode
 
@@ -113,7 +114,7 @@ class FocusMixin(Trainer):
         """Return the meta-loss of a micro-batch, weighted by its share of the step's tokens."""
         batch = as_batch(inputs)
         check_length(batch, self._plain)
-        count = predicted(batch)[:, 1:].sum()
+        count = predicted(answer_tokens, batch).sum()
         meta_loss = self._meta_loss()
         self._generator.manual_seed(self._seed())
         inner: list[Tensor] = []

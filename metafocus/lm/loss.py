@@ -19,7 +19,7 @@ from metafocus.lm import heads, prefix
 from metafocus.lm.checkpointing import exact_checkpointing
 from metafocus.lm.checks import check_ids, check_parts, check_spans
 from metafocus.lm.chunk import IGNORED, Tail, wide
-from metafocus.lm.tokens import Batch, TokenPolicy, answer_tokens
+from metafocus.lm.tokens import Batch, TokenPolicy, answer_tokens, predicted
 from metafocus.masks import MaskPolicy
 from metafocus.spans import Spans, windowed
 from metafocus.types import Params
@@ -129,9 +129,8 @@ class LMLoss:
         return self.model.get_output_embeddings()  # pyright: ignore
 
     def _scored(self, batch: Batch) -> Scored:
-        position = masks.positions(batch)
-        # A token is predicted from the one before it, which must be of the same document.
-        scored = (self.tokens(batch) & (position > 0))[:, 1:]
+        # A token is predicted from the one before it.
+        scored = predicted(self.tokens, batch)[:, 1:]
         targets = F.pad(
             torch.where(scored, batch["input_ids"][:, 1:], IGNORED), (0, 1), value=IGNORED
         )

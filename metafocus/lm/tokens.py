@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from metafocus.errors import ProblemError
+from metafocus.masks import positions
 from metafocus.masks.batch import take
 
 Batch = dict[str, Any]
@@ -85,3 +86,15 @@ def all_tokens(batch: Batch) -> Tensor:
     """
     mask = batch.get("attention_mask")
     return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+
+
+def predicted(tokens: TokenPolicy, batch: Batch) -> Tensor:
+    """Return which of the scored tokens have something before them in their document, `[B, S]`.
+
+    The first token of a document is predicted from nothing, and so adds to no loss.
+
+    Example:
+        >>> predicted(all_tokens, {"input_ids": torch.tensor([[5, 6, 7]])}).tolist()
+        [[False, True, True]]
+    """
+    return tokens(batch) & (positions(batch) > 0)

@@ -11,6 +11,7 @@ from metafocus.errors import DataError, ProblemError
 from metafocus.levels import transforming
 
 Batch = Mapping[str, Tensor]
+"""`input_ids` and what else a policy reads, by name, each `[B, S]`."""
 
 _MEANING = {
     "input_ids": "the tokens",

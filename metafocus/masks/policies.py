@@ -13,6 +13,7 @@ from metafocus.masks.layout import differs, layout_of, least_from, runs_of
 from metafocus.spans import Spans
 
 MaskPolicy = Callable[[Batch], Spans]
+"""`batch -> Spans`, `[B, S]`: which keys each query may see."""
 
 
 def causal(batch: Batch) -> Spans:

@@ -15,10 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metafocus import masks
 from metafocus.lm import Batch, LMLoss, TokenPolicy
 from metafocus.lm.chunk import IGNORED
 from metafocus.lm.loss import Scored
+from metafocus.lm.tokens import predicted
 from metafocus.types import Params, Solver, State
 
 
@@ -109,11 +109,6 @@ class PerExampleLoss(LMLoss):
         return Each(self.tokens, [part for part in parts if len(part.targets)] or parts[:1])
 
 
-def scored_tokens(tokens: TokenPolicy, batch: Batch) -> Tensor:
-    """Return which tokens a loss over `tokens` scores, `[B, S - 1]`: the first is not predicted."""
-    return (tokens(batch) & (masks.positions(batch) > 0))[:, 1:]
-
-
 def mean_loss(total: Tensor, tokens: TokenPolicy, batch: Batch) -> Tensor:
     """Return the mean over examples with scored tokens, from what `PerExampleLoss` returned."""
-    return total / scored_tokens(tokens, batch).any(1).sum().clamp(min=1)
+    return total / predicted(tokens, batch).any(1).sum().clamp(min=1)

@@ -18,9 +18,9 @@ from metafocus.errors import ProblemError
 from metafocus.estimators import Estimator
 from metafocus.levels import transforming
 from metafocus.lm import Batch, TokenPolicy
+from metafocus.lm.tokens import predicted
 from metafocus.probe import probe
 from metafocus.problem import Problem, as_episode, check_finite
-from metafocus.recipes.per_example import scored_tokens
 from metafocus.types import Aux, Episode, Params, Solver, State
 
 
@@ -133,7 +133,7 @@ def stream(
         total, count, inner = [], [], []
         for k, part in enumerate(_parts(as_episode(episode), chunk, window)):
             support, query = problem.prepared(outer, part)
-            number = scored_tokens(problem.outer_loss.tokens, query).sum()  # pyright: ignore
+            number = predicted(problem.outer_loss.tokens, query).sum()  # pyright: ignore
             args = (fast, outer, query)
             loss = recompute(score, *args) if explicit else score(*args)
             total.append(number * loss)

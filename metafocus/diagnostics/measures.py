@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from metafocus.diagnostics.sums import CONTEXT, EFFECTIVE, ENTROPY, FEW, FIRST, NEEDLE, Sums
 from metafocus.diagnostics.tokens import SINKS, Tokens
-from metafocus.diagnostics.walking import CONTEXT, EFFECTIVE, ENTROPY, FEW, FIRST, NEEDLE, Sums
 
 QUERIES = ("answer", "context", "all")
 """Sets of queries: tokens of trained answers, all others but padding, both."""

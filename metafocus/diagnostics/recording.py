@@ -15,8 +15,8 @@ from metafocus.attention.hugging_face import attend, attention_as, make_mask, re
 from metafocus.attention.kernel import Shape
 from metafocus.diagnostics.measures import QUERIES, Measures, stack, summarise
 from metafocus.diagnostics.profile import AttentionProfile
+from metafocus.diagnostics.sums import walk_over
 from metafocus.diagnostics.tokens import Tokens, block_size
-from metafocus.diagnostics.walking import walk_over
 from metafocus.errors import ProblemError
 from metafocus.lm import Adapter, Batch, all_tokens, heads, lm_loss
 from metafocus.masks import MaskPolicy

@@ -51,7 +51,7 @@ def constant(word):
 
 def test_profiles_a_trained_model(trained, tmp_path):
     out = tmp_path / "new" / "out"
-    words = ("--model", trained, "--max-length", 320, "--samples", 2, "--out", out)
+    words = ("--model", trained, "--max-length", 320, "--samples", 2, "--output", out)
     code, text, err = run("profile", *words, "--mask", "causal,context-bidirectional", *ADAPT)
     assert code == 0, err
     names = ["causal", "causal-adapted", "context-bidirectional", "context-bidirectional-adapted"]

@@ -80,7 +80,8 @@ class Unrolled:
                 solver,
                 tree.detach(start),
                 tree.detach(state),
-                *tree.detach((outer, support)),
+                tree.detach(outer),
+                tree.detach(support),
                 range(head),
                 differentiable=False,
             )

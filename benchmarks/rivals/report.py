@@ -20,9 +20,10 @@ not timed. Then interleaved repetitions in random order, in a process for each r
 keeps freed blocks: the median CPU time, and the median of the per-repetition ratio to the reference
 with quartiles; *wall* is the time of the clock. With two threads the CPU time of both is counted.
 *process*: the growth of the peak RSS over one call in a fresh process whose allocator returns freed
-blocks; *tensors*: the peak of live tensors; *GFLOP*: matrix products, attention and convolutions as
-torch counts them. *load* is the load average of this machine before and after: above the number of
-threads, others computed beside the race, and clocks (less so CPU times) are noisy.
+blocks (less than the need, for what keeps its last graph); *tensors*: the peak of live tensors;
+*GFLOP*: matrix products, attention and convolutions as torch counts them. *load*: the load average
+of this machine before and after. Above the number of threads others computed beside the race: times
+are then noisy, those of the clock more than those of the CPU, and two threads wait for each other.
 """
 TARGETS = """
 A target is the ratio of what *ours* needs to what the other needs, and is judged by CPU time or by

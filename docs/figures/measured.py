@@ -82,6 +82,8 @@ def recompute() -> str:
     lines.append("|---|" + "---:|" * len(kept))
     for name, label in labels.items():
         found = [run["rows"].get(label, {}).get("process_bytes") for run in kept]
+        if not any(found):
+            continue
         cells = [f"{b / 2**20:.0f} MB" if b else "" for b in found]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -90,7 +92,7 @@ def recompute() -> str:
 PAGES: dict[str, tuple[Callable[[], str], ...]] = {
     "compiled.md": (compiled,),
     "long_context.md": (context,),
-    # "estimators.md": (recompute,),
+    "estimators.md": (recompute,),
 }
 
 

@@ -47,7 +47,7 @@ def cell(rows: list[dict[str, Any]]) -> str:
     right = [row for row in rows if row.get("verdict") == "right" and "ratio" in row]
     if right:
         best = min(right, key=lambda row: row["ratio"])
-        memory = best.get("process_bytes") or 0
+        memory = max(best.get("process_bytes") or 0, best.get("tensor_bytes") or 0)
         # Below 10 MB it is the noise of a process.
         shown = f" ({memory / 2**20:.0f} MB)" if memory > 10 * 2**20 else ""
         return f"{best['ratio']:.2f}{shown}"

@@ -32,6 +32,8 @@ CONTENDERS = Path(__file__).parent / "contenders"
 RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = 0.08
 """Seconds of one measurement: shorter calls are repeated to fill it."""
+SLOW = 5.0
+"""Seconds of a first call from which it says what a call takes: there is no second before."""
 
 
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
@@ -181,8 +183,10 @@ class Race:
         pairs = [(name, label) for name, some in labels.items() for label in some]
         calls = {}
         for name, label in pairs:
-            rows[label]["first_call"] = self.workers[name].ask("time", name=label, calls=1)["wall"]
-            warm = self.workers[name].ask("time", name=label, calls=1)["wall"]
+            first = warm = self.workers[name].ask("time", name=label, calls=1)["wall"]
+            if first < SLOW or self.facts[name].get("compiles"):
+                warm = self.workers[name].ask("time", name=label, calls=1)["wall"]
+            rows[label]["first_call"] = first
             calls[label] = min(100, max(1, math.ceil(BLOCK / warm)))
             rows[label] |= {"cpu": [], "wall": []}
         for repetition in range(repeats):

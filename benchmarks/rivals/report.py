@@ -58,8 +58,10 @@ def sections(
 
 def judge(report: dict[str, Any]) -> list[Verdict]:
     """Return the verdicts on all targets of a workload."""
-    targets = getattr(_definition(report), "TARGETS", [])
-    return [v for target in targets for v in verdicts(target, report["runs"])]
+    definition = _definition(report)
+    found = [v for t in getattr(definition, "TARGETS", []) for v in verdicts(t, report["runs"])]
+    elsewhere = getattr(definition, "elsewhere", lambda verdict: verdict)
+    return [elsewhere(verdict) for verdict in found]
 
 
 def target_table(judged: list[tuple[dict[str, Any], list[Verdict]]]) -> list[str]:

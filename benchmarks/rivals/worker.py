@@ -69,22 +69,20 @@ class Worker:
         Asked of a fresh process whose allocator returns blocks at once. The call before it loads
         code; its memory has been given back.
         """
-        run = self.runs[name]
-        run()
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        measure = _measure()
-        before = measure.process_memory("VmRSS")
-        run()
-        process = measure.process_memory("VmHWM") - before
-        found = {"process_bytes": process, "tensor_bytes": None, "flop": None}
+        run, measure = self.runs[name], _measure()
+        found = {"process_bytes": None, "tensor_bytes": None, "flop": None}
         try:
             with FlopCounterMode(display=False) as counter:
                 found["tensor_bytes"] = measure.peak_bytes(run)[1]
             found["flop"] = counter.get_total_flops()
         except Exception:  # A dispatch mode does not go with everything that rivals do.
-            pass
+            run()
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = measure.process_memory("VmRSS")
+        run()
+        found["process_bytes"] = measure.process_memory("VmHWM") - before
         return found
 
 

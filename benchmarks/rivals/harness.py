@@ -132,10 +132,11 @@ class Race:
             for label in set(some) - set(made):
                 some.remove(label)
                 del rows[label]
-        self.timed(rows, labels, repeats)
+        if repeats:
+            self.timed(rows, labels, repeats)
         wanted = getattr(self.definition, "MEMORY", {})
         if memory and wanted is not None and wanted.items() <= case.items():
-            self.weighed(rows, labels, request)
+            self.weighed(rows, labels, request, counted=bool(repeats))
         return rows
 
     def saved(self, case: dict[str, Any]) -> str:
@@ -209,7 +210,11 @@ class Race:
             }
 
     def weighed(
-        self, rows: dict[str, Any], labels: dict[str, list[str]], request: dict[str, Any]
+        self,
+        rows: dict[str, Any],
+        labels: dict[str, list[str]],
+        request: dict[str, Any],
+        counted: bool,
     ) -> None:
         """Add the peak memory of each, in a fresh process."""
         for name, some in labels.items():
@@ -218,7 +223,7 @@ class Race:
                 worker = Worker(name, self.facts[name], self.threads, malloc=True)
                 try:
                     worker.ask("load", **request)
-                    rows[label] |= worker.ask("peak", name=label)
+                    rows[label] |= worker.ask("peak", name=label, counted=counted)
                 except Failure as failure:
                     rows[label] |= {"message": f"memory: {failure}"}
                 finally:

@@ -59,7 +59,10 @@ def sections(
 def judge(report: dict[str, Any]) -> list[Verdict]:
     """Return the verdicts on all targets of a workload."""
     definition = _definition(report)
-    found = [v for t in getattr(definition, "TARGETS", []) for v in verdicts(t, report["runs"])]
+    found = []
+    for target in getattr(definition, "TARGETS", []):
+        missing = Verdict(target, dict(target.case), 1, target.other, None)
+        found += verdicts(target, report["runs"]) or [missing]
     elsewhere = getattr(definition, "elsewhere", lambda verdict: verdict)
     return [elsewhere(verdict) for verdict in found]
 
@@ -124,6 +127,11 @@ def table(run: dict[str, Any]) -> list[str]:
         lines.append("| " + " | ".join(cells) + " |")
     for label, row in run["rows"].items():
         if label in timed:
+            continue
+        if row.get("process_bytes"):
+            cells = [label, row["version"], f"{row['error']:.0e}", "not timed", "", "", ""]
+            cells += [f"{row[k] / UNITS[k]:.1f}" if row.get(k) is not None else "" for k in more]
+            lines.append("| " + " | ".join(cells) + " |")
             continue
         error = f"{row['error']:.1e}" if row.get("error") is not None else ""
         message = row.get("message") or ""

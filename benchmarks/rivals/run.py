@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--workloads", default="w1,w2,w3,w4,w7")
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--only", help="contender files, by comma; default: all")
-    parser.add_argument("--repeats", type=int, help="default: the workload's own")
+    parser.add_argument("--repeats", type=int, help="default: the workload's own; 0: memory alone")
     parser.add_argument("--quick", action="store_true", help="small cases, 3 repetitions")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--case", type=json.loads, default={}, help='such as {"steps": 16}')
@@ -42,7 +42,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 race = Race(workload, threads, only, Path(folder))
                 usual = 3 if args.quick else getattr(definition, "REPEATS", 10)
-                repeats = args.repeats or usual
+                repeats = usual if args.repeats is None else args.repeats
                 # The second number of threads would measure the same memory.
                 again = any(run["threads"] < threads for run in runs)
                 memory = not args.no_memory and not again

@@ -138,10 +138,11 @@ def data(case: dict[str, Any]) -> dict[str, Any]:
 
 
 LONG = {"steps": 16}
-LEAN = "metafocus recompute=2"
+LEAN, QUICK = "metafocus recompute=True", "metafocus recompute=2"
 TARGETS = [
     Target("at most 1/8 of create_graph's memory", LEAN, REFERENCE, 1 / 8, "process_bytes", LONG),
-    Target("at most 1.25 times its time", LEAN, REFERENCE, 1.25, "cpu", LONG),
+    Target("at most 1/8 of create_graph's memory", QUICK, REFERENCE, 1 / 8, "process_bytes", LONG),
+    Target("at most 1.25 times its time", QUICK, REFERENCE, 1.25, "cpu", LONG),
 ]
 
 
@@ -153,7 +154,7 @@ def report(results: dict[str, Any]) -> list[str]:
         base, steps = flop.get(REFERENCE), run["case"]["steps"]
         found = [
             f"*{k}* {flop[k] / base:.2f}"
-            for k in ("metafocus graph", "metafocus recompute=True", LEAN)
+            for k in ("metafocus graph", LEAN, QUICK)
             if base and flop.get(k)
         ]
         if run["threads"] == 1 and found:

@@ -19,6 +19,7 @@ from models import (
 
 import metafocus as mf
 from metafocus import masks
+from metafocus.autodiff.composites import differentiable_twice
 from metafocus.lm import heads
 from metafocus.spans import windowed
 
@@ -166,7 +167,7 @@ def test_fast_weights_on_the_head(tied, monkeypatch):
         flat = [*first[0].values(), *first[1].values(), *product.values(), *second.values(), *tape]
         return torch.cat([g.flatten() for g in flat])
 
-    composed = mf.composites.differentiable_twice(run)
+    composed = differentiable_twice(run)
     assert relative(composed(), from_all_logits(monkeypatch, composed)) < 1e-6
 
 

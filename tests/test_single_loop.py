@@ -447,8 +447,9 @@ def test_prepare_is_part_of_both_levels(name):
     ):
         algorithm, generator = dataclasses.replace(template, problem=problem), rng(5)
         if name == "SABA":
-            state = algorithm.init(outer, mf.Episode(data[0], data[1]))
-            episodes = [mf.single_loop.draw(data, generator=generator) for _ in range(3)]
+            whole = mf.Episode(data[0], data[1])
+            state = algorithm.init(outer, whole)
+            episodes = [mf.single_loop.draw(whole, generator=generator) for _ in range(3)]
         else:
             state, episodes = algorithm.init(outer), [mf.Episode(data[0][0], data[1][0])] * 3
         found.append(descend(algorithm, outer, state, episodes, 0.1))

@@ -19,8 +19,15 @@ REST = 9.0  # the score of the first token: above chance matches, below a true o
 
 @torch.no_grad()
 def plant_induction(model: nn.Module, first_token: int, generator: torch.Generator) -> None:
-    """Initialise a Qwen2 with untied embeddings: small random matrices, and the circuit."""
+    """Initialise a Qwen2 with untied embeddings: small random matrices, and the circuit.
+
+    Raises:
+        ValueError: if the model is too narrow for the three directions of a head's size.
+    """
     body, config = model.model, model.config
+    size = body.layers[0].self_attn.head_dim
+    if config.hidden_size < 3 * size:
+        raise ValueError(f"hidden={config.hidden_size} is below {3 * size}: widen the model.")
     for name, weight in model.named_parameters():
         if weight.ndim == 2:
             # What writes into the residual stream begins smaller, the deeper the model is.
@@ -32,7 +39,6 @@ def plant_induction(model: nn.Module, first_token: int, generator: torch.Generat
     model.lm_head.weight.copy_(OUT * body.embed_tokens.weight)
 
     first, second = (layer.self_attn for layer in body.layers[:2])
-    size = first.head_dim
     noise = torch.empty(config.hidden_size, config.hidden_size).normal_(generator=generator)
     now, before, passed = torch.linalg.qr(noise)[0][: 3 * size].split(size)
     head = slice(size)

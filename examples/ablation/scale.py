@@ -104,7 +104,7 @@ class Scale:
 QUICK = Scale(
     "quick",
     layers=3,
-    hidden=64,
+    hidden=128,
     pretrain_steps=30,
     pretrain_rows=4,
     pretrain_length=128,

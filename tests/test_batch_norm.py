@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from metafocus.autodiff.operators import batch_norm, norms
+import metafocus as mf
+from metafocus.autodiff.operators import batch_norm, group_norm, instance_norm, norms
 from metafocus.measure import peak_bytes
 
 X = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -59,6 +60,57 @@ def test_other_types_and_fixed_statistics_are_written_out():
     mean, var = torch.zeros(2).double(), torch.ones(2).double()
     got = batch_norm(X, mean, var)
     torch.testing.assert_close(got, F.batch_norm(X, mean, var))
+
+
+@pytest.mark.parametrize("parameters", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", ["batch", "fixed", "instance", "group"])
+def test_half_types_are_rounded_at_the_end_only(name, parameters):
+    # A mean far from 0 beside the spread: bfloat16 has 8 bits for both.
+    x = (50 + 3 * torch.randn(4, 4, 5, generator=torch.Generator().manual_seed(1))).bfloat16()
+    w, b = torch.randn(2, 4, generator=torch.Generator().manual_seed(2)).to(parameters)
+    stats = torch.full((4,), 49.0).to(parameters), torch.full((4,), 8.0).to(parameters)
+    theirs, ours = {
+        "batch": (F.batch_norm, batch_norm),
+        "fixed": (F.batch_norm, batch_norm),
+        "instance": (F.instance_norm, instance_norm),
+        "group": (F.group_norm, group_norm),
+    }[name]
+    given = {
+        "batch": (None, None, w, b, True),
+        "fixed": (*stats, w, b),
+        "instance": (None, None, w, b),
+        "group": (2, w, b),
+    }[name]
+    got = ours(x, *given)
+    assert got.dtype == theirs(x, *given).dtype
+    wide = [t.double() if isinstance(t, torch.Tensor) else t for t in (x, *given)]
+    # Rounded once, at the end, to 8 bits. (torch rounds the mean too if it has no float32.)
+    torch.testing.assert_close(got.double(), theirs(*wide), rtol=2**-8, atol=1e-5)
+
+
+BAD = {
+    "one value": (torch.ones(1, 2), {}, "more than 1 value per channel"),
+    "weight": (torch.ones(3, 2), {"weight": torch.ones(1)}, "weight of a norm must have one"),
+    "bias": (torch.ones(3, 2), {"bias": torch.ones(3)}, "bias of a norm must have one"),
+    "half": (torch.ones(3, 2), {"running_mean": torch.ones(2)}, "both or not at all"),
+    "eval": (torch.ones(3, 2), {"training": False}, "no statistics in eval mode"),
+}
+
+
+@pytest.mark.parametrize("norm", [batch_norm, norms.batch_norm])
+@pytest.mark.parametrize("name", BAD)
+def test_what_torch_refuses_is_refused(name, norm):
+    x, given, message = BAD[name]
+    given = {"running_mean": None, "running_var": None, "training": True} | given
+    with pytest.raises((ValueError, RuntimeError)):
+        F.batch_norm(x, **given)
+    with pytest.raises(mf.ProblemError, match=message):
+        norm(x, **given)
+
+
+def test_an_instance_of_one_value_is_refused():
+    with pytest.raises(mf.ProblemError, match="more than 1 value per channel"):
+        instance_norm(torch.ones(3, 2, 1))
 
 
 def test_it_keeps_its_input_alone():

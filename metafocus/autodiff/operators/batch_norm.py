@@ -36,6 +36,9 @@ def batch_norm(
         return norms.batch_norm(
             input, running_mean, running_var, weight, bias, training, momentum, eps
         )
+    axes = [0, *range(2, input.ndim)]
+    # The kernel below looks at no shape: a weight too short is read beyond its end.
+    norms.check_channels(input, running_mean, running_var, weight, bias, True, axes)
     return _Norm.apply(input, weight, bias, (running_mean, running_var, True, momentum, eps))
 
 

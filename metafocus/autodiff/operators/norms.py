@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from metafocus.errors import ProblemError
 
 
 def batch_norm(
@@ -58,6 +61,8 @@ def _norm(
     running_axes: list[int],
 ) -> Tensor:
     shape = [1, -1, *[1] * (x.ndim - 2)]
+    check_channels(x, running_mean, running_var, weight, bias, use_batch, axes)
+    dtype, x = x.dtype, _wide(x)
     if use_batch:
         mean = x.mean(axes, keepdim=True)
         var = ((x - mean) ** 2).mean(axes, keepdim=True)
@@ -70,11 +75,51 @@ def _norm(
                     running.mul_(1 - momentum).add_(momentum * new.reshape(-1))
     else:
         assert running_mean is not None and running_var is not None
-        mean, var = running_mean.reshape(shape), running_var.reshape(shape)
+        mean, var = (_wide(t).reshape(shape) for t in (running_mean, running_var))
     x = (x - mean) * torch.rsqrt(var + eps)
-    if weight is not None:
-        x = x * weight.reshape(shape)
-    return x if bias is None else x + bias.reshape(shape)
+    x = x if weight is None else x * weight.reshape(shape)
+    return (x if bias is None else x + bias.reshape(shape)).to(dtype)
+
+
+def check_channels(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    use_batch: bool,
+    axes: Sequence[int],
+) -> None:
+    """Refuse what torch refuses: its checks are in the operators that stood here."""
+    if use_batch and math.prod(x.shape[a] for a in axes) == 1:
+        raise ProblemError(
+            f"A norm in training mode needs more than 1 value per channel, got an input of shape "
+            f"{list(x.shape)}, whose variance is 0. Use a larger batch, or eval()."
+        )
+    vectors = {
+        "running_mean": running_mean,
+        "running_var": running_var,
+        "weight": weight,
+        "bias": bias,
+    }
+    for name, value in vectors.items():
+        if value is not None and value.numel() != x.shape[1]:
+            raise ProblemError(
+                f"{name} of a norm must have one element per channel, {x.shape[1]}, got shape "
+                f"{list(value.shape)}."
+            )
+    if (running_mean is None) != (running_var is None):
+        raise ProblemError("running_mean and running_var must be given both or not at all.")
+    if running_mean is None and not use_batch:
+        raise ProblemError(
+            "A norm without running_mean and running_var has no statistics in eval mode. Use "
+            "those of the input: training=True."
+        )
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Return `x` in the type that torch's kernels add up in: half types only hold the result."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def layer_norm(
@@ -88,7 +133,7 @@ def layer_norm(
     """Normalise over the last axes, like `F.layer_norm`."""
     axes = list(range(-len(normalized_shape), 0))
     dtype = input.dtype
-    x = input.to(torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype)
+    x = _wide(input)
     x = x - x.mean(axes, keepdim=True)
     x = x * torch.rsqrt((x * x).mean(axes, keepdim=True) + eps)
     x = x if weight is None else x * weight
@@ -104,13 +149,13 @@ def group_norm(
     cudnn_enabled: bool = True,
 ) -> Tensor:
     """Normalise over groups of channels, like `F.group_norm`."""
-    grouped = input.reshape(input.shape[0], num_groups, -1)
+    grouped = _wide(input).reshape(input.shape[0], num_groups, -1)
     mean = grouped.mean(-1, keepdim=True)
     var = ((grouped - mean) ** 2).mean(-1, keepdim=True)
     x = ((grouped - mean) * torch.rsqrt(var + eps)).reshape(input.shape)
     shape = [1, -1, *[1] * (input.ndim - 2)]
     x = x if weight is None else x * weight.reshape(shape)
-    return x if bias is None else x + bias.reshape(shape)
+    return (x if bias is None else x + bias.reshape(shape)).to(input.dtype)
 
 
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:

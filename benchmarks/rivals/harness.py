@@ -169,7 +169,7 @@ class Race:
                 try:
                     worker.ask("gradient", name=label, to=path)
                     found[label] = (name, torch.load(path))
-                    rows[label] = about
+                    rows[label] = dict(about)
                 except Failure as failure:
                     rows[label] = {**about, "verdict": "failed", "message": str(failure)}
         baselines = getattr(self.definition, "BASELINES", ())

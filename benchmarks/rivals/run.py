@@ -104,8 +104,10 @@ def show(workload: str, run: dict) -> None:
             f"{row[k] / 2**20:9.1f}" if row.get(k) is not None else f"{'':9}"
             for k in ("process_bytes", "tensor_bytes")
         )
+        # A baseline computes another gradient, and has no error.
+        error = f"{row['error']:9.1e}" if "error" in row else f"{'':9}"
         print(
-            f"{label:30}{row['error']:9.1e}{row['seconds']:9.4f}{row['ratio']:7.2f}"
+            f"{label:30}{error}{row['seconds']:9.4f}{row['ratio']:7.2f}"
             f"   [{low:4.2f}, {high:4.2f}]{memory}",
             flush=True,
         )

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import chat_batch, relative
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.overrides import TorchFunctionMode
 
 import metafocus as mf
 from metafocus.attention import span_attention, tiles
@@ -414,3 +415,17 @@ def test_transforms_in_compiled_code(kind):
     torch._dynamo.reset()
     got = torch.compile(run, backend="aot_eager")(*args)
     assert error(got, run(*args)) < EXACT
+
+
+def test_modes_do_not_look_into_attention():
+    class Asked(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            asked.append(func)
+            return func(*args, **(kwargs or {}))
+
+    asked = []
+    q = torch.randn(1, 2, 80, 8)
+    spans = Spans(torch.zeros(1, 80).long(), torch.arange(1, 81)[None])
+    with Asked():
+        span_attention(q, q, q, spans)
+    assert asked == []

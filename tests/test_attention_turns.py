@@ -305,6 +305,15 @@ def test_turns_of_policies(policy, turns):
     assert [turn[1:] for turn in found if turn.row == 0] == turns
 
 
+def test_spans_changed_in_place_are_other_spans():
+    spans = masks.causal({"input_ids": torch.ones(1, 8, dtype=torch.long)})
+    (before,) = find_turns(spans)
+    # Without a trace in the version counter.
+    spans.stop.data.fill_(8)
+    assert find_turns(spans) == (before._replace(right=-1),)
+    assert find_turns(Spans(*(x.int() for x in spans))) == find_turns(spans)
+
+
 def test_spans_without_keys_make_no_turn():
     empty = torch.zeros(2, 5, dtype=torch.long)
     assert find_turns(Spans(empty, empty)) == ()

@@ -237,23 +237,26 @@ class LoRA:
         return cls(where, rank=rank, alpha=alpha)
 
     def _placed(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
-        modules = dict(model.named_modules())
+        placed: list[tuple[str, nn.Module]] = []
         paths = checks.checked_paths("LoRA", self.where, self.where(model))
         for path in paths:
-            if path not in modules:
+            try:
+                module = model.get_submodule(path)
+            except AttributeError as error:
                 raise PlacementError(
                     f"LoRA: {type(model).__name__} has no module {path!r}, which "
                     f"{self.where!r} names"
-                )
-            if not adaptable(modules[path]):
+                ) from error
+            if not adaptable(module):
                 raise PlacementError(
-                    f"LoRA: module {path!r} is a {type(modules[path]).__name__}, which cannot be "
+                    f"LoRA: module {path!r} is a {type(module).__name__}, which cannot be "
                     "adapted; place LoRA on linear layers (nn.Linear, transformers Conv1D)"
                 )
+            placed.append((path, module))
         if len(set(paths)) < len(paths):
             twice = sorted({path for path in paths if paths.count(path) > 1})
             raise PlacementError(f"LoRA: {self.where!r} names {twice} more than once")
-        return [(path, modules[path]) for path in paths]
+        return placed
 
     def examples(self, model: nn.Module, fast: Mapping[str, Tensor]) -> int | None:
         """Number of examples that `fast` is for; None for fast weights that a batch shares.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -66,6 +68,23 @@ def span_attention(
     References:
         Dao et al., "FlashAttention", NeurIPS 2022, for the gradient from saved logsumexps.
     """
+    # A mode, such as the one that swaps operators, has nothing to do here, and is asked at every
+    # look at a tensor. A compiler needs its own.
+    compiles = backend == "flex" or torch.compiler.is_compiling()
+    with contextlib.nullcontext() if compiles else torch._C.DisableTorchFunction():
+        return _span_attention(q, k, v, spans, scale, backend, softcap, sinks)
+
+
+def _span_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: Spans,
+    scale: float | None,
+    backend: str,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
     q, k, v = _autocast(q, k, v)
     spans = _checked(q, k, v, spans, softcap, sinks, backend)
     shape = Shape(q.shape[-1] ** -0.5 if scale is None else float(scale), softcap)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import NamedTuple, overload
 
@@ -69,9 +70,9 @@ def find_turns(spans: Spans, limit: int) -> tuple[Turn, ...] | None: ...
 def find_turns(spans: Spans, limit: int | None = None) -> tuple[Turn, ...] | None:
     """Return the fewest turns that cover all queries which see a key, or None if over `limit`.
 
-    One copy of the spans to the host, `O(B S)` vectorised work there, and a loop over turns. Spans
-    without structure need about one turn per query, which no fused kernel serves well: that is what
-    `limit` is for.
+    One copy of the spans to the host, `O(B S)` vectorised work there, and a loop over turns; the
+    answers to the last few questions are kept. Spans without structure need about one turn per
+    query, which no fused kernel serves well: that is what `limit` is for.
 
     Args:
         spans: The intervals, `[B, S]`.
@@ -90,8 +91,16 @@ def find_turns(spans: Spans, limit: int | None = None) -> tuple[Turn, ...] | Non
         0 0 2 0 2 -1 -1
         0 2 4 0 4 -1 0
     """
-    start, stop = torch.stack(tuple(spans)).cpu().unbind()
-    length = start.shape[-1]
+    both = torch.stack(tuple(spans)).long().cpu()
+    if not both.numel():
+        return ()
+    return _found(both.numpy().tobytes(), both.shape[-1], limit)
+
+
+# Every layer of a model, and every inner step, asks about the same intervals.
+@functools.lru_cache(maxsize=16)
+def _found(content: bytes, length: int, limit: int | None) -> tuple[Turn, ...] | None:
+    start, stop = torch.frombuffer(bytearray(content), dtype=torch.long).view(2, -1, length)
     beyond = (start < stop) & ((start < 0) | (stop > length))
     if beyond.any():
         # A kernel would be given slices of other sizes than it is told: wrong numbers, or a crash.

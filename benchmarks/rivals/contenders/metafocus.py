@@ -102,12 +102,17 @@ def w5(data, case):
         return score(fast, {k: v for k, v in slow.items() if k not in fast}, batch)
 
     problem = mf.Problem(loss, loss, init=lambda slow: {k: slow[k] for k in fast_names})
-    batches = mf.Episode({"input_ids": data["support"]}, {"input_ids": data["query"]})
 
     def contender(estimator):
         meta = mf.bilevel(problem, solver=mf.SGD(W5.RATE, case["steps"]), estimator=estimator)
         gradient = mf.hypergrad(meta)
-        return lambda: flat(gradient(params, batches)[0].values())
+
+        def call():
+            # The mask, once for all inner steps.
+            batches = [score.prepare({"input_ids": data[k]}) for k in ("support", "query")]
+            return flat(gradient(params, mf.Episode(*batches))[0].values())
+
+        return call
 
     found = {
         "metafocus graph": contender(mf.Unrolled()),

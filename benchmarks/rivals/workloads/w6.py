@@ -60,6 +60,15 @@ def report(results: dict[str, Any]) -> list[str]:
             f"{plain / 1e9:.0f} GFLOP, one with the two inner steps {ours / 1e9:.0f}: "
             f"{ours / plain:.2f} times as much is the least."
         )
+    for run in results["runs"]:
+        memory = {k: row.get("process_bytes") for k, row in run["rows"].items()}
+        if run["threads"] == 1 and all(memory.get(k) for k in (REFERENCE, *BASELINES)):
+            least = min(memory[k] for k in BASELINES) / memory[REFERENCE]
+            at = ", ".join(f"{k} {v}" for k, v in run["case"].items())
+            lines.append(
+                f"At {at} a plain step, without any inner loop, needs {least:.2f} of the official "
+                "code's memory."
+            )
     return [" ".join(lines), ""]
 
 

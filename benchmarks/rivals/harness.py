@@ -136,7 +136,9 @@ class Race:
             self.timed(rows, labels, repeats)
         wanted = getattr(self.definition, "MEMORY", {})
         if memory and wanted is not None and wanted.items() <= case.items():
-            self.weighed(rows, labels, request, counted=bool(repeats))
+            # A dispatch mode keeps what activation checkpointing gives back.
+            counted = bool(repeats) and not case.get("checkpointing")
+            self.weighed(rows, labels, request, counted=counted)
         return rows
 
     def saved(self, case: dict[str, Any]) -> str:

@@ -152,9 +152,12 @@ def w5(data, case):
 
         return value
 
-    step = GradientDescent(of(data["support"]), W5.RATE)
+    def update():
+        # It holds its last graph: one for each call, or the next would find that memory taken.
+        return GradientDescent(of(data["support"]), W5.RATE)
 
     def unrolled():
+        step = update()
         with W5.twice_differentiable():
             params = [outer[i] for i in at]
             for _ in range(case["steps"]):
@@ -166,6 +169,7 @@ def w5(data, case):
         return [hparams[i] + 0 * p for i, p in zip(at, params, strict=True)]
 
     def rebuilt():
+        step = update()
         with W5.twice_differentiable():
             params = [outer[i].detach() for i in at]
             history = [params, params]

@@ -429,3 +429,18 @@ def test_modes_do_not_look_into_attention():
     with Asked():
         span_attention(q, q, q, spans)
     assert asked == []
+
+
+def test_a_subclass_keeps_its_overrides_in_attention():
+    class Counted(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    seen = []
+    q = torch.randn(1, 2, 40, 8)
+    spans = Spans(torch.zeros(1, 40).long(), torch.arange(1, 41)[None])
+    out = span_attention(q.as_subclass(Counted), q, q, spans)
+    assert seen and isinstance(out, Counted)
+    assert torch.equal(out.as_subclass(torch.Tensor), span_attention(q, q, q, spans))

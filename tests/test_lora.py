@@ -541,3 +541,11 @@ def test_from_peft_without_a_match() -> None:
     lora = LoRA.from_peft(LoraConfig(target_modules=["no_such"]))
     with pytest.raises(PlacementError, match="no_such"):
         lora.init(build("llama"))
+
+
+def test_a_second_name_of_a_shared_module_is_refused():
+    # Its fast weights would be overwritten by those of the first name, and have no gradient.
+    shared = nn.Linear(2, 2)
+    model = nn.Sequential(shared, nn.Tanh(), shared)
+    with pytest.raises(PlacementError, match="has no module '2'"):
+        LoRA(lambda model: ("0", "2"), rank=1).init(model)

@@ -237,26 +237,23 @@ class LoRA:
         return cls(where, rank=rank, alpha=alpha)
 
     def _placed(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
-        placed: list[tuple[str, nn.Module]] = []
+        modules = dict(model.named_modules())
         paths = checks.checked_paths("LoRA", self.where, self.where(model))
         for path in paths:
-            try:
-                module = model.get_submodule(path)
-            except AttributeError as error:
+            if path not in modules:
                 raise PlacementError(
                     f"LoRA: {type(model).__name__} has no module {path!r}, which "
                     f"{self.where!r} names"
-                ) from error
-            if not adaptable(module):
+                )
+            if not adaptable(modules[path]):
                 raise PlacementError(
-                    f"LoRA: module {path!r} is a {type(module).__name__}, which cannot be "
+                    f"LoRA: module {path!r} is a {type(modules[path]).__name__}, which cannot be "
                     "adapted; place LoRA on linear layers (nn.Linear, transformers Conv1D)"
                 )
-            placed.append((path, module))
         if len(set(paths)) < len(paths):
             twice = sorted({path for path in paths if paths.count(path) > 1})
             raise PlacementError(f"LoRA: {self.where!r} names {twice} more than once")
-        return placed
+        return [(path, modules[path]) for path in paths]
 
     def examples(self, model: nn.Module, fast: Mapping[str, Tensor]) -> int | None:
         """Number of examples that `fast` is for; None for fast weights that a batch shares.

@@ -6,6 +6,7 @@ import contextlib
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from metafocus.attention.choose import KERNELS, SMALL
 from metafocus.attention.compiled import compiled
@@ -69,9 +70,10 @@ def span_attention(
         Dao et al., "FlashAttention", NeurIPS 2022, for the gradient from saved logsumexps.
     """
     # A mode, such as the one that swaps operators, has nothing to do here, and is asked at every
-    # look at a tensor. A compiler needs its own.
-    compiles = backend == "flex" or torch.compiler.is_compiling()
-    with contextlib.nullcontext() if compiles else torch._C.DisableTorchFunction():
+    # look at a tensor. A compiler needs its own, and a subclass its overrides.
+    plain = all(type(x) in (Tensor, Parameter) for x in (q, k, v))
+    seen = not plain or backend == "flex" or torch.compiler.is_compiling()
+    with contextlib.nullcontext() if seen else torch._C.DisableTorchFunction():
         return _span_attention(q, k, v, spans, scale, backend, softcap, sinks)
 
 

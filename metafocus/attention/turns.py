@@ -98,7 +98,7 @@ def find_turns(spans: Spans, limit: int | None = None) -> tuple[Turn, ...] | Non
 
 
 # Every layer of a model, and every inner step, asks about the same intervals.
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=8)
 def _found(content: bytes, length: int, limit: int | None) -> tuple[Turn, ...] | None:
     start, stop = torch.frombuffer(bytearray(content), dtype=torch.long).view(2, -1, length)
     beyond = (start < stop) & ((start < 0) | (stop > length))

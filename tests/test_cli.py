@@ -291,7 +291,18 @@ def test_masks(tmp_path, chats, method, mask):
     )
 
 
-def test_estimators(tmp_path, chats, first):
+@pytest.fixture
+def double():
+    """Models in float64, but for their norms, which transformers computes in float32."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.usefixtures("double")
+def test_estimators(tmp_path, chats):
+    first = train(chats, tmp_path / "first")
     found = {
         word: train(chats, tmp_path / word, "--estimator", word)["history"]
         for word in ESTIMATORS
@@ -306,7 +317,8 @@ def test_estimators(tmp_path, chats, first):
     for history in found.values():
         assert history["loss"][0] == pytest.approx(first["history"]["loss"][0], rel=1e-6)
     assert found["first-order"] == first["history"]
-    same = {"unrolled-recompute": 1e-5, "unrolled-forward": 1e-5, "unrolled-finite": 0.05}
+    # In float32 this model's first step is too steep for 1e-5 on every processor.
+    same = {"unrolled-recompute": 1e-14, "unrolled-forward": 1e-7, "unrolled-finite": 0.05}
     for word, norm in norms.items():
         off = abs(norm / norms["unrolled"] - 1)
         assert off < same[word] if word in same else off > 0.1 or word == "unrolled", (word, off)
@@ -326,6 +338,7 @@ def counted(function, calls: list):
     return run
 
 
+@pytest.mark.usefixtures("double")
 @pytest.mark.parametrize("method", ["sft", "first-order", "unrolled"])
 def test_gradient_checkpointing_gives_the_same_losses(tmp_path, chats, method, monkeypatch):
     calls = []
@@ -336,9 +349,13 @@ def test_gradient_checkpointing_gives_the_same_losses(tmp_path, chats, method, m
     plain = train(chats, tmp_path / "plain", model=(*TINY, *words))
     assert not calls
     found = train(chats, tmp_path / "check", "--gradient-checkpointing", model=(*TINY, *words))
-    assert found["history"]["loss"] == pytest.approx(plain["history"]["loss"], rel=1e-5)
-    assert found["history"]["grad_norm"] == pytest.approx(plain["history"]["grad_norm"], rel=1e-4)
-    assert found["heldout_loss_after"] == pytest.approx(plain["heldout_loss_after"], rel=1e-5)
+    # Rounding of the norms in float32, which three steps of training make a hundred times larger.
+    assert found["history"]["grad_norm"][0] == pytest.approx(
+        plain["history"]["grad_norm"][0], rel=1e-7
+    )
+    assert found["history"]["loss"] == pytest.approx(plain["history"]["loss"], rel=1e-6)
+    assert found["history"]["grad_norm"] == pytest.approx(plain["history"]["grad_norm"], rel=1e-5)
+    assert found["heldout_loss_after"] == pytest.approx(plain["heldout_loss_after"], rel=1e-6)
     assert calls
     config = (tmp_path / "check/config.json").read_text()
     assert config == (tmp_path / "plain/config.json").read_text()

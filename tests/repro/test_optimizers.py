@@ -204,6 +204,14 @@ def hypergradient(solver, estimator, dtype=F64):
     return mf.hypergrad(meta)(outer, mf.Episode(*episode))[0]
 
 
+def rounded(params, seed):
+    """Each number as it is, or one unit of rounding larger or smaller."""
+    g = torch.Generator().manual_seed(seed)
+    unit = torch.finfo(F64).eps
+    units = {k: torch.randint(-1, 2, v.shape, generator=g, dtype=F64) for k, v in params.items()}
+    return {k: v * (1 + unit * units[k]) for k, v in params.items()}
+
+
 def largest_difference(got, want) -> float:
     return (flat(got) - flat(want)).abs().max().item() / flat(want).abs().max().item()
 
@@ -316,8 +324,10 @@ def test_t21_vmap_over_tasks_is_a_loop(name, how, claim):
     """T21. Claim: batching tasks by vmap changes nothing.
 
     Published / measured before: 3e-16 on MAML in float64.
-    Tolerance: 1e-14, sums over tasks and matrix products in another order.
-    Ours: at most 5.6e-16.
+    Tolerance: 1e-14, sums over tasks and matrix products in another order; or, where the problem
+    is worse conditioned, as much as a loop moves when its outer parameters are rounded once more.
+    Centered RMSprop is: it divides by the root of a difference of near equals.
+    Ours: at most 2.5e-15; RMSprop 5.8e-13, where its loop moves by 3.6e-12.
     """
     estimator = {
         "graph": mf.Unrolled(),
@@ -327,10 +337,13 @@ def test_t21_vmap_over_tasks_is_a_loop(name, how, claim):
     }[how]
     case = maml()
     meta = mf.bilevel(case.problem, solver=MANY[name], estimator=estimator)
-    vmapped, looped = (
-        mf.hypergrad(mf.over_tasks(meta, how=h))(case.outer, case.episodes)[0]
-        for h in ("vmap", "loop")
-    )
-    off = largest_difference(vmapped, looped)
-    claim(off)
-    assert off <= 1e-14
+
+    def hypergradient(how, outer):
+        return mf.hypergrad(mf.over_tasks(meta, how=how))(outer, case.episodes)[0]
+
+    looped = hypergradient("loop", case.outer)
+    off = largest_difference(hypergradient("vmap", case.outer), looped)
+    again = [hypergradient("loop", rounded(case.outer, seed)) for seed in range(4)]
+    moved = max(largest_difference(x, looped) for x in again)
+    claim({"vmap against loop": off, "loop, parameters rounded once more": moved})
+    assert off <= max(1e-14, moved)

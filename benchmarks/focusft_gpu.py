@@ -4,14 +4,15 @@
 
 Random weights in bfloat16, as many layers as `--layers` says, one row of 4096 and of 32768
 tokens, activation checkpointing, two inner steps. Each contender has a process of its own: median
-seconds of a step, peak memory, and model FLOP utilisation, that is the products that the method
-needs (without recomputation) per second over `--peak-tflops`. `--quick --device cpu` tries the
-script on a CPU.
+seconds of a step after a first one, peak memory, and model FLOP utilisation, that is the products
+that the method needs (without recomputation) per second over `--peak-tflops`. `--quick --device
+cpu` tries the script on a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import subprocess
@@ -51,7 +52,18 @@ def measure(name: str, size: Size, path: str, repeats: int) -> dict[str, float]:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin)
     peak = torch.cuda.max_memory_allocated() if cuda else process_memory("VmHWM")
-    return {"seconds": statistics.median(seconds), "peak_bytes": peak}
+    return {"seconds": statistics.median(seconds), "all_seconds": seconds, "peak_bytes": peak}
+
+
+def attempt(name: str, size: Size, args: argparse.Namespace) -> dict[str, object]:
+    """Measure one contender; the row says what it took, or why this machine cannot."""
+    row: dict[str, object] = {"name": name, "length": size.length}
+    try:
+        found = measure(name, size, args.official, args.repeats)
+    except (torch.OutOfMemoryError, ValueError, RuntimeError) as error:
+        return {**row, "error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+    rate = flop(size, name) / found["seconds"]
+    return {**row, **found, "utilisation": rate / (args.peak_tflops * 1e12)}
 
 
 def main() -> None:
@@ -64,7 +76,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="a tiny model, short rows")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--one", nargs=2, metavar=("NAME", "LENGTH"), help=argparse.SUPPRESS)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_default_dtype(torch.bfloat16)
     shape = TINY if args.quick else SEVEN_B
@@ -74,22 +86,20 @@ def main() -> None:
         return Size(**shape, layers=args.layers, length=length, device=args.device)
 
     if args.one:
-        name, length = args.one
-        print(json.dumps(measure(name, size(int(length)), args.official, args.repeats)))
+        for length in lengths:
+            print(json.dumps(attempt(args.one, size(length), args)), flush=True)
+            gc.collect()
         return
     rows = []
-    for length in lengths:
-        for name in NAMES:
-            words = [sys.executable, __file__, *sys.argv[1:], "--one", name, str(length)]
-            done = subprocess.run(words, capture_output=True, text=True)
-            row: dict[str, object] = {"name": name, "length": length}
-            if done.returncode:
-                row["error"] = done.stderr.strip().splitlines()[-1]
-            else:
-                found = json.loads(done.stdout.splitlines()[-1])
-                rate = flop(size(length), name) / found["seconds"]
-                row |= {**found, "utilisation": rate / (args.peak_tflops * 1e12)}
-            rows.append(row)
+    for name in NAMES:
+        words = [sys.executable, __file__, *sys.argv[1:], "--one", name]
+        done = subprocess.run(words, capture_output=True, text=True)
+        found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        # A process that died has told of the lengths before.
+        for length in lengths[len(found) :]:
+            found.append({"name": name, "length": length, "error": done.stderr[-200:]})
+        rows += found
+        for row in found:
             print(row, flush=True)
     if args.output:
         machine = torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu"

@@ -46,7 +46,7 @@ def main(argv=None):
     model.eval()
     batch = {k: v.to(args.device) for k, v in collator(chats("heldout", 2)).items()}
     queries = mf.LoRA(mf.top_layers(1.0, ("q_proj",)), rank=8, alpha=16.0)
-    solver = mf.SGD(4.0, steps=16, clip=mf.clip_per_tensor(1.0))
+    solver = mf.SGD(2.0, steps=16, clip=mf.clip_per_tensor(1.0))
     adapt = mf.recipes.qttt(model, adapter=queries, solver=solver)
     with torch.no_grad():
         _, aux = adapt({}, mf.Episode(batch, batch))

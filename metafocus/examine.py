@@ -130,7 +130,7 @@ def observe(
             for seed in range(seeds):
                 torch.manual_seed(seed)
                 draws.append(run())
-            peak = peak_rss(run) if fresh_process else peak_bytes(run)[1]
+            peak = peak_rss(run) if fresh_process else peak_bytes(run, draws[0].device)[1]
         except NonFiniteError:
             return Report()
     return Report(draws=torch.stack(draws), peak=peak)

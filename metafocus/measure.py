@@ -51,24 +51,29 @@ class _LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def peak_bytes(run: Callable[[], Result]) -> tuple[Result, int]:
+def peak_bytes(run: Callable[[], Result], device: torch.device | None = None) -> tuple[Result, int]:
     """Return `run()` and the peak of bytes in tensors that it made, saved ones included.
 
     Deterministic: what operators allocate inside themselves is not counted on a CPU. On a CUDA
     device the caching allocator's own peak is used.
+
+    Args:
+        run: what to call, once.
+        device: where its tensors are; default: CUDA where this process has used it.
 
     Example:
         >>> _, peak = peak_bytes(lambda: (torch.ones(256) + 1).sum())
         >>> peak
         2048
     """
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
+    used = torch.cuda.is_available() and torch.cuda.is_initialized()
+    if used if device is None else device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
         result = run()
-        torch.cuda.synchronize()
-        return result, torch.cuda.max_memory_allocated() - before
+        torch.cuda.synchronize(device)
+        return result, torch.cuda.max_memory_allocated(device) - before
     with _LiveBytes() as live:
         result = run()
     return result, live.peak

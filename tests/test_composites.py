@@ -401,3 +401,41 @@ def test_layer_norm_in_low_precision_computes_in_float32():
     want = F.layer_norm(x.float(), (3,), C3.to(torch.bfloat16).float())
     # One rounding to bfloat16.
     assert_close(got.float(), want, 2**-8)
+
+
+def autocast_calls(device):
+    """Operators of the tables with inputs in bfloat16, by name."""
+    g = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(4, 6, 3, generator=g).bfloat16().to(device) for _ in range(2))
+    m = x[:, :, 0].contiguous()
+    signs = torch.where(y > 0, 1.0, -1.0).bfloat16()
+    return {
+        "layer_norm": (F.layer_norm, (x, (3,))),
+        "group_norm": (F.group_norm, (x, 2)),
+        "instance_norm": (F.instance_norm, (x,)),
+        "batch_norm": (F.batch_norm, (x, None, None, None, None, True)),
+        "mse_loss": (F.mse_loss, (x, y)),
+        "huber_loss": (F.huber_loss, (x, y)),
+        "soft_margin_loss": (F.soft_margin_loss, (x, signs)),
+        "cdist": (torch.cdist, (m, m[:2])),
+        "silu": (F.silu, (x,)),
+        "mish": (F.mish, (x,)),
+        "hardsigmoid": (F.hardsigmoid, (x,)),
+    }
+
+
+def check_autocast(name, device):
+    """The composite has the type of the operator that it stands for, and its precision."""
+    operator, inputs = autocast_calls(device)[name]
+    tables = {**composites._ALWAYS, **composites._WRONG, **composites._IN_FORWARD_MODE}
+    with torch.autocast(device, torch.bfloat16):
+        want, got = operator(*inputs), tables[operator](*inputs)
+    assert got.dtype == want.dtype
+    # Distances are computed by way of a product or not; in half types torch rounds in between.
+    bound = {torch.float32: 1e-3 if name == "cdist" else 1e-5, torch.bfloat16: 2**-5}[got.dtype]
+    assert (got.double() - want.double()).abs().max() <= bound * want.double().abs().max()
+
+
+@pytest.mark.parametrize("name", autocast_calls("cpu"))
+def test_autocast_takes_composites_where_it_takes_operators(name):
+    check_autocast(name, "cpu")

@@ -269,10 +269,11 @@ def test_policies_compile_without_graph_breaks() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 def test_cuda_does_not_synchronise() -> None:
     batch = {key: value.cuda() for key, value in BATCH.items()}
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         spans = [policy(batch) for policy in POLICIES.values()]
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -197,3 +197,5 @@ def test_cuda_uses_the_allocator():
     x = torch.randn(2**20, device="cuda", dtype=torch.float64).requires_grad_()
     _, peak = peak_bytes(lambda: chain(x))
     assert peak == 10 * 2**23
+    # What runs on the CPU meanwhile is counted there.
+    assert peak_bytes(lambda: torch.ones(256) + 1, torch.device("cpu"))[1] == 2048

@@ -6,6 +6,7 @@ once, fork the processes they need and write what these saw to DIR.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -13,6 +14,7 @@ import signal
 import socket
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -193,11 +195,17 @@ def pair(work) -> list[int]:
     return [wait(pid) for pid in pids]
 
 
+# Newer transformers call it so, and warn of the other name.
+CHECKPOINTING = (
+    "activation_checkpointing"
+    if "activation_checkpointing" in {field.name for field in dataclasses.fields(FocusArguments)}
+    else "gradient_checkpointing"
+)
 METHODS = {
     "sft": {"method": "sft", "mask": "context-bidirectional"},
     "focusft": {},
     "second-order": {"estimator": "unrolled-recompute"},
-    "checkpointing": {"activation_checkpointing": True},
+    "checkpointing": {CHECKPOINTING: True},
 }
 
 
@@ -309,7 +317,10 @@ def sharded(estimator, rank: int, *, checkpointing: bool = False) -> torch.Tenso
 
 
 def forked(work, env: dict[str, str] | None = None) -> int:
-    pid = os.fork()
+    with warnings.catch_warnings():
+        # Python 3.12 warns that other threads may hold locks; torch's pool is left alone here.
+        warnings.filterwarnings("ignore", ".*multi-threaded", DeprecationWarning)
+        pid = os.fork()
     if pid:
         return pid
     code = 1

@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -206,7 +207,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--kv", type=int, default=4)
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--check", type=int, default=2048, help="length of the comparison")
     parser.add_argument("--output", type=Path, help=f"default on a GPU: {RESULTS}")
     parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
@@ -227,39 +228,38 @@ def main() -> None:
         return
     wrong = errors(args)
     print("relative errors:", {name: f"{error:.1e}" for name, error in wrong.items()})
-    results = []
-    for order, length, names in cases(args):
-        rows = timed(args, order, length, names)
-        results += [{"order": order, "length": length, "contender": n, **rows[n]} for n in names]
-    torch.cuda.empty_cache()
-    # Where memory is counted by process, they do not disturb each other.
-    with ThreadPoolExecutor(4 if args.device == "cuda" else 1) as pool:
-        keys = ("order", "length", "contender")
-        jobs = [pool.submit(peak_apart, *(row[key] for key in keys)) for row in results]
-    for row, job in zip(results, jobs, strict=True):
-        row["peak_bytes"] = memory = job.result()
-        print(
-            f"order {row['order']}, {row['length']:6} tokens, {row['contender']:18}",
-            f"{row['seconds'] * 1e3:10.1f} ms" if "seconds" in row else row["error"],
-            f"x{row['ratio']:.2f}" if "ratio" in row else "",
-            f"{memory / 2**20:10.0f} MB" if isinstance(memory, int) else memory,
-            flush=True,
-        )
     output = args.output or (RESULTS if args.device == "cuda" and not args.quick else None)
-    if output is not None:
-        # environment() names a GPU wherever there is one, also where it was not used.
-        machine = {**environment(getattr(torch, args.dtype))}
-        machine["device"] = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
-        report = {
-            "benchmark": "attention_gpu",
-            "environment": {**machine, "cuda": torch.version.cuda},
-            "shape": {key: vars(args)[key] for key in ("length", "heads", "kv", "size")},
-            "repeats": args.repeats,
-            "relative_errors": {"length": args.check, **wrong},
-            "rows": results,
-        }
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(report, indent=2) + "\n")
+    # environment() names a GPU wherever there is one, also where it was not used.
+    machine = {**environment(getattr(torch, args.dtype)), "cuda": torch.version.cuda}
+    machine["device"] = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
+    rows: list[dict[str, object]] = []
+    report = {
+        "benchmark": "attention_gpu",
+        "environment": machine,
+        "shape": {key: vars(args)[key] for key in ("length", "heads", "kv", "size")},
+        "repeats": args.repeats,
+        "relative_errors": {"length": args.check, **wrong},
+        "rows": rows,
+    }
+    for order, length, names in cases(args):
+        times = timed(args, order, length, names)
+        # Where memory is counted by process, they do not disturb each other.
+        with ThreadPoolExecutor(len(names) if args.device == "cuda" else 1) as pool:
+            peaks = pool.map(partial(peak_apart, order, length), names)
+        for name, memory in zip(names, peaks, strict=True):
+            row = {"order": order, "length": length, "contender": name, **times[name]}
+            rows.append({**row, "peak_bytes": memory})
+            print(
+                f"order {order}, {length:6} tokens, {name:18}",
+                f"{row['seconds'] * 1e3:10.1f} ms" if "seconds" in row else row["error"],
+                f"x{row['ratio']:.2f}" if "ratio" in row else "",
+                f"{memory / 2**20:10.0f} MB" if isinstance(memory, int) else memory,
+                flush=True,
+            )
+        # After each case: a run that is stopped has what it measured.
+        if output is not None:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -105,8 +105,9 @@ def main() -> None:
         machine = torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu"
         report = {
             "benchmark": "focusft_gpu",
-            "environment": {**environment(torch.bfloat16), "device_name": machine},
+            "environment": {**environment(torch.bfloat16), "device": machine},
             "layers": args.layers,
+            "repeats": args.repeats,
             "rows": rows,
         }
         args.output.write_text(json.dumps(report, indent=2) + "\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from benchmarks import gpu
 from benchmarks.rivals import context, report
 from benchmarks.rivals.w8 import report as w8
 
@@ -15,7 +16,7 @@ LINK = "figures/benchmarks"
 INTRODUCTION = """
 Written by `make benchmarks` from `benchmarks/results/`: `python -m benchmarks.rivals.install`, then
 `python -m benchmarks.rivals`, `python -m benchmarks.rivals.w8` and the scripts named below make
-these files. No figure comes from a GPU.
+these files. All figures but those of the last section are of a CPU.
 """
 
 
@@ -30,6 +31,7 @@ def page() -> str:
     lines += report.sections(RESULTS, FIGURES, LINK, {"w7": long})
     if (RESULTS / "w8.json").exists():
         lines += w8.section(read("w8"), FIGURES, LINK)
+    lines += gpu.section(read("focusft_gpu"), read("attention_gpu"))
     return "\n".join(lines) + "\n"
 
 

@@ -69,6 +69,7 @@ def test_is_quiet():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_cuda(policy, softcap):

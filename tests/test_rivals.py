@@ -122,6 +122,20 @@ def test_verdicts_are_computed(target, value, words):
     assert verdict.words() == words
 
 
+def test_on_several_threads_the_clock_decides():
+    """A thread that spins while it waits for another has CPU time as well."""
+    rows = {
+        "metafocus vmap": timed(2.0, 2.0, wall=[1.0, 1.0]),
+        "a": timed(1.0, 1.0, wall=[4.0, 4.0]),
+        "b": timed(3.0, 3.0, wall=[2.0, 2.0]),
+    }
+    target = Target("t", "metafocus vmap", "fastest", 1.0)
+    for threads, other, value in ((1, "a", 2.0), (2, "b", 0.5)):
+        (verdict,) = verdicts(target, [{**RUN, "threads": threads, "rows": rows}])
+        assert (verdict.other, verdict.value) == (other, value)
+        assert (verdict.cpu, verdict.wall) == ((2.0, 0.25) if other == "a" else (2 / 3, 0.5))
+
+
 def test_a_target_speaks_of_its_cases_only():
     assert verdicts(Target("t", "metafocus vmap", "slow", 1, case={"order": 1}), [RUN]) == []
 

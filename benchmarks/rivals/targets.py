@@ -15,9 +15,9 @@ class Target(NamedTuple):
         text: the promise in words.
         ours: label of a contender.
         other: label of another, or "fastest" or "leanest": of the right ones that are not ours,
-            that with the least CPU time, or the least of the quantity.
+            that with the least time, or the least of the quantity.
         at_most: the largest allowed ratio; 1/6 means six times as fast.
-        quantity: "cpu", "wall", "process_bytes" or "tensor_bytes".
+        quantity: "time", "process_bytes" or "tensor_bytes".
         case: what the parameters of a case must contain.
     """
 
@@ -25,7 +25,7 @@ class Target(NamedTuple):
     ours: str
     other: str
     at_most: float
-    quantity: str = "cpu"
+    quantity: str = "time"
     case: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -37,8 +37,9 @@ class Verdict(NamedTuple):
     threads: int
     other: str
     value: float | None
+    cpu: float | None = None
     wall: float | None = None
-    """The same ratio of times of the clock, for a target on CPU time."""
+    """The ratios of CPU times and of times of the clock, for a target on time."""
 
     @property
     def met(self) -> bool:
@@ -58,17 +59,19 @@ def verdicts(target: Target, runs: list[dict[str, Any]]) -> list[Verdict]:
     found = []
     for run in chosen:
         rows, other = run["rows"], target.other
+        # A thread that waits for another one spins, and so has CPU time.
+        clock = "cpu" if run["threads"] == 1 else "wall"
+        key = clock if target.quantity == "time" else target.quantity
         if other in ("fastest", "leanest"):
-            key = "cpu" if other == "fastest" else target.quantity
             right = [n for n, r in rows.items() if r["verdict"] == "right" and r.get(key)]
             right = [n for n in right if not n.startswith("metafocus")]
             if right:
                 other = min(right, key=lambda n: _typical(rows[n][key]))
-        value = ratio(rows, target.ours, other, target.quantity)
-        wall = ratio(rows, target.ours, other, "wall") if target.quantity == "cpu" else None
+        value, *both = (ratio(rows, target.ours, other, q) for q in (key, "cpu", "wall"))
+        times = both if target.quantity == "time" else ()
         # Memory is measured once, on one thread.
-        if value is not None or target.quantity == "cpu" or run["threads"] == 1:
-            found.append(Verdict(target, run["case"], run["threads"], other, value, wall))
+        if value is not None or times or run["threads"] == 1:
+            found.append(Verdict(target, run["case"], run["threads"], other, value, *times))
     return found
 
 

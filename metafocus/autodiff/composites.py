@@ -46,7 +46,7 @@ from metafocus.autodiff.operators import (
     soft_margin_loss,
     weight_norm,
 )
-from metafocus.autodiff.operators.autocast import float32
+from metafocus.autodiff.operators.autocast import in_float32
 from metafocus.errors import TransformError
 from metafocus.levels import forward_levels, transforming
 
@@ -62,20 +62,20 @@ _ALWAYS = {
     F.scaled_dot_product_attention: attention,
     F.multi_head_attention_forward: multi_head_attention,
     F.hardsigmoid: hardsigmoid,
-    torch.cdist: float32(cdist),
-    F.pdist: float32(pdist),
+    torch.cdist: in_float32(cdist),
+    F.pdist: in_float32(pdist),
     F.ctc_loss: _no_ctc_loss,
     F.cross_entropy: cross_entropy,
 }
 _WRONG = {
     F.batch_norm: batch_norm,
     F.instance_norm: instance_norm,
-    F.layer_norm: float32(layer_norm, ("cuda",)),
+    F.layer_norm: in_float32(layer_norm, ("cuda",)),
     torch._weight_norm: weight_norm,  # pyright: ignore[reportPrivateImportUsage]
     # What these call, with arguments in another order.
     torch.batch_norm: lambda x, w, b, mean, var, *rest: batch_norm(x, mean, var, w, b, *rest),
     torch.instance_norm: lambda x, w, b, mean, var, *rest: instance_norm(x, mean, var, w, b, *rest),
-    torch.layer_norm: float32(layer_norm, ("cuda",)),
+    torch.layer_norm: in_float32(layer_norm, ("cuda",)),
 }
 _WRONG_IN_TRANSFORMS = {
     F.embedding: embedding,
@@ -86,10 +86,10 @@ _WRONG_IN_TRANSFORMS = {
 _IN_FORWARD_MODE = {
     F.silu: silu,
     F.mish: mish,
-    F.group_norm: float32(group_norm, ("cuda",)),
-    F.mse_loss: float32(mse_loss),
-    F.huber_loss: float32(huber_loss),
-    F.soft_margin_loss: float32(soft_margin_loss),
+    F.group_norm: in_float32(group_norm, ("cuda",)),
+    F.mse_loss: in_float32(mse_loss),
+    F.huber_loss: in_float32(huber_loss),
+    F.soft_margin_loss: in_float32(soft_margin_loss),
 }
 
 _TABLES = frozenset().union(_ALWAYS, _WRONG, _WRONG_IN_TRANSFORMS, _IN_FORWARD_MODE)

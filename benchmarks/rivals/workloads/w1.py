@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.rivals.common import initial
-from benchmarks.rivals.targets import Target, Verdict
+from benchmarks.rivals.targets import Target
 
 TITLE = "W1: MAML on sinusoids"
 TEXT = """
@@ -75,23 +73,6 @@ TARGETS = [
     Target("no overhead over hand-written vmap, first order", "metafocus vmap",
            "torch.func vmap", 1.05, case={"order": 1}),
 ]  # fmt: skip
-
-
-def elsewhere(verdict: Verdict) -> Verdict:
-    """Return the verdict; where the compiled form was not raced, by `benchmarks/compiled.py`.
-
-    It measures this workload, compiled and eager beside each other, on one thread.
-    """
-    if verdict.value is not None or verdict.target.ours != COMPILED or verdict.threads != 1:
-        return verdict
-    path = Path(__file__).parents[2] / "results" / "compiled.json"
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    found = [r for r in rows if (r["workload"], r["estimator"]) == ("sinusoids", "Unrolled()")]
-    if not found:
-        return verdict
-    text = f"{verdict.target.text} (benchmarks/compiled.py)"
-    target = verdict.target._replace(text=text)
-    return verdict._replace(target=target, value=1 / found[0]["speedup"])
 
 
 def report(results: dict[str, Any]) -> list[str]:

@@ -11,26 +11,28 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 
-def float32(composite: Callable[..., Tensor], devices: tuple[str, ...] = ()) -> Any:
+def in_float32(composite: Callable[..., Tensor], devices: tuple[str, ...] = ()) -> Any:
     """Return the composite of an operator that autocast takes to float32.
 
     Args:
-        composite: of tensors, the first argument among them.
+        composite: of tensors, and other arguments.
         devices: types of device on which autocast does so; default: all.
     """
 
     @functools.wraps(composite)
-    def run(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        device = input.device.type
+    def run(*args: Any, **kwargs: Any) -> Tensor:
+        first = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        device = first.device.type
         if (devices and device not in devices) or not torch.is_autocast_enabled(device):
-            return composite(input, *args, **kwargs)
-        (input, *args), kwargs = pytree.tree_map_only(Tensor, _wide, ((input, *args), kwargs))
+            return composite(*args, **kwargs)
+        args, kwargs = pytree.tree_map_only(Tensor, wide, (args, kwargs))
         # Its products would be taken back to half types.
         with torch.autocast(device, enabled=False):
-            return composite(input, *args, **kwargs)
+            return composite(*args, **kwargs)
 
     return run
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
+    """Return `x` in the type that torch's kernels add up in: half types only hold the result."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from metafocus.autodiff.operators.autocast import wide
 from metafocus.errors import ProblemError
 
 
@@ -62,7 +63,7 @@ def _norm(
 ) -> Tensor:
     shape = [1, -1, *[1] * (x.ndim - 2)]
     check_channels(x, running_mean, running_var, weight, bias, use_batch, axes)
-    dtype, x = x.dtype, _wide(x)
+    dtype, x = x.dtype, wide(x)
     if use_batch:
         mean = x.mean(axes, keepdim=True)
         var = ((x - mean) ** 2).mean(axes, keepdim=True)
@@ -75,7 +76,7 @@ def _norm(
                     running.mul_(1 - momentum).add_(momentum * new.reshape(-1))
     else:
         assert running_mean is not None and running_var is not None
-        mean, var = (_wide(t).reshape(shape) for t in (running_mean, running_var))
+        mean, var = (wide(t).reshape(shape) for t in (running_mean, running_var))
     x = (x - mean) * torch.rsqrt(var + eps)
     x = x if weight is None else x * weight.reshape(shape)
     return (x if bias is None else x + bias.reshape(shape)).to(dtype)
@@ -117,11 +118,6 @@ def check_channels(
         )
 
 
-def _wide(x: Tensor) -> Tensor:
-    """Return `x` in the type that torch's kernels add up in: half types only hold the result."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
 def layer_norm(
     input: Tensor,
     normalized_shape: Sequence[int],
@@ -133,7 +129,7 @@ def layer_norm(
     """Normalise over the last axes, like `F.layer_norm`."""
     axes = list(range(-len(normalized_shape), 0))
     dtype = input.dtype
-    x = _wide(input)
+    x = wide(input)
     x = x - x.mean(axes, keepdim=True)
     x = x * torch.rsqrt((x * x).mean(axes, keepdim=True) + eps)
     x = x if weight is None else x * weight
@@ -149,7 +145,7 @@ def group_norm(
     cudnn_enabled: bool = True,
 ) -> Tensor:
     """Normalise over groups of channels, like `F.group_norm`."""
-    grouped = _wide(input).reshape(input.shape[0], num_groups, -1)
+    grouped = wide(input).reshape(input.shape[0], num_groups, -1)
     mean = grouped.mean(-1, keepdim=True)
     var = ((grouped - mean) ** 2).mean(-1, keepdim=True)
     x = ((grouped - mean) * torch.rsqrt(var + eps)).reshape(input.shape)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,6 +23,7 @@ import metafocus as mf
 from metafocus import masks
 from metafocus.autodiff.composites import differentiable_twice
 from metafocus.lm import heads
+from metafocus.lm.checkpointing import checkpoint_layer
 from metafocus.spans import windowed
 
 pytestmark = [
@@ -215,6 +218,32 @@ def test_huggingface_checkpointing_alone_would_be_wrong():
     out = torch.func.functional_call(right_model, slow, (), {"input_ids": ids, "use_cache": False})
     right = torch.autograd.grad(out.logits.square().mean(), slow[name])[0]
     assert wrong is None or relative(wrong, right) > 0.5
+
+
+def test_hooks_of_a_layer_run_outside_of_what_is_recomputed():
+    """Older transformers checkpoint the whole call; FSDP's hooks in it exchange parameters."""
+    model = build(checkpointing=True)
+    layer = torch.nn.Linear(32, 32).double()
+    shard, gathered = layer.weight, torch.nn.Parameter(2 * layer.weight.detach())
+    calls = []
+
+    def gather(module, args):
+        calls.append("gather")
+        module.weight = gathered
+
+    def release(module, args, out):
+        calls.append("release")
+        module.weight = shard
+
+    layer.register_forward_pre_hook(gather)
+    layer.register_forward_hook(release)
+    x = torch.randn(3, 32, dtype=torch.float64)
+    out = checkpoint_layer(model, functools.partial(layer.__call__), x)
+    assert relative(out, torch.nn.functional.linear(x, gathered, layer.bias)) < 1e-14
+    found = torch.autograd.grad(out.sum(), gathered)[0]
+    assert relative(found, x.sum(0).expand(32, 32)) < 1e-14
+    assert calls == ["gather", "release"]
+    assert "forward" not in vars(layer) and layer.weight is shard
 
 
 def test_routing_restores_everything():

@@ -55,12 +55,26 @@ def checkpoint_layer(model: nn.Module, call: Any, *args: Any) -> Any:
 
     Args:
         model: the model that the layer belongs to.
-        call: `partial(forward, layer, **kwargs)` (transformers 5.23) or a partial of a bound
-            method of the layer (older).
+        call: `partial(forward, layer, **kwargs)` (transformers 5.23), or a partial of the layer's
+            own call (older).
         args: the positional arguments of the layer.
     """
-    layer = call.args[0] if call.args else call.func.__self__
-    parameters = dict(layer.named_parameters())
+    if call.args:
+        return _recomputed(model, call.args[0], partial(call.func, *call.args), args, call.keywords)
+    # The layer's hooks are part of this call. FSDP's gather the parameters, and must do so before
+    # these are taken: only what is inside the hooks is recomputed.
+    layer = call.func.__self__
+    forward, before = layer.forward, vars(layer).get("forward")
+    layer.forward = lambda *args, **kwargs: _recomputed(model, layer, forward, args, kwargs)
+    try:
+        return call(*args)
+    finally:
+        del layer.forward
+        if before is not None:
+            layer.forward = before
+
+
+def _recomputed(model: nn.Module, layer: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
     functions = slots.functions(layer)
     config = model.config.get_text_config()  # pyright: ignore
     implementation = config._attn_implementation
@@ -71,6 +85,6 @@ def checkpoint_layer(model: nn.Module, call: Any, *args: Any) -> Any:
             _reparametrize_module(layer, parameters),
             slots.rebind(layer, fast, functions),
         ):
-            return call.func(*call.args, *args, **kwargs)
+            return forward(*args, **kwargs)
 
-    return recompute(run, parameters, slots.bound(layer), args, call.keywords)
+    return recompute(run, dict(layer.named_parameters()), slots.bound(layer), args, kwargs)

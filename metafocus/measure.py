@@ -66,8 +66,10 @@ def peak_bytes(run: Callable[[], Result], device: torch.device | None = None) ->
         >>> peak
         2048
     """
-    used = torch.cuda.is_available() and torch.cuda.is_initialized()
-    if used if device is None else device.type == "cuda":
+    if device is None:
+        used = torch.cuda.is_available() and torch.cuda.is_initialized()
+        device = torch.device("cuda" if used else "cpu")
+    if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)

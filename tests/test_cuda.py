@@ -141,7 +141,7 @@ def test_compiled_hypergradient():
 @pytest.mark.parametrize("name", ["first order", "unrolled", "recompute", "forward"])
 @pytest.mark.parametrize("mask", [mf.masks.causal, mf.masks.context_bidirectional])
 def test_focusft_step(name, mask):
-    """Float64 throughout, so attention in tiles."""
+    """Float64, for which there is no fused kernel of attention."""
     estimator = {
         "first order": mf.FirstOrder(),
         "unrolled": mf.Unrolled(),
@@ -214,7 +214,7 @@ def test_attention_profile(mask):
 
 @pytest.mark.parametrize("words", [[], ["--estimator", "unrolled"], ["--gradient-checkpointing"]])
 def test_command_line_trains_where_the_device_is(tmp_path, words):
-    """From chats to a saved model, and from there to answers."""
+    """From chats to a saved model."""
     turns = [{"role": "user", "content": "Two and two?"}, {"role": "assistant", "content": "Four."}]
     chats = tmp_path / "chats.jsonl"
     chats.write_text("\n".join(json.dumps({"messages": turns}) for _ in range(8)))

@@ -136,8 +136,8 @@ class Race:
             self.timed(rows, labels, repeats)
         wanted = getattr(self.definition, "MEMORY", {})
         if memory and wanted is not None and wanted.items() <= case.items():
-            # A dispatch mode keeps what activation checkpointing gives back.
-            counted = bool(repeats) and not case.get("checkpointing")
+            countable = getattr(self.definition, "COUNTABLE", {}).items() <= case.items()
+            counted = bool(repeats) and countable
             self.weighed(rows, labels, request, counted=counted)
         return rows
 

@@ -16,6 +16,8 @@ REFERENCE = "official"
 TOLERANCE = 1e-11  # the same products, summed in another order
 REPEATS = 4
 MEMORY: dict[str, Any] = {}
+COUNTABLE = {"checkpointing": False}
+"""Of which cases the live tensors are counted: what counts them keeps what is checkpointed."""
 BASELINES = ("plain SFT, same mask", "plain SFT, transformers")
 
 

@@ -111,10 +111,11 @@ def test_a_race_between_processes(tmp_path):
         (Target("t", "metafocus vmap", "slow", 0.2), 0.25, "missed by 25.0%"),
         (Target("t", "metafocus vmap", "fastest", 1.05), 1.0, "met"),
         (Target("t", "metafocus vmap", "leanest", 1.2, "process_bytes"), 1.5, "missed by 25.0%"),
+        (Target("t", "metafocus vmap", "fastest", 1.5, "process_bytes"), 1.5, "met"),
         (Target("t", "metafocus vmap", "bad", 1.0), None, "not measured"),
         (Target("t", "metafocus vmap", "gone", 1.0), None, "not measured"),
     ],
-    ids=["met", "missed", "fastest", "leanest", "wrong", "absent"],
+    ids=["met", "missed", "fastest", "leanest", "memory of the fastest", "wrong", "absent"],
 )
 def test_verdicts_are_computed(target, value, words):
     (verdict,) = verdicts(target, [RUN])

@@ -61,13 +61,14 @@ def verdicts(target: Target, runs: list[dict[str, Any]]) -> list[Verdict]:
         rows, other = run["rows"], target.other
         # A thread that waits for another one spins, and so has CPU time.
         clock = "cpu" if run["threads"] == 1 else "wall"
-        key = clock if target.quantity == "time" else target.quantity
+        quantity = clock if target.quantity == "time" else target.quantity
         if other in ("fastest", "leanest"):
+            key = clock if other == "fastest" else quantity
             right = [n for n, r in rows.items() if r["verdict"] == "right" and r.get(key)]
             right = [n for n in right if not n.startswith("metafocus")]
             if right:
                 other = min(right, key=lambda n: _typical(rows[n][key]))
-        value, *both = (ratio(rows, target.ours, other, q) for q in (key, "cpu", "wall"))
+        value, *both = (ratio(rows, target.ours, other, q) for q in (quantity, "cpu", "wall"))
         times = both if target.quantity == "time" else ()
         # Memory is measured once, on one thread.
         if value is not None or times or run["threads"] == 1:

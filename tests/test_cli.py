@@ -291,17 +291,9 @@ def test_masks(tmp_path, chats, method, mask):
     )
 
 
-@pytest.fixture
-def double():
-    """Models in float64, but for their norms, which transformers computes in float32."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
-
-
-@pytest.mark.usefixtures("double")
+@pytest.mark.usefixtures("float64")
 def test_estimators(tmp_path, chats):
+    # In float64 but for the norms, which transformers computes in float32.
     first = train(chats, tmp_path / "first")
     found = {
         word: train(chats, tmp_path / word, "--estimator", word)["history"]
@@ -338,7 +330,7 @@ def counted(function, calls: list):
     return run
 
 
-@pytest.mark.usefixtures("double")
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("method", ["sft", "first-order", "unrolled"])
 def test_gradient_checkpointing_gives_the_same_losses(tmp_path, chats, method, monkeypatch):
     calls = []

@@ -98,7 +98,7 @@ def test_every_way_to_ask(way):
     near(ways.WAYS[way](meta, moved), ways.WAYS[way](meta, case), 1e-12)
 
 
-@pytest.mark.parametrize("estimator", [mf.Unrolled(), mf.Unrolled(recompute=2)], ids=str)
+@pytest.mark.parametrize("estimator", [mf.Unrolled(recompute=k) for k in (True, 2)], ids=str)
 def test_dropout_is_the_same_when_steps_are_rebuilt(estimator):
     """The generator of the device is set back too, and left where the forward pass left it."""
     w = {"w": torch.randn(64, 64, device=DEVICE, dtype=F64)}

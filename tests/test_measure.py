@@ -91,6 +91,13 @@ def test_what_lives_at_the_end_does_not_hide_an_earlier_peak(x):
     assert peak_bytes(run)[1] == 7 * UNIT + 8
 
 
+def test_what_runs_on_the_cpu_is_counted_there_in_a_process_that_used_cuda(monkeypatch):
+    for name in ("is_available", "is_initialized"):
+        monkeypatch.setattr(torch.cuda, name, lambda: True)
+    run = lambda: torch.ones(256, dtype=torch.float32) + 1  # noqa: E731
+    assert peak_bytes(run, torch.device("cpu"))[1] == 2048
+
+
 def test_tensors_that_existed_before_are_not_counted(x):
     assert peak_bytes(lambda: x)[1] == 0
     assert peak_bytes(lambda: x.add_(1))[1] == 0

@@ -25,10 +25,11 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp
 
-from metafocus.attention import span_attention, tiles
-from metafocus.comparison import environment
-from metafocus.measure import process_memory
-from metafocus.spans import Spans
+from metafocus.attention import span_attention
+from metafocus.attention.kernels import tiles
+from metafocus.comparison.memory import process_memory
+from metafocus.comparison.report import environment
+from metafocus.masks.spans import Spans
 
 ORDERS = ("backward", "double backward", "forward over reverse")
 BACKENDS = ("flash", "tiled", "dense")

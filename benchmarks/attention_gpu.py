@@ -30,9 +30,9 @@ from torch.nn import functional
 
 import metafocus as mf
 from metafocus.attention import span_attention
-from metafocus.comparison import environment
-from metafocus.measure import process_memory
-from metafocus.spans import Spans
+from metafocus.comparison.memory import process_memory
+from metafocus.comparison.report import environment
+from metafocus.masks.spans import Spans
 
 RESULTS = Path(__file__).parent / "results" / "attention_gpu.json"
 CONTEXT_TURNS, ANSWERS = 8, 0.25

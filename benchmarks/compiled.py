@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 import metafocus as mf
-from metafocus.comparison import environment
+from metafocus.comparison.report import environment
 
 ESTIMATORS = {
     "FirstOrder()": mf.FirstOrder(),
@@ -82,7 +82,7 @@ def measured(name: str, estimator: str, backend: str, repeats: int) -> dict:
     loss, outer, episodes, solver = WORKLOADS[name]()
     # Strong enough for a positive Hessian: else float32 itself, eager too, is a few per cent off.
     inner = mf.proximal(loss, 10.0) if "Implicit" in estimator else loss
-    problem = mf.Problem(inner, loss, init=lambda slow: dict(slow))
+    problem = mf.Problem(inner, loss, init=lambda slow, support: dict(slow))
     meta = mf.bilevel(problem, solver=solver, estimator=ESTIMATORS[estimator])
     eager = mf.hypergrad(mf.over_tasks(meta))
     fast = mf.compiled(eager, backend=backend)

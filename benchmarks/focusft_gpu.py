@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 from focusft_step import Size, flop, official, ours, plain, start, transformers_sft
 
-from metafocus.comparison import environment
-from metafocus.measure import process_memory
+from metafocus.comparison.memory import process_memory
+from metafocus.comparison.report import environment
 
 NAMES = ("official", "metafocus", "plain SFT, same mask", "plain SFT, transformers")
 SEVEN_B = dict(

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 import metafocus as mf
-from metafocus.comparison import environment
-from metafocus.measure import process_memory
+from metafocus.comparison.memory import process_memory
+from metafocus.comparison.report import environment
 
 NAMES = ("gate_proj", "up_proj", "down_proj")
 

@@ -21,9 +21,9 @@ import psutil
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 
-from metafocus.comparison import environment
+from metafocus.comparison.report import environment
 from metafocus.data import Collator
-from metafocus.integrations.hf import FocusArguments, FocusTrainer
+from metafocus.trainer import FocusArguments, FocusTrainer
 
 
 @dataclass(frozen=True)

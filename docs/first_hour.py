@@ -28,8 +28,8 @@ import metafocus as mf
 @dataclass(frozen=True)
 class Half:
     def __call__(self, problem, solver, outer, support):
-        exact = mf.Unrolled()(problem, solver, outer, support)
-        first = mf.FirstOrder()(problem, solver, outer, support)
+        exact = mf.Unrolled()(inner_loss, solver, start, outer, support)
+        first = mf.FirstOrder()(inner_loss, solver, start, outer, support)
         fast = {k: (v + first.params[k]) / 2 for k, v in exact.params.items()}
         return mf.Solution(fast, exact.losses)
 
@@ -40,7 +40,7 @@ def loss(fast, slow, data):
 
 
 torch.manual_seed(0)
-problem = mf.Problem(loss, loss, init=lambda slow: slow)
+problem = mf.Problem(loss, loss)
 episode = mf.Episode(*((torch.randn(16, 4), torch.randn(16)) for _ in range(2)))
 found = mf.compare(
     problem,

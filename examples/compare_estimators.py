@@ -43,7 +43,7 @@ def main(argv=None):
         return x, x.sum(1) / size**0.5 + torch.where(wild, 10 * noise, 0.1 * noise)
 
     data = mf.Episode(draw(4 * size, 0.2), draw(4 * size, 0.0))
-    problem = mf.Problem(inner, outer, init=lambda slow: {"w": torch.zeros(size).double()})
+    problem = mf.Problem(inner, outer, init=lambda slow, support: {"w": torch.zeros(size).double()})
     slow = {"log_width": torch.tensor(0.0).double(), "log_l2": torch.tensor(-3.0).double()}
 
     # Judge by the exact gradient at the minimum, and give everybody the same hundred steps.
@@ -61,7 +61,9 @@ def main(argv=None):
         "first order": mf.FirstOrder(),
     }
     plain = mf.bilevel(problem, solver=solver, estimator=mf.FirstOrder())
-    others = {"evolution": mf.evolution(plain, sigma=0.05, pairs=32, generator=generator)}
+    others = {
+        "evolution": mf.algorithms.Evolution(plain, sigma=0.05, pairs=32, generator=generator)
+    }
     comparison = mf.compare(
         problem, slow, data, solver=solver, estimators=estimators, reference=exact, others=others
     )

@@ -30,10 +30,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import metafocus as mf
 from metafocus.data import Collator
-from metafocus.integrations.checkpoints import resumable
-from metafocus.integrations.hf import FocusTrainer
-from metafocus.integrations.launch import main as train
 from metafocus.masks import causal
+from metafocus.trainer import FocusTrainer
+from metafocus.trainer.checkpoints import resumable
+from metafocus.trainer.launch import main as train
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 import metafocus as mf
-from metafocus import stdlib_qa, tree
+from metafocus import params as pt
 from metafocus.cli import options
-from metafocus.cli.models import model_and_tokenizer
-from metafocus.data import Collator, encode_chats
+from metafocus.data import Collator, encode_chats, stdlib_qa
+from metafocus.models import model_and_tokenizer
 
 ESTIMATORS = {"first order": mf.FirstOrder(), "exact": mf.Unrolled(recompute=True)}
 
@@ -49,14 +49,14 @@ def main(argv=None):
             seconds[name] = time.perf_counter() - begin
         first, exact = grads["first order"], grads["exact"]
         # Along the direction in which the two disagree, what does the loss do?
-        apart = tree.sub(exact, first)
-        apart = tree.scale(apart, 1 / tree.norm(apart))
-        moved = [tree.add(tree.detach(params), apart, h) for h in (1e-5, -1e-5)]
+        apart = pt.sub(exact, first)
+        apart = pt.scale(apart, 1 / pt.norm(apart))
+        moved = [pt.add(pt.detach(params), apart, h) for h in (1e-5, -1e-5)]
         with torch.no_grad():
             ahead, behind = (meta(ESTIMATORS["first order"], steps)(p, episode)[0] for p in moved)
         row = {"inner steps": steps, "slope of the loss": (ahead - behind).item() / 2e-5}
-        row |= {f"slope by the {k} gradient": tree.dot(v, apart).item() for k, v in grads.items()}
-        row["cosine"] = (tree.dot(first, exact) / tree.norm(first) / tree.norm(exact)).item()
+        row |= {f"slope by the {k} gradient": pt.dot(v, apart).item() for k, v in grads.items()}
+        row["cosine"] = (pt.dot(first, exact) / pt.norm(first) / pt.norm(exact)).item()
         row["time, exact / first order"] = seconds["exact"] / seconds["first order"]
         rows.append(row)
         print("   ".join(f"{key} {value:.4g}" for key, value in row.items()))

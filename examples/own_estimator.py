@@ -1,6 +1,6 @@
 """Write an estimator of your own: an unbiased truncation of back-propagation, in ten lines.
 
-An estimator is any function `(problem, solver, outer, support) -> mf.Solution`. It returns the
+An estimator is any function `(inner_loss, solver, start, outer, support) -> mf.Solution`. It returns the
 adapted fast weights, and their dependence on `outer` *is* the hypergradient. So estimators can be
 added: with `D_k` that of `mf.Unrolled(last=k)`, the telescope `D_0 + (D_1 - D_0) + ... ` is exact,
 and one of its differences, drawn at random and divided by its probability, is exact on average
@@ -27,7 +27,7 @@ class Telescope:
         chance = chance / chance.sum()
         k = int(torch.multinomial(chance, 1)) + 1
         first, less, more = (
-            mf.Unrolled(last=n)(problem, solver, outer, support) for n in (0, k - 1, k)
+            mf.Unrolled(last=n)(inner_loss, solver, start, outer, support) for n in (0, k - 1, k)
         )
         share = 1 / chance[k - 1].item()
         fast = {
@@ -50,7 +50,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     outer = {"w1": torch.randn(4, 8), "w2": torch.randn(8)}
     episode = mf.Episode(*((torch.randn(16, 4), torch.randn(16)) for _ in range(2)))
-    problem, solver = mf.Problem(loss, loss, init=lambda slow: slow), mf.SGD(0.1, steps=12)
+    problem, solver = mf.Problem(loss, loss), mf.SGD(0.1, steps=12)
 
     # It stands where the built-in ones stand, and is judged beside them over many draws.
     estimators = {"exact": mf.Unrolled(), "last 3 steps": mf.Unrolled(last=3)}

@@ -11,10 +11,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import metafocus as mf
-from metafocus import stdlib_qa
 from metafocus.cli import options
-from metafocus.cli.models import model_and_tokenizer
-from metafocus.data import Collator, encode_chats
+from metafocus.data import Collator, encode_chats, stdlib_qa
+from metafocus.models import model_and_tokenizer
 from metafocus.recipes import export
 from metafocus.training import Schedule, train
 

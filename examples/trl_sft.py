@@ -13,8 +13,8 @@ from datasets import Dataset
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-from metafocus.integrations.hf import FocusMixin, FocusOptions
-from metafocus.tokenizer import train_tokenizer
+from metafocus.data.tokenizer import train_tokenizer
+from metafocus.trainer import FocusMixin, FocusOptions
 
 
 class FocusSFTTrainer(FocusMixin, SFTTrainer):

@@ -6,24 +6,33 @@ parameters, whose ordinary derivative is the chosen hypergradient.
 
 from __future__ import annotations
 
-from metafocus import attention, diagnostics, errors, masks, recipes, single_loop
-from metafocus.adapters import FullWeights, LoRA, Placement, all_linear, matching, top_layers
-from metafocus.autodiff.hvp import hvp_finite, hvp_forward, hvp_reverse
-from metafocus.autodiff.recompute import recompute
-from metafocus.bilevel import MetaLoss, adapt, bilevel, hypergrad
-from metafocus.compare import compare
-from metafocus.comparison import Comparison
-from metafocus.compiled import compiled
-from metafocus.errors import (
-    ClosureError,
-    DataError,
-    MetafocusError,
-    NonFiniteError,
-    NotStationaryWarning,
-    PlacementError,
-    ProblemError,
-    TransformError,
+from typing import TYPE_CHECKING, Any
+
+from metafocus import (
+    algorithms,
+    attention,
+    data,
+    diagnostics,
+    errors,
+    masks,
+    models,
+    params,
+    recipes,
 )
+from metafocus.adapters import (
+    Adapter,
+    FullWeights,
+    LoRA,
+    NoAdapter,
+    Placement,
+    all_linear,
+    matching,
+    top_layers,
+)
+from metafocus.autodiff import differentiable_twice, hvp_finite, hvp_forward, hvp_reverse
+from metafocus.autodiff.recompute import recompute
+from metafocus.comparison import Comparison, compare
+from metafocus.engine import MetaLoss, adapt, bilevel, hypergrad
 from metafocus.estimators import (
     Estimator,
     EvoGrad,
@@ -35,13 +44,11 @@ from metafocus.estimators import (
     Unrolled,
     adjoint,
 )
-from metafocus.evolution import evolution
+from metafocus.graph import compiled
 from metafocus.linear import CG, GMRES, Dense, Identity, Neumann, Nystrom, WarmStart
-from metafocus.lm import all_tokens, answer_tokens, context_tokens, lm_loss
-from metafocus.masks import MaskPolicy
-from metafocus.pes import PES, ESSingle
-from metafocus.problem import Problem, proximal
-from metafocus.single_loop import BOME, F2SA, SABA, SOBA, AmIGO, StocBiO
+from metafocus.lm import TokenPolicy, all_tokens, answer_tokens, context_tokens, lm_loss
+from metafocus.masks import MaskPolicy, Spans
+from metafocus.problem import Problem, from_slow, proximal, stack_episodes, trainable
 from metafocus.solvers import (
     SGD,
     Adagrad,
@@ -53,70 +60,77 @@ from metafocus.solvers import (
     clip_global,
     clip_per_tensor,
     per_step,
+    solve_inner,
 )
-from metafocus.spans import Spans
+from metafocus.streams import Batches, PerStep, shared
 from metafocus.tasks import over_tasks
-from metafocus.types import Aux, Episode, Params, Solution, Solver
-from metafocus.windows import Window, Windows, windows
+from metafocus.types import (
+    HVP,
+    Aux,
+    Episode,
+    InnerLoss,
+    LinearSolver,
+    OuterLoss,
+    Params,
+    Solution,
+    Solver,
+)
+
+if TYPE_CHECKING:
+    from metafocus.trainer import FocusArguments, FocusTrainer
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "BOME",
     "CG",
-    "F2SA",
     "GMRES",
-    "PES",
-    "SABA",
+    "HVP",
     "SGD",
-    "SOBA",
     "Adagrad",
     "Adam",
     "AdamW",
-    "AmIGO",
+    "Adapter",
     "Aux",
-    "ClosureError",
+    "Batches",
     "Comparison",
-    "DataError",
     "Dense",
-    "ESSingle",
     "Episode",
     "Estimator",
     "EvoGrad",
     "FirstOrder",
     "FixedPoint",
+    "FocusArguments",
+    "FocusTrainer",
     "FullWeights",
     "Given",
     "Identity",
     "Implicit",
+    "InnerLoss",
+    "LinearSolver",
     "LoRA",
     "MaskPolicy",
     "MetaLoss",
-    "MetafocusError",
     "Muon",
     "Neumann",
-    "NonFiniteError",
-    "NotStationaryWarning",
+    "NoAdapter",
     "Nystrom",
     "OneStep",
+    "OuterLoss",
     "Params",
     "Penalty",
+    "PerStep",
     "Placement",
-    "PlacementError",
     "Problem",
-    "ProblemError",
     "RMSprop",
     "Solution",
     "Solver",
     "Spans",
-    "StocBiO",
-    "TransformError",
+    "TokenPolicy",
     "Unrolled",
     "WarmStart",
-    "Window",
-    "Windows",
     "adapt",
     "adjoint",
+    "algorithms",
     "all_linear",
     "all_tokens",
     "answer_tokens",
@@ -127,9 +141,11 @@ __all__ = [
     "compare",
     "compiled",
     "context_tokens",
+    "data",
     "diagnostics",
+    "differentiable_twice",
     "errors",
-    "evolution",
+    "from_slow",
     "hvp_finite",
     "hvp_forward",
     "hvp_reverse",
@@ -137,12 +153,25 @@ __all__ = [
     "lm_loss",
     "masks",
     "matching",
+    "models",
     "over_tasks",
+    "params",
     "per_step",
     "proximal",
     "recipes",
     "recompute",
-    "single_loop",
+    "shared",
+    "solve_inner",
+    "stack_episodes",
     "top_layers",
-    "windows",
+    "trainable",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # transformers' Trainer is slow to import: only for those who use it.
+    if name in ("FocusArguments", "FocusTrainer"):
+        from metafocus import trainer
+
+        return getattr(trainer, name)
+    raise AttributeError(f"module 'metafocus' has no attribute {name!r}")

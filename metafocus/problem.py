@@ -1,17 +1,41 @@
-"""The bilevel problem: four functions and nothing else."""
+"""The bilevel problem: four functions, and the checks of what they are given."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from metafocus.checks import not_negative, scalar
 from metafocus.errors import NonFiniteError, ProblemError
-from metafocus.types import Episode, InnerLoss, Params
+from metafocus.torch_internals import innermost, pytree
+from metafocus.types import Episode, InnerLoss, OuterLoss, Params
+
+
+def from_slow(slow: Params, support: Any) -> Params:
+    """Start the inner loop at the slow weights themselves: MAML's start, and the default.
+
+    Frozen parameters (`nn.Parameter` with `requires_grad=False`) are left out: they do not adapt.
+
+    Raises:
+        ProblemError: if nothing is left to adapt.
+
+    Example:
+        >>> from_slow({"w": torch.ones(1)}, None)
+        {'w': tensor([1.])}
+    """
+    fast = {k: v for k, v in slow.items() if not is_frozen(v)}
+    if not fast:
+        why = "every outer parameter is frozen" if slow else "outer={} holds no parameters"
+        raise ProblemError(
+            f"Nothing is left to adapt: {why}. Pass mf.trainable(model) as outer after "
+            "requires_grad_(True) on what should adapt, or give Problem an init of your own."
+        )
+    return fast
 
 
 @dataclass(frozen=True)
@@ -19,28 +43,32 @@ class Problem:
     """A bilevel problem: minimise `outer_loss(fast*(slow), slow, query)` over `slow`.
 
     `fast*(slow)` is what an inner solver makes of `inner_loss(., slow, support)`, started at
-    `init(slow)`.
+    `init(slow, support)`.
 
     Attributes:
-        inner_loss: `(fast, slow, support) -> scalar`.
-        outer_loss: `(fast, slow, query) -> scalar`.
-        init: `slow -> fast` before the first step. MAML: `lambda slow: slow`.
+        inner_loss: `(fast, slow, support) -> scalar`. If the support is a stream, it is given the
+            data of its step.
+        outer_loss: `(fast, slow, query) -> scalar`, or `(scalar, metrics)` with a dict of numbers
+            or tensors, which come back detached in `Aux.metrics`.
+        init: `(slow, support) -> fast` before the first step. Default: the slow weights
+            themselves, so MAML is `Problem(loss, loss)`.
         prepare: `(slow, episode) -> episode`, computed once per outer step and shared by both
             levels: what does not depend on the fast weights.
 
     Raises:
-        ProblemError: if a loss or `init` is no function.
+        ProblemError: if a loss or `init` is no function, or `init` does not take two arguments.
 
     Example:
         >>> import metafocus as mf
         >>> def loss(fast, slow, x):
         ...     return ((fast["w"] - x) ** 2).mean()
-        >>> maml = mf.Problem(loss, loss, init=lambda slow: slow)
+        >>> maml = mf.Problem(loss, loss)
+        >>> fresh = mf.Problem(loss, loss, init=lambda slow, support: {"w": torch.zeros(3)})
     """
 
     inner_loss: InnerLoss
-    outer_loss: InnerLoss
-    init: Callable[[Params], Params]
+    outer_loss: OuterLoss
+    init: Callable[[Params, Any], Params] = from_slow
     prepare: Callable[[Params, Episode], Episode] | None = None
 
     def __post_init__(self) -> None:
@@ -49,10 +77,15 @@ class Problem:
                 raise ProblemError(
                     f"{name} must be a function, got {type(getattr(self, name)).__name__}."
                 )
+        if not takes(self.init, 2):
+            raise ProblemError(
+                "init must take two arguments, (slow, support) -> fast: write "
+                "`init=lambda slow, support: ...`. For MAML leave init out."
+            )
 
-    def start(self, outer: Params) -> Params:
-        """Return `init(outer)`, checked to be a dict of floating-point tensors."""
-        fast = self.init(outer)
+    def start(self, outer: Params, support: Any) -> Params:
+        """Return `init(outer, support)`, checked to be a dict of floating-point tensors."""
+        fast = self.init(outer, support)
         check_params(fast, "init", "fast weights")
         return fast
 
@@ -62,6 +95,103 @@ class Problem:
         if self.prepare is None:
             return episode
         return as_episode(self.prepare(outer, episode), "prepare")
+
+    def evaluate(self, fast: Params, outer: Params, query: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the outer loss and its metrics, detached."""
+        value = self.outer_loss(fast, outer, query)
+        if not isinstance(value, tuple):
+            return scalar(value, "outer_loss"), {}
+        if len(value) != 2 or not isinstance(value[1], dict):
+            raise ProblemError(
+                "outer_loss must return a scalar or (scalar, metrics) with a dict of metrics, got "
+                f"a tuple of {[type(v).__name__ for v in value]}."
+            )
+        loss = scalar(value[0], "outer_loss")
+        return loss, {k: _metric(k, v, loss) for k, v in value[1].items()}
+
+
+def _metric(name: str, value: Any, loss: Tensor) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, bool | int | float):
+        return torch.tensor(value, device=loss.device)
+    raise ProblemError(
+        f"outer_loss returned the metric {name!r} of type {type(value).__name__}; metrics are "
+        "numbers or tensors."
+    )
+
+
+def takes(function: Callable[..., Any], count: int) -> bool:
+    """Return whether a function can be called with `count` positional arguments."""
+    try:
+        inspect.signature(function).bind(*[None] * count)
+    except TypeError:
+        return False
+    except ValueError:
+        # Some built-in functions do not say what they take.
+        return True
+    return True
+
+
+def is_frozen(value: Tensor) -> bool:
+    """Return whether a tensor is an `nn.Parameter` that does not require grad.
+
+    Under transforms the parameter itself is looked at, through the wrappers.
+    """
+    value = innermost(value)
+    return isinstance(value, nn.Parameter) and not value.requires_grad
+
+
+def trainable(module: nn.Module) -> Params:
+    """Return the parameters of a module that require grad, by name: the usual `outer`.
+
+    Tied parameters appear once, under their first name.
+
+    Example:
+        >>> sorted(trainable(nn.Linear(2, 1)))
+        ['bias', 'weight']
+    """
+    return {k: v for k, v in module.named_parameters() if v.requires_grad}
+
+
+def stack_episodes(episodes: Sequence[Any]) -> Episode:
+    """Return many episodes as one, every tensor stacked on a new axis 0: for `mf.over_tasks`.
+
+    Raises:
+        ProblemError: for no episodes, or if structures or shapes differ.
+
+    Example:
+        >>> one = Episode(torch.zeros(5, 2), torch.ones(3))
+        >>> stack_episodes([one, one]).support.shape
+        torch.Size([2, 5, 2])
+    """
+    if not episodes:
+        raise ProblemError("episodes is empty: there is nothing to stack.")
+    # Plain pairs and mf.Episode have different structures as pytrees.
+    whole = [as_episode(e) for e in episodes]
+    specs = [pytree.tree_structure(e) for e in whole]
+    odd = next((i for i, spec in enumerate(specs) if spec != specs[0]), None)
+    if odd is not None:
+        raise ProblemError(
+            f"episode {odd} has another structure than episode 0: {specs[odd]} and {specs[0]}."
+        )
+    try:
+        return pytree.tree_map(_stacked, *whole)
+    except RuntimeError as error:
+        raise ProblemError(
+            f"episodes cannot be stacked: {error}. Pad every tensor to one shape, or run them one "
+            "by one."
+        ) from error
+
+
+def _stacked(*leaves: Any) -> Any:
+    if isinstance(leaves[0], Tensor):
+        return torch.stack(leaves)
+    if any(x is not leaves[0] and x != leaves[0] for x in leaves):
+        raise ProblemError(
+            f"episodes hold different constants ({leaves[0]!r} in the first): make them tensors."
+        )
+    return leaves[0]
 
 
 def as_episode(value: Any, source: str = "episode") -> Episode:
@@ -99,9 +229,7 @@ def proximal(inner_loss: InnerLoss, strength: float) -> InnerLoss:
         >>> loss(w, {"w": torch.tensor([0.0])}, None)
         tensor(2.)
     """
-    if not strength >= 0 or math.isinf(strength):
-        allowed = "finite" if strength > 0 else ">= 0"
-        raise ValueError(f"strength must be {allowed}, got {strength}.")
+    not_negative("strength", strength)
 
     def loss(fast: Params, slow: Params, support: Any) -> Tensor:
         missing = sorted(set(fast) - set(slow))
@@ -123,7 +251,7 @@ def check_params(params: Any, source: str, noun: str) -> None:
     if not isinstance(params, dict):
         raise ProblemError(
             f"{source} must be a dict of tensors ({noun} by name), got {type(params).__name__}."
-            " From a module: dict(module.named_parameters())."
+            " From a module: mf.trainable(module)."
         )
     for name, value in params.items():
         if not isinstance(value, Tensor):

@@ -2,121 +2,291 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from metafocus import tree
-from metafocus.bilevel import MetaLoss, sum_of
+from metafocus import params as pt
+from metafocus.autodiff.grad import leaf_alias, pullback
+from metafocus.checks import whole
+from metafocus.engine import MetaLoss
 from metafocus.errors import NonFiniteError, ProblemError
-from metafocus.levels import transforming
 from metafocus.problem import check_finite
+from metafocus.rng import Drawn
+from metafocus.streams import Shared, is_stream
+from metafocus.torch_internals import foreign_leaves, pytree, transforming
 from metafocus.types import Aux, Params
+
+CHUNK = 200
+"""With `chunk_size="auto"`: from here on more tasks at once cost memory and save no time."""
 
 
 def over_tasks(
     meta_loss: MetaLoss,
     *,
     how: str = "vmap",
-    chunk_size: int | None = None,
+    chunk_size: int | str | None = "auto",
+    aux: str = "all",
     randomness: str = "error",
 ) -> MetaLoss:
     """Return the mean of `meta_loss` over episodes stacked on axis 0.
 
+    Where the tasks run in several chunks, each chunk is differentiated by `outer` in the forward
+    pass, before the next one begins: under `backward`, `hypergrad` and inside any function of
+    your own the memory is that of one chunk. Higher derivatives run the chunks again. Inside
+    transforms, and where something besides `outer` needs a gradient, the graph of all tasks is
+    kept.
+
     Args:
         meta_loss: the loss of one episode.
-        how: "vmap" runs all tasks at once: several times faster on small networks. "loop" runs
-            one after the other: faster for convolutions on a CPU. Under `hypergrad` outside
-            transforms each task is differentiated before the next begins: the memory of one.
-        chunk_size: how many tasks `vmap` runs at once; None: all. Under `hypergrad` the memory
-            of one chunk.
+        how: "vmap" runs a chunk of tasks at once: several times faster on small networks. "loop"
+            runs one after the other, each a chunk of its own: faster for convolutions on a CPU.
+        chunk_size: how many tasks `vmap` runs at once; None: all; "auto": all up to 200, then
+            chunks of at most 200. One chunk under `randomness="different"` and "auto".
+        aux: "all" returns the adapted fast weights of every task in `Aux.params`; "losses" keeps
+            none of them.
         randomness: what random operations do under `vmap`: "error", "same" or "different".
 
     Returns:
-        `(outer, episodes) -> (mean loss, Aux)`, the tensors of `Aux` stacked on axis 0.
+        `(outer, episodes) -> (mean loss, Aux)`, the tensors of `Aux` stacked on axis 0. Of an
+        episode's streams, `mf.PerStep` is stacked by task; others must be `mf.shared`.
 
     Raises:
-        ProblemError: if the episodes' tensors disagree about the number of tasks.
+        ValueError: for a setting that is none of those above.
+        ProblemError: if the episodes' tensors disagree about the number of tasks; for a stream
+            that is neither stacked nor shared; if tasks return different metrics.
         NonFiniteError: outside transforms, naming the task.
 
     Example:
         >>> import metafocus as mf
         >>> def loss(fast, slow, x):
         ...     return ((fast["w"] - x) ** 2).sum()
-        >>> maml = mf.Problem(loss, loss, init=lambda slow: slow)
+        >>> maml = mf.Problem(loss, loss)
         >>> meta = mf.bilevel(maml, solver=mf.SGD(0.1, steps=1), estimator=mf.Unrolled())
         >>> data = torch.tensor([[0.0], [2.0]])
         >>> value, aux = mf.over_tasks(meta)({"w": torch.tensor([1.0])}, mf.Episode(data, data))
         >>> aux.params["w"].shape
         torch.Size([2, 1])
     """
-    if how not in ("vmap", "loop"):
-        raise ValueError(f'how must be "vmap" or "loop", got {how!r}.')
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size must be >= 1 or None, got {chunk_size}.")
-    return _OverTasks(meta_loss, how, chunk_size, randomness)
+    for name, value, allowed in (
+        ("how", how, ("vmap", "loop")),
+        ("aux", aux, ("all", "losses")),
+        ("randomness", randomness, ("error", "same", "different")),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {value!r}.")
+    if chunk_size not in ("auto", None):
+        whole("chunk_size", chunk_size, 1, note=', "auto" or None')
+    return _OverTasks(meta_loss, how, chunk_size, aux, randomness)
 
 
 @dataclass(frozen=True)
 class _OverTasks:
-    """The mean of a meta loss over tasks, which can also be had piece by piece."""
+    """The mean of a meta loss over tasks, chunk by chunk."""
 
     meta_loss: MetaLoss
     how: str
-    chunk_size: int | None
+    chunk_size: int | str | None
+    aux: str
     randomness: str
 
     def __call__(self, outer: Params, episodes: Any) -> tuple[Tensor, Aux]:
-        results = [piece(outer) for piece in self.pieces(episodes)]
-        return sum_of([loss for loss, _ in results]), self.join([aux for _, aux in results])
-
-    def pieces(self, episodes: Any) -> list[Callable[[Params], tuple[Tensor, Aux]]]:
-        """Return functions of the outer parameters whose losses add up to the mean."""
-        tensors, rebuild = tree.partition(episodes)
+        _refuse_unshared(episodes)
+        tensors, rebuild = pt.partition(episodes)
         count = _task_count(tensors)
+        size = self._size(count)
+        if size >= count and self.how == "vmap":
+            loss, aux = self._several(outer, tensors, rebuild)
+            return loss, self._checked(aux)
+        chunks = _Chunks(self, tensors, rebuild, size, count)
+        moving = tuple(k for k, v in outer.items() if v.requires_grad)
+        separate = moving and torch.is_grad_enabled() and not transforming()
+        if separate and not any(x.requires_grad for x in tensors):
+            running = chunks.begun(outer)
+            if running is not None:
+                loss = _Chunked.apply(running, chunks, outer, moving, *map(outer.get, moving))
+                return loss, self._checked(chunks.joined())
+        loss = torch.stack([share * value for share, value in chunks.values(outer)]).sum()
+        return loss, self._checked(chunks.joined())
+
+    def _size(self, count: int) -> int:
         if self.how == "loop":
-            return [
-                functools.partial(self._one, rebuild([x[i] for x in tensors]), i, count)
-                for i in range(count)
-            ]
+            return 1
         # Random numbers that are the same for all tasks are drawn once.
-        whole = self.chunk_size is None or self.chunk_size >= count or self.randomness == "same"
+        whole_batch = self.randomness == "same" or (
+            self.chunk_size == "auto" and self.randomness == "different"
+        )
+        if self.chunk_size is None or whole_batch:
+            return count
+        if self.chunk_size == "auto":
+            # Chunks of equal size, as nearly as possible.
+            return math.ceil(count / math.ceil(count / CHUNK))
+        return int(self.chunk_size)
 
-        def several(chunk: list[Tensor], share: float, outer: Params) -> tuple[Tensor, Aux]:
-            # Flat, and without what is not batched: vmap walks its arguments several times.
-            losses, aux = torch.func.vmap(
-                lambda *xs: self.meta_loss(outer, rebuild(xs)),
-                randomness=self.randomness,
-                chunk_size=self.chunk_size if whole else None,
-            )(*chunk)
-            return losses.mean() * share if share != 1 else losses.mean(), aux
+    def _several(
+        self, outer: Params, tensors: list[Tensor], rebuild: Callable[[Any], Any]
+    ) -> tuple[Tensor, Aux]:
+        # Flat, and without what is not batched: vmap walks its arguments several times.
+        same = self.randomness == "same" and isinstance(self.chunk_size, int)
+        losses, aux = torch.func.vmap(
+            lambda *xs: self._one(outer, rebuild(xs)),
+            randomness=self.randomness,
+            chunk_size=int(self.chunk_size) if same and self.chunk_size else None,
+        )(*tensors)
+        return losses.mean(), aux
 
-        if whole:
-            return [functools.partial(several, tensors, 1.0)]
-        chunks = zip(*(x.split(self.chunk_size or count) for x in tensors), strict=True)
-        return [functools.partial(several, list(c), len(c[0]) / count) for c in chunks]
+    def _one(self, outer: Params, episode: Any) -> tuple[Tensor, Aux]:
+        loss, aux = self.meta_loss(outer, episode)
+        if self.aux == "losses" and isinstance(aux, Aux):
+            aux = aux._replace(params={})
+        return loss, aux
 
-    def _one(self, episode: Any, index: int, count: int, outer: Params) -> tuple[Tensor, Aux]:
+    def _checked(self, aux: Any) -> Any:
+        if isinstance(aux, Aux) and not transforming():
+            check_finite(aux.inner_losses)
+        return aux
+
+
+class _Chunks:
+    """The chunks of one call: their losses, one after another, and their auxiliary outputs."""
+
+    def __init__(
+        self,
+        tasks: _OverTasks,
+        tensors: list[Tensor],
+        rebuild: Callable[[Any], Any],
+        size: int,
+        count: int,
+    ):
+        self.tasks = tasks
+        self.tensors = tensors
+        self.rebuild = rebuild
+        self.size = size
+        self.count = count
+        self.drawn = Drawn(tensors)
+        self.leaves: list[Any] = []
+        self.spec: Any = None
+
+    def values(self, outer: Params) -> Iterator[tuple[float, Tensor]]:
+        """Yield the share and the mean loss of each chunk; remember what it returned beside."""
+        for first in range(0, self.count, self.size):
+            part = [x[first : first + self.size] for x in self.tensors]
+            loss, aux = self._run(outer, part, first)
+            self._store(aux, first)
+            yield len(part[0]) / self.count, loss
+
+    def _run(self, outer: Params, part: list[Tensor], first: int) -> tuple[Tensor, Any]:
+        if self.tasks.how == "vmap":
+            return self.tasks._several(outer, part, self.rebuild)
         try:
-            loss, aux = self.meta_loss(outer, episode)
+            loss, aux = self.tasks._one(outer, self.rebuild([x[0] for x in part]))
         except NonFiniteError as error:
-            raise NonFiniteError(f"Task {index}: {error}") from error
-        return loss / count, aux
+            raise NonFiniteError(f"Task {first}: {error}") from error
+        return loss, pytree.tree_map(lambda x: x.unsqueeze(0) if isinstance(x, Tensor) else x, aux)
 
-    def join(self, aux: list[Aux]) -> Aux:
-        """Return the auxiliary outputs of all pieces, stacked on axis 0."""
-        together = torch.stack if self.how == "loop" else torch.cat
-        joined = aux[0]
-        if self.how == "loop" or len(aux) > 1:
-            joined = pytree.tree_map(lambda *xs: together(xs), *aux)
-        if self.how == "vmap" and not transforming():
-            check_finite(joined.inner_losses)
-        return joined
+    def _store(self, aux: Any, first: int) -> None:
+        leaves, spec = pytree.tree_flatten(aux)
+        if first == 0:
+            self.spec = spec
+            self.leaves = [self._room(x) for x in leaves]
+        elif spec != self.spec:
+            raise ProblemError(
+                f"task {first} returned other metrics or fast weights than task 0: {spec} and "
+                f"{self.spec}. Return the same names for every task."
+            )
+        for room, x in zip(self.leaves, leaves, strict=True):
+            if isinstance(room, Tensor):
+                room[first : first + self.size] = x.detach()
+            else:
+                room.append(x)
+
+    def _room(self, x: Any) -> Any:
+        # One tensor for all tasks, written to chunk by chunk; transforms do not allow that.
+        if isinstance(x, Tensor) and not transforming():
+            return x.new_empty((self.count, *x.shape[1:]))
+        return []
+
+    def joined(self) -> Any:
+        """Return the auxiliary outputs of all chunks, stacked on axis 0."""
+        found = [
+            (torch.cat(room) if isinstance(room[0], Tensor) else room[0])
+            if isinstance(room, list)
+            else room
+            for room in self.leaves
+        ]
+        return pytree.tree_unflatten(found, self.spec)
+
+    def begun(self, outer: Params) -> _Running | None:
+        """Run the first chunk at leaves of its own; None if it depends on any other leaf."""
+        leaves = {k: leaf_alias(v, False) if v.requires_grad else v for k, v in outer.items()}
+        values = self.values(leaves)
+        share, loss = next(values)
+        if foreign_leaves(loss, list(leaves.values())):
+            return None
+        return leaves, itertools.chain([(share, loss)], values)
+
+
+_Running = tuple[Params, Iterator[tuple[float, Tensor]]]
+"""Leaves in place of the outer parameters, and the chunks' losses at them, one by one."""
+
+
+class _Chunked(torch.autograd.Function):
+    """The mean over chunks, each differentiated by `outer` before the next one begins."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        running: _Running,
+        chunks: _Chunks,
+        outer: Params,
+        names: tuple[str, ...],
+        *moving: Tensor,
+    ) -> Tensor:
+        leaves, values = running
+        at = [leaves[k] for k in names]
+        grads: list[Tensor | None] = [None] * len(at)
+        total = moving[0].new_zeros(())
+        with torch.enable_grad():
+            for share, loss in values:
+                total = total + share * loss.detach()
+                if loss.requires_grad:
+                    found = torch.autograd.grad(share * loss, at, allow_unused=True)
+                    grads = [_sum(a, b) for a, b in zip(grads, found, strict=True)]
+        ctx.chunks, ctx.outer, ctx.names, ctx.grads = chunks, outer, names, grads
+        ctx.save_for_backward(*moving)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Any:
+        if not torch.is_grad_enabled():
+            return *[None] * 4, *(None if g is None else cotangent * g for g in ctx.grads)
+        moving = ctx.saved_tensors
+
+        def rebuilt(*xs: Tensor) -> list[Tensor]:
+            outer = {**ctx.outer, **dict(zip(ctx.names, xs, strict=True))}
+            with ctx.chunks.drawn.again():
+                values = [share * loss for share, loss in ctx.chunks.values(outer)]
+            return [torch.stack(values).sum()]
+
+        return *[None] * 4, *pullback(rebuilt, moving, [cotangent], [True] * len(moving))
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+def _refuse_unshared(episodes: Any) -> None:
+    for leaf in pytree.tree_leaves(episodes):
+        if is_stream(leaf) and not isinstance(leaf, Shared):
+            raise ProblemError(
+                f"a stream of type {type(leaf).__name__} cannot be stacked over tasks. Wrap it as "
+                "mf.shared(stream) if all tasks share it, or stack mf.PerStep of each task."
+            )
 
 
 def _task_count(tensors: list[Tensor]) -> int:
@@ -124,7 +294,6 @@ def _task_count(tensors: list[Tensor]) -> int:
     if not sizes or None in sizes or len(set(sizes)) != 1 or sizes[0] == 0:
         raise ProblemError(
             "episodes must be stacked on axis 0, with one entry for each task in every tensor; "
-            f"got axis-0 sizes {sizes}. Stack single episodes with "
-            "torch.utils._pytree.tree_map(lambda *x: torch.stack(x), *episodes)."
+            f"got axis-0 sizes {sizes}. Stack single episodes with mf.stack_episodes(episodes)."
         )
     return int(sizes[0])  # pyright: ignore[reportArgumentType]

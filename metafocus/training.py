@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metafocus.adapters import LoRA
-from metafocus.adapters.placement import nowhere
-from metafocus.bilevel import MetaLoss
+from metafocus.adapters import NoAdapter
 from metafocus.data import Collator, Sample
+from metafocus.engine import MetaLoss
 from metafocus.errors import NonFiniteError
 from metafocus.lm import Batch, answer_tokens, lm_loss
 from metafocus.lm.tokens import predicted
@@ -158,7 +157,7 @@ def evaluate(
 
     Nothing is adapted, so no label can leak.
     """
-    loss = lm_loss(model, adapter=LoRA(nowhere), mask=mask)
+    loss = lm_loss(model, adapter=NoAdapter(), mask=mask)
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
@@ -194,6 +193,6 @@ def collate(
 
 def plain_sft(model: nn.Module, mask: MaskPolicy) -> MetaLoss:
     """Return ordinary supervised fine-tuning as a meta-loss: FocuSFT without fast weights."""
-    from metafocus.recipes import focusft
+    from metafocus.recipes import _focusft as focusft
 
-    return focusft(model, adapter=LoRA(nowhere), mask=mask)
+    return focusft(model, adapter=NoAdapter(), mask=mask)

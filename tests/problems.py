@@ -82,7 +82,7 @@ class Quadratic:
         e = self.join(fast) - query
         return 0.5 * e @ self.Q @ e + slow["phi"] @ slow["phi"]
 
-    def start(self, slow):
+    def start(self, slow, support=None):
         return self.split(self.A @ slow["phi"])
 
     def case(self) -> Case:
@@ -152,7 +152,7 @@ class Ridge:
 
     def case(self) -> Case:
         zeros = torch.zeros(self.dim, dtype=F64)
-        problem = mf.Problem(self.inner, self.outer_loss, lambda slow: {"w": zeros})
+        problem = mf.Problem(self.inner, self.outer_loss, lambda slow, support: {"w": zeros})
         return Case(
             problem,
             {"log_l2": torch.full((self.dim,), -1.0, dtype=F64)},
@@ -226,7 +226,7 @@ def maml(tasks: int = 3, hidden: int = 4, seed: int = 0) -> Case:
     for k, v in weights.items():
         outer[f"lr.{k}"] = 0.02 + 0.05 * torch.rand(v.shape, generator=g, dtype=F64)
     problem = mf.Problem(
-        mf.proximal(regression, PULL), regression, lambda slow: {k: slow[k] for k in FAST}
+        mf.proximal(regression, PULL), regression, lambda slow, support: {k: slow[k] for k in FAST}
     )
     return Case(problem, outer, sinusoid_tasks(tasks, 5, 6, g))
 

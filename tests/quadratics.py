@@ -76,7 +76,7 @@ class Quadratics:
 
     def problem(self) -> mf.Problem:
         zeros = torch.zeros(self.inner[0].shape[-1], dtype=F64)
-        return mf.Problem(self.inner_loss, self.outer_loss, lambda slow: {"z": zeros})
+        return mf.Problem(self.inner_loss, self.outer_loss, lambda slow, support: {"z": zeros})
 
     @property
     def data(self) -> mf.Episode:

@@ -41,14 +41,14 @@ def ablation(monkeypatch):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    from metafocus.tokenizer import train_tokenizer
+    from metafocus.data.tokenizer import train_tokenizer
 
     return train_tokenizer([*NOISE.sentences, "Where is Mary? The code of line is."], 400)
 
 
 @pytest.fixture
 def model(tokenizer):
-    from metafocus.cli.models import small_qwen2
+    from metafocus.models import small_qwen2
 
     return small_qwen2(tokenizer, 64, 3, 512, "sdpa").eval()
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from models import build
 
+from metafocus.data.tokenizer import train_tokenizer
 from metafocus.errors import DataError
 from metafocus.evals import builtin_prose
 from metafocus.evals.agentic import (
@@ -29,7 +30,6 @@ from metafocus.evals.agentic import (
 )
 from metafocus.evals.agentic.endpoints import TooLong
 from metafocus.evals.intervals import wilson
-from metafocus.tokenizer import train_tokenizer
 
 QUESTION = Choice("What is 6 times 7?", ("41", "42", "43", "48"), answer=1)
 CODE = "Let me see.\n```python\nprint(6 * 7)\n```"

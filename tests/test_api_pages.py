@@ -29,14 +29,14 @@ PACKAGES = (
     "metafocus.evals.agentic",
     "metafocus.evals.babilong",
     "metafocus.evals.ruler",
-    "metafocus.integrations.hf",
+    "metafocus.trainer.trainer",
     "metafocus.linear",
     "metafocus.lm",
     "metafocus.masks",
     "metafocus.recipes",
     "metafocus.recipes.fewshot",
     "metafocus.recipes.hpo",
-    "metafocus.single_loop",
+    "metafocus.algorithms",
     "metafocus.solvers",
 )
 

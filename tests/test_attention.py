@@ -14,9 +14,10 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.overrides import TorchFunctionMode
 
 import metafocus as mf
-from metafocus.attention import span_attention, tiles
+from metafocus.attention import span_attention
+from metafocus.attention.kernels import tiles
 from metafocus.errors import ProblemError, TransformError
-from metafocus.spans import Spans, nonempty, windowed
+from metafocus.masks.spans import Spans, nonempty, windowed
 
 B, H, HKV, S, D, DV = 2, 4, 2, 11, 5, 3
 # Sums of some hundred products in another order.

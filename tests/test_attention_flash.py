@@ -20,14 +20,15 @@ from test_attention_turns import (
 from torch import Tensor
 
 from metafocus import masks
-from metafocus.attention import flash, flash_cpu, flash_varlen
-from metafocus.attention.flash import Flash, prepare, turn_limit
-from metafocus.attention.flash_varlen import FlashAttn, Lengths, TorchVarlen
-from metafocus.attention.kernel import Shape
-from metafocus.attention.turns import find_turns
+from metafocus.attention.kernels import flash, flash_cpu
+from metafocus.attention.kernels import varlen as flash_varlen
+from metafocus.attention.kernels.flash import Flash, prepare, turn_limit
+from metafocus.attention.kernels.kernel import Shape
+from metafocus.attention.kernels.turns import find_turns
+from metafocus.attention.kernels.varlen import FlashAttn, Lengths, TorchVarlen
+from metafocus.comparison.memory import peak_bytes
 from metafocus.errors import ProblemError
 from metafocus.masks import Spans
-from metafocus.measure import peak_bytes
 
 SHAPE = Shape(0.4)
 

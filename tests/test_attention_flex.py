@@ -7,8 +7,8 @@ import torch
 from test_attention_turns import LENGTH, PADDINGS, POLICIES, attention, chat, gradients, tensors
 
 from metafocus import masks
-from metafocus.attention.flex import flex
-from metafocus.attention.kernel import Shape
+from metafocus.attention.kernels.flex import flex
+from metafocus.attention.kernels.kernel import Shape
 from metafocus.errors import ProblemError
 from metafocus.masks import Spans
 

@@ -11,7 +11,7 @@ from metafocus import masks
 from metafocus.attention import register
 from metafocus.errors import ProblemError
 from metafocus.masks import positions
-from metafocus.spans import Spans, windowed
+from metafocus.masks.spans import Spans, windowed
 
 MODELS = ("qwen2", "qwen3", "llama", "mistral", "gemma2", "gemma3", "gpt2")
 # Softmax and RMSNorm of transformers round to float32: see fine print 16 of the design.

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from metafocus import masks
-from metafocus.attention import flash_cpu, flash_cuda
-from metafocus.attention.flash_varlen import Lengths
-from metafocus.attention.kernel import Shape
-from metafocus.attention.turns import Turn, find_turns
+from metafocus.attention.kernels import flash_cpu, flash_cuda
+from metafocus.attention.kernels.kernel import Shape
+from metafocus.attention.kernels.turns import Turn, find_turns
+from metafocus.attention.kernels.varlen import Lengths
 from metafocus.masks import Spans
-from metafocus.spans import nonempty
+from metafocus.masks.spans import nonempty
 
 BLOCK, CAUSAL, TAIL, WINDOW, EMPTY = range(5)
 LENGTH = 24

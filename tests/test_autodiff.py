@@ -8,8 +8,7 @@ import torch.autograd.forward_ad as forward_ad
 from problems import assert_close
 
 import metafocus as mf
-from metafocus import levels
-from metafocus.autodiff import backends
+from metafocus.autodiff import grad as derivatives
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -23,13 +22,13 @@ GRADS = {"x": 3 * POINT["x"] ** 2 + 1, "y": POINT["x"].sum().reshape(1)}
 
 
 def by_tape(differentiable):
-    return backends.value_and_grad(cubic, POINT, differentiable=differentiable)
+    return derivatives.value_and_grad(cubic, POINT, differentiable=differentiable)
 
 
 def by_functorch(differentiable):
     # vmap over one copy is the lightest transform.
     value, grads = torch.func.vmap(
-        lambda p: backends.value_and_grad(cubic, p, differentiable=differentiable)
+        lambda p: derivatives.value_and_grad(cubic, p, differentiable=differentiable)
     )({k: v[None] for k, v in POINT.items()})
     return value[0], {k: v[0] for k, v in grads.items()}
 
@@ -48,7 +47,7 @@ def test_both_back_ends_give_value_and_gradient(back_end, differentiable):
 @pytest.mark.parametrize("transform", ["tape", "functorch"])
 def test_the_gradient_is_differentiable_only_when_asked(transform, differentiable):
     def total(x, c):
-        _, grads = backends.value_and_grad(
+        _, grads = derivatives.value_and_grad(
             lambda p: (c * p["x"] ** 3).sum(), {"x": x}, differentiable=differentiable
         )
         return grads["x"].sum()
@@ -67,7 +66,7 @@ def test_the_gradient_is_differentiable_only_when_asked(transform, differentiabl
 
 def test_under_no_grad_it_still_differentiates_but_keeps_no_graph():
     with torch.no_grad():
-        _, grads = backends.value_and_grad(
+        _, grads = derivatives.value_and_grad(
             cubic, {k: v.clone().requires_grad_() for k, v in POINT.items()}, differentiable=True
         )
     assert_close(grads, GRADS, 1e-15)
@@ -76,17 +75,19 @@ def test_under_no_grad_it_still_differentiates_but_keeps_no_graph():
 
 def test_a_weight_that_the_loss_does_not_read_has_gradient_zero():
     for differentiable in (False, True):
-        _, grads = backends.value_and_grad(
+        _, grads = derivatives.value_and_grad(
             lambda p: p["x"].sum(), POINT, differentiable=differentiable
         )
         assert grads["y"].tolist() == [0.0]
-    _, grads = backends.value_and_grad(lambda p: p["x"].detach().sum(), POINT, differentiable=True)
+    _, grads = derivatives.value_and_grad(
+        lambda p: p["x"].detach().sum(), POINT, differentiable=True
+    )
     assert not grads["x"].any()
 
 
 def test_no_grad_is_left_behind_on_parameters():
     weight = torch.nn.Parameter(torch.ones(2))
-    backends.value_and_grad(
+    derivatives.value_and_grad(
         lambda p: (p["x"] * weight).sum(), {"x": torch.ones(2)}, differentiable=False
     )
     assert weight.grad is None
@@ -96,15 +97,18 @@ def test_a_loss_may_take_its_dict_apart():
     def loss(p):
         return p.pop("x").sum() + p.pop("y").sum()
 
-    _, grads = backends.value_and_grad(loss, POINT, differentiable=False)
+    _, grads = derivatives.value_and_grad(loss, POINT, differentiable=False)
     assert grads["x"].tolist() == [1.0, 1.0]
     assert list(POINT) == ["x", "y"]
 
 
 def test_inference_mode_is_refused():
     # Every gradient is silently zero there: the inner loop would return its start.
-    with torch.inference_mode(), pytest.raises(mf.TransformError, match=r"torch\.no_grad\(\)"):
-        backends.value_and_grad(cubic, POINT, differentiable=False)
+    with (
+        torch.inference_mode(),
+        pytest.raises(mf.errors.TransformError, match=r"torch\.no_grad\(\)"),
+    ):
+        derivatives.value_and_grad(cubic, POINT, differentiable=False)
 
 
 @pytest.mark.parametrize(
@@ -117,8 +121,8 @@ def test_inference_mode_is_refused():
     ],
 )
 def test_scalar_refuses(value, message):
-    with pytest.raises(mf.ProblemError, match=message):
-        backends.scalar(value, "inner_loss")
+    with pytest.raises(mf.errors.ProblemError, match=message):
+        derivatives.scalar(value, "inner_loss")
 
 
 @pytest.mark.parametrize("transform", [False, True])
@@ -130,7 +134,7 @@ def test_pullback_is_the_vector_jacobian_product(transform):
     cot = (torch.tensor([1.0, 10.0]), None, None, None)
 
     def run(a, b):
-        return backends.pullback(fn, (a, n, b), cot, (True, True, True))
+        return derivatives.pullback(fn, (a, n, b), cot, (True, True, True))
 
     if transform:
         got = torch.func.vmap(lambda a, b: [g for g in run(a, b) if g is not None])(
@@ -146,22 +150,22 @@ def test_pullback_is_the_vector_jacobian_product(transform):
 
 def test_pullback_gives_none_where_not_wanted():
     a, b = torch.ones(2), torch.ones(2)
-    got = backends.pullback(lambda a, b: (a * b,), (a, b), (torch.ones(2),), (False, True))
+    got = derivatives.pullback(lambda a, b: (a * b,), (a, b), (torch.ones(2),), (False, True))
     assert got[0] is None
     assert got[1].tolist() == [1.0, 1.0]
-    nothing = backends.pullback(lambda a, b: (a * b,), (a, b), (None,), (True, True))
+    nothing = derivatives.pullback(lambda a, b: (a * b,), (a, b), (None,), (True, True))
     assert nothing == [None, None]
 
 
 def test_pullback_of_complex_inputs():
     z = torch.tensor([1 + 2j])
-    (got,) = backends.pullback(lambda z: ((z * z.conj()).real,), (z,), (torch.ones(1),), (True,))
+    (got,) = derivatives.pullback(lambda z: ((z * z.conj()).real,), (z,), (torch.ones(1),), (True,))
     # torch's convention: the conjugate Wirtinger derivative, twice.
     assert got.tolist() == [2 + 4j]
 
 
 def test_replayed_draws_the_same_numbers_each_time_and_takes_none():
-    noise = backends.replayed(lambda n: torch.rand(n), ())
+    noise = derivatives.replayed(lambda n: torch.rand(n), ())
     before = torch.get_rng_state()
     first, second = noise(3), noise(3)
     assert torch.equal(first, second)

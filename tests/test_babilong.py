@@ -6,6 +6,7 @@ import re
 import pytest
 
 from metafocus.data import encode_chat, encode_chats, read_chats
+from metafocus.data.tokenizer import train_tokenizer
 from metafocus.errors import DataError
 from metafocus.evals import Prose, builtin_prose, prose_from_file, token_windows, write_chats
 from metafocus.evals.babilong import TASKS, World, generate, solve, tell
@@ -13,7 +14,6 @@ from metafocus.evals.babilong.worlds import MOST_FACTS
 from metafocus.evals.fit import largest
 from metafocus.evals.run import prompt_counter
 from metafocus.evals.scorers import babilong_official, lm_eval_substring
-from metafocus.tokenizer import train_tokenizer
 
 OTHER = World(
     rooms=("attic", "cellar", "porch", "library"),

@@ -14,9 +14,9 @@ from transformers import Qwen2ForCausalLM
 import metafocus as mf
 from metafocus.__main__ import main
 from metafocus.errors import DataError, NonFiniteError, ProblemError
-from metafocus.integrations.checkpoints import damage, resumable
-from metafocus.integrations.inner import start_seed
 from metafocus.masks import context_bidirectional
+from metafocus.trainer.checkpoints import damage, resumable
+from metafocus.trainer.inner import start_seed
 from metafocus.training import evaluate
 
 SAVING = {"save_strategy": "steps", "save_steps": 1}
@@ -88,7 +88,7 @@ def test_per_example_only_the_example_that_fails_is_left_out(tmp_path):
         model, batch = tiny(), COLLATOR([one])
         loss = mf.lm_loss(model, adapter=ADAPTER, mask=context_bidirectional)
         start = ADAPTER.init(model, torch.Generator().manual_seed(seed))
-        problem = mf.Problem(loss, loss, lambda _: start)
+        problem = mf.Problem(loss, loss, lambda _, support: start)
         fast = mf.adapt(problem, {}, batch, solver=mf.SGD(1.0, 1)).params
         moved = torch.stack([(fast[k] - start[k]).square().sum() for k in fast]).sum().sqrt()
         return moved.item(), loss(fast, {}, batch).item(), int(one["answer_mask"].sum())
@@ -351,7 +351,7 @@ def test_a_long_chat_is_cut_and_counted(tmp_path, capsys):
 
 
 def test_per_example_under_fsdp_is_refused_by_name():
-    from metafocus.integrations.sharded import focusft_sharded
+    from metafocus.trainer.sharded import focusft_sharded
 
     with says(
         "per_example=True is not supported under FSDP. Use per_device_train_batch_size=1, where "

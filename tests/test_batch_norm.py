@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import metafocus as mf
-from metafocus.autodiff.operators import batch_norm, group_norm, instance_norm, norms
-from metafocus.measure import peak_bytes
+from metafocus.autodiff.safe_operators import batch_norm, group_norm, instance_norm, norms
+from metafocus.comparison.memory import peak_bytes
 
 X = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 W, B = torch.tensor([0.7, -1.3]).double(), torch.tensor([0.2, 0.5]).double()
@@ -104,12 +104,12 @@ def test_what_torch_refuses_is_refused(name, norm):
     given = {"running_mean": None, "running_var": None, "training": True} | given
     with pytest.raises((ValueError, RuntimeError)):
         F.batch_norm(x, **given)
-    with pytest.raises(mf.ProblemError, match=message):
+    with pytest.raises(mf.errors.ProblemError, match=message):
         norm(x, **given)
 
 
 def test_an_instance_of_one_value_is_refused():
-    with pytest.raises(mf.ProblemError, match="more than 1 value per channel"):
+    with pytest.raises(mf.errors.ProblemError, match="more than 1 value per channel"):
         instance_norm(torch.ones(3, 2, 1))
 
 

@@ -31,7 +31,7 @@ def loss(fast, slow, x):
     return ((fast["w"] - x) ** 2).sum() + 0.1 * ((fast["w"] - slow["w"]) ** 4).sum()
 
 
-PROBLEM = mf.Problem(loss, loss, lambda slow: dict(slow))
+PROBLEM = mf.Problem(loss, loss, lambda slow, support: dict(slow))
 
 
 def build(estimator=ESTIMATORS["graph"], solver=None, problem=PROBLEM):
@@ -60,7 +60,9 @@ def test_an_episode_may_be_a_plain_tuple(name):
 
 @pytest.mark.parametrize("episode", [torch.stack(EPISODE), dict(EPISODE._asdict()), EPISODE[:1]])
 def test_what_only_looks_like_a_pair_is_no_episode(episode):
-    with pytest.raises(mf.ProblemError, match=r"episode must be mf\.Episode\(support, query\)"):
+    with pytest.raises(
+        mf.errors.ProblemError, match=r"episode must be mf\.Episode\(support, query\)"
+    ):
         build()(W, episode)
 
 
@@ -76,9 +78,12 @@ def test_no_grad_gives_the_value_without_a_graph(name):
 
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_inference_mode_is_refused_because_nothing_would_adapt(name):
-    with torch.inference_mode(), pytest.raises(mf.TransformError, match=r"Use torch\.no_grad\(\)"):
+    with (
+        torch.inference_mode(),
+        pytest.raises(mf.errors.TransformError, match=r"Use torch\.no_grad\(\)"),
+    ):
         build(ESTIMATORS[name])(W, EPISODE)
-    with torch.inference_mode(), pytest.raises(mf.TransformError, match="would not adapt"):
+    with torch.inference_mode(), pytest.raises(mf.errors.TransformError, match="would not adapt"):
         mf.adapt(PROBLEM, W, EPISODE.support, solver=mf.SGD(0.1, 1))
 
 
@@ -128,7 +133,7 @@ def test_hypergrad_can_be_differentiated_where_outer_requires_grad(name):
 
 def test_hypergrad_gives_zeros_where_nothing_depends():
     outer = {**W, "unused": torch.ones(3)}
-    problem = mf.Problem(loss, loss, lambda slow: {"w": slow["w"]})
+    problem = mf.Problem(loss, loss, lambda slow, support: {"w": slow["w"]})
     for name in ESTIMATORS:
         grads, _ = mf.hypergrad(build(ESTIMATORS[name], problem=problem))(outer, EPISODE)
         assert list(grads) == ["w", "unused"]
@@ -143,7 +148,7 @@ def test_hypergrad_of_a_partly_trainable_outer():
     problem = mf.Problem(
         lambda fast, slow, x: ((fast["w"] - slow["c"] * x) ** 2).sum(),
         lambda fast, slow, x: (fast["w"] ** 2).sum(),
-        lambda slow: {"w": slow["w"]},
+        lambda slow, support: {"w": slow["w"]},
     )
     grads, _ = mf.hypergrad(build(problem=problem))(outer, EPISODE)
     plain, _ = mf.hypergrad(build(problem=problem))(
@@ -192,11 +197,11 @@ def test_adapt_prepares_the_support():
 def test_adapt_accepts_zero_steps_no_weights_and_no_outer():
     start = mf.adapt(PROBLEM, W, EPISODE.support, solver=mf.SGD(0.1, 0))
     assert torch.equal(start.params["w"], W["w"]) and start.losses.shape == (0,)
-    empty = mf.Problem(lambda f, s, x: x.sum(), loss, lambda slow: {})
+    empty = mf.Problem(lambda f, s, x: x.sum(), loss, lambda slow, support: {})
     nothing = mf.adapt(empty, W, EPISODE.support, solver=mf.Adam(0.1, 3))
     assert nothing.params == {} and nothing.losses.shape == (0,)
     own = mf.Problem(
-        lambda f, s, x: ((f["w"] - x) ** 2).sum(), loss, lambda slow: {"w": torch.zeros(2)}
+        lambda f, s, x: ((f["w"] - x) ** 2).sum(), loss, lambda slow, support: {"w": torch.zeros(2)}
     )
     assert mf.adapt(own, {}, EPISODE.support, solver=mf.SGD(0.5, 1)).params["w"].tolist() == [
         0.5,
@@ -220,7 +225,7 @@ def _closed_problem(module):
         h = torch.tanh(module[0](x))
         return ((h @ (module[2].weight + fast["delta"]).T + module[2].bias - y) ** 2).mean()
 
-    return mf.Problem(inner, inner, lambda slow: {"delta": torch.zeros(1, 4)})
+    return mf.Problem(inner, inner, lambda slow, support: {"delta": torch.zeros(1, 4)})
 
 
 @pytest.mark.parametrize("name", ["FirstOrder", "graph"])
@@ -237,7 +242,7 @@ def test_an_empty_outer_fills_the_modules_gradients(name):
         net = {**slow, "2.weight": slow["2.weight"] + fast["delta"]}
         return ((network(net, x) - y) ** 2).mean()
 
-    problem = mf.Problem(inner, inner, lambda slow: {"delta": torch.zeros(1, 4)})
+    problem = mf.Problem(inner, inner, lambda slow, support: {"delta": torch.zeros(1, 4)})
     outer = {k: v.detach() for k, v in module.named_parameters()}
     want, _ = mf.hypergrad(build(ESTIMATORS[name], mf.SGD(0.1, 3), problem))(outer, case.episode(0))
     # Fused linear layers against products written out.
@@ -247,7 +252,7 @@ def test_an_empty_outer_fills_the_modules_gradients(name):
 @pytest.mark.parametrize("name", EXPLICIT)
 def test_an_empty_outer_is_refused_where_tensors_must_be_explicit(name):
     with pytest.raises(
-        mf.ProblemError,
+        mf.errors.ProblemError,
         match=r"outer=\{\} with .*Pass dict\(model.named_parameters\(\)\) as outer \(never "
         r"state_dict\(\).*or use Unrolled\(\) or FirstOrder\(\)",
     ):
@@ -275,7 +280,7 @@ def test_hypergrad_of_an_empty_outer_is_empty():
 )
 def test_outer_losses_that_are_no_scalars(name, result, message):
     problem = mf.Problem(loss, lambda fast, slow, x: result(fast["w"]), dict)
-    with pytest.raises(mf.ProblemError, match=message):
+    with pytest.raises(mf.errors.ProblemError, match=message):
         build(ESTIMATORS[name], problem=problem)(W, EPISODE)
 
 
@@ -292,7 +297,7 @@ def test_outer_losses_that_are_no_scalars(name, result, message):
     ],
 )
 def test_outer_parameters_that_cannot_be(verb, outer, message):
-    with pytest.raises(mf.ProblemError, match=message):
+    with pytest.raises(mf.errors.ProblemError, match=message):
         if verb == "adapt":
             mf.adapt(PROBLEM, outer, EPISODE.support, solver=mf.SGD(0.1, 1))
         elif verb == "hypergrad":
@@ -313,9 +318,9 @@ def test_outer_parameters_that_cannot_be(verb, outer, message):
 )
 def test_starts_that_cannot_be(name, init, message):
     problem = mf.Problem(loss, loss, init)
-    with pytest.raises(mf.ProblemError, match=message):
+    with pytest.raises(mf.errors.ProblemError, match=message):
         build(ESTIMATORS[name], problem=problem)(W, EPISODE)
-    with pytest.raises(mf.ProblemError, match=message):
+    with pytest.raises(mf.errors.ProblemError, match=message):
         mf.adapt(problem, W, EPISODE.support, solver=mf.SGD(0.1, 1))
 
 
@@ -330,7 +335,8 @@ def test_an_infinite_inner_loss_names_its_step(name):
         lambda: mf.adapt(problem, W, EPISODE.support, solver=mf.SGD(1e100, 4)),
     ):
         with pytest.raises(
-            mf.NonFiniteError, match=r"inner_loss is inf before inner step 2\. Lower the solver's"
+            mf.errors.NonFiniteError,
+            match=r"inner_loss is inf before inner step 2\. Lower the solver's",
         ):
             call()
 
@@ -340,7 +346,7 @@ def test_a_nan_inner_loss_is_refused_at_any_call(name):
     meta = build(ESTIMATORS[name], mf.SGD(0.1, 20))
     meta(W, EPISODE)
     bad = mf.Episode(torch.tensor([float("nan"), 0.0]), EPISODE.query)
-    with pytest.raises(mf.NonFiniteError, match=r"inner_loss is nan before inner step 0"):
+    with pytest.raises(mf.errors.NonFiniteError, match=r"inner_loss is nan before inner step 0"):
         meta(W, bad)
 
 
@@ -348,7 +354,7 @@ def test_a_nan_inner_loss_is_refused_at_any_call(name):
 def test_weight_decay_with_implicit_is_refused(decay):
     for solver in (mf.SGD(0.1, 3, weight_decay=decay), mf.Adam(0.1, 3, weight_decay=decay)):
         with pytest.raises(
-            mf.ProblemError,
+            mf.errors.ProblemError,
             match=rf"weight_decay={decay} moves .*Set weight_decay=0 and add the decay",
         ):
             build(mf.Implicit(), solver)(W, EPISODE)
@@ -366,7 +372,7 @@ def test_implicit_warns_far_from_the_minimum(steps, way):
         case.problem, solver=mf.SGD(quadratic.lr / 3, steps), estimator=mf.Implicit(mf.CG(5))
     )
     with pytest.warns(
-        mf.NotStationaryWarning,
+        mf.errors.NotStationaryWarning,
         match=r"the inner gradient norm is .* of its initial .* Take more inner steps",
     ):
         if way == "call":
@@ -386,7 +392,9 @@ def test_implicit_does_not_warn_at_the_minimum():
     )
     # 0.98^1200 = 3e-11; and a start at the minimum itself, where noise is compared with noise.
     at = mf.bilevel(
-        mf.Problem(quadratic.inner, quadratic.outer_loss, lambda _: quadratic.split(best.clone())),
+        mf.Problem(
+            quadratic.inner, quadratic.outer_loss, lambda _, support: quadratic.split(best.clone())
+        ),
         solver=mf.SGD(quadratic.lr, 3),
         estimator=mf.Implicit(mf.CG(5)),
     )
@@ -410,7 +418,7 @@ def test_the_warning_says_how_far():
     before = size(quadratic.A @ quadratic.phi)
     after = size(quadratic.iterate(quadratic.phi, quadratic.support[0], 30))
     with pytest.warns(
-        mf.NotStationaryWarning,
+        mf.errors.NotStationaryWarning,
         match=f"norm is {after:.3g} at the solution, "
         f"{after / before:.2g} of its initial {before:.3g};",
     ):

@@ -53,7 +53,7 @@ def split(y):
     return {"a": y[:3], "b.c": y[3:].reshape(2, 1)}
 
 
-def problem(init=lambda slow: split(Y0), quartic=0.1):
+def problem(init=lambda slow, support: split(Y0), quartic=0.1):
     return mf.Problem(
         lambda fast, slow, s: G(join(fast), slow["x"], s, quartic),
         lambda fast, slow, q: F(join(fast), slow["x"], q),
@@ -183,7 +183,7 @@ def test_dm(averaged):
         return alpha * F(y, x, q) + (1 - alpha) * G(y, x, s)
 
     mean = replace(problem(), inner_loss=mixed)
-    soba = mf.SOBA(mean, inner_lr=LR, v_lr=0.2)
+    soba = mf.algorithms.SOBA(mean, inner_lr=LR, v_lr=0.2)
     outer = dict(OUTER)
     state = soba.init(outer)
     x, y, v = X, Y0, torch.zeros(5, dtype=F64)
@@ -285,7 +285,7 @@ def test_iad():
     maml = mf.Problem(
         lambda fast, slow, s: G(join(fast), X, s),
         lambda fast, slow, q: F(join(fast), X, q),
-        init=lambda slow: slow,
+        init=mf.from_slow,
     )
     want = []
     for s, q in zip(S, Q, strict=True):
@@ -391,7 +391,7 @@ def test_vfo(kind):
         assert weight > 0
         etas.append((barrier / square).item())
         wants.append((f_x + weight * by_x, Y0 - 0.05 * (f_y + weight * by_y)))
-    bome = mf.BOME(problem(), inner_lr=LR, fast_lr=0.05, eta=0.5, inner_steps=10)
+    bome = mf.algorithms.BOME(problem(), inner_lr=LR, fast_lr=0.05, eta=0.5, inner_steps=10)
     state = bome.init(OUTER)
     if kind[0] == "e":
 
@@ -449,7 +449,7 @@ def test_pgdo(boat):
 def test_pgdo_and_f2sa_share_their_limit(boat):
     """Where both inner problems are solved, the order of the updates no longer matters."""
     episode, strength = mf.Episode(S[0], Q[0]), 3.0
-    f2sa = mf.F2SA(problem(), inner_lr=LR, strength=strength, inner_steps=400)
+    f2sa = mf.algorithms.F2SA(problem(), inner_lr=LR, strength=strength, inner_steps=400)
     want, state, _ = f2sa.step(OUTER, f2sa.init(OUTER), episode)
     settings = {"strength": strength, "solver": mf.SGD(LR, 400), "fast_lr": LR / strength}
     got, _ = boat["pgdo"](problem(), OUTER, (state.nudged, state.fast), episode, **settings)
@@ -461,7 +461,7 @@ def test_gaffo(boat):
     maml = mf.Problem(
         lambda fast, slow, s: G(join(fast), X, s),
         lambda fast, slow, q: F(join(fast), X, q),
-        init=lambda slow: slow,
+        init=mf.from_slow,
     )
     want = []
     for s, q in zip(S, Q, strict=True):

@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from metafocus.data import encode_chat
+from metafocus.data.tokenizer import CHATML, train_tokenizer
 from metafocus.errors import DataError
-from metafocus.tokenizer import CHATML, train_tokenizer
 
 UNMARKED = re.sub(r"\{%- (end)?generation %\}\n", "", CHATML)
 CONTENT_ONLY = UNMARKED.replace(  # the end of the turn is not marked

@@ -25,12 +25,11 @@ from transformers import (
 )
 
 import metafocus as mf
-from metafocus import stdlib_qa
 from metafocus.__main__ import main
-from metafocus.data import Collator, encode_chats, read_chats
-from metafocus.lm import checkpointing
+from metafocus.data import Collator, encode_chats, read_chats, stdlib_qa
+from metafocus.lm.hf import checkpointing
+from metafocus.trainer.words import ESTIMATORS, MASKS
 from metafocus.training import History, evaluate
-from metafocus.words import ESTIMATORS, MASKS
 
 TINY = "--hidden-size 64 --layers 2 --vocab-size 320".split()
 SHORT = "--max-length 64 --steps 3 --batch-size 2 --lr 3e-3 --rank 2 --layer-fraction 0.5".split()

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import metafocus as mf
-from metafocus import examine
-from metafocus.comparison import COLUMNS
+from metafocus.comparison import observe as examine
+from metafocus.comparison.report import COLUMNS
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -47,7 +47,7 @@ def outer_loss(fast, slow, query):
 
 def quadratic() -> mf.Problem:
     """`x_K = (1 - r^K) p` with `r = 1 - lr h`, from the start 0, and `x* = p`."""
-    return mf.Problem(inner_loss, outer_loss, init=lambda slow: {"x": torch.zeros(3)})
+    return mf.Problem(inner_loss, outer_loss, init=lambda slow, support: {"x": torch.zeros(3)})
 
 
 def after(steps: int) -> tuple[Tensor, Tensor]:
@@ -158,8 +158,8 @@ def test_counts_are_those_of_one_call_whatever_the_repeats():
 
 
 def test_a_plain_function_is_an_estimator():
-    def first_order(problem, solver, outer, support):
-        return mf.FirstOrder()(problem, solver, outer, support)
+    def first_order(inner_loss, solver, start, outer, support):
+        return mf.FirstOrder()(inner_loss, solver, start, outer, support)
 
     (row,) = run({"mine": first_order}, mf.FirstOrder()).rows
     assert row["verdict"] == "exact"
@@ -240,7 +240,7 @@ def test_exact_is_judged_in_the_type_of_the_outer_parameters():
         mf.Problem(
             inner_loss,
             lambda fast, slow, q: 0.5 * ((fast["x"] - q) ** 2).sum(),
-            init=lambda slow: {"x": torch.zeros(3, dtype=torch.float32)},
+            init=lambda slow, support: {"x": torch.zeros(3, dtype=torch.float32)},
         ),
         {"p": P.float()},
         mf.Episode(H.float(), T.float()),
@@ -258,7 +258,7 @@ def test_diverged_by_nan():
     def nan_inner(fast, slow, support):
         return (fast["x"] - slow["p"]).sum() + (1e-3 - fast["x"]).log().sum()
 
-    problem = mf.Problem(nan_inner, outer_loss, init=lambda slow: {"x": torch.zeros(3)})
+    problem = mf.Problem(nan_inner, outer_loss, init=lambda slow, support: {"x": torch.zeros(3)})
     result = run(ESTIMATORS, {"p": EXACT}, problem=problem, lr=10.0)
     # The first step is fine, the second takes the logarithm of what is not there.
     for row in result.rows:
@@ -280,7 +280,7 @@ def test_a_gradient_that_is_not_finite_diverges(tmp_path):
     def root(fast, slow, query):
         return (fast["x"] * 0).sqrt().sum() + (slow["p"] * 0).abs().sqrt().sum()
 
-    problem = mf.Problem(inner_loss, root, init=lambda slow: {"x": torch.zeros(3)})
+    problem = mf.Problem(inner_loss, root, init=lambda slow, support: {"x": torch.zeros(3)})
     result = run({"u": mf.Unrolled()}, {"p": EXACT}, problem=problem)
     assert result.rows[0]["verdict"] == "diverged"
     assert math.isnan(result.rows[0]["relative_error"])
@@ -293,7 +293,7 @@ def test_a_hypergradient_of_zero():
     def nothing(fast, slow, query):
         return (fast["x"] * 0 + slow["p"] * 0).sum()
 
-    problem = mf.Problem(inner_loss, nothing, init=lambda slow: {"x": torch.zeros(3)})
+    problem = mf.Problem(inner_loss, nothing, init=lambda slow, support: {"x": torch.zeros(3)})
     (row,) = run({"u": mf.Unrolled()}, {"p": torch.zeros(3)}, problem=problem).rows
     assert (row["relative_error"], row["verdict"]) == (0.0, "exact")
     (row,) = run({"u": mf.Unrolled()}, {"p": torch.zeros(3)}).rows
@@ -354,9 +354,9 @@ def test_timings_are_interleaved_medians(monkeypatch):
     calls = []
 
     def named(name):
-        def estimator(problem, solver, outer, support):
+        def estimator(inner_loss, solver, start, outer, support):
             calls.append(name)
-            return mf.FirstOrder()(problem, solver, outer, support)
+            return mf.FirstOrder()(inner_loss, solver, start, outer, support)
 
         return estimator
 
@@ -397,7 +397,7 @@ def test_peak_bytes_tell_recompute_from_graph():
 
     x = torch.linspace(-1, 1, 2000)
     result = mf.compare(
-        mf.Problem(loss, loss, init=lambda slow: {"w": torch.zeros(2)}),
+        mf.Problem(loss, loss, init=lambda slow, support: {"w": torch.zeros(2)}),
         {"s": torch.ones(())},
         mf.Episode(x, x),
         solver=mf.SGD(0.1, steps=16),
@@ -415,7 +415,7 @@ def test_maml_with_identity_init():
 
     steps, lr = 3, 0.2
     result = mf.compare(
-        mf.Problem(loss, loss, init=lambda slow: slow),
+        mf.Problem(loss, loss),
         {"w": torch.tensor([1.0, -3.0])},
         mf.Episode(torch.tensor([0.5, 0.0]), torch.tensor([2.0, 1.0])),
         solver=mf.SGD(lr, steps=steps),
@@ -541,7 +541,9 @@ def test_seeds_leave_the_global_generator_alone():
 
 
 def test_a_name_twice():
-    with pytest.raises(mf.ProblemError, match=r"'exact' names an estimator and one of others"):
+    with pytest.raises(
+        mf.errors.ProblemError, match=r"'exact' names an estimator and one of others"
+    ):
         run({"exact": mf.Unrolled()}, {"p": EXACT}, others={"exact": noisy_meta_loss(1.0)})
 
 
@@ -558,7 +560,7 @@ def test_memory_of_a_fresh_process():
     def loss(fast, slow, data):
         return (torch.tanh(fast["p"] * slow["p"]).repeat(4) ** 2).sum()
 
-    problem = mf.Problem(loss, loss, init=lambda slow: slow)
+    problem = mf.Problem(loss, loss)
     outer = {"p": torch.ones(size, dtype=torch.float64)}
     result = mf.compare(
         problem,

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import metafocus as mf
-from metafocus.captured import captured
+from metafocus.closures import captured
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -36,7 +36,7 @@ def normed(fast, slow, batch):
     return ((F.silu(hidden) @ fast["v"] - y) ** 2).mean()
 
 
-def start(slow):
+def start(slow, support=None):
     return dict(slow)
 
 
@@ -211,7 +211,7 @@ def test_what_changes_at_every_call_is_named():
 
     eager = gradient(*FIRST, problem=mf.Problem(loss, outer_loss, start))
     fast = mf.compiled(eager, backend="eager")
-    with pytest.raises(mf.TransformError, match=r"outer_loss\.calls\[0\]"):
+    with pytest.raises(mf.errors.TransformError, match=r"outer_loss\.calls\[0\]"):
         for _ in range(20):
             calls[0] += 1
             fast(OUTER, EPISODE)
@@ -241,30 +241,30 @@ def test_empty_outer_is_refused():
     problem = mf.Problem(
         lambda fast, slow, x: module(x).mean() * fast["s"],
         lambda fast, slow, x: module(x).mean() * fast["s"],
-        init=lambda slow: {"s": torch.ones(())},
+        init=lambda slow, support: {"s": torch.ones(())},
     )
-    with pytest.raises(mf.ProblemError, match=r"outer=\{\} with compiled"):
+    with pytest.raises(mf.errors.ProblemError, match=r"outer=\{\} with compiled"):
         mf.compiled(gradient(problem=problem), backend="eager")({}, mf.Episode(*DATA))
 
 
 def test_wrong_arguments_are_refused():
     meta = mf.bilevel(PROBLEM, solver=mf.SGD(0.05, 1), estimator=mf.Unrolled())
-    with pytest.raises(mf.ProblemError, match="not the meta loss"):
+    with pytest.raises(mf.errors.ProblemError, match="not the meta loss"):
         mf.compiled(meta, backend="eager")(OUTER, EPISODE)
-    with pytest.raises(mf.ProblemError, match="got dict"):
+    with pytest.raises(mf.errors.ProblemError, match="got dict"):
         mf.compiled(OUTER)
-    with pytest.raises(mf.ProblemError, match="dict of tensors"):
+    with pytest.raises(mf.errors.ProblemError, match="dict of tensors"):
         mf.compiled(gradient())([], EPISODE)
     odd = mf.Episode((*EPISODE.support, object()), EPISODE.query)
-    with pytest.raises(mf.ProblemError, match="tensors and constants, got object"):
+    with pytest.raises(mf.errors.ProblemError, match="tensors and constants, got object"):
         mf.compiled(gradient())(OUTER, odd)
 
 
 def test_inside_transforms_is_refused():
     fast = mf.compiled(gradient(), backend="eager")
-    with pytest.raises(mf.TransformError, match="must be inside the graph"):
+    with pytest.raises(mf.errors.TransformError, match="must be inside the graph"):
         torch.func.vmap(fast, in_dims=(None, 0))(OUTER, EPISODES)
-    with pytest.raises(mf.TransformError, match="must be inside the graph"):
+    with pytest.raises(mf.errors.TransformError, match="must be inside the graph"):
         torch.func.grad(lambda o: fast(o, EPISODE)[1][0])(OUTER)
 
 
@@ -292,23 +292,23 @@ def of(loss):
     ids=["branch", "item", "mask", "numpy", "dropout"],
 )
 def test_what_cannot_be_compiled(loss, word):
-    with pytest.raises(mf.TransformError, match=word):
+    with pytest.raises(mf.errors.TransformError, match=word):
         of(loss)(OUTER, EPISODE)
 
 
 def test_wrong_problems_are_refused_as_eagerly():
-    with pytest.raises(mf.ProblemError, match="must return a scalar"):
+    with pytest.raises(mf.errors.ProblemError, match="must return a scalar"):
         of(lambda f, s, b: f["w"] * s["w"] * f["b"].sum() * f["v"].sum())(OUTER, EPISODE)
     closed = {k: v.clone().requires_grad_() for k, v in OUTER.items()}
     problem = mf.Problem(lambda f, s, b: fit(f, s, b) + fit(closed, s, b), fit, start)
-    with pytest.raises(mf.ClosureError):
+    with pytest.raises(mf.errors.ClosureError):
         mf.compiled(gradient(mf.Implicit(), problem=problem), backend="eager")(OUTER, EPISODE)
 
 
 def test_nan_is_raised_at_first_and_in_aux_then():
     fast = mf.compiled(gradient(*FIRST), backend="eager")
     bad = mf.Episode((EPISODE.support[0] * torch.nan, EPISODE.support[1]), EPISODE.query)
-    with pytest.raises(mf.NonFiniteError):
+    with pytest.raises(mf.errors.NonFiniteError):
         fast(OUTER, bad)
     fast(OUTER, EPISODE)
     _, (loss, aux) = fast(OUTER, bad)
@@ -319,7 +319,7 @@ def test_a_backend_that_fails_is_named():
     def broken(graph, inputs):
         raise RuntimeError("no compiler")
 
-    with pytest.raises(mf.TransformError, match=r"failed.*no compiler.*aot_eager"):
+    with pytest.raises(mf.errors.TransformError, match=r"failed.*no compiler.*aot_eager"):
         mf.compiled(gradient(), backend=broken)(OUTER, EPISODE)
 
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from problems import assert_close, central_difference, flat
 
-from metafocus.autodiff import composites
-from metafocus.autodiff.composites import differentiable_twice
+from metafocus.autodiff.safe_operators import swapping
+from metafocus.autodiff.safe_operators.swapping import differentiable_twice
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -32,7 +32,7 @@ TOKENS = torch.tensor([[2, 0, 5], [2, 2, 1]])
 POSITIVE = randn(6, 3, seed=14).abs()
 
 # name: (composite, operator, function of it and of the differentiated inputs, inputs)
-sdpa, attention = F.scaled_dot_product_attention, composites.attention
+sdpa, attention = F.scaled_dot_product_attention, swapping.attention
 TABLE = {
     "attention": (attention, sdpa, lambda f, q, k, v: f(q, k, v), (Q, K, V)),
     "attention 3-D": (attention, sdpa, lambda f, q, k, v: f(q[0], k[0], v[0]), (Q, K, V)),
@@ -59,118 +59,118 @@ TABLE = {
     "attention empty row": (attention, sdpa, lambda f, q, k, v: f(q, k, v, EMPTY_ROW), (Q, K, V)),
     "attention -inf row": (attention, sdpa, lambda f, q, k, v: f(q, k, v, MINUS_INF), (Q, K, V)),
     "batch_norm 2-D": (
-        composites.batch_norm,
+        swapping.batch_norm,
         F.batch_norm,
         lambda f, x: f(x, None, None, training=True),
         (X2,),
     ),
     "batch_norm affine": (
-        composites.batch_norm,
+        swapping.batch_norm,
         F.batch_norm,
         lambda f, x, w, b: f(x, None, None, w, b, True, 0.1, 1e-3),
         (X2, C3, C3 - 1),
     ),
     "batch_norm 4-D": (
-        composites.batch_norm,
+        swapping.batch_norm,
         F.batch_norm,
         lambda f, x, w: f(x, None, None, w, None, True),
         (X4, C4),
     ),
     "batch_norm running": (
-        composites.batch_norm,
+        swapping.batch_norm,
         F.batch_norm,
         lambda f, x, w, b: f(x, MEAN3, VAR3, w, b, False),
         (X2, C3, C3 + 1),
     ),
     "instance_norm 3-D": (
-        composites.instance_norm,
+        swapping.instance_norm,
         F.instance_norm,
         lambda f, x: f(x),
         (X3,),
     ),
     "instance_norm affine": (
-        composites.instance_norm,
+        swapping.instance_norm,
         F.instance_norm,
         lambda f, x, w, b: f(x, weight=w, bias=b, eps=1e-3),
         (X4, C4, C4 - 2),
     ),
     "instance_norm running": (
-        composites.instance_norm,
+        swapping.instance_norm,
         F.instance_norm,
         lambda f, x: f(x, MEAN3, VAR3, use_input_stats=False),
         (X3,),
     ),
-    "group_norm": (composites.group_norm, F.group_norm, lambda f, x: f(x, 2), (X4,)),
+    "group_norm": (swapping.group_norm, F.group_norm, lambda f, x: f(x, 2), (X4,)),
     "group_norm affine": (
-        composites.group_norm,
+        swapping.group_norm,
         F.group_norm,
         lambda f, x, w, b: f(x, 3, w, b, eps=1e-3),
         (X3, C3, C3 - 1),
     ),
-    "group_norm 2-D": (composites.group_norm, F.group_norm, lambda f, x: f(x, 1), (X2,)),
-    "layer_norm": (composites.layer_norm, F.layer_norm, lambda f, x: f(x, (3,)), (X2,)),
+    "group_norm 2-D": (swapping.group_norm, F.group_norm, lambda f, x: f(x, 1), (X2,)),
+    "layer_norm": (swapping.layer_norm, F.layer_norm, lambda f, x: f(x, (3,)), (X2,)),
     "layer_norm affine": (
-        composites.layer_norm,
+        swapping.layer_norm,
         F.layer_norm,
         lambda f, x, w, b: f(x, (3, 2), w, b, eps=1e-3),
         (X4, X4[0, 0] + 2, X4[1, 0]),
     ),
     "embedding": (
-        composites.embedding,
+        swapping.embedding,
         F.embedding,
         lambda f, w: f(TOKENS, w),
         (X2,),
     ),
     "embedding padded": (
-        composites.embedding,
+        swapping.embedding,
         F.embedding,
         lambda f, w: f(TOKENS, w, padding_idx=-4),
         (X2,),
     ),
-    "silu": (composites.silu, F.silu, lambda f, x: f(x), (4 * X2,)),
-    "mish": (composites.mish, F.mish, lambda f, x: f(x), (4 * X2,)),
-    "mish far out": (composites.mish, F.mish, lambda f, x: f(x), (30 * X2,)),
-    "silu far out": (composites.silu, F.silu, lambda f, x: f(x), (300 * X2,)),
+    "silu": (swapping.silu, F.silu, lambda f, x: f(x), (4 * X2,)),
+    "mish": (swapping.mish, F.mish, lambda f, x: f(x), (4 * X2,)),
+    "mish far out": (swapping.mish, F.mish, lambda f, x: f(x), (30 * X2,)),
+    "silu far out": (swapping.silu, F.silu, lambda f, x: f(x), (300 * X2,)),
 }
 for _r in ("mean", "sum", "none"):
     TABLE[f"mse {_r}"] = (
-        composites.mse_loss,
+        swapping.mse_loss,
         F.mse_loss,
         lambda f, x, y, r=_r: f(x, y, reduction=r),
         (X2, Y),
     )
     TABLE[f"mse weighted {_r}"] = (
-        composites.mse_loss,
+        swapping.mse_loss,
         F.mse_loss,
         lambda f, x, y, r=_r: f(x, y, reduction=r, weight=POSITIVE),
         (X2, Y),
     )
     TABLE[f"huber {_r}"] = (
-        composites.huber_loss,
+        swapping.huber_loss,
         F.huber_loss,
         lambda f, x, y, r=_r: f(x, y, reduction=r, delta=0.7),
         (X2, Y),
     )
     TABLE[f"huber weighted {_r}"] = (
-        composites.huber_loss,
+        swapping.huber_loss,
         F.huber_loss,
         lambda f, x, y, r=_r: f(x, y, reduction=r, delta=0.7, weight=POSITIVE),
         (X2, Y),
     )
 TABLE["huber at zero"] = (
-    composites.huber_loss,
+    swapping.huber_loss,
     F.huber_loss,
     lambda f, x, y: f(x, y, delta=0.5),
     (X2, X2.clone()),
 )
 TABLE["weight_norm"] = (
-    composites.weight_norm,
+    swapping.weight_norm,
     torch._weight_norm,
     lambda f, v, g: f(v, g, 0),
     (X3, POSITIVE[:4, :1, None] + 1),
 )
 TABLE["weight_norm of all"] = (
-    composites.weight_norm,
+    swapping.weight_norm,
     torch._weight_norm,
     lambda f, v, g: f(v, g, -1),
     (X2, torch.tensor(1.7).double()),
@@ -367,7 +367,7 @@ def test_attention_dropout_keeps_the_mean():
 def test_running_statistics_are_updated_alike(which, x):
     if which == "instance" and x.ndim == 2:
         pytest.skip("no spatial axes")
-    composite = composites.batch_norm if which == "batch" else composites.instance_norm
+    composite = swapping.batch_norm if which == "batch" else swapping.instance_norm
     operator = F.batch_norm if which == "batch" else F.instance_norm
     c = x.shape[1]
     results = []
@@ -390,13 +390,13 @@ def test_deprecated_reductions_of_mse():
                 else (torch.no_grad())
             ):
                 want = F.mse_loss(X2, Y, size_average=size_average, reduce=reduce)
-                got = composites.mse_loss(X2, Y, size_average=size_average, reduce=reduce)
+                got = swapping.mse_loss(X2, Y, size_average=size_average, reduce=reduce)
             assert_close(got, want, 1e-15)
 
 
 def test_layer_norm_in_low_precision_computes_in_float32():
     x = X2.to(torch.bfloat16)
-    got = composites.layer_norm(x, (3,), C3.to(torch.bfloat16))
+    got = swapping.layer_norm(x, (3,), C3.to(torch.bfloat16))
     assert got.dtype == torch.bfloat16
     want = F.layer_norm(x.float(), (3,), C3.to(torch.bfloat16).float())
     # One rounding to bfloat16.
@@ -428,7 +428,7 @@ def autocast_calls(device):
 def check_autocast(name, device):
     """The composite has the type of the operator that it stands for, and its precision."""
     operator, inputs = autocast_calls(device)[name]
-    tables = {**composites._ALWAYS, **composites._WRONG, **composites._IN_FORWARD_MODE}
+    tables = {**swapping._ALWAYS, **swapping._WRONG, **swapping._IN_FORWARD_MODE}
     with torch.autocast(device, torch.bfloat16):
         want, got = operator(*inputs), tables[operator](*inputs)
     assert got.dtype == want.dtype

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 import metafocus as mf
 from metafocus.autodiff.recompute import recompute
 from metafocus.lm.token_loss import token_loss
-from metafocus.recipes import focusft
+from metafocus.recipes import _focusft as focusft
 
 DEVICE = "cuda"
 pytestmark = [
@@ -107,7 +107,9 @@ def test_dropout_is_the_same_when_steps_are_rebuilt(estimator):
     def inner(fast, outer, x):
         return torch.nn.functional.dropout(torch.tanh(x @ fast["w"]), 0.5).square().mean()
 
-    problem = mf.Problem(inner, lambda f, s, x: (x @ f["w"]).square().mean(), lambda s: dict(s))
+    problem = mf.Problem(
+        inner, lambda f, s, x: (x @ f["w"]).square().mean(), lambda s, support: dict(s)
+    )
 
     def run(how):
         torch.manual_seed(3)

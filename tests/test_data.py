@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from metafocus.data import Collator, collate, encode_chat, encode_chats, pack, read_chats
 from metafocus.data.batches import _first_fit
+from metafocus.data.tokenizer import train_tokenizer
 from metafocus.errors import DataError
-from metafocus.tokenizer import train_tokenizer
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
 
@@ -333,7 +333,7 @@ def test_a_packed_batch_trains_on_the_same_answers(tokenizer):
 
 def test_importing_imports_no_transformers():
     code = (
-        "import sys, metafocus.data, metafocus.tokenizer, metafocus.stdlib_qa;"
+        "import sys, metafocus.data, metafocus.data.tokenizer, metafocus.data.stdlib_qa;"
         "sys.exit(bool({'transformers', 'tokenizers', 'pyarrow', 'jinja2'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

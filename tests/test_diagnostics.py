@@ -24,7 +24,7 @@ from metafocus.diagnostics import (
 )
 from metafocus.errors import DataError, ProblemError
 from metafocus.masks import positions
-from metafocus.spans import windowed
+from metafocus.masks.spans import windowed
 
 # Eager attention takes its softmax in float32, whose roundings pass through all layers.
 ROUNDING = 1e-6
@@ -229,7 +229,7 @@ def test_heatmap_is_the_mean_matrix_in_blocks(length):
 
 def test_many_tiles_change_nothing(monkeypatch):
     """Cut into blocks of few queries and single heads: the numbers are those of one tile."""
-    from metafocus.attention import tiles
+    from metafocus.attention.kernels import tiles
 
     batch, mask = needles(chat_batch(72)), masks.context_bidirectional
     model = build(max_position_embeddings=128)
@@ -399,7 +399,7 @@ LONG = """
 import json, sys, time
 import torch
 import metafocus as mf
-from metafocus.measure import process_memory
+from metafocus.comparison.memory import process_memory
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 torch.set_num_threads(1)

@@ -13,8 +13,8 @@ from torch import nn
 from trainer_script import ESTIMATORS, METHODS, tiny
 
 from metafocus.errors import ProblemError
-from metafocus.integrations.sharded import is_sharded
-from metafocus.integrations.wrapped import through
+from metafocus.trainer.sharded import is_sharded
+from metafocus.trainer.wrapped import through
 
 # One worker: the processes of the fixture start once.
 pytestmark = pytest.mark.xdist_group("distributed")

@@ -38,7 +38,7 @@ RUN = [page for page in PAGES if page.parent.name != "migration"]
 @pytest.mark.parametrize("page", RUN, ids=lambda page: str(page.relative_to(ROOT)))
 def test_blocks_run(page, tmp_path, monkeypatch):
     """Blocks of one page share their names, beside a model, a loader, an optimizer, a file."""
-    from metafocus.tokenizer import train_tokenizer
+    from metafocus.data.tokenizer import train_tokenizer
 
     found = blocks(page)
     if not found:
@@ -77,7 +77,7 @@ def test_contributed_estimator_is_first_order():
     def loss(fast, slow, data):
         return ((fast["w"] - data) ** 4).sum()
 
-    problem = mf.Problem(loss, loss, init=lambda slow: slow)
+    problem = mf.Problem(loss, loss)
     episode = mf.Episode(torch.zeros(3), torch.ones(3))
     outer = {"w": torch.randn(3)}
     got, want = (

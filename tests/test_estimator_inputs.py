@@ -96,7 +96,7 @@ def test_prepare_runs_once_and_is_differentiated_like_the_loss(name):
     def outer_unprepared(fast, slow, x):
         return outer_loss(fast, slow, slow["scale"] * x)
 
-    def init(slow):
+    def init(slow, support=None):
         return {"w": torch.zeros(2)}
 
     outer = {"scale": torch.tensor([0.7, 1.3])}
@@ -138,7 +138,9 @@ def test_the_order_of_a_solvers_dict_does_not_matter(name):
     def outer_loss(fast, slow, x):
         return fast["a"] + 10 * fast["b"]
 
-    problem = mf.Problem(inner, outer_loss, lambda _: {"a": torch.zeros(()), "b": torch.zeros(())})
+    problem = mf.Problem(
+        inner, outer_loss, lambda _, support: {"a": torch.zeros(()), "b": torch.zeros(())}
+    )
     outer = {"p": torch.tensor([1.0, 2.0])}
     episode = (torch.zeros(1), torch.zeros(1))
     steps = 51 if name.startswith("Implicit") else 3
@@ -177,7 +179,7 @@ def test_the_order_of_a_linear_solvers_dict_does_not_matter():
 
 
 def test_an_own_estimator_is_a_function():
-    def frozen(problem, solver, outer, support):
+    def frozen(inner_loss, solver, start, outer, support):
         start = problem.start(outer)
         return mf.Solution(start, torch.zeros(0))
 
@@ -196,7 +198,7 @@ class SignDescent:
 
     steps = STEPS
 
-    def init(self, params):
+    def init(self, params, support=None):
         return torch.zeros((), dtype=torch.int64)
 
     def update(self, params, grads, state, step, outer):
@@ -247,7 +249,9 @@ RANDOM = {
 @pytest.mark.parametrize("name", RANDOM)
 def test_dropout_in_the_inner_loss_is_replayed(name, transform):
     problem = mf.Problem(
-        _dropped, lambda fast, slow, x: (fast["w"] * x).sum(), lambda slow: {"w": slow["w"]}
+        _dropped,
+        lambda fast, slow, x: (fast["w"] * x).sum(),
+        lambda slow, support: {"w": slow["w"]},
     )
     outer = {"w": torch.linspace(-1, 1, 9)}
     episode = mf.Episode(torch.linspace(0.5, 2, 9), torch.ones(9))
@@ -280,7 +284,7 @@ def test_implicit_uses_one_random_draw_for_all_its_products(hvp):
             + (fast["w"] ** 2).sum()
         ),
         lambda fast, slow, x: (fast["w"] * x).sum(),
-        lambda slow: {"w": torch.zeros(6)},
+        lambda slow, support: {"w": torch.zeros(6)},
     )
     meta = mf.bilevel(problem, solver=mf.SGD(0.1, 3), estimator=mf.Implicit(mf.CG(6), HVPS[hvp]))
     leaf = {"w": torch.linspace(1, 2, 6).requires_grad_()}
@@ -306,7 +310,7 @@ def test_segments_run_again_but_for_a_whole_last_one(recompute, again):
         calls.append(1)
         return ((fast["w"] * slow["c"] - x) ** 2).sum()
 
-    problem = mf.Problem(inner, inner, lambda slow: {"w": slow["c"]})
+    problem = mf.Problem(inner, inner, lambda slow, support: {"w": slow["c"]})
     meta = mf.bilevel(problem, solver=mf.SGD(0.1, 7), estimator=mf.Unrolled(recompute=recompute))
     leaf = {"c": torch.ones(2, requires_grad=True)}
     meta(leaf, (torch.zeros(2), torch.zeros(2)))[0].backward()  # the first call, with its trial
@@ -325,7 +329,7 @@ def test_autocast_gives_the_same_hypergradient_as_the_graph(name):
     def loss(fast, slow, data):
         return ((torch.tanh(data @ fast["w"]) @ slow["w"]).float() ** 2).mean()
 
-    problem = mf.Problem(loss, loss, lambda slow: dict(slow))
+    problem = mf.Problem(loss, loss, lambda slow, support: dict(slow))
 
     def run(estimator):
         leaf = {k: v.clone().requires_grad_() for k, v in weights.items()}
@@ -381,7 +385,7 @@ def test_empty_fast_weights_mean_no_adaptation(name, way, pull):
     problem = mf.Problem(
         mf.proximal(inner, 1.0) if pull else inner,
         lambda fast, slow, data: regression(slow, slow, data),
-        lambda slow: {},
+        lambda slow, support: {},
     )
     meta = mf.bilevel(problem, solver=mf.SGD(0.1, 3), estimator=ALL[name])
     found = [
@@ -402,7 +406,9 @@ def test_a_meta_loss_inside_a_meta_loss(name):
         return ((fast["u"] - slow["w"] * x) ** 2).sum() + 0.1 * (fast["u"] ** 4).sum()
 
     problem = mf.Problem(
-        low, lambda fast, slow, x: ((fast["u"] - 1) ** 2).sum(), lambda _: {"u": torch.zeros(2)}
+        low,
+        lambda fast, slow, x: ((fast["u"] - 1) ** 2).sum(),
+        lambda _, support: {"u": torch.zeros(2)},
     )
     x = torch.tensor([0.5, 0.8])
     long = name == "Implicit"
@@ -413,7 +419,9 @@ def test_a_meta_loss_inside_a_meta_loss(name):
         def inner(fast, slow, data):
             return nested({"w": fast["w"]}, (data, data))[0] + 0.05 * (fast["w"] ** 2).sum()
 
-        upper = mf.Problem(inner, lambda f, s, d: (f["w"] ** 2).sum(), lambda slow: dict(slow))
+        upper = mf.Problem(
+            inner, lambda f, s, d: (f["w"] ** 2).sum(), lambda slow, support: dict(slow)
+        )
         return mf.bilevel(upper, solver=mf.SGD(0.3, 2), estimator=mf.Unrolled())
 
     outer = {"w": torch.tensor([0.3, 1.4])}
@@ -427,7 +435,7 @@ def test_float32_and_mixed_shapes_keep_their_dtype():
     def loss(fast, slow, x):
         return (fast["s"] - x.mean()) ** 2 + (fast["m"] ** 2).sum()
 
-    problem = mf.Problem(loss, loss, lambda slow: dict(slow))
+    problem = mf.Problem(loss, loss, lambda slow, support: dict(slow))
     outer = {
         "s": torch.tensor(1.0, dtype=torch.float32),
         "m": torch.ones(2, 0, 3, dtype=torch.float32),
@@ -436,7 +444,7 @@ def test_float32_and_mixed_shapes_keep_their_dtype():
     for name, estimator in ALL.items():
         for solver in (mf.SGD(0.3, 4, momentum=0.1), mf.Adam(0.3, 4)):
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", mf.NotStationaryWarning)
+                warnings.simplefilter("ignore", mf.errors.NotStationaryWarning)
                 grads, (value, aux) = mf.hypergrad(
                     mf.bilevel(problem, solver=solver, estimator=estimator)
                 )(outer, episode)

@@ -131,7 +131,7 @@ def test_first_order_keeps_the_direct_derivative_of_the_outer_loss():
     problem = mf.Problem(
         lambda fast, slow, x: ((fast["w"] - slow["c"]) ** 2).sum(),
         lambda fast, slow, x: (fast["w"] * slow["c"]).sum(),
-        lambda slow: {"w": slow["w"]},
+        lambda slow, support: {"w": slow["w"]},
     )
     outer = {"w": torch.tensor([1.0]), "c": torch.tensor([3.0])}
     meta = mf.bilevel(problem, solver=mf.SGD(0.25, 1), estimator=mf.FirstOrder())
@@ -251,7 +251,7 @@ def test_neumann_is_truncation_at_the_solution(terms):
     case = quadratic.case()
     best = quadratic.minimum(quadratic.phi, quadratic.support[0])
     problem = mf.Problem(
-        quadratic.inner, quadratic.outer_loss, lambda _: quadratic.split(best.clone())
+        quadratic.inner, quadratic.outer_loss, lambda _, support: quadratic.split(best.clone())
     )
     solver = mf.SGD(quadratic.lr, 8)
     truncated = mf.bilevel(problem, solver=solver, estimator=mf.Unrolled(last=terms))

@@ -12,13 +12,13 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from metafocus.__main__ import main
 from metafocus.cli import evaluate
+from metafocus.data.tokenizer import train_tokenizer
 from metafocus.errors import DataError
 from metafocus.evals import babilong, builtin_prose, ruler
 from metafocus.evals.agentic import pass_at_k
 from metafocus.evals.intervals import wilson
 from metafocus.evals.results import cells
 from metafocus.evals.run import answers, prompt_text
-from metafocus.tokenizer import train_tokenizer
 
 
 def words(text):

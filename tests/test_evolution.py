@@ -49,7 +49,7 @@ def test_a_linear_loss_is_estimated_without_bias():
     # g = mean_i <c, e_i> e_i has the mean c and the variance (|c|^2 + c_k^2) / pairs.
     outer, episode = linear_case()
     pairs = 20_000
-    loss = mf.evolution(linear, sigma=0.3, pairs=pairs, generator=rng())
+    loss = mf.algorithms.Evolution(linear, sigma=0.3, pairs=pairs, generator=rng())
     grads, value, aux = estimate(loss, outer, episode)
     want = flat(tuple(episode))
     error = flat(grads) - want
@@ -69,7 +69,7 @@ def test_the_error_falls_as_the_root_of_the_pairs():
     def error(pairs: int) -> float:
         total = 0.0
         for seed in range(20):
-            loss = mf.evolution(linear, sigma=1.0, pairs=pairs, generator=rng(seed))
+            loss = mf.algorithms.Evolution(linear, sigma=1.0, pairs=pairs, generator=rng(seed))
             total += float((flat(estimate(loss, outer, episode)[0]) - want).square().sum())
         return math.sqrt(total / 20)
 
@@ -101,7 +101,7 @@ def by_hand(meta, outer, episode, sigma, pairs, generator):
 
 def test_a_bilevel_estimate_equals_the_loop_over_pairs():
     case, meta = bilevel_case()
-    loss = mf.evolution(meta, sigma=0.05, pairs=5, generator=rng(3))
+    loss = mf.algorithms.Evolution(meta, sigma=0.05, pairs=5, generator=rng(3))
     got, value, aux = estimate(loss, case.outer, case.episode())
     want = by_hand(meta, case.outer, case.episode(), 0.05, 5, rng(3))
     # The same numbers in another order: rounding, amplified by 1 / sigma.
@@ -114,7 +114,7 @@ def test_a_bilevel_estimate_equals_the_loop_over_pairs():
 def test_small_sigma_and_many_pairs_approach_the_hypergradient():
     case, meta = bilevel_case()
     exact, _ = mf.hypergrad(meta)(case.outer, case.episode())
-    loss = mf.evolution(meta, sigma=1e-3, pairs=20_000, generator=rng(1))
+    loss = mf.algorithms.Evolution(meta, sigma=1e-3, pairs=20_000, generator=rng(1))
     got = estimate(loss, case.outer, case.episode())[0]
     # sqrt((n + 1) / pairs) for n = 27 outer numbers is 0.037 relative; the smoothing bias at
     # sigma 1e-3 is of the order of 1e-5. Two standard errors.
@@ -127,7 +127,9 @@ def test_every_way_to_differentiate_gives_the_same_estimate(chunk_size):
     episode = case.episode()
 
     def fresh():
-        return mf.evolution(meta, sigma=0.1, pairs=7, generator=rng(5), chunk_size=chunk_size)
+        return mf.algorithms.Evolution(
+            meta, sigma=0.1, pairs=7, generator=rng(5), chunk_size=chunk_size
+        )
 
     want = by_hand(meta, case.outer, episode, 0.1, 7, rng(5))
     leaves = case.leaves()
@@ -150,7 +152,7 @@ def test_an_accuracy_has_the_gradient_of_its_smoothed_self():
         return (outer["w"] > 0).double().squeeze(), None
 
     w, sigma, pairs = 0.2, 0.5, 40_000
-    loss = mf.evolution(step, sigma=sigma, pairs=pairs, generator=rng())
+    loss = mf.algorithms.Evolution(step, sigma=sigma, pairs=pairs, generator=rng())
     got = estimate(loss, {"w": torch.tensor([w], dtype=F64)}, NONE)[0]["w"].item()
     want = math.exp(-0.5 * (w / sigma) ** 2) / math.sqrt(2 * math.pi) / sigma
     # A pair contributes |e| / (2 sigma) if |e| > w / sigma, else 0: second moment at most
@@ -171,21 +173,21 @@ def test_an_inner_problem_without_derivatives():
     def upper(fast, slow, target):
         return ((fast["w"] - target) ** 2).sum()
 
-    def search(problem, solver, outer, support):
+    def search(inner_loss, solver, start, outer, support):
         costs = torch.stack([problem.inner_loss({"w": w.reshape(1)}, outer, support) for w in grid])
         best = grid.index_select(0, costs.argmin().reshape(1))
         return mf.Solution({"w": best}, costs.min().reshape(1))
 
-    problem = mf.Problem(inner, upper, init=lambda slow: {"w": torch.zeros(1, dtype=F64)})
+    problem = mf.Problem(inner, upper, init=lambda slow, support: {"w": torch.zeros(1, dtype=F64)})
     meta = mf.bilevel(problem, solver=mf.SGD(0.1, steps=1), estimator=search)
     outer = {"t": torch.tensor([0.3], dtype=F64)}
     episode = mf.Episode(torch.linspace(-2, 2, 200, dtype=F64), torch.tensor([1.0], dtype=F64))
     assert mf.hypergrad(meta)(outer, episode)[0]["t"].item() == 0, "no derivative of its own"
 
     sigma, pairs = 0.2, 4000
-    got = estimate(mf.evolution(meta, sigma=sigma, pairs=pairs, generator=rng()), outer, episode)[
-        0
-    ]["t"].item()
+    got = estimate(
+        mf.algorithms.Evolution(meta, sigma=sigma, pairs=pairs, generator=rng()), outer, episode
+    )[0]["t"].item()
     # The smoothed gradient by quadrature: E L(t + sigma e) e / sigma.
     e = torch.linspace(-6, 6, 4001, dtype=F64)
     losses = torch.func.vmap(lambda x: meta({"t": outer["t"] + sigma * x}, episode)[0])(e)
@@ -206,7 +208,9 @@ def test_random_numbers_of_the_loss_are_common_to_all_perturbations(chunk_size):
         return loss + 1e3 * torch.randn((), dtype=F64), aux
 
     def grads(meta):
-        loss = mf.evolution(meta, sigma=0.1, pairs=6, generator=rng(), chunk_size=chunk_size)
+        loss = mf.algorithms.Evolution(
+            meta, sigma=0.1, pairs=6, generator=rng(), chunk_size=chunk_size
+        )
         return estimate(loss, outer, episode)
 
     # Independent draws would change the estimate by 1e4; common ones leave rounding at 1e3.
@@ -228,9 +232,11 @@ def test_perturbed_losses_see_the_draws_of_the_value(chunk_size):
     def fixed(outer, c):
         return (c * outer["a"]).sum(), None
 
-    loss = mf.evolution(random, sigma=0.1, pairs=5, generator=rng(), chunk_size=chunk_size)
+    loss = mf.algorithms.Evolution(
+        random, sigma=0.1, pairs=5, generator=rng(), chunk_size=chunk_size
+    )
     got, value, c = estimate(loss, outer, NONE)
-    same = mf.evolution(fixed, sigma=0.1, pairs=5, generator=rng())
+    same = mf.algorithms.Evolution(fixed, sigma=0.1, pairs=5, generator=rng())
     want, fixed_value, _ = estimate(same, outer, c)
     # Rounding, amplified by 1 / sigma.
     assert_close(got, want, 1e-12)
@@ -240,36 +246,38 @@ def test_perturbed_losses_see_the_draws_of_the_value(chunk_size):
 def test_the_generator_is_the_only_source_and_moves_on():
     outer, episode = linear_case()
     generator = rng()
-    loss = mf.evolution(linear, sigma=0.1, pairs=4, generator=generator)
+    loss = mf.algorithms.Evolution(linear, sigma=0.1, pairs=4, generator=generator)
     torch.manual_seed(1)
     first = estimate(loss, outer, episode)[0]
     second = estimate(loss, outer, episode)[0]
     torch.manual_seed(2)
-    again = estimate(mf.evolution(linear, sigma=0.1, pairs=4, generator=rng()), outer, episode)[0]
+    again = estimate(
+        mf.algorithms.Evolution(linear, sigma=0.1, pairs=4, generator=rng()), outer, episode
+    )[0]
     assert torch.equal(flat(first), flat(again))
     assert not torch.equal(flat(first), flat(second))
 
 
 def test_over_tasks_inside_and_outside():
     case, meta = bilevel_case(steps=2)
-    outside = mf.evolution(mf.over_tasks(meta), sigma=0.1, pairs=5, generator=rng(2))
+    outside = mf.algorithms.Evolution(mf.over_tasks(meta), sigma=0.1, pairs=5, generator=rng(2))
     got = estimate(outside, case.outer, case.episodes)[0]
     each = [by_hand(meta, case.outer, case.episode(i), 0.1, 5, rng(2)) for i in range(2)]
     want = {k: (each[0][k] + each[1][k]) / 2 for k in case.outer}
     assert_close(got, want, 1e-11)
     inside = mf.over_tasks(
-        mf.evolution(meta, sigma=0.1, pairs=5, generator=rng(2)), randomness="same"
+        mf.algorithms.Evolution(meta, sigma=0.1, pairs=5, generator=rng(2)), randomness="same"
     )
     assert_close(estimate(inside, case.outer, case.episodes)[0], want, 1e-11)
     with pytest.raises(RuntimeError, match="random"):
-        mf.over_tasks(mf.evolution(meta, sigma=0.1, pairs=5, generator=rng()))(
+        mf.over_tasks(mf.algorithms.Evolution(meta, sigma=0.1, pairs=5, generator=rng()))(
             case.outer, case.episodes
         )
 
 
 def test_the_second_derivative_is_zero():
     outer, episode = linear_case()
-    loss = mf.evolution(linear, sigma=0.1, pairs=4, generator=rng())
+    loss = mf.algorithms.Evolution(linear, sigma=0.1, pairs=4, generator=rng())
 
     def slope(outer):
         return sum(
@@ -295,25 +303,27 @@ def test_the_second_derivative_is_zero():
 def test_wrong_arguments(change, message):
     settings = {"sigma": 0.1, "pairs": 2, "generator": rng()} | change
     with pytest.raises(ValueError, match=message):
-        mf.evolution(linear, **settings)
+        mf.algorithms.Evolution(linear, **settings)
 
 
 def test_wrong_inputs():
-    loss = mf.evolution(linear, sigma=0.1, pairs=2, generator=rng())
-    with pytest.raises(mf.ProblemError, match=r"outer=\{\} with evolution"):
+    loss = mf.algorithms.Evolution(linear, sigma=0.1, pairs=2, generator=rng())
+    with pytest.raises(mf.errors.ProblemError, match=r"outer=\{\} with evolution"):
         loss({}, NONE)
-    with pytest.raises(mf.ProblemError, match="int64"):
+    with pytest.raises(mf.errors.ProblemError, match="int64"):
         loss({"a": torch.ones(2, dtype=torch.int64)}, NONE)
 
     def vector(outer, episode):
         return outer["a"], None
 
-    with pytest.raises(mf.ProblemError, match="meta_loss must return a scalar"):
-        mf.evolution(vector, sigma=0.1, pairs=2, generator=rng())({"a": torch.ones(2)}, NONE)
+    with pytest.raises(mf.errors.ProblemError, match="meta_loss must return a scalar"):
+        mf.algorithms.Evolution(vector, sigma=0.1, pairs=2, generator=rng())(
+            {"a": torch.ones(2)}, NONE
+        )
 
     def log(outer, episode):
         return outer["a"].log().sum(), None
 
-    cliff = mf.evolution(log, sigma=5.0, pairs=2, generator=rng())
-    with pytest.raises(mf.NonFiniteError, match=r"at [1-4] of 4 perturbed"):
+    cliff = mf.algorithms.Evolution(log, sigma=5.0, pairs=2, generator=rng())
+    with pytest.raises(mf.errors.NonFiniteError, match=r"at [1-4] of 4 perturbed"):
         cliff({"a": torch.ones(1)}, NONE)

@@ -40,7 +40,7 @@ def quartic():
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(3, dtype=torch.float64, generator=generator)
     tasks = torch.randn(2, 4, 3, dtype=torch.float64, generator=generator)
-    return mf.Problem(loss, loss, init=lambda slow: slow), {"w": start}, mf.Episode(*tasks)
+    return mf.Problem(loss, loss), {"w": start}, mf.Episode(*tasks)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
@@ -146,7 +146,9 @@ def test_own_placement():
     )
     layer = torch.nn.ModuleDict({"up": torch.nn.Linear(2, 2)})
     one = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([layer])})
-    with pytest.raises(mf.PlacementError, match=r"EveryNth\(n=2\) places nothing in 1 layers"):
+    with pytest.raises(
+        mf.errors.PlacementError, match=r"EveryNth\(n=2\) places nothing in 1 layers"
+    ):
         load("placement").EveryNth(2, ("up",))(one)
 
 

@@ -136,7 +136,7 @@ def test_second_derivatives_and_forward_mode(name):
     assert_close(torch.autograd.grad(grad @ direction, leaf)[0], want @ direction, 1e-9)
     _, along = torch.func.jvp(loss, (point,), (direction,))
     assert abs(along - first @ direction) < 1e-10 * abs(first @ direction)
-    with pytest.raises(mf.TransformError, match="two nested"):
+    with pytest.raises(mf.errors.TransformError, match="two nested"):
         torch.func.jacfwd(torch.func.jacfwd(loss))(point)
 
 
@@ -159,7 +159,7 @@ def test_a_deep_equilibrium_layer():
     problem = mf.Problem(
         lambda fast, slow, x: ((fast["z"] - layer(fast, slow, x)["z"]) ** 2).sum(),
         lambda fast, slow, q: (fast["z"] * q).sum() ** 2,
-        lambda slow: {"z": torch.zeros(5)},
+        lambda slow, support: {"z": torch.zeros(5)},
     )
     want = torch.func.grad(
         lambda o: problem.outer_loss(iterate(o, episode.support), o, episode.query)
@@ -178,7 +178,7 @@ def test_a_projected_method_has_no_stationary_point_of_the_loss():
     problem = mf.Problem(
         lambda fast, slow, x: 0.5 * ((fast["w"] - slow["c"]) ** 2).sum(),
         lambda fast, slow, x: fast["w"].sum(),
-        lambda slow: {"w": torch.ones(2)},
+        lambda slow, support: {"w": torch.ones(2)},
     )
     solver = mf.Given(lambda slow, x: {"w": slow["c"].clamp(min=0.0)})
     estimator = mf.FixedPoint(project, mf.GMRES(2))
@@ -191,7 +191,7 @@ def test_a_projected_method_has_no_stationary_point_of_the_loss():
 def test_a_solution_that_is_not_fixed_is_warned_about():
     case = RIDGE.case()
     meta = mf.bilevel(case.problem, solver=mf.SGD(LR, 1), estimator=EXACT["GMRES"])
-    with pytest.warns(mf.NotStationaryWarning, match=r"FixedPoint: the residual \|step"):
+    with pytest.warns(mf.errors.NotStationaryWarning, match=r"FixedPoint: the residual \|step"):
         meta(case.outer, case.episode(0))
 
 
@@ -202,14 +202,16 @@ def test_refusals():
         meta = mf.bilevel(case.problem, solver=SOLVERS["Given"], estimator=mf.FixedPoint(step))
         return meta(outer, case.episode(0))
 
-    with pytest.raises(mf.ProblemError, match="step must return a dict of fast weights, got Ten"):
+    with pytest.raises(
+        mf.errors.ProblemError, match="step must return a dict of fast weights, got Ten"
+    ):
         run(lambda fast, slow, data: fast["w"])
-    with pytest.raises(mf.ProblemError, match="step must return the shapes"):
+    with pytest.raises(mf.errors.ProblemError, match="step must return the shapes"):
         run(lambda fast, slow, data: {"v": fast["w"]})
     hidden = torch.ones(4, requires_grad=True)
-    with pytest.raises(mf.ClosureError, match="step closes over"):
+    with pytest.raises(mf.errors.ClosureError, match="step closes over"):
         run(lambda fast, slow, data: {"w": 0.5 * fast["w"] * hidden})
-    with pytest.raises(mf.ProblemError, match="outer=\\{\\}"):
+    with pytest.raises(mf.errors.ProblemError, match="outer=\\{\\}"):
         run(gradient_step, {})
 
 
@@ -233,11 +235,11 @@ def test_dropout_in_the_step_is_one_draw_for_all_products():
     problem = mf.Problem(
         lambda fast, slow, x: ((fast["w"] - slow["c"]) ** 2).sum(),
         lambda fast, slow, x: fast["w"].sum(),
-        lambda slow: {"w": torch.zeros(8)},
+        lambda slow, support: {"w": torch.zeros(8)},
     )
     solver = mf.Given(lambda slow, x: {"w": slow["c"]})
     meta = mf.bilevel(problem, solver=solver, estimator=mf.FixedPoint(step, mf.Neumann(40, 1.0)))
-    with pytest.warns(mf.NotStationaryWarning):
+    with pytest.warns(mf.errors.NotStationaryWarning):
         grads, _ = mf.hypergrad(meta)({"c": torch.ones(8)}, (None, None))
     # 2 / (1 - 0.2) where doubled, 0 where dropped; a mixture of draws would give 2 or 1.25.
     assert all(min(abs(g - 2.5), abs(g)) < 1e-12 for g in grads["c"].tolist())

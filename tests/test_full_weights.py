@@ -17,9 +17,9 @@ import metafocus as mf
 from metafocus.adapters import slots
 from metafocus.adapters.slots import bound, functions
 from metafocus.errors import PlacementError, ProblemError
-from metafocus.lm.heads import read_hidden
-from metafocus.recipes import focusft
-from metafocus.recipes.focusft import focusft_problem
+from metafocus.lm.hf.heads import read_hidden
+from metafocus.recipes import _focusft as focusft
+from metafocus.recipes._focusft import focusft_problem
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
@@ -480,7 +480,7 @@ def test_weights_that_are_read_without_a_call_are_noticed_by_the_engine():
         with full.bind(model, fast):
             return (model(x) ** 2).sum()
 
-    problem = mf.Problem(loss, loss, lambda slow: full.init(model))
+    problem = mf.Problem(loss, loss, lambda slow, support: full.init(model))
     with pytest.raises(ProblemError, match="does not depend on the fast weight"):
         mf.adapt(problem, {}, torch.ones(1, 2), solver=mf.SGD(0.1, 1))
 

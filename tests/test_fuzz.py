@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from metafocus.__main__ import main
 from metafocus.data import encode_chats, read_chats
+from metafocus.data.tokenizer import train_tokenizer
 from metafocus.errors import DataError
-from metafocus.tokenizer import train_tokenizer
 
 TOKENIZER = train_tokenizer(["hello there"], 270)
 CHAT = {
@@ -209,7 +209,7 @@ def trained(path: Path) -> tuple[int, str]:
 def test_configuration_files(tmp_path, monkeypatch, content):
     # Without data a mutation could start a run on the standard library's documentation.
     monkeypatch.setattr(
-        "metafocus.stdlib_qa.texts", lambda: (_ for _ in ()).throw(DataError("no data"))
+        "metafocus.data.stdlib_qa.texts", lambda: (_ for _ in ()).throw(DataError("no data"))
     )
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "run.yaml"
@@ -230,7 +230,7 @@ SETTING = st.sampled_from(
 @given(st.dictionaries(SETTING | st.text(max_size=4), JSON, max_size=3))
 def test_values_of_every_type(tmp_path, monkeypatch, values):
     monkeypatch.setattr(
-        "metafocus.stdlib_qa.texts", lambda: (_ for _ in ()).throw(DataError("no data"))
+        "metafocus.data.stdlib_qa.texts", lambda: (_ for _ in ()).throw(DataError("no data"))
     )
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "run.json"

@@ -13,7 +13,7 @@ from torch import nn
 
 import metafocus as mf
 from metafocus import masks
-from metafocus.lm import heads
+from metafocus.lm.hf import heads
 from metafocus.lm.token_loss import Tail
 
 NOTHING = mf.LoRA(lambda model: ())
@@ -272,7 +272,7 @@ def test_an_error_inside_leaves_the_head_whole():
 
     with pytest.raises(RuntimeError, match="reader"):
         heads.read_hidden(model.lm_head, lambda: model(chat_batch()["input_ids"]), fails)
-    with pytest.raises(mf.ProblemError, match="did not call its head"):
+    with pytest.raises(mf.errors.ProblemError, match="did not call its head"):
         heads.read_hidden(model.lm_head, lambda: None, lambda head, hidden: hidden)
     assert torch.equal(model(chat_batch()["input_ids"]).logits, logits)
 

@@ -136,7 +136,7 @@ def test_reweight_runs_in_mini_batches_and_in_single_loop_methods():
     batch = mf.Episode((part, tuple(v[part] for v in EPISODE.support)), EPISODE.query)
     grads, _ = implicit(problem, outer, batch)
     assert (grads["weight"] != 0).nonzero().flatten().tolist() == part.tolist()
-    soba = mf.SOBA(problem, inner_lr=0.1, v_lr=0.1)
+    soba = mf.algorithms.SOBA(problem, inner_lr=0.1, v_lr=0.1)
     state = soba.init(outer)
     whole = mf.Episode((torch.arange(ROWS), EPISODE.support), EPISODE.query)
     for _ in range(2000):

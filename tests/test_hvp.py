@@ -210,7 +210,7 @@ def test_forward_mode_takes_an_expanded_start():
     def loss(fast, slow, x):
         return ((fast["w"] * slow["w"]).sin() - x).square().sum()
 
-    problem = mf.Problem(loss, loss, lambda slow: {"w": slow["w"][:1].expand(3)})
+    problem = mf.Problem(loss, loss, lambda slow, support: {"w": slow["w"][:1].expand(3)})
     outer = {"w": torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)}
     episode = mf.Episode(torch.ones(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64))
     reverse, forward = (

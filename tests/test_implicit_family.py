@@ -97,7 +97,7 @@ def test_second_derivatives_where_cg_converges_early(way):
     problem = mf.Problem(
         lambda f, s, x: 0.5 * (s["a"].exp() * f["w"] ** 2).sum() - (b * f["w"]).sum(),
         lambda f, s, x: 0.5 * ((f["w"] - q) ** 2).sum(),
-        lambda s: {"w": torch.zeros(2)},
+        lambda s, support: {"w": torch.zeros(2)},
     )
     a = torch.zeros(2)
     want = torch.func.hessian(lambda a: 0.5 * ((b * (-a).exp() - q) ** 2).sum())(a)
@@ -172,7 +172,7 @@ def test_adjoint_prepares_the_support_and_works_under_vmap_and_grad():
 
 def test_adjoint_refuses_what_does_not_fit():
     case = RIDGE.case()
-    with pytest.raises(mf.ProblemError, match="cotangent has the shapes"):
+    with pytest.raises(mf.errors.ProblemError, match="cotangent has the shapes"):
         mf.adjoint(
             case.problem, case.outer, ONE, case.episode(0).support, {"v": ONE["w"]}, solve=mf.CG(1)
         )
@@ -232,7 +232,7 @@ def test_a_solution_from_outside_torch(name, way):
 def test_a_solution_from_outside_torch_says_what_vmap_cannot_do(name):
     case = RIDGE.case()
     meta = mf.bilevel(case.problem, solver=mf.Given(OUTSIDE[name]), estimator=mf.Implicit())
-    with pytest.raises(mf.TransformError, match=r"Given: .*under vmap.*how=\"loop\""):
+    with pytest.raises(mf.errors.TransformError, match=r"Given: .*under vmap.*how=\"loop\""):
         mf.over_tasks(meta)(case.outer, case.episodes)
 
 
@@ -256,7 +256,7 @@ def test_a_given_solution_is_moved_to_the_dtype_of_the_start():
     problem = mf.Problem(
         lambda f, s, x: ((f["w"] - s["c"]) ** 2).sum(),
         lambda f, s, x: f["w"].sum(),
-        lambda s: {"w": torch.zeros(2, dtype=torch.float32)},
+        lambda s, support: {"w": torch.zeros(2, dtype=torch.float32)},
     )
     solver = mf.Given(lambda slow, x: {"w": slow["c"].double()})
     outer = {"c": torch.ones(2, dtype=torch.float32)}
@@ -270,7 +270,7 @@ def test_a_given_solution_may_return_its_input():
     problem = mf.Problem(
         lambda f, s, x: ((f["w"] - s["c"]) ** 2).sum(),
         lambda f, s, x: (f["w"] ** 2).sum(),
-        lambda s: {"w": torch.zeros(2)},
+        lambda s, support: {"w": torch.zeros(2)},
     )
     meta = mf.bilevel(
         problem, solver=mf.Given(lambda slow, x: {"w": slow["c"]}), estimator=mf.Implicit()
@@ -290,17 +290,17 @@ def test_given_checks_what_it_is_given():
             case.problem, case.outer, case.episode(0).support, solver=mf.Given(solution)
         )
 
-    with pytest.raises(mf.ProblemError, match="Given: the solution must be a dict"):
+    with pytest.raises(mf.errors.ProblemError, match="Given: the solution must be a dict"):
         run(lambda slow, data: torch.zeros(4))
-    with pytest.raises(mf.ProblemError, match="'v' is on one side only"):
+    with pytest.raises(mf.errors.ProblemError, match="'v' is on one side only"):
         run(lambda slow, data: {"w": torch.zeros(4), "v": torch.zeros(1)})
-    with pytest.raises(mf.ProblemError, match=r"'w' has shape \[3\], init's has \[4\]"):
+    with pytest.raises(mf.errors.ProblemError, match=r"'w' has shape \[3\], init's has \[4\]"):
         run(lambda slow, data: {"w": torch.zeros(3)})
-    with pytest.raises(mf.ProblemError, match="int64"):
+    with pytest.raises(mf.errors.ProblemError, match="int64"):
         run(lambda slow, data: {"w": torch.zeros(4, dtype=torch.int64)})
-    with pytest.raises(mf.ProblemError, match="'w' of type list"):
+    with pytest.raises(mf.errors.ProblemError, match="'w' of type list"):
         run(lambda slow, data: {"w": [0.0] * 4})
-    with pytest.raises(mf.NonFiniteError, match="'w' is NaN or infinite"):
+    with pytest.raises(mf.errors.NonFiniteError, match="'w' is NaN or infinite"):
         run(lambda slow, data: {"w": torch.full((4,), torch.nan)})
     with pytest.raises(RuntimeError, match="size of tensor"):
         # The user's own error outside vmap stays as it is.
@@ -315,7 +315,7 @@ def test_given_checks_what_it_is_given():
 def test_unrolled_refuses_a_given_solution(estimator):
     case = RIDGE.case()
     meta = mf.bilevel(case.problem, solver=SOLVERS["Given"], estimator=estimator)
-    with pytest.raises(mf.ProblemError, match="no inner steps to differentiate"):
+    with pytest.raises(mf.errors.ProblemError, match="no inner steps to differentiate"):
         meta(case.leaves(), case.episode(0))
 
 
@@ -323,7 +323,7 @@ def test_implicit_warns_about_a_given_solution_that_is_none():
     case = RIDGE.case()
     solver = mf.Given(lambda slow, data: {"w": torch.ones(4)})
     meta = mf.bilevel(case.problem, solver=solver, estimator=mf.Implicit())
-    with pytest.warns(mf.NotStationaryWarning, match="Implicit: the inner gradient norm"):
+    with pytest.warns(mf.errors.NotStationaryWarning, match="Implicit: the inner gradient norm"):
         meta(case.outer, case.episode(0))
 
 
@@ -346,10 +346,12 @@ def test_on_the_tape_the_warning_comes_with_the_derivative_and_costs_no_gradient
     meta = mf.bilevel(case.problem, solver=solver, estimator=mf.Implicit(mf.CG(4)))
     leaves = case.leaves()
     loss, _ = meta(leaves, case.episode(0))  # a warning here would be an error
-    with pytest.warns(mf.NotStationaryWarning, match="is .* at the solution, .* of its initial"):
+    with pytest.warns(
+        mf.errors.NotStationaryWarning, match="is .* at the solution, .* of its initial"
+    ):
         loss.backward()
     twice = mf.hypergrad(meta)
-    with pytest.warns(mf.NotStationaryWarning) as caught:
+    with pytest.warns(mf.errors.NotStationaryWarning) as caught:
         twice(leaves, case.episode(0))
     assert len(caught) == 1
 
@@ -498,7 +500,7 @@ def test_evograd_in_the_mean_is_a_step_of_gradient_descent():
     estimator = mf.EvoGrad(sigma, copies, temperature)
     solver = mf.SGD(0.1, 0)
     start = quadratic.start(case.outer)
-    problem = mf.Problem(quadratic.inner, quadratic.outer_loss, lambda slow: start)
+    problem = mf.Problem(quadratic.inner, quadratic.outer_loss, lambda slow, support: start)
     meta = mf.bilevel(problem, solver=solver, estimator=estimator)
     got = mf.hypergrad(meta)(case.outer, case.episode(0))[0]["phi"] - 2 * quadratic.phi
     rate = sigma**2 / temperature

@@ -11,7 +11,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from metafocus.errors import DataError
-from metafocus.integrations.launch import main, parse
+from metafocus.trainer.launch import main, parse
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "examples" / "configs" / "qwen2.5-7b-focusft.yaml"

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from metafocus.autodiff.operators import cross_entropy
+from metafocus.autodiff.safe_operators import cross_entropy
 
 F64 = torch.float64
 CASES = {

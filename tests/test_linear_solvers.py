@@ -310,7 +310,7 @@ def test_warm_start_with_identity_iterates_richardson():
 
 def test_warm_start_refuses_another_shape():
     warm = mf.WarmStart(mf.CG(2), {"a": torch.zeros(3)})
-    with pytest.raises(mf.ProblemError, match="start has the shapes"):
+    with pytest.raises(mf.errors.ProblemError, match="start has the shapes"):
         warm(lambda v: v, {"a": torch.zeros(2)})
 
 

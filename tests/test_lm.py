@@ -21,10 +21,10 @@ from models import (
 
 import metafocus as mf
 from metafocus import masks
-from metafocus.autodiff.composites import differentiable_twice
-from metafocus.lm import heads
-from metafocus.lm.checkpointing import checkpoint_layer
-from metafocus.spans import windowed
+from metafocus.autodiff.safe_operators.swapping import differentiable_twice
+from metafocus.lm.hf import heads
+from metafocus.lm.hf.checkpointing import checkpoint_layer
+from metafocus.masks.spans import windowed
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
@@ -121,7 +121,9 @@ def test_head_on_scored_positions_equals_all_logits(family, tied, checkpointing,
     loss = mf.lm_loss(model, adapter=adapter, mask=masks.context_bidirectional)
     fast = {k: v.requires_grad_() for k, v in fast_for(model, adapter).items()}
     slow = dict(model.named_parameters())
-    problem = mf.Problem(loss, loss, init=lambda _: {k: v.detach() for k, v in fast.items()})
+    problem = mf.Problem(
+        loss, loss, init=lambda _, support: {k: v.detach() for k, v in fast.items()}
+    )
     meta = mf.bilevel(problem, solver=mf.SGD(0.5, steps=2), estimator=mf.Unrolled(recompute=True))
 
     def run():
@@ -187,7 +189,9 @@ def test_checkpointing_is_exact(family, attn):
         slow = dict(model.named_parameters())
         value = loss(fast, slow, batch)
         first = torch.autograd.grad(value, list(fast.values()))
-        problem = mf.Problem(loss, loss, init=lambda _: {k: v.detach() for k, v in fast.items()})
+        problem = mf.Problem(
+            loss, loss, init=lambda _, support: {k: v.detach() for k, v in fast.items()}
+        )
         meta = mf.bilevel(
             problem, solver=mf.SGD(0.5, steps=2), estimator=mf.Unrolled(recompute=True)
         )
@@ -259,7 +263,7 @@ def test_routing_restores_everything():
     loss = mf.lm_loss(model, adapter=adapter_for("qwen2"), mask=masks.causal)
     fast = fast_for(model, loss.adapter)
     torch.func.grad(lambda f: loss(f, {}, chat_batch()))(fast)
-    with pytest.raises(mf.ProblemError):
+    with pytest.raises(mf.errors.ProblemError):
         loss({}, {}, chat_batch())
     assert layer._gradient_checkpointing_func is before
     assert dict(model.get_input_embeddings()._forward_hooks) == hooks
@@ -272,7 +276,7 @@ def test_transforms(family):
     adapter = adapter_for(family, 0.75)
     loss = mf.lm_loss(model, adapter=adapter, mask=masks.context_bidirectional)
     fast = fast_for(model, adapter)
-    problem = mf.Problem(loss, loss, init=lambda slow: slow)
+    problem = mf.Problem(loss, loss)
     meta = mf.bilevel(problem, solver=mf.SGD(0.5, steps=2), estimator=mf.Unrolled(recompute=True))
     model.requires_grad_(False)
     batches = [chat_batch(seed=s) for s in (0, 1)]
@@ -441,17 +445,19 @@ def test_refusals():
     model = build()
     adapter = adapter_for("qwen2")
     fast = fast_for(model, adapter)
-    with pytest.raises(mf.ProblemError, match=r"model must be a Hugging Face model, got Linear"):
+    with pytest.raises(
+        mf.errors.ProblemError, match=r"model must be a Hugging Face model, got Linear"
+    ):
         mf.lm_loss(torch.nn.Linear(1, 1), adapter=adapter, mask=masks.causal)
     loss = mf.lm_loss(model, adapter=adapter, mask=masks.context_bidirectional)
     for key in ("input_ids", "answer_mask", "turn_ids"):
         part = {k: v for k, v in batch.items() if k != key}
-        with pytest.raises(mf.MetafocusError, match=key):
+        with pytest.raises(mf.errors.MetafocusError, match=key):
             loss(fast, {}, part)
     model.config._attn_implementation = "flash_attention_2"
     # Dropout keeps a model from attending to spans.
     model.config.attention_dropout = 0.1
-    with pytest.raises(mf.ProblemError, match=r"'flash_attention_2' takes no explicit mask"):
+    with pytest.raises(mf.errors.ProblemError, match=r"'flash_attention_2' takes no explicit mask"):
         loss(fast, {}, batch)
 
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from metafocus.data.tokenizer import train_tokenizer
 from metafocus.errors import DataError
 from metafocus.evals import babilong, builtin_prose, harness, ruler
 from metafocus.evals.results import cells, score
 from metafocus.evals.run import answers, prompt_counter, prompt_text
 from metafocus.evals.scorers import lm_eval_substring, string_match_all
-from metafocus.tokenizer import train_tokenizer
 
 pytest.importorskip("lm_eval", reason="needs metafocus[eval]")
 pytestmark = [

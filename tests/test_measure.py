@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import metafocus as mf
-from metafocus.measure import peak_bytes
+from metafocus.comparison.memory import peak_bytes
 
 N = 1000
 UNIT = N * 8
@@ -160,7 +160,7 @@ def wide_problem() -> mf.Problem:
         hidden = torch.tanh(torch.outer(fast["w"], x)).sum(0)
         return (torch.tanh(hidden * slow["s"]) - 0.5).square().mean()
 
-    def init(slow):
+    def init(slow, support=None):
         return {"w": torch.zeros(2, dtype=torch.float64)}
 
     return mf.Problem(loss, loss, init=init)

@@ -124,7 +124,7 @@ def _deep(fast, slow, x):
 
 
 def _peak(estimator, steps, way="backward"):
-    problem = mf.Problem(_deep, _deep, lambda slow: dict(slow))
+    problem = mf.Problem(_deep, _deep, lambda slow, support: dict(slow))
     meta = mf.bilevel(problem, solver=mf.SGD(0.01, steps), estimator=estimator)
     w = torch.randn(WIDTH, WIDTH) / WIDTH**0.5
     x = torch.randn(ROWS, WIDTH)
@@ -167,7 +167,7 @@ def test_the_graph_is_not_flat_and_recompute_in_segments_is_between():
 
 
 def test_adapt_is_flat_in_the_inner_steps():
-    problem = mf.Problem(_deep, _deep, lambda slow: dict(slow))
+    problem = mf.Problem(_deep, _deep, lambda slow, support: dict(slow))
     w, x = torch.randn(WIDTH, WIDTH) / WIDTH**0.5, torch.randn(ROWS, WIDTH)
     peaks = []
     for steps in (2, 32):

@@ -13,7 +13,7 @@ SCRIPT = """
 import json, sys
 import torch
 import metafocus as mf
-from metafocus.measure import process_memory
+from metafocus.comparison.memory import process_memory
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 torch.set_num_threads(1)
@@ -44,7 +44,7 @@ HEAD = """
 import json, sys
 import torch
 import metafocus as mf
-from metafocus.measure import process_memory
+from metafocus.comparison.memory import process_memory
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 torch.set_num_threads(1)

@@ -23,11 +23,11 @@ from pathlib import Path
 
 import pytest
 
+from metafocus.data.tokenizer import train_tokenizer
 from metafocus.evals import babilong, builtin_prose, ruler
 from metafocus.evals.prose import builtin_words
 from metafocus.evals.ruler.frequency import zipf_counts
 from metafocus.evals.scorers import babilong_official, string_match_all, string_match_part
-from metafocus.tokenizer import train_tokenizer
 
 CASES = 200
 pytestmark = pytest.mark.xdist_group("official")

@@ -34,7 +34,7 @@ from problems import assert_close, central_difference, flat
 from torch import Tensor
 
 import metafocus as mf
-from metafocus.autodiff import composites
+from metafocus.autodiff.safe_operators import swapping
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -381,7 +381,7 @@ def setting(op: Op) -> tuple[dict[str, Tensor], mf.Problem]:
     def outer_loss(fast, slow, x):
         return (fast["w"] ** 3).mean() + fast["w"].sin().sum()
 
-    return outer, mf.Problem(inner, outer_loss, lambda slow: {"w": slow["w"]})
+    return outer, mf.Problem(inner, outer_loss, lambda slow, support: {"w": slow["w"]})
 
 
 LR, STEPS = 0.3, 2
@@ -465,7 +465,7 @@ def check(name: str, rows: Tensor, tolerance: float = 1e-10) -> None:
 def test_operator(name, way):
     ways, message = refused(name)
     if way in ways:
-        with pytest.raises((RuntimeError, mf.TransformError), match=message):
+        with pytest.raises((RuntimeError, mf.errors.TransformError), match=message):
             hypergradient(name, way)
     else:
         # The same derivative by other formulas in float64.
@@ -499,11 +499,11 @@ def test_distances_are_those_of_torch(p):
     x, y = randn(2, 1, 4, 3), randn(5, 3, seed=1)
     x[0, 0, 1] = y[2]
     # Powers in another order.
-    assert_close(composites.cdist(x, y, p), torch.cdist(x, y, p), 1e-14)
-    assert_close(composites.pdist(y, p), F.pdist(y, p), 1e-14)
+    assert_close(swapping.cdist(x, y, p), torch.cdist(x, y, p), 1e-14)
+    assert_close(swapping.pdist(y, p), F.pdist(y, p), 1e-14)
     for ours, theirs in (
-        (lambda x: composites.cdist(x, y, p), lambda x: torch.cdist(x, y, p)),
-        (lambda x: composites.pdist(x[0, 0], p), lambda x: F.pdist(x[0, 0], p)),
+        (lambda x: swapping.cdist(x, y, p), lambda x: torch.cdist(x, y, p)),
+        (lambda x: swapping.pdist(x[0, 0], p), lambda x: F.pdist(x[0, 0], p)),
     ):
         got, want = (torch.func.grad(lambda x, f=f: score(f(x)))(x) for f in (ours, theirs))
         if p:
@@ -516,11 +516,11 @@ def test_distances_are_those_of_torch(p):
 
 def test_small_composites_are_the_operators_of_torch():
     x, y = 40 * randn(5, 3), randn(5, 3, seed=1).sign()
-    assert_close(composites.hardsigmoid(x), F.hardsigmoid(x), 1e-15)
+    assert_close(swapping.hardsigmoid(x), F.hardsigmoid(x), 1e-15)
     for reduction in ("mean", "sum", "none"):
         # Without the threshold of softplus: exact to rounding, also far out.
         assert_close(
-            composites.soft_margin_loss(x, y, reduction=reduction),
+            swapping.soft_margin_loss(x, y, reduction=reduction),
             F.soft_margin_loss(x, y, reduction=reduction),
             1e-14,
         )

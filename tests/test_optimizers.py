@@ -26,7 +26,7 @@ def loss(fast, slow, data):
     return regression(fast, slow, data) + 0.1 * (fast["2.weight"] ** 4).sum()
 
 
-PROBLEM = mf.Problem(loss, loss, lambda slow: {k: slow[k] for k in FAST})
+PROBLEM = mf.Problem(loss, loss, lambda slow, support: {k: slow[k] for k in FAST})
 
 # --- torch.optim -----------------------------------------------------------------------------
 
@@ -112,7 +112,7 @@ def test_muon_is_torch_muon_in_float64(name, shape, exact_muon):
     def distance(fast, slow, data):
         return ((fast["w"] - goal) ** 2).sum() + (fast["w"] ** 4).sum()
 
-    problem = mf.Problem(distance, distance, lambda slow: dict(slow))
+    problem = mf.Problem(distance, distance, lambda slow, support: dict(slow))
     leaf = start.clone().requires_grad_()
     rival = torch.optim.Muon([leaf], lr=0.02, **theirs)
     for _ in range(10):
@@ -244,7 +244,7 @@ def test_zero_gradients_have_finite_derivatives_of_both_orders(name, way):
     def low_rank(fast, slow, x):
         return ((x @ fast["A"].mT @ fast["B"].mT - x * slow["s"] + fast["c"] * 0) ** 2).mean()
 
-    def init(slow):
+    def init(slow, support=None):
         return {"A": slow["A"], "B": torch.zeros(3, 2), "c": torch.zeros(3)}
 
     problem = mf.Problem(low_rank, lambda f, s, x: low_rank(f, s, x) + f["c"].sum(), init)
@@ -415,19 +415,23 @@ def test_wrong_tables_are_refused():
     case, outer = learned()
     support = case.episode().support
     short = mf.SGD(mf.per_step(lambda o, t: o["lrs"][t]), 5)
-    with pytest.raises(mf.ProblemError, match=r"no entry for inner step 4 .* take fewer steps"):
+    with pytest.raises(
+        mf.errors.ProblemError, match=r"no entry for inner step 4 .* take fewer steps"
+    ):
         mf.adapt(PROBLEM, outer, support, solver=short)
     whole = mf.SGD(lambda o: o["lrs"], 4)
-    with pytest.raises(mf.ProblemError, match=r"got shape \[4\]. One rate per step: mf.per_step"):
+    with pytest.raises(
+        mf.errors.ProblemError, match=r"got shape \[4\]. One rate per step: mf.per_step"
+    ):
         mf.adapt(PROBLEM, outer, support, solver=whole)
     rows = mf.SGD(lambda o: {k: o["lrs"] if k == "2.bias" else 0.1 for k in FAST}, 4)
-    with pytest.raises(mf.ProblemError, match=r"'2.bias'\] has shape \[4\].* shape \[1\]"):
+    with pytest.raises(mf.errors.ProblemError, match=r"'2.bias'\] has shape \[4\].* shape \[1\]"):
         mf.adapt(PROBLEM, outer, support, solver=rows)
     wide = mf.SGD(lambda o: {k: torch.ones(2, *o[k].shape) for k in FAST}, 4)
-    with pytest.raises(mf.ProblemError, match="does not broadcast"):
+    with pytest.raises(mf.errors.ProblemError, match="does not broadcast"):
         mf.adapt(PROBLEM, outer, support, solver=wide)
     missing = mf.SGD(mf.per_step(lambda o, t: {"2.bias": 0.1}), 4)
-    with pytest.raises(mf.ProblemError, match="is on one side only"):
+    with pytest.raises(mf.errors.ProblemError, match="is on one side only"):
         mf.adapt(PROBLEM, outer, support, solver=missing)
 
 
@@ -436,7 +440,7 @@ def test_a_rate_that_closes_over_a_parameter_is_refused_where_it_would_be_missed
     free = torch.tensor(0.05, requires_grad=True)
     solver = mf.Adagrad(mf.per_step(lambda o, t: free), 2)
     meta = mf.bilevel(PROBLEM, solver=solver, estimator=mf.Unrolled(recompute=True))
-    with pytest.raises(mf.ClosureError, match="the solver"):
+    with pytest.raises(mf.errors.ClosureError, match="the solver"):
         meta(case.outer, case.episode())
     tape = mf.bilevel(PROBLEM, solver=solver, estimator=mf.Unrolled())
     tape(case.outer, case.episode())[0].backward()
@@ -509,5 +513,5 @@ def test_implicit_still_refuses_weight_decay():
     case = maml()
     for solver in (mf.AdamW(0.1, 1), mf.Muon(0.1, 1, weight_decay=0.1)):
         meta = mf.bilevel(PROBLEM, solver=solver, estimator=mf.Implicit())
-        with pytest.raises(mf.ProblemError, match="weight_decay"):
+        with pytest.raises(mf.errors.ProblemError, match="weight_decay"):
             meta(case.outer, case.episode())

@@ -78,9 +78,9 @@ def test_no_method_is_missing():
         }
     methods |= {f"mf.{name}": getattr(mf, name) for name in ("windows", "Given")}
     methods |= {
-        f"mf.single_loop.{name}": value
-        for name in mf.single_loop.__all__
-        if hasattr(value := getattr(mf.single_loop, name), "step")
+        f"mf.algorithms.{name}": value
+        for name in mf.algorithms.__all__
+        if hasattr(value := getattr(mf.algorithms, name), "step")
     }
     methods |= {f"mf.recipes.{n}": getattr(mf.recipes, n) for n in ("focusft", "qttt", "ttt_e2e")}
     assert len(methods) > 35

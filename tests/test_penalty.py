@@ -88,7 +88,7 @@ def quartic(fast, slow, x):
 QUARTIC = mf.Problem(
     quartic,
     lambda fast, slow, q: ((fast["w"] - q) ** 2).sum(),
-    lambda slow: {"w": torch.zeros(3, dtype=F64)},
+    lambda slow, support: {"w": torch.zeros(3, dtype=F64)},
 )
 QUARTIC_OUTER = {"a": torch.tensor([0.3, -0.4, 0.8], dtype=F64)}
 QUARTIC_EPISODE = mf.Episode(
@@ -117,7 +117,7 @@ def test_a_direct_derivative_of_the_outer_loss_is_kept():
     problem = mf.Problem(
         lambda fast, slow, x: ((fast["w"] - slow["c"]) ** 2).sum(),
         lambda fast, slow, x: (fast["w"] * slow["c"]).sum(),
-        lambda slow: {"w": torch.zeros(2)},
+        lambda slow, support: {"w": torch.zeros(2)},
     )
     meta = mf.bilevel(problem, solver=mf.SGD(0.25, 60), estimator=mf.Penalty(3.0))
     grads, _ = mf.hypergrad(meta)({"c": torch.tensor([1.0, 3.0])}, (None, None))
@@ -148,7 +148,7 @@ def attention_problem(inner):
     return mf.Problem(
         inner,
         lambda fast, slow, x: ((x @ fast["w"]) ** 2).mean(),
-        lambda slow: {"w": 0.3 * torch.eye(4)},
+        lambda slow, support: {"w": 0.3 * torch.eye(4)},
     )
 
 
@@ -211,7 +211,9 @@ def test_second_derivatives_are_refused_and_never_zero(central):
         return meta({"a": a}, QUARTIC_EPISODE)[0]
 
     a = QUARTIC_OUTER["a"]
-    refused = pytest.raises(mf.TransformError, match="Penalty gives first derivatives by reverse")
+    refused = pytest.raises(
+        mf.errors.TransformError, match="Penalty gives first derivatives by reverse"
+    )
     leaf = a.clone().requires_grad_()
     (grad,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
     with refused:
@@ -243,13 +245,15 @@ def test_what_has_not_converged_is_warned_about():
         meta(leaf, case.episode(0))[0].backward()
 
     short = mf.SGD(0.2, 1)
-    with pytest.warns(mf.NotStationaryWarning) as caught:
+    with pytest.warns(mf.errors.NotStationaryWarning) as caught:
         run(short, SGD)
     assert "Penalty: the inner gradient norm" in str(caught[0].message)
-    with pytest.warns(mf.NotStationaryWarning, match="gradient norm of the nudged inner problem"):
+    with pytest.warns(
+        mf.errors.NotStationaryWarning, match="gradient norm of the nudged inner problem"
+    ):
         run(SGD, short)
     # Stationary to 1e-2 of its start, but not against a nudge that is as small.
-    with pytest.warns(mf.NotStationaryWarning, match="Penalty: the inner gradient norm"):
+    with pytest.warns(mf.errors.NotStationaryWarning, match="Penalty: the inner gradient norm"):
         run(mf.SGD(0.2, 12, momentum=0.5), SGD, strength=1e4)
     run(SGD, SGD)
     run(SGD, SGD, central=True)
@@ -268,7 +272,7 @@ def test_refusals():
         (SGD, decayed, "Penalty needs the minimum"),
     ):
         meta = mf.bilevel(case.problem, solver=solver, estimator=mf.Penalty(9.0, nudging))
-        with pytest.raises(mf.ProblemError, match=text):
+        with pytest.raises(mf.errors.ProblemError, match=text):
             meta(case.outer, case.episode(0))
 
 
@@ -278,12 +282,12 @@ def test_dropout_is_the_same_in_both_gradients():
             F.dropout((fast["w"] - slow["w"]) ** 2, 0.5).sum() + (fast["w"] ** 2).sum()
         ),
         lambda fast, slow, x: fast["w"].sum(),
-        lambda slow: {"w": torch.zeros(6)},
+        lambda slow, support: {"w": torch.zeros(6)},
     )
     # The two-sided form does not mind that the solution itself has seen other draws.
     estimator = mf.Penalty(2.0, mf.SGD(0.125, 200), central=True)
     meta = mf.bilevel(problem, solver=mf.SGD(0.1, 3), estimator=estimator)
-    with pytest.warns(mf.NotStationaryWarning):
+    with pytest.warns(mf.errors.NotStationaryWarning):
         grads, _ = mf.hypergrad(meta)({"w": torch.linspace(1, 2, 6)}, (None, None))
     # An entry is either dropped, H = 2 and M = 0, or doubled, H = 6 and M = -4: 0 or 2/3. No bias
     # on a quadratic, so rounding only.

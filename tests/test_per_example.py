@@ -10,8 +10,8 @@ from torch import nn
 import metafocus as mf
 from metafocus.adapters import all_linear, for_each, one_of
 from metafocus.errors import ProblemError
-from metafocus.recipes import focusft
-from metafocus.recipes.per_example import PerExampleLoss, PerExampleSolver
+from metafocus.lm.per_example import PerExampleLoss, PerExampleSolver
+from metafocus.recipes import _focusft as focusft
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 

@@ -31,8 +31,8 @@ def chain(momentum: float = 0.5, steps: int = 2):
     def upper(fast, slow, y):
         return ((fast["w"] - y) ** 2).sum()
 
-    problem = mf.Problem(inner, upper, init=lambda slow: {"w": 2 * slow["start"]})
-    unroll = mf.windows(problem, solver=mf.SGD(0.2, steps=steps, momentum=momentum))
+    problem = mf.Problem(inner, upper, init=lambda slow, support: {"w": 2 * slow["start"]})
+    unroll = mf.algorithms.Windows(problem, solver=mf.SGD(0.2, steps=steps, momentum=momentum))
     outer = {"l2": torch.tensor(-1.0, dtype=F64), "start": torch.tensor([0.4, -0.2], dtype=F64)}
     g = rng(11)
     episodes = [mf.Episode(*torch.randn(2, 2, generator=g, dtype=F64).unbind()) for _ in range(4)]
@@ -65,14 +65,14 @@ def chain_by_hand(unroll, outer, episodes, sigma, pairs, generator, persistent):
     return found
 
 
-METHODS = [mf.PES, mf.ESSingle]
+METHODS = [mf.algorithms.PES, mf.algorithms.ESSingle]
 
 
 @pytest.mark.parametrize("chunk_size", [None, 3])
 @pytest.mark.parametrize("method", METHODS)
 def test_particles_equal_the_loops_by_hand(method, chunk_size):
     unroll, outer, episodes = chain()
-    want = chain_by_hand(unroll, outer, episodes, 0.1, 4, rng(9), method is mf.PES)
+    want = chain_by_hand(unroll, outer, episodes, 0.1, 4, rng(9), method is mf.algorithms.PES)
     es = method(unroll, sigma=0.1, pairs=4, chunk_size=chunk_size)
     state, generator = es.init(outer), rng(9)
     for t, episode in enumerate(episodes):
@@ -94,8 +94,8 @@ def test_the_whole_derivative_despite_truncation(method):
     def upper(fast, slow, c):
         return (c * fast["w"]).sum()
 
-    problem = mf.Problem(inner, upper, init=lambda slow: {"w": slow["a"]})
-    unroll = mf.windows(problem, solver=mf.SGD(0.2, steps=1))
+    problem = mf.Problem(inner, upper, init=lambda slow, support: {"w": slow["a"]})
+    unroll = mf.algorithms.Windows(problem, solver=mf.SGD(0.2, steps=1))
     pairs, sigma = 4000, 0.5
     es = method(unroll, sigma=sigma, pairs=pairs)
     outer, generator = {"a": torch.ones(1, dtype=F64)}, rng()
@@ -103,7 +103,7 @@ def test_the_whole_derivative_despite_truncation(method):
     episode = mf.Episode(None, torch.tensor([3.0], dtype=F64))
     for t in range(1, 5):
         grads, state, aux = es.step(outer, state, episode, generator=generator)
-        sums = state.accumulated if method is mf.PES else state.noise
+        sums = state.accumulated if method is mf.algorithms.PES else state.noise
         each = (aux.losses[0] - aux.losses[1]) / 2 * sums["a"][:, 0] / sigma**2
         assert_close(grads["a"], each.mean(), 1e-12)
         standard = float(each.std()) / math.sqrt(pairs)
@@ -124,8 +124,8 @@ def test_the_variance_grows_for_pes_and_not_for_es_single():
     def upper(fast, slow, x):
         return fast["w"].sum()
 
-    problem = mf.Problem(inner, upper, init=lambda slow: {"w": torch.zeros(1, dtype=F64)})
-    unroll = mf.windows(problem, solver=mf.SGD(1.0, steps=1))
+    problem = mf.Problem(inner, upper, init=lambda slow, support: {"w": torch.zeros(1, dtype=F64)})
+    unroll = mf.algorithms.Windows(problem, solver=mf.SGD(1.0, steps=1))
     pairs, sigma = 20_000, 0.1
     variance = {}
     for method in METHODS:
@@ -134,12 +134,12 @@ def test_the_variance_grows_for_pes_and_not_for_es_single():
         state = es.init(outer)
         for _ in range(16):
             _, state, aux = es.step(outer, state, NONE, generator=generator)
-        sums = state.accumulated if method is mf.PES else state.noise
+        sums = state.accumulated if method is mf.algorithms.PES else state.noise
         each = (aux.losses[0] - aux.losses[1]) / 2 * sums["a"][:, 0] / sigma**2
         variance[method] = each.var().item()
     # e_16 sum_s e_s has the variance 15 + 2; e^2 has 2. Sample variances of 20 000: 5 %.
-    assert variance[mf.PES] == pytest.approx(17, rel=0.1)
-    assert variance[mf.ESSingle] == pytest.approx(2, rel=0.1)
+    assert variance[mf.algorithms.PES] == pytest.approx(17, rel=0.1)
+    assert variance[mf.algorithms.ESSingle] == pytest.approx(2, rel=0.1)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -163,7 +163,7 @@ def test_a_step_is_pure_and_a_run_resumes(method):
     assert torch.equal(flat(state), before), "the step changed the state it was given"
     file.seek(0)
     saved = torch.load(file, weights_only=True)
-    resumed = type(state)(mf.Window(**saved["window"]), saved["sums"])
+    resumed = type(state)(mf.algorithms.Window(**saved["window"]), saved["sums"])
     generator = torch.Generator()
     generator.set_state(saved["generator"])
     got, _, _ = es.step(outer, resumed, episodes[1], generator=generator)
@@ -172,10 +172,10 @@ def test_a_step_is_pure_and_a_run_resumes(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_particles_do_not_alias_the_outer_parameters(method):
-    problem = mf.Problem(problems.regression, problems.regression, init=lambda slow: slow)
+    problem = mf.Problem(problems.regression, problems.regression)
     case = problems.maml()
     outer = {k: case.outer[k].clone() for k in problems.FAST}
-    es = method(mf.windows(problem, solver=mf.SGD(0.1, steps=1)), sigma=0.1, pairs=2)
+    es = method(mf.algorithms.Windows(problem, solver=mf.SGD(0.1, steps=1)), sigma=0.1, pairs=2)
     state, generator = es.init(outer), rng()
     _, state, _ = es.step(outer, state, case.episode(), generator=generator)
     before = flat(state).clone()
@@ -197,5 +197,5 @@ def test_wrong_arguments_of_the_particles(method):
     with pytest.raises(TypeError, match="generator"):
         es.step(outer, es.init(outer), episodes[0])
     broken = mf.Episode(episodes[0].support, episodes[0].query * math.nan)
-    with pytest.raises(mf.NonFiniteError, match="2 of 2 perturbed"):
+    with pytest.raises(mf.errors.NonFiniteError, match="2 of 2 perturbed"):
         es.step(outer, es.init(outer), broken, generator=rng())

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import metafocus as mf
-from metafocus.probe import probe
+from metafocus.preflight import probe
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -29,7 +29,14 @@ def outer_loss(fast, slow, x):
     return sum((v**2).sum() for v in fast.values())
 
 
-def run(inner, *, init=lambda slow: {"w": slow["w"]}, estimator=TAPE["graph"], outer=OUTER, x=None):
+def run(
+    inner,
+    *,
+    init=lambda slow, support: {"w": slow["w"]},
+    estimator=TAPE["graph"],
+    outer=OUTER,
+    x=None,
+):
     problem = mf.Problem(inner, outer_loss, init)
     meta = mf.bilevel(problem, solver=SOLVER, estimator=estimator)
     return meta(outer, (torch.ones(2) if x is None else x, torch.ones(2)))
@@ -40,29 +47,29 @@ def run(inner, *, init=lambda slow: {"w": slow["w"]}, estimator=TAPE["graph"], o
 
 def test_a_key_that_init_does_not_return():
     with pytest.raises(
-        mf.ProblemError,
+        mf.errors.ProblemError,
         match=r"inner_loss asks for 'b'; init returned \['w'\] and outer holds \['c', 'w'\]",
     ):
         run(lambda fast, slow, x: (fast["w"] * fast["b"]).sum())
 
 
 def test_a_key_that_outer_does_not_hold():
-    with pytest.raises(mf.ProblemError, match="inner_loss asks for 'scale'; init returned"):
+    with pytest.raises(mf.errors.ProblemError, match="inner_loss asks for 'scale'; init returned"):
         run(lambda fast, slow, x: (fast["w"] * slow["scale"]).sum())
 
 
 def test_a_key_error_of_the_data_is_left_alone():
     with pytest.raises(KeyError, match="pixels") as caught:
         run(lambda fast, slow, x: (fast["w"] * x["pixels"]).sum(), x={"labels": torch.ones(2)})
-    assert not isinstance(caught.value, mf.ProblemError)
+    assert not isinstance(caught.value, mf.errors.ProblemError)
 
 
 def test_a_weight_that_is_never_read():
     with pytest.raises(
-        mf.ProblemError,
+        mf.errors.ProblemError,
         match=r"init returns 'c', which inner_loss never reads.* init returned \['c', 'w'\]",
     ):
-        run(lambda fast, slow, x: (fast["w"] * x).sum(), init=lambda slow: dict(slow))
+        run(lambda fast, slow, x: (fast["w"] * x).sum(), init=lambda slow, support: dict(slow))
 
 
 READERS = {
@@ -103,7 +110,9 @@ def _matched(f):
 
 @pytest.mark.parametrize("name", READERS)
 def test_every_way_to_read_a_dict_counts(name):
-    loss, aux = run(lambda fast, slow, x: READERS[name](fast) ** 2, init=lambda slow: dict(slow))
+    loss, aux = run(
+        lambda fast, slow, x: READERS[name](fast) ** 2, init=lambda slow, support: dict(slow)
+    )
     assert loss.isfinite()
     # It was adapted, both of it.
     assert (aux.params["w"] != OUTER["w"]).all()
@@ -118,13 +127,13 @@ def test_functional_call_reads_everything_and_an_unknown_name_is_refused():
     def inner(fast, slow, x):
         return torch.func.functional_call(module, fast, (x,)).sum() ** 2
 
-    loss, _ = run(inner, init=lambda slow: weight)
+    loss, _ = run(inner, init=lambda slow, support: weight)
     assert loss.isfinite()
     with pytest.raises(
-        mf.ProblemError,
+        mf.errors.ProblemError,
         match=r"does not know the fast weight 'layer.weight' .*as in dict\(module.named_parameters",
     ):
-        run(inner, init=lambda slow: {"layer.weight": torch.ones(1, 2)})
+        run(inner, init=lambda slow, support: {"layer.weight": torch.ones(1, 2)})
 
 
 @pytest.mark.parametrize("fast", [{"weigth": (1, 2)}, {"weight": (1, 2), "bais": (1,)}])
@@ -136,8 +145,10 @@ def test_functional_call_with_a_misspelt_leaf(fast):
         return torch.func.functional_call(module, fast, (x,)).sum() ** 2
 
     name = list(fast)[-1]
-    with pytest.raises(mf.ProblemError, match=rf"does not depend on the fast weight '{name}'"):
-        run(inner, init=lambda slow: {k: torch.ones(shape) for k, shape in fast.items()})
+    with pytest.raises(
+        mf.errors.ProblemError, match=rf"does not depend on the fast weight '{name}'"
+    ):
+        run(inner, init=lambda slow, support: {k: torch.ones(shape) for k, shape in fast.items()})
 
 
 def test_a_module_that_does_not_run_is_let_through():
@@ -158,7 +169,7 @@ def test_a_module_that_does_not_run_is_let_through():
     def inner(fast, slow, x):
         return torch.func.functional_call(module, fast, (x,)).sum() ** 2
 
-    _, aux = run(inner, init=lambda slow: {f"experts.{k}": v for k, v in start.items()})
+    _, aux = run(inner, init=lambda slow, support: {f"experts.{k}": v for k, v in start.items()})
     assert torch.equal(aux.params["experts.1.weight"], start["1.weight"])
 
 
@@ -189,13 +200,13 @@ def test_inner_losses_that_are_no_scalars(result, message, when):
     def inner(fast, slow, x):
         return result(fast["w"]) if wrong[0] else fast["w"].sum()
 
-    problem = mf.Problem(inner, outer_loss, lambda slow: {"w": slow["w"]})
+    problem = mf.Problem(inner, outer_loss, lambda slow, support: {"w": slow["w"]})
     meta = mf.bilevel(problem, solver=SOLVER, estimator=mf.Unrolled())
     episode = (torch.ones(2), torch.ones(2))
     if when == "later":
         meta(OUTER, episode)
         wrong[0] = True
-    with pytest.raises(mf.ProblemError, match=message):
+    with pytest.raises(mf.errors.ProblemError, match=message):
         meta(OUTER, episode)
 
 
@@ -207,7 +218,7 @@ def _closed(c):
 
 
 def _meta(inner, estimator, solver=None):
-    problem = mf.Problem(inner, outer_loss, lambda slow: {"w": slow["w"]})
+    problem = mf.Problem(inner, outer_loss, lambda slow, support: {"w": slow["w"]})
     meta = mf.bilevel(problem, solver=solver or mf.SGD(0.1, 2), estimator=estimator)
     return lambda: meta({"w": OUTER["w"]}, (torch.tensor([3.0, 4.0]), torch.ones(2)))[0]
 
@@ -235,7 +246,7 @@ LEVELS = {
 @pytest.mark.parametrize("name", EXPLICIT)
 def test_closures_over_tracked_tensors_are_refused_at_every_level(name, level):
     with pytest.raises(
-        mf.ClosureError,
+        mf.errors.ClosureError,
         match=r"inner_loss closes over a tensor that requires grad and is not in outer.*"
         r"Pass it in outer .*requires_grad_\(False\).*Unrolled\(\) without recompute",
     ):
@@ -281,7 +292,9 @@ def test_a_rate_that_closes_over_a_tracked_tensor_is_refused(name, kind):
     rate = torch.tensor(0.1, requires_grad=True)
     solver = mf.SGD(rate if kind == "tensor" else lambda _: rate, 2)
     inner = _closed(torch.tensor(1.0))
-    with pytest.raises(mf.ClosureError, match=r"the solver \(its lr\?\) closes over a tensor that"):
+    with pytest.raises(
+        mf.errors.ClosureError, match=r"the solver \(its lr\?\) closes over a tensor that"
+    ):
         _meta(inner, EXPLICIT[name], solver)()
     loss = _meta(inner, mf.Unrolled(), solver)()
     loss.backward()
@@ -295,7 +308,9 @@ def test_first_order_and_adapt_hold_a_closed_rate_constant():
     rate = torch.tensor(0.1, requires_grad=True)
     solver = mf.SGD(lambda _: rate, 2, momentum=0.5)
     _meta(_closed(torch.tensor(1.0)), mf.FirstOrder(), solver)
-    problem = mf.Problem(_closed(torch.tensor(1.0)), outer_loss, lambda slow: {"w": slow["w"]})
+    problem = mf.Problem(
+        _closed(torch.tensor(1.0)), outer_loss, lambda slow, support: {"w": slow["w"]}
+    )
     solution = mf.adapt(problem, {"w": OUTER["w"]}, torch.ones(2), solver=solver)
     assert not solution.params["w"].requires_grad
     leaf = OUTER["w"].clone().requires_grad_()
@@ -316,7 +331,7 @@ def test_a_trainable_module_with_a_partial_outer_is_refused(name):
     partial = {k: v for k, v in module.named_parameters() if k.startswith("1.")}
     meta = mf.bilevel(problem, solver=SOLVER, estimator=EXPLICIT[name])
     episode = (torch.ones(3, 2), torch.ones(3, 2))
-    with pytest.raises(mf.ClosureError, match="closes over a tensor that requires grad"):
+    with pytest.raises(mf.errors.ClosureError, match="closes over a tensor that requires grad"):
         meta(partial, episode)
     if name == "Implicit":
         return
@@ -331,7 +346,7 @@ def test_a_refused_first_call_is_refused_again():
     c = torch.tensor(1.0, requires_grad=True)
     call = _meta(_closed(c), EXPLICIT["recompute"])
     for _ in range(2):
-        with pytest.raises(mf.ClosureError):
+        with pytest.raises(mf.errors.ClosureError):
             call()
     c.requires_grad_(False)
     assert call().isfinite()
@@ -350,7 +365,7 @@ def test_random_numbers_of_the_trial_are_given_back(estimator):
         loss, aux = meta(OUTER, (torch.ones(2), torch.ones(2)))
         return loss, aux.params["w"], torch.get_rng_state()
 
-    problem = mf.Problem(inner, outer_loss, lambda slow: {"w": slow["w"]})
+    problem = mf.Problem(inner, outer_loss, lambda slow, support: {"w": slow["w"]})
     meta = mf.bilevel(problem, solver=SOLVER, estimator=estimator)
     first, second = call(meta), call(meta)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -361,7 +376,7 @@ def test_random_numbers_of_the_trial_are_given_back(estimator):
 def test_a_random_init_is_drawn_once_per_call(estimator):
     calls = []
 
-    def init(slow):
+    def init(slow, support=None):
         calls.append(1)
         return {"w": slow["w"] + torch.rand(2)}
 
@@ -389,7 +404,7 @@ def test_the_loss_is_tried_once_not_at_every_call():
         calls.append(1)
         return (fast["w"] ** 2).sum()
 
-    problem = mf.Problem(inner, outer_loss, lambda slow: {"w": slow["w"]})
+    problem = mf.Problem(inner, outer_loss, lambda slow, support: {"w": slow["w"]})
     meta = mf.bilevel(problem, solver=SOLVER, estimator=mf.Unrolled())
     for n in (3, 5, 7):
         meta(OUTER, (torch.ones(2), torch.ones(2)))
@@ -400,7 +415,9 @@ def test_the_trial_leaves_no_gradients_and_no_changed_arguments():
     weight = nn.Parameter(torch.ones(2))
     slow = {"w": torch.ones(2, requires_grad=True)}
     problem = mf.Problem(
-        lambda fast, slow, x: (fast["w"] * weight).sum(), outer_loss, lambda slow: dict(slow)
+        lambda fast, slow, x: (fast["w"] * weight).sum(),
+        outer_loss,
+        lambda slow, support: dict(slow),
     )
     found = probe(problem, SOLVER, slow, None, explicit=False)
     assert found.init(slow)["w"] is slow["w"]

@@ -41,7 +41,9 @@ def test_proximal_refuses(strength):
 
 
 def test_proximal_names_the_weight_without_counterpart():
-    with pytest.raises(mf.ProblemError, match=r"slow has no 'w'. Return those names from init"):
+    with pytest.raises(
+        mf.errors.ProblemError, match=r"slow has no 'w'. Return those names from init"
+    ):
         mf.proximal(loss, 1.0)({"w": torch.ones(1)}, {"v": torch.ones(1)}, torch.ones(1))
 
 
@@ -57,7 +59,7 @@ def test_proximal_names_the_weight_without_counterpart():
     ],
 )
 def test_check_params_refuses(params, message):
-    with pytest.raises(mf.ProblemError, match=message):
+    with pytest.raises(mf.errors.ProblemError, match=message):
         check_params(params, "here", "things")
 
 
@@ -75,19 +77,20 @@ def test_check_finite_names_step_and_task(bad):
     losses = torch.ones(5)
     losses[3] = bad
     with pytest.raises(
-        mf.NonFiniteError, match=rf"inner_loss is {bad} before inner step 3\. Lower the solver's lr"
+        mf.errors.NonFiniteError,
+        match=rf"inner_loss is {bad} before inner step 3\. Lower the solver's lr",
     ):
         check_finite(losses)
     tasks = torch.ones(4, 5)
     tasks[2, 1] = bad
     tasks[3, 0] = bad
-    with pytest.raises(mf.NonFiniteError, match=rf"is {bad} before inner task 2, step 1"):
+    with pytest.raises(mf.errors.NonFiniteError, match=rf"is {bad} before inner task 2, step 1"):
         check_finite(tasks)
 
 
 def test_start_is_checked_and_prepared_is_an_episode():
-    problem = mf.Problem(loss, loss, lambda slow: [1])
-    with pytest.raises(mf.ProblemError, match="init must be a dict of tensors"):
+    problem = mf.Problem(loss, loss, lambda slow, support: [1])
+    with pytest.raises(mf.errors.ProblemError, match="init must be a dict of tensors"):
         problem.start({})
     same = mf.Problem(loss, loss, dict)
     assert same.prepared({}, mf.Episode(1, 2)) == mf.Episode(1, 2)
@@ -100,5 +103,5 @@ def test_every_error_is_a_value_error():
     for name in mf.__all__:
         thing = getattr(mf, name)
         if isinstance(thing, type) and name.endswith("Error"):
-            assert issubclass(thing, mf.MetafocusError) and issubclass(thing, ValueError)
-    assert issubclass(mf.NotStationaryWarning, UserWarning)
+            assert issubclass(thing, mf.errors.MetafocusError) and issubclass(thing, ValueError)
+    assert issubclass(mf.errors.NotStationaryWarning, UserWarning)

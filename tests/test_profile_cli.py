@@ -135,7 +135,7 @@ def test_unused_options_are_noted(trained, tmp_path):
 
 
 def trainer(model, callbacks, folder, steps=5, resume=None):
-    from metafocus.integrations.hf import FocusArguments, FocusTrainer
+    from metafocus.trainer import FocusArguments, FocusTrainer
 
     batch = chat_batch()
     dataset = [{k: v[0] for k, v in batch.items()}] * 8
@@ -152,7 +152,7 @@ def trainer(model, callbacks, folder, steps=5, resume=None):
 
 def test_callback(tmp_path):
     """Before, during and after; the training is the same to the last bit."""
-    from metafocus.integrations.profile import ProfileCallback
+    from metafocus.trainer.profiling import ProfileCallback
 
     batch = chat_batch(seed=3)
     model, alone = build(dtype=torch.float32), build(dtype=torch.float32)
@@ -173,7 +173,7 @@ def test_callback(tmp_path):
 
 def test_callback_with_adaptation(tmp_path):
     """Fast weights are made for each profile; a batch may come from another collator."""
-    from metafocus.integrations.profile import ProfileCallback
+    from metafocus.trainer.profiling import ProfileCallback
 
     adapter = mf.LoRA(mf.top_layers(0.5, NAMES), rank=2, alpha=4.0)
 
@@ -194,7 +194,7 @@ def test_callback_with_adaptation(tmp_path):
 
 def test_the_history_survives_a_resume(tmp_path):
     """Stopped after 4 of 6 steps and resumed, the history is that of a run in one piece."""
-    from metafocus.integrations.profile import ProfileCallback
+    from metafocus.trainer.profiling import ProfileCallback
 
     def run(folder, steps, resume=None):
         callback = ProfileCallback(chat_batch(seed=3), every=2)
@@ -215,7 +215,7 @@ def test_the_history_survives_a_resume(tmp_path):
 
 
 def test_callback_refuses(tmp_path):
-    from metafocus.integrations.profile import ProfileCallback
+    from metafocus.trainer.profiling import ProfileCallback
 
     for every in (0, 1.5, True):
         with pytest.raises(ProblemError, match=f"every={every!r} must be a whole number"):

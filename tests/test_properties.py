@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import metafocus as mf
-from metafocus import masks, tree
+from metafocus import masks
+from metafocus import params as pt
 from metafocus.data import collate, encode_chat, pack
-from metafocus.spans import Spans, nonempty, windowed
-from metafocus.tokenizer import train_tokenizer
+from metafocus.data.tokenizer import train_tokenizer
+from metafocus.masks.spans import Spans, nonempty, windowed
 
 F64 = torch.float64
 
@@ -177,18 +178,18 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 @given(vectors(3), st.integers(-9, 9), st.integers(-9, 9))
 def test_parameters_are_a_vector_space_with_a_product(three, s, t):
     a, b, c = three
-    zero = tree.zeros_like(a)
-    assert equal(tree.add(a, b), tree.add(b, a))
-    assert equal(tree.add(tree.add(a, b), c), tree.add(a, tree.add(b, c)))
-    assert equal(tree.add(a, zero), a) and equal(tree.sub(a, a), zero)
-    assert equal(tree.sub(a, b), tree.add(a, b, -1.0))
-    assert equal(tree.scale(tree.add(a, b), s), tree.add(tree.scale(a, s), tree.scale(b, s)))
-    assert equal(tree.scale(tree.scale(a, s), t), tree.scale(a, s * t))
-    assert tree.dot(a, b) == tree.dot(b, a)
-    assert tree.dot(tree.add(a, c, s), b) == tree.dot(a, b) + s * tree.dot(c, b)
-    assert tree.dot(a, a) >= 0
+    zero = pt.zeros_like(a)
+    assert equal(pt.add(a, b), pt.add(b, a))
+    assert equal(pt.add(pt.add(a, b), c), pt.add(a, pt.add(b, c)))
+    assert equal(pt.add(a, zero), a) and equal(pt.sub(a, a), zero)
+    assert equal(pt.sub(a, b), pt.add(a, b, -1.0))
+    assert equal(pt.scale(pt.add(a, b), s), pt.add(pt.scale(a, s), pt.scale(b, s)))
+    assert equal(pt.scale(pt.scale(a, s), t), pt.scale(a, s * t))
+    assert pt.dot(a, b) == pt.dot(b, a)
+    assert pt.dot(pt.add(a, c, s), b) == pt.dot(a, b) + s * pt.dot(c, b)
+    assert pt.dot(a, a) >= 0
     # Products of whole numbers below 1e5: only the roots round.
-    assert tree.norm(tree.add(a, b)) <= (tree.norm(a) + tree.norm(b)) * (1 + 1e-12)
+    assert pt.norm(pt.add(a, b)) <= (pt.norm(a) + pt.norm(b)) * (1 + 1e-12)
 
 
 # --- estimators --------------------------------------------------------------------------------
@@ -211,7 +212,7 @@ class Quadratic:
                 0.5 * fast["z"] @ self.a @ fast["z"] + slow["z"] @ self.b @ fast["z"]
             ),
             lambda fast, slow, q: 0.5 * ((fast["z"] - slow["z"] - q) ** 2).sum(),
-            init=lambda slow: {"z": slow["z"]},
+            init=lambda slow, support: {"z": slow["z"]},
         )
 
     def found(self, solver: Any, estimator: Any) -> Tensor:

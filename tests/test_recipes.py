@@ -14,7 +14,8 @@ from torch.func import functional_call
 import metafocus as mf
 from metafocus.adapters import for_each, one_of
 from metafocus.errors import ProblemError
-from metafocus.recipes import export, focusft, qttt, ttt_e2e
+from metafocus.recipes import _focusft as focusft
+from metafocus.recipes import export, qttt, ttt_e2e
 from metafocus.recipes.streaming import chunks
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -252,7 +253,7 @@ def test_a_prompt_without_answers_and_generation():
     with torch.no_grad():
         loss, aux = qttt(model)({}, mf.Episode(prompt, prompt))
     assert loss == 0 and not any(v.requires_grad for v in aux.params.values())
-    from metafocus.recipes.test_time import QUERIES
+    from metafocus.recipes.ttt import QUERIES
 
     inputs = {"input_ids": batch["input_ids"][:, :8], "attention_mask": torch.ones(2, 8).long()}
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from problems import assert_close
 
 import metafocus as mf
-from metafocus.autodiff.composites import differentiable_twice
+from metafocus.autodiff.safe_operators.swapping import differentiable_twice
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -142,9 +142,11 @@ def test_tape_around_functorch_and_back():
 
 
 def test_nested_forward_mode_is_refused():
-    with pytest.raises(mf.TransformError, match=r"recompute inside two nested .* Use jacfwd"):
+    with pytest.raises(
+        mf.errors.TransformError, match=r"recompute inside two nested .* Use jacfwd"
+    ):
         along(along(remade))(X, W)
-    with pytest.raises(mf.TransformError, match="nested"):
+    with pytest.raises(mf.errors.TransformError, match="nested"):
         torch.func.jacfwd(torch.func.jacfwd(remade))(X, W)
 
 

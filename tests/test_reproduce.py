@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-import metafocus.reproduce
+import metafocus.claims.suite
 from metafocus.__main__ import main
-from metafocus.claims_page import measured, page
+from metafocus.claims.page import measured, page
+from metafocus.claims.suite import Reproduction, find_suite, reproduce
 from metafocus.errors import DataError
-from metafocus.reproduce import Reproduction, find_suite, reproduce
 
 SUITE = Path(__file__).parent / "repro"
 
@@ -96,7 +96,7 @@ def test_without_a_suite(tmp_path, monkeypatch):
     """As in an installation from a wheel, and for a wrong folder."""
     code, _, err = run("--suite", tmp_path)
     assert code == 2 and "holds no suite of claims" in err
-    monkeypatch.setattr(metafocus.reproduce, "__file__", str(tmp_path / "metafocus" / "x.py"))
+    monkeypatch.setattr(metafocus.claims.suite, "__file__", str(tmp_path / "metafocus" / "x.py"))
     code, _, err = run("--output", tmp_path / "out")
     assert code == 2 and err.count("\n") == 1
     assert "clone the repository" in err and "--suite CLONE/tests/repro" in err
@@ -112,7 +112,7 @@ def test_unknown_and_empty_words(suite, tmp_path):
 
 
 def test_pytest_is_asked_for(suite, monkeypatch):
-    monkeypatch.setattr(metafocus.reproduce.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(metafocus.claims.suite.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"pytest is not installed: pip install 'metafocus\[dev\]'"):
         reproduce(suite)
 

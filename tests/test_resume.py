@@ -13,7 +13,7 @@ import torch
 from trainer_script import CRASH_STEPS, tiny, trainer
 
 from metafocus.errors import DataError
-from metafocus.integrations.checkpoints import SEAL, damage, require_complete, resumable
+from metafocus.trainer.checkpoints import SEAL, damage, require_complete, resumable
 
 SCRIPT = Path(__file__).parent / "trainer_script.py"
 

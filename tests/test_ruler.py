@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 
 from metafocus.data import encode_chat, encode_chats
+from metafocus.data.tokenizer import train_tokenizer
 from metafocus.errors import DataError
 from metafocus.evals import Prose, builtin_prose, token_windows
 from metafocus.evals.ruler import NEW_TOKENS, NIAH, TASKS, Question, generate, read_questions
@@ -14,7 +15,6 @@ from metafocus.evals.ruler.frequency import _FEWEST, zipf_counts
 from metafocus.evals.ruler.niah import DEPTHS
 from metafocus.evals.ruler.words import ADJECTIVES, NOISE, NOUNS
 from metafocus.evals.scorers import string_match_all, string_match_part
-from metafocus.tokenizer import train_tokenizer
 
 SENTENCES = builtin_prose("train").sentences
 QUESTIONS = [

@@ -96,7 +96,7 @@ def test_second_derivative_of_implicit_where_the_outer_gradient_is_zero():
     problem = mf.Problem(
         lambda fast, slow, x: ((fast["v"] - slow["w"]) ** 2).sum(),
         lambda fast, slow, x: ((fast["v"] - x) ** 2).sum(),
-        lambda slow: {"v": torch.zeros(2)},
+        lambda slow, support: {"v": torch.zeros(2)},
     )
     meta = mf.bilevel(problem, solver=mf.SGD(0.5, 2), estimator=mf.Implicit(mf.CG(3)))
     w = torch.tensor([1.0, 2.0])
@@ -174,9 +174,9 @@ def test_second_derivatives_survive_more_cg_steps_than_unknowns(steps):
 def test_nested_forward_mode_is_refused(name):
     loss, x = _vector_problem(name)
     d = torch.ones_like(x)
-    with pytest.raises(mf.TransformError, match=r"two nested .*jacfwd\(jacrev\(f\)\)"):
+    with pytest.raises(mf.errors.TransformError, match=r"two nested .*jacfwd\(jacrev\(f\)\)"):
         torch.func.jvp(lambda v: torch.func.jvp(loss, (v,), (d,))[1], (x,), (d,))
-    with pytest.raises(mf.TransformError, match="nested"):
+    with pytest.raises(mf.errors.TransformError, match="nested"):
         torch.func.jacfwd(torch.func.jacfwd(loss))(x)
 
 

@@ -14,9 +14,9 @@ import torch
 from models import build
 
 from metafocus.__main__ import main
-from metafocus.integrations import config_file
-from metafocus.integrations.checkpoints import damage
-from metafocus.tokenizer import train_tokenizer
+from metafocus.data.tokenizer import train_tokenizer
+from metafocus.trainer import config_file
+from metafocus.trainer.checkpoints import damage
 
 ROOT = Path(__file__).parent.parent / "metafocus"
 FILES = sorted(ROOT.rglob("*.py"))

@@ -25,9 +25,9 @@ import metafocus as mf
 from metafocus import masks
 from metafocus.errors import ProblemError
 from metafocus.lm import lm_loss
-from metafocus.lm.prefix import fast_layers, hidden_before
-from metafocus.lm.sharing import Shared
-from metafocus.recipes.focusft import focusft_problem, trainable
+from metafocus.lm.hf.prefix import fast_layers, hidden_before
+from metafocus.lm.hf.sharing import Shared
+from metafocus.recipes._focusft import focusft_problem, trainable
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
@@ -47,7 +47,7 @@ def problems(model, adapter, **options):
     plain = mf.Problem(
         problem.inner_loss,
         problem.outer_loss,
-        lambda slow: adapter.init(model, torch.Generator().manual_seed(0)),
+        lambda slow, support: adapter.init(model, torch.Generator().manual_seed(0)),
     )
     return problem, plain
 

@@ -19,11 +19,11 @@ PROBLEM = Q.problem()
 FULL = Q.full
 # Eigenvalues of the inner Hessian are .2 .. 1, of the value function .55 .. 5.4.
 ALGORITHMS = {
-    "SOBA": mf.SOBA(PROBLEM, inner_lr=0.9, v_lr=0.9),
-    "AmIGO": mf.AmIGO(PROBLEM, inner_lr=0.9, v_lr=0.9, inner_steps=3, v_steps=4),
-    "StocBiO": mf.StocBiO(PROBLEM, inner_lr=0.9, v_lr=0.9, inner_steps=3, v_steps=4),
-    "F2SA": mf.F2SA(PROBLEM, inner_lr=0.9, strength=10.0, growth=0.5, inner_steps=2),
-    "BOME": mf.BOME(PROBLEM, inner_lr=0.9, fast_lr=0.05, inner_steps=5),
+    "SOBA": mf.algorithms.SOBA(PROBLEM, inner_lr=0.9, v_lr=0.9),
+    "AmIGO": mf.algorithms.AmIGO(PROBLEM, inner_lr=0.9, v_lr=0.9, inner_steps=3, v_steps=4),
+    "StocBiO": mf.algorithms.StocBiO(PROBLEM, inner_lr=0.9, v_lr=0.9, inner_steps=3, v_steps=4),
+    "F2SA": mf.algorithms.F2SA(PROBLEM, inner_lr=0.9, strength=10.0, growth=0.5, inner_steps=2),
+    "BOME": mf.algorithms.BOME(PROBLEM, inner_lr=0.9, fast_lr=0.05, inner_steps=5),
 }
 
 
@@ -144,8 +144,8 @@ def test_bome_at_an_exact_inner_minimum_has_no_barrier():
     def upper(fast, slow, x):
         return ((fast["z"] - slow["x"]) ** 2).sum()
 
-    problem = mf.Problem(loss, upper, lambda slow: {"z": torch.zeros(2, dtype=F64)})
-    bome = mf.BOME(problem, inner_lr=0.1, fast_lr=0.1)
+    problem = mf.Problem(loss, upper, lambda slow, support: {"z": torch.zeros(2, dtype=F64)})
+    bome = mf.algorithms.BOME(problem, inner_lr=0.1, fast_lr=0.1)
     outer = {"x": torch.ones(2, dtype=F64)}
     grads, state, aux = bome.step(outer, bome.init(outer), mf.Episode(None, None))
     assert_close(grads["x"], torch.full((2,), 2.0, dtype=F64), 1e-15)
@@ -181,9 +181,9 @@ def saba_by_hand(terms, lr, outer_lr):
 
 
 def test_saba_is_its_recursion():
-    saba = mf.SABA(PROBLEM, inner_lr=0.2, v_lr=0.2)
+    saba = mf.algorithms.SABA(PROBLEM, inner_lr=0.2, v_lr=0.2)
     generator = rng(1)
-    episodes = [mf.single_loop.draw(Q.data, generator=generator) for _ in range(150)]
+    episodes = [mf.algorithms.draw(Q.data, generator=generator) for _ in range(150)]
     order = [(int(e.support.number), int(e.query.number)) for e in episodes]
     x, z, v = saba_by_hand(order, 0.2, 0.1)
     outer, state = descend(saba, Q.start(), saba.init(Q.start(), Q.data), episodes, 0.1)
@@ -195,28 +195,28 @@ def test_saba_is_its_recursion():
 
 def test_saba_is_unbiased_at_any_state():
     # The mean over all pairs of terms is the full-batch direction, whatever the memory holds.
-    saba = mf.SABA(PROBLEM, inner_lr=0.2, v_lr=0.2)
-    soba = mf.SOBA(PROBLEM, inner_lr=0.2, v_lr=0.2)
+    saba = mf.algorithms.SABA(PROBLEM, inner_lr=0.2, v_lr=0.2)
+    soba = mf.algorithms.SOBA(PROBLEM, inner_lr=0.2, v_lr=0.2)
     generator = rng(2)
     outer, state = descend(
         saba,
         Q.start(),
         saba.init(Q.start(), Q.data),
-        [mf.single_loop.draw(Q.data, generator=generator) for _ in range(30)],
+        [mf.algorithms.draw(Q.data, generator=generator) for _ in range(30)],
         0.1,
     )
     grads, fast, v = [], [], []
     for i in range(12):
         for j in range(8):
             term = [
-                mf.single_loop.Term(torch.tensor(k), tuple(x[k] for x in half))
+                mf.algorithms.Term(torch.tensor(k), tuple(x[k] for x in half))
                 for k, half in ((i, Q.inner), (j, Q.outer))
             ]
             g, after, _ = saba.step(outer, state, mf.Episode(*term))
             grads.append(g["x"])
             fast.append(after.fast["z"])
             v.append(after.v["z"])
-    want, after, _ = soba.step(outer, mf.single_loop.SOBAState(state.fast, state.v), FULL)
+    want, after, _ = soba.step(outer, mf.algorithms.SOBAState(state.fast, state.v), FULL)
     assert torch.stack(grads).std(0).min() > 1e-3, "single estimates do differ"
     # Rounding of a mean over 96.
     assert_close(torch.stack(grads).mean(0), want["x"], 1e-12)
@@ -284,7 +284,7 @@ def test_stocbio_converges_up_to_the_bias_of_its_series():
 
 @pytest.mark.parametrize("strength", [10.0, 100.0])
 def test_f2sa_converges_to_the_penalised_solution(strength):
-    f2sa = mf.F2SA(PROBLEM, inner_lr=0.9, strength=strength, inner_steps=5)
+    f2sa = mf.algorithms.F2SA(PROBLEM, inner_lr=0.9, strength=strength, inner_steps=5)
     outer, state = descend(f2sa, Q.start(), f2sa.init(Q.start()), [FULL] * 400, 0.15)
     # Linear convergence to rounding, amplified by the strength.
     assert_close(outer["x"], Q.penalised(strength), 1e-11)
@@ -292,7 +292,7 @@ def test_f2sa_converges_to_the_penalised_solution(strength):
 
 
 def test_the_growing_strength_of_f2sa_removes_the_bias():
-    f2sa = mf.F2SA(PROBLEM, inner_lr=0.9, strength=1.0, growth=0.5, inner_steps=5)
+    f2sa = mf.algorithms.F2SA(PROBLEM, inner_lr=0.9, strength=1.0, growth=0.5, inner_steps=5)
     outer, state = descend(f2sa, Q.start(), f2sa.init(Q.start()), [FULL] * 1200, 0.15)
     assert state.strength.item() == 601.0
     # Within the bias at the strength reached, and it follows: twice that of a fixed 601.
@@ -307,9 +307,9 @@ def test_the_growing_strength_of_f2sa_removes_the_bias():
 def some_step(name):
     """An algorithm, outer parameters, a state after a few steps, and an episode."""
     if name == "SABA":
-        saba = mf.SABA(PROBLEM, inner_lr=0.2, v_lr=0.2)
+        saba = mf.algorithms.SABA(PROBLEM, inner_lr=0.2, v_lr=0.2)
         generator = rng(3)
-        episodes = [mf.single_loop.draw(Q.data, generator=generator) for _ in range(4)]
+        episodes = [mf.algorithms.draw(Q.data, generator=generator) for _ in range(4)]
         outer, state = descend(saba, Q.start(), saba.init(Q.start(), Q.data), episodes[:3], 0.1)
         return saba, outer, state, episodes[3]
     algorithm = ALGORITHMS[name]
@@ -391,7 +391,7 @@ def test_with_a_torch_optimiser_and_an_identity_init(name):
     def upper(fast, slow, x):
         return ((fast["w"] - x) ** 2).sum()
 
-    problem = mf.Problem(inner, upper, init=lambda slow: slow)
+    problem = mf.Problem(inner, upper)
     algorithm = dataclasses.replace(ALGORITHMS[name], problem=problem, inner_lr=0.3)
     weight = torch.nn.Parameter(torch.tensor([1.0, -1.0], dtype=F64))
     outer = {"w": weight}
@@ -434,12 +434,12 @@ def test_prepare_is_part_of_both_levels(name):
     def upper_whole(fast, slow, t):
         return upper(fast, slow, slow["x"].sum() * t)
 
-    def start(slow):
+    def start(slow, support=None):
         return {"z": torch.zeros(2, dtype=F64)}
 
     outer = {"x": torch.tensor([0.3, 0.5], dtype=F64)}
     data = torch.randn(2, 3, 2, generator=rng(), dtype=F64)
-    template = mf.SABA(PROBLEM, 0.2, 0.2) if name == "SABA" else ALGORITHMS[name]
+    template = mf.algorithms.SABA(PROBLEM, 0.2, 0.2) if name == "SABA" else ALGORITHMS[name]
     found = []
     for problem in (
         mf.Problem(inner, upper, start, prepare=prepare),
@@ -449,7 +449,7 @@ def test_prepare_is_part_of_both_levels(name):
         if name == "SABA":
             whole = mf.Episode(data[0], data[1])
             state = algorithm.init(outer, whole)
-            episodes = [mf.single_loop.draw(whole, generator=generator) for _ in range(3)]
+            episodes = [mf.algorithms.draw(whole, generator=generator) for _ in range(3)]
         else:
             state, episodes = algorithm.init(outer), [mf.Episode(data[0][0], data[1][0])] * 3
         found.append(descend(algorithm, outer, state, episodes, 0.1))
@@ -458,7 +458,7 @@ def test_prepare_is_part_of_both_levels(name):
 
 def test_drawing_is_uniform_and_independent():
     generator = rng()
-    draws = [mf.single_loop.draw(Q.data, generator=generator) for _ in range(4800)]
+    draws = [mf.algorithms.draw(Q.data, generator=generator) for _ in range(4800)]
     table = torch.zeros(12, 8)
     for support, query in draws:
         table[support.number, query.number] += 1
@@ -467,22 +467,28 @@ def test_drawing_is_uniform_and_independent():
     chi2 = ((table - expected) ** 2 / expected).sum().item()
     # Chi-squared with 95 degrees of freedom: mean 95, standard deviation 13.8; 4 of these.
     assert chi2 < 95 + 4 * 13.8
-    again = mf.single_loop.draw(Q.data, generator=rng())
+    again = mf.algorithms.draw(Q.data, generator=rng())
     assert again.support.number == draws[0].support.number
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: mf.SOBA(PROBLEM, 0.0, 0.1), "inner_lr must be positive, got 0.0"),
-        (lambda: mf.SOBA(PROBLEM, 0.1, -1.0), "v_lr must be positive, got -1.0"),
-        (lambda: mf.SABA(PROBLEM, 0.1, math.nan), "v_lr must be positive, got nan"),
-        (lambda: mf.AmIGO(PROBLEM, 0.1, 0.1, 0), "inner_steps must be an integer >= 1, got 0"),
-        (lambda: mf.StocBiO(PROBLEM, 0.1, 0.1, 1, 2.5), "v_steps must be an integer >= 1, got 2.5"),
-        (lambda: mf.F2SA(PROBLEM, 0.1, 0.0), "strength must be positive, got 0.0"),
-        (lambda: mf.F2SA(PROBLEM, 0.1, 1.0, -0.1), "growth must be >= 0, got -0.1"),
-        (lambda: mf.BOME(PROBLEM, 0.1, 0.1, 0.0), "eta must be positive, got 0.0"),
-        (lambda: mf.BOME(PROBLEM, 0.1, 0.0), "fast_lr must be positive, got 0.0"),
+        (lambda: mf.algorithms.SOBA(PROBLEM, 0.0, 0.1), "inner_lr must be positive, got 0.0"),
+        (lambda: mf.algorithms.SOBA(PROBLEM, 0.1, -1.0), "v_lr must be positive, got -1.0"),
+        (lambda: mf.algorithms.SABA(PROBLEM, 0.1, math.nan), "v_lr must be positive, got nan"),
+        (
+            lambda: mf.algorithms.AmIGO(PROBLEM, 0.1, 0.1, 0),
+            "inner_steps must be an integer >= 1, got 0",
+        ),
+        (
+            lambda: mf.algorithms.StocBiO(PROBLEM, 0.1, 0.1, 1, 2.5),
+            "v_steps must be an integer >= 1, got 2.5",
+        ),
+        (lambda: mf.algorithms.F2SA(PROBLEM, 0.1, 0.0), "strength must be positive, got 0.0"),
+        (lambda: mf.algorithms.F2SA(PROBLEM, 0.1, 1.0, -0.1), "growth must be >= 0, got -0.1"),
+        (lambda: mf.algorithms.BOME(PROBLEM, 0.1, 0.1, 0.0), "eta must be positive, got 0.0"),
+        (lambda: mf.algorithms.BOME(PROBLEM, 0.1, 0.0), "fast_lr must be positive, got 0.0"),
     ],
 )
 def test_wrong_settings(make, message):
@@ -491,19 +497,19 @@ def test_wrong_settings(make, message):
 
 
 def test_wrong_inputs():
-    saba = mf.SABA(PROBLEM, 0.1, 0.1)
+    saba = mf.algorithms.SABA(PROBLEM, 0.1, 0.1)
     state = saba.init(Q.start(), Q.data)
-    with pytest.raises(mf.ProblemError, match=r"numbered terms.*got tuple and tuple.*draw"):
+    with pytest.raises(mf.errors.ProblemError, match=r"numbered terms.*got tuple and tuple.*draw"):
         saba.step(Q.start(), state, FULL)
     ragged = mf.Episode((torch.ones(3), torch.ones(4)), torch.ones(2))
-    with pytest.raises(mf.ProblemError, match=r"support must hold.*\[3, 4\]"):
+    with pytest.raises(mf.errors.ProblemError, match=r"support must hold.*\[3, 4\]"):
         saba.init(Q.start(), ragged)
-    with pytest.raises(mf.ProblemError, match="support must hold"):
-        mf.single_loop.draw(ragged, generator=rng())
+    with pytest.raises(mf.errors.ProblemError, match="support must hold"):
+        mf.algorithms.draw(ragged, generator=rng())
     fresh = dataclasses.replace(ALGORITHMS["AmIGO"], fresh=True)
-    with pytest.raises(mf.ProblemError, match=r"= 8 batches.*got axis-0 sizes \[12\]"):
+    with pytest.raises(mf.errors.ProblemError, match=r"= 8 batches.*got axis-0 sizes \[12\]"):
         fresh.step(Q.start(), fresh.init(Q.start()), Q.data)
-    with pytest.raises(mf.ProblemError, match=r"outer=\{\} with a single-loop algorithm"):
+    with pytest.raises(mf.errors.ProblemError, match=r"outer=\{\} with a single-loop algorithm"):
         ALGORITHMS["SOBA"].init({})
 
 
@@ -511,7 +517,7 @@ def test_wrong_inputs():
 def test_a_diverging_inner_problem_is_named(name):
     algorithm, outer, state, episode = some_step(name)
     broken = state._replace(fast={"z": state.fast["z"] * math.nan})
-    with pytest.raises(mf.NonFiniteError, match="inner gradient is nan"):
+    with pytest.raises(mf.errors.NonFiniteError, match="inner gradient is nan"):
         algorithm.step(outer, broken, episode)
 
 
@@ -520,5 +526,5 @@ def test_a_loss_that_is_not_a_scalar_is_named(name):
     algorithm, outer, state, episode = some_step(name)
     for field in ("inner_loss", "outer_loss"):
         problem = dataclasses.replace(PROBLEM, **{field: lambda fast, slow, data: fast["z"]})
-        with pytest.raises(mf.ProblemError, match=f"{field} must return a scalar"):
+        with pytest.raises(mf.errors.ProblemError, match=f"{field} must return a scalar"):
             dataclasses.replace(algorithm, problem=problem).step(outer, state, episode)

@@ -19,7 +19,7 @@ def loss(fast, slow, data):
     return regression(fast, slow, data) + 0.1 * (fast["2.weight"] ** 4).sum()
 
 
-PROBLEM = mf.Problem(loss, loss, lambda slow: {k: slow[k] for k in FAST})
+PROBLEM = mf.Problem(loss, loss, lambda slow, support: {k: slow[k] for k in FAST})
 
 # --- torch.optim -----------------------------------------
 
@@ -139,7 +139,7 @@ def test_meta_gradients_are_those_of_higher(name, estimator):
         ((net(xq) - yq) ** 2).mean().backward()
     want = {k: v.grad for k, v in module.named_parameters()}
 
-    problem = mf.Problem(regression, regression, lambda slow: dict(slow))
+    problem = mf.Problem(regression, regression, lambda slow, support: dict(slow))
     meta = mf.bilevel(problem, solver=solver, estimator=estimator)
     got, _ = mf.hypergrad(meta)({k: case.outer[k] for k in FAST}, case.episode(0))
     # The same formulas; five steps of rounding in another order.
@@ -154,7 +154,7 @@ def _lora(fast, slow, x):
     return ((fast["B"] @ (fast["A"] @ x) - slow["target"]) ** 2).sum()
 
 
-LORA = mf.Problem(_lora, _lora, lambda slow: {"A": slow["A"], "B": slow["B"]})
+LORA = mf.Problem(_lora, _lora, lambda slow, support: {"A": slow["A"], "B": slow["B"]})
 LORA_OUTER = {
     "A": torch.tensor([[0.5, -1.0, 0.3], [0.2, 0.8, -0.6]]).double(),
     "B": torch.zeros(3, 2).double(),
@@ -200,7 +200,7 @@ def test_all_gradients_exactly_zero():
     problem = mf.Problem(
         lambda fast, slow, x: ((fast["w"] - slow["c"]) ** 2).sum(),
         lambda fast, slow, x: (fast["w"] ** 3).sum(),
-        lambda slow: {"w": slow["w"]},
+        lambda slow, support: {"w": slow["w"]},
     )
     outer = {"w": torch.ones(2), "c": torch.ones(2)}
     for name, solver in AT_ZERO.items():
@@ -299,12 +299,14 @@ def test_wrong_rates_are_refused(solver):
         s.update(fast, grads, s.init(fast), 0, {})
 
     with pytest.raises(
-        mf.ProblemError, match=r"'b' is on one side only. Fast weights: \['a', 'b'\]"
+        mf.errors.ProblemError, match=r"'b' is on one side only. Fast weights: \['a', 'b'\]"
     ):
         step({"a": torch.tensor(0.1)})
-    with pytest.raises(mf.ProblemError, match="'c' is on one side only"):
+    with pytest.raises(mf.errors.ProblemError, match="'c' is on one side only"):
         step({"a": torch.tensor(0.1), "b": torch.tensor(0.1), "c": torch.tensor(0.1)})
-    with pytest.raises(mf.ProblemError, match=r"a scalar or a dict of rates, got shape \[2\]"):
+    with pytest.raises(
+        mf.errors.ProblemError, match=r"a scalar or a dict of rates, got shape \[2\]"
+    ):
         step(torch.ones(2))
 
 

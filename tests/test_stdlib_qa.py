@@ -5,9 +5,9 @@ import time
 import pytest
 
 from metafocus.data import encode_chats
+from metafocus.data.stdlib_qa import _parse_library, entries, generate, texts
+from metafocus.data.tokenizer import train_tokenizer
 from metafocus.errors import DataError
-from metafocus.stdlib_qa import _parse_library, entries, generate, texts
-from metafocus.tokenizer import train_tokenizer
 
 
 def words(text):

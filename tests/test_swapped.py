@@ -9,8 +9,8 @@ from problems import assert_close, central_difference
 from torch import nn
 
 import metafocus as mf
-from metafocus.autodiff import composites
-from metafocus.autodiff.composites import differentiable_twice
+from metafocus.autodiff.safe_operators import swapping
+from metafocus.autodiff.safe_operators.swapping import differentiable_twice
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -59,7 +59,7 @@ def test_outer_losses_swap_norms_in_transforms_only(monkeypatch):
     def outer_loss(fast, slow, x):
         return F.layer_norm(x, (3,), fast["w"]).sin().sum() + F.silu(x).sum()
 
-    problem = mf.Problem(inner, outer_loss, lambda slow: dict(slow))
+    problem = mf.Problem(inner, outer_loss, lambda slow, support: dict(slow))
     meta = mf.bilevel(problem, solver=mf.SGD(0.1, 1), estimator=mf.Unrolled())
     leaf = {"w": torch.ones(3).requires_grad_()}
     meta(leaf, (X2, X2))[0].backward()
@@ -70,17 +70,17 @@ def test_outer_losses_swap_norms_in_transforms_only(monkeypatch):
 
 def test_outside_the_block_nothing_is_swapped(monkeypatch):
     used = _used(monkeypatch, "_ALWAYS", F.scaled_dot_product_attention)
-    assert not composites.active()
+    assert not swapping.active()
     F.scaled_dot_product_attention(Q, K, V)
     assert not used
-    with composites.Swapped():
-        assert composites.active()
+    with swapping.Swapped():
+        assert swapping.active()
         F.scaled_dot_product_attention(Q, K, V)
     assert used == [1]
-    assert not composites.active()
+    assert not swapping.active()
     with pytest.raises(ZeroDivisionError):
         differentiable_twice(lambda: 1 // 0)()
-    assert not composites.active()
+    assert not swapping.active()
 
 
 def test_first_order_estimators_keep_fused_attention(monkeypatch):
@@ -90,7 +90,7 @@ def test_first_order_estimators_keep_fused_attention(monkeypatch):
         q = x * fast["w"]
         return (F.scaled_dot_product_attention(q, q, q) ** 2).mean()
 
-    problem = mf.Problem(loss, loss, lambda slow: dict(slow))
+    problem = mf.Problem(loss, loss, lambda slow, support: dict(slow))
     outer, episode = {"w": torch.ones(3)}, (Q, Q)
     mf.hypergrad(mf.bilevel(problem, solver=mf.SGD(0.1, 2), estimator=mf.FirstOrder()))(
         outer, episode
@@ -158,7 +158,7 @@ def test_fused_operators_work_in_inner_losses(name, attention, way):
             + 0.1 * sum(((fast[k] - slow[k]) ** 2).sum() for k in fast)
         )
 
-    problem = mf.Problem(loss, loss, lambda slow: dict(slow))
+    problem = mf.Problem(loss, loss, lambda slow, support: dict(slow))
     for p in module.parameters():
         p.requires_grad_(False)
     meta = mf.bilevel(problem, solver=mf.SGD(0.1, 2), estimator=SECOND_ORDER[name])
@@ -288,7 +288,7 @@ def test_the_torch_bug_under_vmap_is_not_ours(name):
         # If this fails, torch has been repaired: the composite can go.
         assert (wrong[below] - want[below]).norm() > 1e-3 * want[below].norm()
 
-    problem = mf.Problem(loss, loss, lambda slow: dict(slow))
+    problem = mf.Problem(loss, loss, lambda slow, support: dict(slow))
     for estimator_name, estimator in SECOND_ORDER.items():
         if estimator_name.startswith("Implicit"):
             continue
@@ -306,7 +306,7 @@ def test_the_torch_bug_under_vmap_is_not_ours(name):
 @pytest.mark.parametrize("estimator", [mf.FirstOrder(), mf.Implicit(mf.CG(2))], ids=str)
 def test_first_order_and_implicit_through_them_under_vmap(name, estimator):
     params, loss, episodes, _ = _problem(name)
-    problem = mf.Problem(mf.proximal(loss, 1.0), loss, lambda slow: dict(slow))
+    problem = mf.Problem(mf.proximal(loss, 1.0), loss, lambda slow, support: dict(slow))
     meta = mf.bilevel(problem, solver=mf.SGD(0.3, 2), estimator=estimator)
     got = torch.func.grad(lambda o: mf.over_tasks(meta)(o, episodes)[0])(params)
     leaf = {k: v.clone().requires_grad_() for k, v in params.items()}
@@ -318,7 +318,7 @@ def test_first_order_and_implicit_through_them_under_vmap(name, estimator):
 def test_a_penalty_on_per_task_hypergradients(name):
     # grad(vmap(hypergrad)): the outer loss too has a gradient inside and one outside the vmap.
     params, loss, episodes, _ = _problem(name)
-    problem = mf.Problem(loss, loss, lambda slow: dict(slow))
+    problem = mf.Problem(loss, loss, lambda slow, support: dict(slow))
     one = mf.hypergrad(mf.bilevel(problem, solver=mf.SGD(0.3, 1), estimator=mf.Unrolled()))
 
     def size(grads):
@@ -340,7 +340,7 @@ def test_a_penalty_on_per_task_hypergradients(name):
 @pytest.mark.parametrize("name", ["batch_norm", "layer_norm"])
 def test_second_derivative_of_a_meta_loss_through_norms(name):
     params, loss, episodes, _ = _norm_net(name)
-    problem = mf.Problem(loss, loss, lambda slow: dict(slow))
+    problem = mf.Problem(loss, loss, lambda slow, support: dict(slow))
     direction = {k: randn(*v.shape, seed=9) for k, v in params.items()}
     for estimator in (mf.Unrolled(), mf.Unrolled(recompute=True)):
         meta = mf.bilevel(problem, solver=mf.SGD(0.3, 2), estimator=estimator)
@@ -369,7 +369,7 @@ def test_a_weight_normed_network_in_the_inner_loss():
 
     for p in module.parameters():
         p.requires_grad_(False)
-    problem = mf.Problem(loss, loss, lambda slow: dict(slow))
+    problem = mf.Problem(loss, loss, lambda slow, support: dict(slow))
     direction = {k: randn(*v.shape, seed=9) for k, v in outer.items()}
     for estimator in SECOND_ORDER:
         if estimator.startswith("Implicit"):

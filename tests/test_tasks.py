@@ -64,7 +64,7 @@ def test_episodes_may_hold_what_is_no_tensor(how):
         assert data["name"] == "mse" and data["nothing"] is None
         return ((fast["w"] - data["x"]) ** data["power"]).mean()
 
-    problem = mf.Problem(loss, loss, lambda slow: dict(slow))
+    problem = mf.Problem(loss, loss, lambda slow, support: dict(slow))
     meta = mf.bilevel(problem, solver=mf.SGD(0.1, 2), estimator=mf.Unrolled(recompute=True))
     data = {"x": torch.randn(4, 3), "power": 2, "name": "mse", "nothing": None}
     outer = {"w": torch.zeros(3)}
@@ -96,7 +96,7 @@ def test_a_bad_task_is_named(how):
     (x, y), query = case.episodes
     y = y.clone()
     y[2] = float("nan")
-    with pytest.raises(mf.NonFiniteError, match=r"[Tt]ask 2.*step 0"):
+    with pytest.raises(mf.errors.NonFiniteError, match=r"[Tt]ask 2.*step 0"):
         meta(case.outer, mf.Episode((x, y), query))
 
 
@@ -123,9 +123,11 @@ SIZES = {
 def test_sizes_that_do_not_fit(name, how):
     support, message = SIZES[name]
     meta = mf.over_tasks(meta_of(maml()), how=how)
-    with pytest.raises(mf.ProblemError, match=rf"stacked on axis 0.*{message}.*torch\.stack"):
+    with pytest.raises(
+        mf.errors.ProblemError, match=rf"stacked on axis 0.*{message}.*torch\.stack"
+    ):
         meta({}, mf.Episode(support, torch.ones(3)))
-    with pytest.raises(mf.ProblemError, match=r"got axis-0 sizes \[\]"):
+    with pytest.raises(mf.errors.ProblemError, match=r"got axis-0 sizes \[\]"):
         meta({}, mf.Episode(1, None))
 
 
@@ -143,7 +145,7 @@ def _dropped(fast, slow, data):
     return (torch.nn.functional.dropout(fast["w"] * data, 0.5) ** 2).sum()
 
 
-RANDOM = mf.Problem(_dropped, lambda f, s, x: (f["w"] * x).sum(), lambda slow: dict(slow))
+RANDOM = mf.Problem(_dropped, lambda f, s, x: (f["w"] * x).sum(), lambda slow, support: dict(slow))
 
 
 @pytest.mark.parametrize("estimator", [mf.Unrolled(), mf.Unrolled(recompute=True)], ids=str)
@@ -221,7 +223,7 @@ def test_maml_learns_sinusoids():
         "2.weight": (torch.randn(1, 20, generator=g).double() / 4).requires_grad_(),
         "2.bias": torch.zeros(1).requires_grad_(),
     }
-    problem = mf.Problem(regression, regression, lambda slow: dict(slow))
+    problem = mf.Problem(regression, regression, lambda slow, support: dict(slow))
     meta = mf.over_tasks(
         mf.bilevel(problem, solver=mf.SGD(0.01, 3), estimator=mf.Unrolled(recompute=True))
     )
@@ -260,7 +262,7 @@ def test_vmap_over_25_sinusoids_equals_the_loop(order, steps):
         x, y = data
         return ((torch.func.functional_call(net, fast, (x,)) - y) ** 2).mean()
 
-    problem = mf.Problem(loss, loss, init=lambda slow: slow)
+    problem = mf.Problem(loss, loss)
     meta = mf.bilevel(problem, solver=mf.SGD(0.01, steps), estimator=estimator)
     outer = {k: v.detach() for k, v in net.named_parameters()}
     episodes = sinusoid_tasks(25, 10, 10, torch.Generator().manual_seed(0))

@@ -12,9 +12,9 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacrev, jvp, vmap
 
 import metafocus as mf
-from metafocus.levels import transforming
+from metafocus.comparison.memory import peak_bytes
 from metafocus.lm.token_loss import Tail, token_loss
-from metafocus.measure import peak_bytes
+from metafocus.torch_internals import transforming
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 
@@ -238,7 +238,7 @@ def test_third_derivative_is_exact(tail):
 
 def test_nested_forward_mode_is_refused():
     f, _, at = pair(False, Tail())
-    with pytest.raises(mf.TransformError, match="nested"):
+    with pytest.raises(mf.errors.TransformError, match="nested"):
         jvp(lambda h: jvp(lambda x: f(x, at[1]), (h,), (h,))[1], (at[0],), (at[0],))
 
 
@@ -377,5 +377,5 @@ def test_refusals():
         (lambda: token_loss(h, w, y, bias=b[:-1]), r"bias of shape \[5\], got \[4\]"),
         (lambda: token_loss(h, w, y, chunk=0), r"chunk >= 1 or None, got 0"),
     ]:
-        with pytest.raises(mf.ProblemError, match=match):
+        with pytest.raises(mf.errors.ProblemError, match=match):
             bad()

@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from metafocus.data.tokenizer import train_tokenizer
 from metafocus.errors import DataError
-from metafocus.tokenizer import train_tokenizer
 
 TEXTS = ["The quick brown fox jumps over the lazy dog.", "A dog; a fox; a brown dog."] * 20
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]

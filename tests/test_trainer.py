@@ -16,11 +16,11 @@ import metafocus as mf
 from metafocus.adapters import slots
 from metafocus.data import pack
 from metafocus.errors import DataError, NonFiniteError, ProblemError
-from metafocus.integrations.batch import Labelled, as_batch, labels_of, prompts
-from metafocus.integrations.hf import FocusArguments, FocusOptions, FocusTrainer
-from metafocus.integrations.inner import Guarded, Stopwatch, start_seed
-from metafocus.integrations.outer_lora import BelowPeft
 from metafocus.masks import causal, context_bidirectional
+from metafocus.trainer import FocusArguments, FocusOptions, FocusTrainer
+from metafocus.trainer.batch import Labelled, as_batch, labels_of, prompts
+from metafocus.trainer.inner import Guarded, Stopwatch, start_seed
+from metafocus.trainer.peft import BelowPeft
 from metafocus.training import evaluate, plain_sft
 
 SGD = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
@@ -292,7 +292,7 @@ def test_outer_lora_is_trained_with_fast_weights_below_it(tmp_path):
     model, batch = tiny().requires_grad_(False), COLLATOR(SAMPLES[:2])
     fast = ADAPTER.init(model, torch.Generator().manual_seed(start_seed(0, 0, 0)))
     loss = mf.lm_loss(model, adapter=ADAPTER, mask=context_bidirectional)
-    problem = mf.Problem(loss, loss, lambda _: fast)
+    problem = mf.Problem(loss, loss, lambda _, support: fast)
     solver = mf.SGD(1.0, 2, clip=mf.clip_per_tensor(1.0))
     meta = mf.bilevel(problem, solver=solver, estimator=mf.FirstOrder())
     meta(merged, mf.Episode(batch, batch))[0].backward()
@@ -444,7 +444,7 @@ def test_adapting_to_a_prompt_by_hand(tmp_path):
     cut = {k: v[:, :2] for k, v in batch.items()}
     inner = mf.lm_loss(model, adapter=ADAPTER, mask=causal, tokens=mf.all_tokens)
     start = ADAPTER.init(model, torch.Generator().manual_seed(0))
-    problem = mf.Problem(inner, inner, lambda _: start)
+    problem = mf.Problem(inner, inner, lambda _, support: start)
     solver = mf.SGD(1.0, 2, clip=mf.clip_per_tensor(1.0))
     fast = mf.adapt(problem, {}, cut, solver=solver).params
     expected = mf.lm_loss(model, adapter=ADAPTER, mask=causal)(fast, {}, batch)
@@ -524,12 +524,12 @@ def test_examples_are_left_out_one_by_one():
     start = {"w": torch.ones(3, 2)}
     values = torch.tensor([[2.0, 2.0], [float("nan"), 2.0], [3.0, 3.0]])
 
-    def estimator(problem, solver, outer, support):
+    def estimator(inner_loss, solver, start, outer, support):
         return mf.Solution({"w": values}, torch.tensor([float("nan"), 1.0]))
 
     records = []
     guarded = Guarded(estimator, records.append, Stopwatch(torch.device("cpu")), per_example=True)
-    problem = mf.Problem(lambda *a: None, lambda *a: None, lambda _: start)  # pyright: ignore
+    problem = mf.Problem(lambda *a: None, lambda *a: None, lambda _, support: start)  # pyright: ignore
     solution = guarded(problem, mf.SGD(1.0, 1), {}, None)
     assert solution.params["w"].tolist() == [[2.0, 2.0], [1.0, 1.0], [3.0, 3.0]]
     assert records[0]["skipped"].item() == 1

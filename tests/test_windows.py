@@ -31,14 +31,14 @@ class Schedule:
 def scheduled(steps: int):
     case = problems.Ridge().case()
     outer = case.outer | {"rates": torch.linspace(0.02, 0.05, 12, dtype=F64)}
-    return case, outer, mf.windows(case.problem, solver=Schedule(steps))
+    return case, outer, mf.algorithms.Windows(case.problem, solver=Schedule(steps))
 
 
 @pytest.mark.parametrize("recompute", [False, True, 2])
 def test_t22_the_gradient_by_early_windows_is_exactly_zero(recompute):
     # T22 of the claims: truncation forgets earlier windows altogether, and only these.
     case, outer, unroll = scheduled(4)
-    unroll = mf.windows(case.problem, solver=Schedule(4), recompute=recompute)
+    unroll = mf.algorithms.Windows(case.problem, solver=Schedule(4), recompute=recompute)
     window = unroll.init(outer)
     for first in (0, 4, 8):
         grads, (window, _) = torch.func.grad(unroll.loss, has_aux=True)(
@@ -58,7 +58,7 @@ def test_one_window_of_all_steps_is_unrolled(name):
     episode = case.episode()
     meta = mf.bilevel(case.problem, solver=solver, estimator=mf.Unrolled())
     want, (value, aux) = mf.hypergrad(meta)(case.outer, episode)
-    unroll = mf.windows(case.problem, solver=solver)
+    unroll = mf.algorithms.Windows(case.problem, solver=solver)
     leaves = case.leaves()
     loss, (window, got) = unroll.loss(leaves, unroll.init(leaves), episode)
     loss.backward()
@@ -77,7 +77,7 @@ def test_the_last_of_several_windows_is_unrolled_last(name):
     case = problems.Ridge().case()
     outer = case.outer | {"log_lr": torch.tensor(-3.0, dtype=F64)}
     recipe = SOLVERS[name]
-    unroll = mf.windows(case.problem, solver=recipe.solver(4))
+    unroll = mf.algorithms.Windows(case.problem, solver=recipe.solver(4))
     window = unroll.init(outer)
     for j in (1, 2, 3):
         got, (window, aux) = torch.func.grad(unroll.loss, has_aux=True)(
@@ -96,7 +96,7 @@ def test_the_last_of_several_windows_is_unrolled_last(name):
 def test_warm_starts_go_on_as_one_inner_loop(name):
     case = problems.maml()
     recipe, episode = SOLVERS[name], case.episode()
-    unroll = mf.windows(case.problem, solver=recipe.solver(3))
+    unroll = mf.algorithms.Windows(case.problem, solver=recipe.solver(3))
     window = unroll.init(case.outer)
     for _ in range(4):
         _, (window, _) = unroll.loss(case.outer, window, episode)
@@ -106,7 +106,7 @@ def test_warm_starts_go_on_as_one_inner_loop(name):
 
 def test_each_window_has_its_own_support_and_query():
     case = problems.maml()
-    unroll = mf.windows(case.problem, solver=mf.SGD(0.05, steps=2))
+    unroll = mf.algorithms.Windows(case.problem, solver=mf.SGD(0.05, steps=2))
     _, (window, _) = unroll.loss(case.outer, unroll.init(case.outer), case.episode(0))
     loss, (after, aux) = unroll.loss(case.outer, window, case.episode(1))
     fast = problems.naive_adapt(
@@ -126,7 +126,9 @@ def test_each_window_has_its_own_support_and_query():
 def second_window(recompute=False, name="nesterov"):
     """Three tasks, each in its second window, alone and stacked."""
     case = problems.maml()
-    unroll = mf.windows(case.problem, solver=SOLVERS[name].solver(3), recompute=recompute)
+    unroll = mf.algorithms.Windows(
+        case.problem, solver=SOLVERS[name].solver(3), recompute=recompute
+    )
     windows = []
     for i in range(3):
         _, (window, _) = unroll.loss(case.outer, unroll.init(case.outer), case.episode(i))
@@ -139,7 +141,7 @@ def second_window(recompute=False, name="nesterov"):
 @pytest.mark.parametrize("recompute", [False, True, 2])
 def test_backward_grad_vmap_and_their_compositions(recompute, name):
     case, unroll, windows, stack = second_window(recompute, name)
-    plain = mf.windows(case.problem, solver=unroll.solver)
+    plain = mf.algorithms.Windows(case.problem, solver=unroll.solver)
     each, values = [], []
     for i, window in enumerate(windows):
         leaves = case.leaves()
@@ -181,7 +183,7 @@ def test_the_window_is_a_constant_of_the_loss():
     case, unroll, windows, _ = second_window()
     fast = {k: v.clone().requires_grad_() for k, v in windows[0].fast.items()}
     loss, (after, aux) = unroll.loss(
-        case.leaves(), mf.Window(fast, windows[0].solver_state, 3), case.episode()
+        case.leaves(), mf.algorithms.Window(fast, windows[0].solver_state, 3), case.episode()
     )
     loss.backward()
     assert all(v.grad is None for v in fast.values())
@@ -190,9 +192,9 @@ def test_the_window_is_a_constant_of_the_loss():
 
 def test_the_window_does_not_alias_the_outer_parameters():
     # MAML's init is the identity, and torch optimisers write in place.
-    problem = mf.Problem(problems.regression, problems.regression, init=lambda slow: slow)
+    problem = mf.Problem(problems.regression, problems.regression)
     outer = {k: problems.maml().outer[k].clone() for k in problems.FAST}
-    unroll = mf.windows(problem, solver=mf.SGD(0.1, steps=1, momentum=0.9))
+    unroll = mf.algorithms.Windows(problem, solver=mf.SGD(0.1, steps=1, momentum=0.9))
     window = unroll.init(outer)
     before = flat(window).clone()
     for v in outer.values():
@@ -205,7 +207,7 @@ def test_a_run_resumes_from_a_checkpoint():
     file = io.BytesIO()
     torch.save(vars(windows[0]), file)
     file.seek(0)
-    resumed = mf.Window(**torch.load(file, weights_only=True))
+    resumed = mf.algorithms.Window(**torch.load(file, weights_only=True))
     want = unroll.loss(case.outer, windows[0], case.episode())
     got = unroll.loss(case.outer, resumed, case.episode())
     assert torch.equal(flat(got), flat(want))
@@ -227,10 +229,10 @@ def test_prepare_is_differentiated_in_every_window():
     episode = mf.Episode(*torch.tensor([[1.0, 2.0], [0.5, -1.0]], dtype=F64).unbind())
     found = []
     for problem in (
-        mf.Problem(loss, loss, lambda slow: start, prepare=prepare),
-        mf.Problem(whole, whole, lambda slow: start),
+        mf.Problem(loss, loss, lambda slow, support: start, prepare=prepare),
+        mf.Problem(whole, whole, lambda slow, support: start),
     ):
-        unroll = mf.windows(problem, solver=mf.SGD(0.1, steps=2))
+        unroll = mf.algorithms.Windows(problem, solver=mf.SGD(0.1, steps=2))
         window = unroll.init(outer)
         for _ in range(2):
             grads, (window, _) = torch.func.grad(unroll.loss, has_aux=True)(outer, window, episode)
@@ -241,25 +243,25 @@ def test_prepare_is_differentiated_in_every_window():
 def test_errors():
     case = problems.maml()
     with pytest.raises(ValueError, match=r"solver\.steps must be >= 1.*got 0"):
-        mf.windows(case.problem, solver=mf.SGD(0.1, steps=0))
+        mf.algorithms.Windows(case.problem, solver=mf.SGD(0.1, steps=0))
     with pytest.raises(ValueError, match="recompute must be an integer >= 0, got -1"):
-        mf.windows(case.problem, solver=mf.SGD(0.1, steps=1), recompute=-1)
-    unroll = mf.windows(case.problem, solver=mf.SGD(0.1, steps=2))
-    with pytest.raises(mf.ProblemError, match="window must be a Window, got dict"):
+        mf.algorithms.Windows(case.problem, solver=mf.SGD(0.1, steps=1), recompute=-1)
+    unroll = mf.algorithms.Windows(case.problem, solver=mf.SGD(0.1, steps=2))
+    with pytest.raises(mf.errors.ProblemError, match="window must be a Window, got dict"):
         unroll.loss(case.outer, {"fast": {}}, case.episode())
-    with pytest.raises(mf.ProblemError, match="outer parameters"):
+    with pytest.raises(mf.errors.ProblemError, match="outer parameters"):
         unroll.init({"w": 3})
     (x, y), query = case.episode()
-    with pytest.raises(mf.NonFiniteError, match="before inner step 0"):
+    with pytest.raises(mf.errors.NonFiniteError, match="before inner step 0"):
         unroll.loss(case.outer, unroll.init(case.outer), mf.Episode((x, y * math.nan), query))
 
     closed = torch.ones(1, dtype=F64, requires_grad=True)
     problem = mf.Problem(
         lambda fast, slow, x: ((fast["w"] - closed) ** 2).sum(),
         lambda fast, slow, x: (fast["w"] ** 2).sum(),
-        lambda slow: {"w": torch.zeros(1, dtype=F64)},
+        lambda slow, support: {"w": torch.zeros(1, dtype=F64)},
     )
-    blind = mf.windows(problem, solver=mf.SGD(0.1, steps=1), recompute=True)
+    blind = mf.algorithms.Windows(problem, solver=mf.SGD(0.1, steps=1), recompute=True)
     outer = {"a": torch.ones(1, dtype=F64)}
-    with pytest.raises(mf.ClosureError):
+    with pytest.raises(mf.errors.ClosureError):
         blind.loss(outer, blind.init(outer), mf.Episode(None, None))

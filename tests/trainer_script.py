@@ -25,10 +25,10 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 import metafocus as mf
 from metafocus.adapters import LoRA, top_layers
 from metafocus.data import Collator
-from metafocus.integrations.hf import FocusArguments, FocusTrainer
-from metafocus.integrations.sharded import focusft_sharded
-from metafocus.integrations.wrapped import through
-from metafocus.recipes.focusft import PAPER_SOLVER
+from metafocus.recipes._focusft import PAPER_SOLVER
+from metafocus.trainer import FocusArguments, FocusTrainer
+from metafocus.trainer.sharded import focusft_sharded
+from metafocus.trainer.wrapped import through
 
 VOCAB = 37
 COLLATOR = Collator(pad_token_id=0)

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks.rivals import install
-from metafocus.comparison import environment
+from metafocus.comparison.report import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTENDERS = Path(__file__).parent / "contenders"

@@ -33,7 +33,7 @@ def learned_start() -> mf.Comparison:
         return ((torch.func.functional_call(net, fast, (x,)) - y) ** 2).mean()
 
     x = torch.empty(2, 256, 1).uniform_(-5, 5)
-    problem = mf.Problem(loss, loss, init=lambda slow: slow)
+    problem = mf.Problem(loss, loss)
     solver = mf.SGD(0.05, steps=STEPS)
     pulled = mf.bilevel(problem, solver=solver, estimator=mf.FirstOrder())
     noise = torch.Generator().manual_seed(0)
@@ -50,7 +50,11 @@ def learned_start() -> mf.Comparison:
             "Unrolled(last=5)": mf.Unrolled(last=5),
             "FirstOrder()": mf.FirstOrder(),
         },
-        others={"evolution(pairs=50)": mf.evolution(pulled, sigma=0.01, pairs=50, generator=noise)},
+        others={
+            "evolution(pairs=50)": mf.algorithms.Evolution(
+                pulled, sigma=0.01, pairs=50, generator=noise
+            )
+        },
         reference="Unrolled()",
         repeats=9,
         seeds=3,
@@ -71,7 +75,7 @@ def hyper_parameters() -> mf.Comparison:
         return validate(fast, slow, data) + (slow["log_l2"].exp() * fast["w"] ** 2).sum()
 
     return mf.compare(
-        mf.Problem(train, validate, init=lambda slow: {"w": torch.zeros(40)}),
+        mf.Problem(train, validate, init=lambda slow, support: {"w": torch.zeros(40)}),
         {"log_l2": torch.full((40,), -2.0)},
         mf.Episode((x[0], y[0]), (x[1], y[1])),
         solver=mf.SGD(0.15, steps=CONVERGED),

@@ -27,8 +27,8 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from metafocus.data import encode_chat
+from metafocus.data.tokenizer import train_tokenizer
 from metafocus.evals.prose import Prose
-from metafocus.tokenizer import train_tokenizer
 
 PROSE_SHARE, REPEAT_SHARE, NOISE_SHARE = 0.15, 0.1, 0.4
 NEAR = (1, 1, 2, 4)  # sentences of noise in a short chat that has any

@@ -14,7 +14,8 @@ from torch import Tensor
 
 import metafocus as mf
 from metafocus.data import Collator
-from metafocus.recipes import focusft, focusft_problem
+from metafocus.recipes import _focusft as focusft
+from metafocus.recipes import focusft_problem
 from metafocus.training import Schedule, train
 
 Samples = Sequence[dict[str, Tensor]]

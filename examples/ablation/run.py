@@ -32,7 +32,7 @@ from report import write_report
 from scale import CAUSAL, SCALES, Scale
 from tqdm.auto import tqdm
 
-from metafocus.comparison import environment
+from metafocus.comparison.report import environment
 
 HERE = Path(__file__).resolve()
 

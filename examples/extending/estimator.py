@@ -1,6 +1,6 @@
 """An estimator of your own: part first-order, part exact.
 
-An estimator is any callable `(problem, solver, outer, support) -> Solution`. It returns adapted
+An estimator is any callable `(inner_loss, solver, start, outer, support) -> Solution`. It returns adapted
 fast weights; how they depend on `outer` is the hypergradient. Estimators whose fast weights have
 equal values can be added: here `(1 - share)` of one derivative and `share` of another.
 """
@@ -23,8 +23,8 @@ class Mix:
     right: mf.Estimator = mf.Unrolled()  # noqa: RUF009
 
     def __call__(self, problem, solver, outer, support):
-        left = self.left(problem, solver, outer, support)
-        right = self.right(problem, solver, outer, support)
+        left = self.left(inner_loss, solver, start, outer, support)
+        right = self.right(inner_loss, solver, start, outer, support)
         mixed = {k: v + self.share * (right.params[k] - v) for k, v in left.params.items()}
         return mf.Solution(mixed, left.losses)
 
@@ -40,7 +40,7 @@ def main() -> mf.Comparison:
     x = torch.linspace(-2, 2, 20).reshape(2, 10, 1)
     episode = mf.Episode((x[0], x[0].sin()), (x[1], x[1].sin()))
     result = mf.compare(
-        mf.Problem(loss, loss, init=lambda slow: slow),
+        mf.Problem(loss, loss),
         dict(net.named_parameters()),
         episode,
         solver=mf.SGD(0.1, steps=5),

@@ -30,7 +30,7 @@ def supervised(fast, slow, data):
     return F.cross_entropy(logits(fast, x), label)
 
 
-problem = mf.Problem(entropy, supervised, init=lambda slow: slow)
+problem = mf.Problem(entropy, supervised)
 
 
 def last_context_turn(batch):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 import metafocus as mf
-from metafocus import tree
+from metafocus import params as pt
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class HeavyBall:
     momentum: float
 
     def __call__(self, matvec, b):
-        x = before = tree.zeros_like(b)
+        x = before = pt.zeros_like(b)
         for _ in range(self.steps):
-            residual = tree.sub(matvec(x), b)
-            moved = tree.add(x, residual, -self.lr)
-            x, before = tree.add(moved, tree.sub(x, before), self.momentum), x
+            residual = pt.sub(matvec(x), b)
+            moved = pt.add(x, residual, -self.lr)
+            x, before = pt.add(moved, pt.sub(x, before), self.momentum), x
         return x
 
 
@@ -49,7 +49,7 @@ def main() -> mf.Comparison:
         return ((data[0] @ fast["w"] - data[1]) ** 2).mean()
 
     result = mf.compare(
-        mf.Problem(train, validate, init=lambda slow: {"w": torch.zeros(20)}),
+        mf.Problem(train, validate, init=lambda slow, support: {"w": torch.zeros(20)}),
         {"log_l2": torch.full((20,), -3.0)},
         mf.Episode((x[0], y[0]), (x[1], y[1])),
         solver=mf.SGD(0.1, steps=400),

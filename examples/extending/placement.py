@@ -28,7 +28,7 @@ class EveryNth:
             path for i, path in enumerate(everywhere) if i // per_layer % self.n == self.n - 1
         )
         if not chosen:
-            raise mf.PlacementError(
+            raise mf.errors.PlacementError(
                 f"EveryNth(n={self.n}) places nothing in {len(everywhere) // per_layer} layers; "
                 "choose a smaller n."
             )

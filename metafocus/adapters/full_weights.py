@@ -34,7 +34,7 @@ class FullWeights:
     `init` copies the values that the modules hold at that moment. `metafocus.recipes` call it
     while the slow weights stand in the model, so the start is a function of them, `fast_0 = slow`:
     the hypergradient flows through it, as in MAML. In a `Problem` of your own,
-    `init=lambda slow: {name: slow[name] for name in adapter.names(model)}` says the same.
+    `init=lambda slow, support: {name: slow[name] for name in adapter.names(model)}` says the same.
 
     Args:
         where: Placement, a function from a model to module paths.

@@ -194,16 +194,6 @@ def all_linear(model: nn.Module) -> tuple[str, ...]:
     return chosen
 
 
-def nowhere(model: nn.Module) -> tuple[str, ...]:
-    """No module: with it an adapter has no fast weights, and FocuSFT is plain fine-tuning.
-
-    Example:
-        >>> nowhere(nn.Linear(2, 2))
-        ()
-    """
-    return ()
-
-
 def layer_of(path: str, modules: dict[str, nn.Module]) -> tuple[str, int] | None:
     """The outermost list of layers that a module lies in, and the index of its layer."""
     parts = path.split(".")

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from metafocus.attention.choose import KERNELS, SMALL
-from metafocus.attention.compiled import compiled
-from metafocus.attention.dense import dense
+from metafocus.attention.custom_op import compiled
 from metafocus.attention.function import Attention, Call
-from metafocus.attention.kernel import Shape
+from metafocus.attention.kernels.choose import KERNELS, SMALL
+from metafocus.attention.kernels.dense import dense
+from metafocus.attention.kernels.kernel import Shape
 from metafocus.errors import ProblemError
-from metafocus.spans import Spans
+from metafocus.masks.spans import Spans
 
 BACKENDS = ("dense", *KERNELS, "flex")
 
@@ -92,7 +92,7 @@ def _span_attention(
     shape = Shape(q.shape[-1] ** -0.5 if scale is None else float(scale), softcap)
     if backend == "flex":
         # Imported here: it loads much of the compiler.
-        from metafocus.attention.flex import flex
+        from metafocus.attention.kernels.flex import flex
 
         return flex(q, k, v, spans, shape.scale, softcap)
     with torch.autocast(q.device.type, enabled=False):

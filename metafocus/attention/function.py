@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metafocus.attention import tiled
-from metafocus.attention.kernel import Kernel, Shape
+from metafocus.attention.kernels import tiled
+from metafocus.attention.kernels.kernel import Kernel, Shape
 from metafocus.errors import TransformError
-from metafocus.levels import alive, refuse_nested_forward_mode
-from metafocus.spans import Spans
+from metafocus.masks.spans import Spans
+from metafocus.torch_internals import refuse_nested_forward_mode, unwrap_dead
 
 
 class Call(NamedTuple):
@@ -66,7 +66,7 @@ def _save(ctx: Any, call: Call, tensors: tuple[Any, ...]) -> None:
 
 
 def _saved(ctx: Any) -> list[Any]:
-    return [None if x is None else alive([x])[0] for x in ctx.saved_tensors]
+    return [None if x is None else unwrap_dead([x])[0] for x in ctx.saved_tensors]
 
 
 def _zeros(given: tuple[Any, ...], like: tuple[Tensor, ...]) -> list[Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from metafocus.attention.api import span_attention
 from metafocus.errors import ProblemError
-from metafocus.spans import Spans, windowed
+from metafocus.masks.spans import Spans, windowed
 
 IMPLEMENTATIONS = {
     "metafocus": "auto",

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metafocus import tree
-from metafocus.autodiff.backends import fresh, replayed, value_and_grad, vjp
-from metafocus.autodiff.composites import Swapped, differentiable_twice
-from metafocus.levels import transforming
+from metafocus import params as pt
+from metafocus.autodiff.grad import leaf_alias, value_and_grad, vjp
+from metafocus.autodiff.safe_operators.swapping import Swapped, differentiable_twice
+from metafocus.rng import replayed
+from metafocus.torch_internals import transforming
 from metafocus.types import HVP, Params
 
 Product = Callable[[Params], tuple[Any, ...]]
@@ -43,9 +44,9 @@ def hvp_reverse(loss: Callable[..., Tensor], fast: Params, *rest: Any) -> tuple[
     if transforming():
         return vjp(torch.func.grad(loss), fast, *rest)
     track = torch.is_grad_enabled()
-    inputs, rebuild = tree.partition((fast, *rest))
+    inputs, rebuild = pt.partition((fast, *rest))
     with torch.enable_grad():
-        leaves = [fresh(x, track) for x in inputs]
+        leaves = [leaf_alias(x, track) for x in inputs]
         primals = rebuild(leaves)
         at = list(primals[0].values())
         value = loss(*primals)
@@ -53,7 +54,7 @@ def hvp_reverse(loss: Callable[..., Tensor], fast: Params, *rest: Any) -> tuple[
 
     gradient = dict(zip(fast, grads, strict=True))
     product = Taped(gradient, leaves, rebuild, track)
-    return (gradient if track else tree.detach(gradient)), product
+    return (gradient if track else pt.detach(gradient)), product
 
 
 class Taped:
@@ -119,7 +120,7 @@ def hvp_forward(loss: Callable[..., Tensor], fast: Params, *rest: Any) -> tuple[
     """
     # Forward mode refuses an expanded tensor, whose elements lie in one place.
     fast = {name: x.contiguous() for name, x in fast.items()}
-    loss = replayed(loss, tree.tensors((fast, rest)))
+    loss = replayed(loss, pt.tensors((fast, rest)))
 
     def gradient(f: Params) -> tuple[Any, ...]:
         return torch.func.grad(loss, argnums=tuple(range(1 + len(rest))))(f, *rest)
@@ -139,34 +140,34 @@ class _Finite:
     def __call__(
         self, loss: Callable[..., Tensor], fast: Params, *rest: Any
     ) -> tuple[Params, Product]:
-        loss = replayed(loss, tree.tensors((fast, rest)))
+        loss = replayed(loss, pt.tensors((fast, rest)))
 
         def gradient(f: Params) -> tuple[Any, ...]:
             return _gradient(loss, f, *rest)
 
         def product(direction: Params) -> tuple[Any, ...]:
             # The step is a constant: also for second derivatives, and where a norm is zero.
-            step = self._step(tree.detach(fast), tree.detach(direction))
-            ahead, behind = (gradient(tree.add(fast, direction, s)) for s in (step, -step))
-            inputs, rebuild = tree.partition(ahead)
-            others, _ = tree.partition(behind)
+            step = self._step(pt.detach(fast), pt.detach(direction))
+            ahead, behind = (gradient(pt.add(fast, direction, s)) for s in (step, -step))
+            inputs, rebuild = pt.partition(ahead)
+            others, _ = pt.partition(behind)
             return rebuild([(a - b) / (2 * step) for a, b in zip(inputs, others, strict=True)])
 
         return _gradient(lambda f: loss(f, *rest), fast)[0], product
 
     def _step(self, fast: Params, direction: Params) -> Tensor:
-        length = tree.norm(direction)
+        length = pt.norm(direction)
         length = torch.where(length > 0, length, torch.ones_like(length))
         if self.eps is not None:
             return self.eps / length
-        size = tree.norm(fast)
+        size = pt.norm(fast)
         eps = torch.finfo(size.dtype).eps ** (1 / 3)
         return eps * torch.clamp(size, min=1.0) / length
 
 
 def _gradient(loss: Callable[..., Tensor], *primals: Any) -> tuple[Any, ...]:
     # On the tape a gradient that nobody differentiates costs no graph of a second one.
-    inputs, rebuild = tree.partition(primals)
+    inputs, rebuild = pt.partition(primals)
     point = {str(i): x for i, x in enumerate(inputs)}
     _, grads = value_and_grad(
         lambda p: loss(*rebuild(list(p.values()))), point, differentiable=True

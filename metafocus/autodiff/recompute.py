@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from metafocus import tree
-from metafocus.autodiff import backends, composites
-from metafocus.levels import alive, refuse_nested_forward_mode
+from metafocus import params as pt
+from metafocus.autodiff import grad as derivatives
+from metafocus.autodiff.safe_operators import swapping
+from metafocus.rng import Drawn
+from metafocus.torch_internals import pytree, refuse_nested_forward_mode, unwrap_dead
 
 Pullback = Callable[[tuple[Any, ...], Any], tuple[Any, ...]]
 
@@ -26,10 +27,8 @@ class _Ambient:
     """What the forward pass ran in: to run the same code again in the same surroundings."""
 
     def __init__(self, tensors: Sequence[Tensor]):
-        self.devices = sorted({x.get_device() for x in tensors if x.is_cuda})
-        self.cpu_state = torch.get_rng_state()
-        self.cuda_states = [torch.cuda.get_rng_state(d) for d in self.devices]
-        self.swapped = composites.active()
+        self.drawn = Drawn(tensors)
+        self.swapped = swapping.active()
         kinds = {"cpu", *(x.device.type for x in tensors)}
         self.autocast = [
             (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
@@ -50,10 +49,7 @@ class _Ambient:
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
         swapped = contextlib.nullcontext() if self.swapped is None else self.swapped
-        with torch.random.fork_rng(self.devices), self.first(), swapped:
-            torch.set_rng_state(self.cpu_state)
-            for device, state in zip(self.devices, self.cuda_states, strict=True):
-                torch.cuda.set_rng_state(state, device)
+        with self.drawn.again(), self.first(), swapped:
             yield
 
 
@@ -78,10 +74,10 @@ class _Spec:
         self.pullback = pullback
         compiling = torch.compiler.is_compiling()
         self.ambient = _Nothing() if compiling else _Ambient(inputs)
-        self.out_spec: pytree.TreeSpec | None = None
+        self.whole: Callable[[Any], Any] | None = None
 
     def flat(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        outputs, self.out_spec = pytree.tree_flatten(self.fn(*self.rebuild(inputs)))
+        outputs, self.whole = pt.partition(self.fn(*self.rebuild(inputs)))
         # Returning an input as it is would make it an output of the custom Function.
         given = {id(x) for x in inputs}
         return tuple(y.clone() if id(y) in given else y for y in outputs)
@@ -91,10 +87,10 @@ class _Spec:
     ) -> Sequence[Tensor | None]:
         with self.ambient.again():
             if self.pullback is None:
-                return backends.pullback(self.flat, inputs, cotangents, wanted)
-            assert self.out_spec is not None
+                return derivatives.pullback(self.flat, inputs, cotangents, wanted)
+            assert self.whole is not None
             args = self.rebuild(inputs)
-            grads = self.pullback(args, pytree.tree_unflatten(list(cotangents), self.out_spec))
+            grads = self.pullback(args, self.whole(cotangents))
             return [g if w else None for g, w in zip(_aligned(grads, args), wanted, strict=True)]
 
 
@@ -103,7 +99,7 @@ def _aligned(grads: tuple[Any, ...], args: tuple[Any, ...]) -> list[Tensor | Non
     leaves: list[Tensor | None] = []
     for grad, arg in zip(grads, args, strict=True):
         if grad is None:
-            leaves += [None] * len(tree.tensors(arg))
+            leaves += [None] * len(pt.tensors(arg))
         else:
             chosen = [isinstance(x, Tensor) for x in pytree.tree_leaves(arg)]
             flat = pytree.tree_leaves(grad)
@@ -128,12 +124,12 @@ class _Recompute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
-        inputs = alive(ctx.saved_tensors)
+        inputs = unwrap_dead(ctx.saved_tensors)
         return None, *ctx.spec.grads(inputs, cotangents, ctx.needs_input_grad[1:])
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        spec, inputs, tangents = ctx.spec, alive(ctx.saved_tensors), tangents[1:]
+        spec, inputs, tangents = ctx.spec, unwrap_dead(ctx.saved_tensors), tangents[1:]
         chosen = [i for i, t in enumerate(tangents) if t is not None]
         at = [inputs[i] for i in chosen]
 
@@ -144,11 +140,11 @@ class _Recompute(torch.autograd.Function):
             for i, x in zip(chosen, xs, strict=True):
                 merged[i] = x
             outputs = spec.flat(*merged)
-            kept[:] = [backends.smooth(y) for y in outputs]
-            return tuple(y for y in outputs if backends.smooth(y))
+            kept[:] = [pt.is_differentiable(y) for y in outputs]
+            return tuple(y for y in outputs if pt.is_differentiable(y))
 
         with spec.ambient.again():
-            _, push = backends.pushforward(fn, *at)
+            _, push = derivatives.pushforward(fn, *at)
             found = iter(push(*(tangents[i] for i in chosen)))
         return tuple(next(found) if keep else None for keep in kept)
 
@@ -162,7 +158,8 @@ def recompute(fn: Callable[..., Any], *args: Any, pullback: Pullback | None = No
     mode, which is refused.
 
     Args:
-        fn: a function of pytrees of tensors that returns a pytree of tensors. Every tensor that
+        fn: a function of pytrees of tensors that returns a pytree of tensors; leaves that are
+            no tensors come back as they were the first time. Every tensor that
             needs a derivative, and every tensor batched by `vmap`, must be in `args`.
         args: pytrees; leaves that are not tensors are passed as they are.
         pullback: `(args, cotangents) -> gradients`, trees like `args` with None where there is
@@ -177,8 +174,8 @@ def recompute(fn: Callable[..., Any], *args: Any, pullback: Pullback | None = No
         tensor(12.)
     """
     refuse_nested_forward_mode("recompute")
-    inputs, rebuild = tree.partition(args)
+    inputs, rebuild = pt.partition(args)
     spec = _Spec(fn, rebuild, inputs, pullback)
     outputs = _Recompute.apply(spec, *inputs)
-    assert spec.out_spec is not None
-    return pytree.tree_unflatten(list(outputs), spec.out_spec)
+    assert spec.whole is not None
+    return spec.whole(outputs)

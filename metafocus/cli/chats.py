@@ -6,8 +6,7 @@ import argparse
 from collections.abc import Iterable
 from typing import Any
 
-from metafocus import stdlib_qa
-from metafocus.data import read_chats
+from metafocus.data import read_chats, stdlib_qa
 from metafocus.errors import DataError
 
 Chats = list[dict[str, Any]]

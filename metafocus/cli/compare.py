@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 
-from metafocus import stdlib_qa, words
 from metafocus.cli import chats, options
-from metafocus.cli.models import model_and_tokenizer
 from metafocus.cli.saving import saving
-from metafocus.compare import compare
-from metafocus.data import Collator, encode_chats
+from metafocus.comparison.run import compare
+from metafocus.data import Collator, encode_chats, stdlib_qa
 from metafocus.errors import DataError
-from metafocus.recipes.focusft import focusft_problem, trainable
+from metafocus.models import model_and_tokenizer
+from metafocus.problem import trainable
+from metafocus.recipes._focusft import focusft_problem
+from metafocus.trainer import words
 from metafocus.types import Episode
 
 QUICK = {"max_length": 192, "batch_size": 1, "repeats": 1}
@@ -103,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
     adapter = options.adapter(args)
     start = adapter.init(model, torch.Generator().manual_seed(args.seed))
     problem = dataclasses.replace(
-        focusft_problem(model, adapter=adapter, mask=mask), init=lambda slow: start
+        focusft_problem(model, adapter=adapter, mask=mask), init=lambda slow, support: start
     )
     outer = trainable(model)
     print(

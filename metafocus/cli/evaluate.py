@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 
-from metafocus import words
 from metafocus.cli import options, trials
-from metafocus.cli.models import model_and_tokenizer
-from metafocus.comparison import environment
+from metafocus.comparison.report import environment
 from metafocus.errors import DataError
 from metafocus.evals import babilong, harness, results, ruler
 from metafocus.evals.items import Item
 from metafocus.evals.prose import builtin_prose, prose_from_file
 from metafocus.evals.report import length_name, plot_depths, table
 from metafocus.evals.run import answers, prompt_counter
+from metafocus.models import model_and_tokenizer
+from metafocus.trainer import words
 
 TASKS: dict[str, tuple[str, ...]] = {"babilong": babilong.TASKS, "ruler": ruler.TASKS}
 REPORT, ANSWERS, DEPTHS = "eval.json", "answers.jsonl", "depths.png"

@@ -8,20 +8,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from metafocus import stdlib_qa, words
-from metafocus.bilevel import adapt
 from metafocus.cli import chats, options
-from metafocus.cli.models import model_and_tokenizer
 from metafocus.cli.saving import saving, write_whole
-from metafocus.comparison import environment
-from metafocus.data import Collator, encode_chats
+from metafocus.comparison.report import environment
+from metafocus.data import Collator, encode_chats, stdlib_qa
 from metafocus.diagnostics import AttentionProfile, attention_profile, plot_comparison
 from metafocus.diagnostics.plots import MOST
+from metafocus.engine import adapt
 from metafocus.errors import DataError
 from metafocus.lm import Batch
+from metafocus.lm.per_example import PerExampleSolver, mean_loss
 from metafocus.masks import MaskPolicy
-from metafocus.recipes.focusft import focusft_problem, trainable
-from metafocus.recipes.per_example import PerExampleSolver, mean_loss
+from metafocus.models import model_and_tokenizer
+from metafocus.problem import trainable
+from metafocus.recipes._focusft import focusft_problem
+from metafocus.trainer import words
 
 REPORT = "profile.json"
 SUFFIXES = (".png", ".svg")

@@ -6,10 +6,10 @@ import argparse
 import collections
 from typing import Any
 
-from metafocus import claims_page
+from metafocus.claims import page as claims_page
+from metafocus.claims.suite import VERDICTS, Reproduction, reproduce
 from metafocus.cli import options
 from metafocus.errors import DataError
-from metafocus.reproduce import VERDICTS, Reproduction, reproduce
 
 
 def add_parser(commands: Any) -> None:

@@ -13,14 +13,15 @@ from typing import Any
 
 import torch
 
-from metafocus import masks, words
+from metafocus import masks
 from metafocus.cli import chats, options
-from metafocus.cli.models import model_and_tokenizer
 from metafocus.cli.saving import saving, write_whole
-from metafocus.comparison import environment
+from metafocus.comparison.report import environment
 from metafocus.data import Collator, encode_chats, read_chats
 from metafocus.errors import DataError
-from metafocus.recipes.focusft import focusft
+from metafocus.models import model_and_tokenizer
+from metafocus.recipes._focusft import focusft
+from metafocus.trainer import words
 from metafocus.training import History, Schedule, evaluate, plain_sft, train
 
 REPORT = "metafocus.json"
@@ -96,7 +97,7 @@ def wants_trainer(argv: list[str]) -> bool:
 def run_trainer(argv: list[str]) -> None:
     """Train with `FocusTrainer`; see `integrations.launch`."""
     # It takes transformers' Trainer with it, which is slow to import.
-    from metafocus.integrations import launch
+    from metafocus.trainer import launch
 
     launch.main(argv[argv[0] == "--trainer" :])
 

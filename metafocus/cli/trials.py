@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from metafocus.cli import options
-from metafocus.cli.models import model_and_tokenizer
-from metafocus.comparison import environment
+from metafocus.comparison.report import environment
 from metafocus.errors import DataError
 from metafocus.evals import agentic
+from metafocus.models import model_and_tokenizer
 
 SUITES = ("science", "gpqa")
 _LONG = ("tasks", "lengths", "noise", "questions", "batch_size", "depth_bins", "export")

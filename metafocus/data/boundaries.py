@@ -100,7 +100,7 @@ def render(
     if not tokenizer.chat_template:
         raise DataError(
             "the tokenizer has no chat template: load the tokenizer of the chat model, or set "
-            "tokenizer.chat_template (metafocus.tokenizer.CHATML is one)"
+            "tokenizer.chat_template (metafocus.data.tokenizer.CHATML is one)"
         )
     tool_list = list(tools) if tools else None
     try:

@@ -66,7 +66,7 @@ def encode_chat(
 
     Example:
         >>> from metafocus.data import encode_chat
-        >>> from metafocus.tokenizer import train_tokenizer
+        >>> from metafocus.data.tokenizer import train_tokenizer
         >>> tokenizer = train_tokenizer(["a tiny text"])
         >>> chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
         >>> sample = encode_chat(chat, tokenizer)

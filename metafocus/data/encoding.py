@@ -61,7 +61,7 @@ def encode_chats(
 
     Example:
         >>> from metafocus.data import encode_chats
-        >>> from metafocus.tokenizer import train_tokenizer
+        >>> from metafocus.data.tokenizer import train_tokenizer
         >>> tokenizer = train_tokenizer(["a tiny text"])
         >>> chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
         >>> encode_chats([{"messages": chat}, {"messages": chat[:1]}], tokenizer).summary()

@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metafocus.adapters import LoRA
-from metafocus.adapters.placement import nowhere
+from metafocus.adapters import NoAdapter
 from metafocus.attention.hugging_face import attend, attention_as, make_mask, register
-from metafocus.attention.kernel import Shape
+from metafocus.attention.kernels.kernel import Shape
 from metafocus.diagnostics.measures import QUERIES, Measures, stack, summarise
 from metafocus.diagnostics.profile import AttentionProfile
 from metafocus.diagnostics.sums import walk_over
 from metafocus.diagnostics.tokens import Tokens, block_size
 from metafocus.errors import ProblemError
-from metafocus.lm import Adapter, Batch, all_tokens, heads, lm_loss
+from metafocus.lm import Adapter, Batch, all_tokens, lm_loss
+from metafocus.lm.hf import heads
 from metafocus.masks import MaskPolicy
-from metafocus.spans import Spans, windowed
+from metafocus.masks.spans import Spans, windowed
 
 NAME = "metafocus_recorded"
 _PREPARED = ("model_inputs", "scored", "hidden")
@@ -77,7 +77,7 @@ def attention_profile(
             "neither."
         )
     config = _config(model)
-    adapter, fast = adapter or LoRA(nowhere), dict(fast or {})
+    adapter, fast = adapter or NoAdapter(), dict(fast or {})
     device = next(model.parameters()).device
     raw = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
     raw = {k: v for k, v in raw.items() if k not in _PREPARED}

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metafocus.attention.kernel import Shape
-from metafocus.attention.tiles import Tile
-from metafocus.attention.walk import Walk, put_rows
+from metafocus.attention.kernels.kernel import Shape
+from metafocus.attention.kernels.tiles import Tile
+from metafocus.attention.kernels.walk import Walk, put_rows
 from metafocus.diagnostics.tokens import Tokens, block_size
-from metafocus.spans import Spans
+from metafocus.masks.spans import Spans
 
 FIRST, FEW, CONTEXT, NEEDLE, ENTROPY, EFFECTIVE = range(6)
 """The columns of `Sums.rows`; the first four are those of `Tokens.keys`."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from metafocus import masks
 from metafocus.errors import DataError
 from metafocus.lm import Batch, all_tokens, answer_tokens
-from metafocus.masks.batch import take
+from metafocus.masks.rows import take
 
 SINKS = (1, 4)
 """How many first tokens of a document count as the sink."""

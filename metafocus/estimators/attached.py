@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metafocus import tree
-from metafocus.autodiff.backends import value_and_grad
-from metafocus.errors import NotStationaryWarning, TransformError
-from metafocus.levels import alive, transforming
-from metafocus.problem import Problem
+from metafocus import params as pt
+from metafocus.autodiff.grad import value_and_grad
+from metafocus.errors import NotStationaryWarning, ProblemError, TransformError
 from metafocus.solvers.descent import solve_inner
-from metafocus.types import Params, Solution, Solver
+from metafocus.streams import is_stream
+from metafocus.torch_internals import transforming, unwrap_dead
+from metafocus.types import InnerLoss, Params, Solution, Solver
 
 STATIONARY = 1e-2
 """The inner gradient must have fallen to this fraction of its initial norm."""
@@ -35,8 +35,8 @@ class Point(NamedTuple):
         `wanted` says for each tensor of `(outer, support)` whether to take it; None: all.
         """
         flags = itertools.repeat(True) if wanted is None else iter(wanted)
-        return tree.partition(
-            (self.outer, self.support), lambda x: next(flags) and x.is_floating_point()
+        return pt.partition(
+            (self.outer, self.support), lambda x: next(flags) and pt.is_differentiable(x)
         )
 
 
@@ -44,9 +44,19 @@ class System:
     """The inner problem as an estimator sees it: how to solve it and how the solution moves.
 
     Subclasses give `pull`, the vector-Jacobian product of the solution with respect to the
-    floating-point leaves of `(outer, support)`, and `push`, the Jacobian-vector product.
+    differentiable leaves of `(outer, support)`, and `push`, the Jacobian-vector product.
+
+    Args:
+        inner_loss: what the inner solver goes down, step by step.
+        solver: the inner optimiser.
+        start: the fast weights before the first step.
+        outer: the slow weights.
+        support: what the inner loss sees, or a stream of it.
+        data: if the support is a stream, a function from it to the data that the derivative is
+            taken on.
 
     Attributes:
+        at_solution: the inner loss that the derivative is taken of.
         defers: whether `pull` finds out on its way how stationary the solution is. Then
             `inspect` is left out where `pull` is sure to be able to look: on the plain tape.
         on_tape: whether derivatives, if any, are those of the plain tape.
@@ -55,14 +65,23 @@ class System:
     defers = False
 
     def __init__(
-        self, problem: Problem, solver: Solver, start: Params, outer: Params, support: Any
+        self,
+        inner_loss: InnerLoss,
+        solver: Solver,
+        start: Params,
+        outer: Params,
+        support: Any,
+        data: Callable[[Any], Any] | None = None,
     ):
-        self.problem = problem
+        self.inner_loss = inner_loss
+        self.at_solution: InnerLoss = inner_loss
+        if data is not None and is_stream(support):
+            self.at_solution = lambda fast, slow, stream: inner_loss(fast, slow, data(stream))
         self.solver = solver
         self.names: tuple[str, ...] = tuple(start)
         self.inputs: list[Tensor]
         self.rebuild: Callable[[Any], Any]
-        self.inputs, self.rebuild = tree.partition((tree.detach(start), outer, support))
+        self.inputs, self.rebuild = pt.partition((pt.detach(start), outer, support))
         self.on_tape: bool = (
             torch.is_grad_enabled()
             and not transforming()
@@ -82,8 +101,8 @@ class System:
 
     def solution(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Solve the inner problem from flat inputs; return flat fast weights and the losses."""
-        start, outer, support = tree.detach(self.rebuild(inputs))
-        fast, losses = solve_inner(self.problem.inner_loss, self.solver, start, outer, support)
+        start, outer, support = pt.detach(self.rebuild(inputs))
+        fast, losses, _ = solve_inner(self.inner_loss, self.solver, start, outer, support)
         if not transforming() and not (self.defers and self.on_tape):
             self.inspect(start, Point(fast, outer, support))
         # Without a step the solution is the start, and an input may not be an output.
@@ -122,7 +141,7 @@ class _Attached(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
-        system, saved = ctx.system, alive(ctx.saved_tensors)
+        system, saved = ctx.system, unwrap_dead(ctx.saved_tensors)
         if not torch.is_grad_enabled():
             saved = [x.detach() for x in saved]
         point = system.point(saved)
@@ -135,18 +154,20 @@ class _Attached(torch.autograd.Function):
         wanted = ctx.needs_input_grad[1 + count :]
         found = iter(system.pull(point, right, wanted))
         grads = [
-            next(found) if w and x.is_floating_point() else None
+            next(found) if w and pt.is_differentiable(x) else None
             for x, w in zip(rest, wanted, strict=True)
         ]
         return None, *[None] * count, *grads
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        system, saved = ctx.system, alive(ctx.saved_tensors)
+        system, saved = ctx.system, unwrap_dead(ctx.saved_tensors)
         # Not system.inputs: under a transform these belong to a level that is gone.
         inputs = saved[: len(system.inputs)]
         pairs = list(zip(inputs, tangents[1:], strict=True))[len(system.names) :]
-        along = [torch.zeros_like(x) if t is None else t for x, t in pairs if x.is_floating_point()]
+        along = [
+            torch.zeros_like(x) if t is None else t for x, t in pairs if pt.is_differentiable(x)
+        ]
         moved = system.push(system.point(saved), along)
         shape, dtype, device = ctx.like_losses
         losses = torch.zeros(shape, dtype=dtype, device=device)
@@ -186,14 +207,25 @@ def first_only(name: str) -> TransformError:
     )
 
 
-def gradient_norm(problem: Problem, point: Point) -> Tensor:
+def need_data(name: str, support: Any, data: Any) -> None:
+    """Raise if the support is a stream and nothing says which of its data to differentiate on."""
+    if is_stream(support) and data is None:
+        raise ProblemError(
+            f"{name} differentiates the solution and needs one support; the support is a stream "
+            f"({type(support).__name__}). Pass data=, a function from the stream to the data that "
+            "the derivative is taken on, such as data=lambda stream: stream.at(0), or use "
+            "Unrolled."
+        )
+
+
+def gradient_norm(inner_loss: InnerLoss, point: Point) -> Tensor:
     """Return the norm of the inner gradient at a point: how stationary it is."""
     _, grads = value_and_grad(
-        lambda p: problem.inner_loss(p, point.outer, point.support),
+        lambda p: inner_loss(p, point.outer, point.support),
         point.fast,
         differentiable=False,
     )
-    return tree.norm(grads)
+    return pt.norm(grads)
 
 
 def warn_if_large(

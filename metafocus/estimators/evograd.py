@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from metafocus import tree
-from metafocus.autodiff.composites import Swapped
-from metafocus.problem import Problem
-from metafocus.solvers.descent import solve_inner
-from metafocus.types import Params, Solution, Solver
+from metafocus import params as pt
+from metafocus import streams
+from metafocus.autodiff.safe_operators.swapping import Swapped
+from metafocus.checks import positive, whole
+from metafocus.estimators.unrolled import tied_to
+from metafocus.solvers.descent import count, solve_inner
+from metafocus.types import Estimator, InnerLoss, Params, Solution, Solver
 
 
 @dataclass(frozen=True)
-class EvoGrad:
+class EvoGrad(Estimator):
     """One evolutionary step after the inner loop, through which the hypergradient flows.
 
     `fast_k = fast + sigma eps_k` for `copies` normal draws `eps_k`, and
@@ -23,7 +27,7 @@ class EvoGrad:
     smaller loss weigh more, and the losses depend on the slow weights. Only first derivatives of
     the inner loss are needed. `fast` is the constant that the solver reaches, tied
     straight-through to `init(outer)` as in `Unrolled(last=0)`; `steps=0` perturbs the start, as
-    the paper does.
+    the paper does. With a stream, the copies are judged on the data of the last step.
 
     The step is small (`|fast* - fast|` is of the order of `sigma`) and lies in the span of the
     draws, so the estimate is noisy and its size depends on `sigma^2 / temperature`, the step
@@ -45,7 +49,7 @@ class EvoGrad:
         ...     return ((fast["w"] - slow["c"]) ** 2).sum()
         >>> def outer_loss(fast, slow, x):
         ...     return fast["w"].sum()
-        >>> problem = mf.Problem(inner, outer_loss, init=lambda slow: {"w": torch.zeros(2)})
+        >>> problem = mf.Problem(inner, outer_loss, init=lambda slow, _: {"w": torch.zeros(2)})
         >>> estimator = mf.EvoGrad(0.1, copies=64, temperature=1.0)
         >>> meta = mf.bilevel(problem, solver=mf.SGD(0.1, steps=0), estimator=estimator)
         >>> grads, _ = mf.hypergrad(meta)({"c": torch.ones(2)}, mf.Episode(None, None))
@@ -62,33 +66,49 @@ class EvoGrad:
     generator: torch.Generator | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        for name in ("sigma", "temperature"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
-        if isinstance(self.copies, bool) or not isinstance(self.copies, int) or self.copies < 2:
-            raise ValueError(f"copies must be an integer >= 2, got {self.copies!r}.")
+        positive("sigma", self.sigma)
+        positive("temperature", self.temperature)
+        whole("copies", self.copies, 2)
 
-    def __call__(self, problem: Problem, solver: Solver, outer: Params, support: Any) -> Solution:
+    def __call__(
+        self,
+        inner_loss: InnerLoss,
+        solver: Solver,
+        start: Params,
+        outer: Params,
+        support: Any,
+        *,
+        path: tuple[int, ...] = (),
+    ) -> Solution:
         """Run the inner loop, perturb, weigh."""
-        start = problem.start(outer)
-        reached, losses = solve_inner(problem.inner_loss, solver, start, outer, support)
-        centre = {k: x + (start[k] - start[k].detach()) for k, x in reached.items()}
-        if not centre:
-            return Solution(centre, losses)
+        found = solve_inner(inner_loss, solver, start, outer, support, path)
+        if not start:
+            return found
+
+        def evolved(fast: Params, step: int) -> Params:
+            data = streams.at(support, step)
+            return self._evolved(lambda p: inner_loss(p, outer, data), tied_to(start, fast))
+
+        last = max(count(solver, start) - 1, 0)
+        kept = tuple(evolved(fast, step) for step, fast in zip(path, found.path, strict=True))
+        return Solution(evolved(found.params, last), found.losses, kept)
+
+    def _evolved(self, loss: Callable[[Params], Tensor], centre: Params) -> Params:
+        """Return the mean of perturbed copies, each weighed by its loss."""
         fits, candidates = [], []
         for _ in range(self.copies):
             copy = {k: x + self.sigma * self._noise(x) for k, x in centre.items()}
             # First derivatives: only what would be silently wrong is swapped.
             with Swapped(once=True):
-                fits.append(problem.inner_loss(copy, outer, support))
+                fits.append(loss(copy))
             candidates.append(copy)
         weights = torch.softmax(-torch.stack(fits) / self.temperature, 0)
-        fast = tree.zeros_like(centre)
+        fast = pt.zeros_like(centre)
         for weight, copy in zip(weights.unbind(), candidates, strict=True):
-            fast = tree.add(fast, copy, weight)
-        return Solution(fast, losses)
+            fast = pt.add(fast, copy, weight)
+        return fast
 
-    def _noise(self, like: torch.Tensor) -> torch.Tensor:
+    def _noise(self, like: Tensor) -> Tensor:
         return torch.randn(
             like.shape, generator=self.generator, dtype=like.dtype, device=like.device
         )

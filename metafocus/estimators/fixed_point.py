@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from metafocus import tree
-from metafocus.autodiff.backends import fresh, pushforward, replayed, vjp
-from metafocus.autodiff.composites import Swapped
+from metafocus import params as pt
+from metafocus.autodiff.grad import leaf_alias, pushforward, vjp
+from metafocus.autodiff.safe_operators.swapping import Swapped
 from metafocus.errors import ClosureError, ProblemError
-from metafocus.estimators.attached import Point, System, attach, warn_if_large
-from metafocus.levels import is_tracked, refuse_nested_forward_mode, transforming
+from metafocus.estimators.attached import Point, System, attach, need_data, warn_if_large
 from metafocus.linear import Identity, Neumann
 from metafocus.linear.inverse import Operator, inverse
-from metafocus.problem import Problem
-from metafocus.types import LinearSolver, MatVec, Params, Solution, Solver
+from metafocus.rng import kept, replayed
+from metafocus.streams import is_stream
+from metafocus.torch_internals import is_tracked, refuse_nested_forward_mode, transforming
+from metafocus.types import (
+    Estimator,
+    InnerLoss,
+    LinearSolver,
+    MatVec,
+    Params,
+    Solution,
+    Solver,
+)
 
 Step = Callable[[Params, Params, Any], Params]
 """`(fast, slow, support) -> fast`."""
 
 
 @dataclass(frozen=True)
-class FixedPoint:
+class FixedPoint(Estimator):
     """Differentiate as if the inner solver had reached `fast = step(fast, slow, support)`.
 
     `d outer_loss / d outer = direct + u' d step / d slow` with `(I - J') u = v`, `v` the
@@ -41,9 +50,11 @@ class FixedPoint:
         solve: how to solve the adjoint system, which is not symmetric: `Neumann(k, 1.0)` is `k`
             steps of the adjoint iteration and converges where `step` contracts; `GMRES(k)` needs
             fewer products and no contraction; `Identity()` is one-step differentiation.
+        data: where the support is a stream, a function from it to the data that `step` sees.
 
     Raises:
         ProblemError: if `step` does not return the names and shapes of the fast weights.
+            For a stream without `data`.
         ClosureError: if `step` closes over a tensor that requires grad.
         NotStationaryWarning: if `|step(fast) - fast|` at the solution is above 1e-2 of its
             initial value (outside `vmap` and `torch.compile`, where no value can be looked at).
@@ -60,7 +71,7 @@ class FixedPoint:
         >>> problem = mf.Problem(
         ...     lambda fast, slow, x: (fast["z"] - layer(fast, slow, x)["z"]) ** 2,
         ...     lambda fast, slow, x: fast["z"],
-        ...     init=lambda slow: {"z": torch.zeros(())})
+        ...     init=lambda slow, support: {"z": torch.zeros(())})
         >>> meta = mf.bilevel(problem, solver=mf.Given(iterate), estimator=mf.FixedPoint(layer))
         >>> x = torch.tensor(1.0)
         >>> grads, (z, _) = mf.hypergrad(meta)({"a": torch.tensor(0.5)}, mf.Episode(x, x))
@@ -72,30 +83,33 @@ class FixedPoint:
         Bai et al., arXiv 1909.01377 (deep equilibrium models); Grazzi et al., arXiv 2006.16218.
     """
 
+    explicit = True
+
     step: Step
     solve: LinearSolver = Neumann(20, 1.0)  # noqa: RUF009 - frozen, so it can be shared
+    data: Callable[[Any], Any] | None = None
 
-    @property
-    def explicit(self) -> bool:
-        """Whether derivatives flow through explicit tensors only."""
-        return True
-
-    def __call__(self, problem: Problem, solver: Solver, outer: Params, support: Any) -> Solution:
+    def __call__(
+        self, inner_loss: InnerLoss, solver: Solver, start: Params, outer: Params, support: Any
+    ) -> Solution:
         """Solve the inner problem without a graph and attach the derivative of the fixed point."""
         refuse_nested_forward_mode("FixedPoint")
-        start = problem.start(outer)
-        _refuse_closures(self.step, *tree.detach((start, outer, support)))
-        return attach(_Fixed(problem, solver, start, outer, support, self.step, self.solve))
+        need_data(type(self).__name__, support, self.data)
+        view = self.data if self.data is not None and is_stream(support) else None
+        step = self.step if view is None else lambda f, o, s: self.step(f, o, view(s))
+        _refuse_closures(step, *pt.detach((start, outer, support)))
+        return attach(_Fixed(inner_loss, solver, start, outer, support, step, self.solve))
 
 
-def OneStep(step: Step) -> FixedPoint:
-    """Return `FixedPoint(step, Identity())`: the derivative of the last step alone.
+@dataclass(frozen=True)
+class OneStep(FixedPoint):
+    """Differentiate the last step alone: `FixedPoint(step, Identity())`.
 
     Exact where `step` converges faster than linearly (Newton); for a contraction with factor
     `rho` the relative error is at most `rho`. No linear system at all.
 
     Args:
-        step: as for `FixedPoint`.
+        step: as for `FixedPoint`, and so `data`.
 
     Example:
         >>> OneStep(lambda fast, slow, x: {"z": x + slow["a"]}).solve
@@ -104,7 +118,8 @@ def OneStep(step: Step) -> FixedPoint:
     References:
         Bolte, Pauwels and Vaiter, arXiv 2305.13768.
     """
-    return FixedPoint(step, Identity())
+
+    solve: LinearSolver = field(default=Identity(), init=False)
 
 
 def _applied(step: Step, fast: Params, outer: Params, support: Any) -> Params:
@@ -118,8 +133,7 @@ def _applied(step: Step, fast: Params, outer: Params, support: Any) -> Params:
 
 
 def _refuse_closures(step: Step, start: Params, outer: Params, support: Any) -> None:
-    devices = sorted({x.get_device() for x in tree.tensors((start, outer)) if x.is_cuda})
-    with torch.random.fork_rng(devices, not torch.compiler.is_compiling()), torch.enable_grad():
+    with kept(pt.tensors((start, outer))), torch.enable_grad():
         found = _applied(step, start, outer, support)
     if any(is_tracked(x) for x in found.values()):
         raise ClosureError(
@@ -135,13 +149,13 @@ def _transposed(step: Callable[[Params], Params], fast: Params) -> MatVec:
         return lambda u: pull(u)[0]
     track = torch.is_grad_enabled()
     with torch.enable_grad():
-        leaves = {k: fresh(x, track) for k, x in fast.items()}
+        leaves = {k: leaf_alias(x, track) for k, x in fast.items()}
         image = step(leaves)
     alive = [k for k, y in image.items() if y.requires_grad]
 
     def product(u: Params) -> Params:
         if not alive:
-            return tree.zeros_like(u)
+            return pt.zeros_like(u)
         grads = torch.autograd.grad(
             [image[k] for k in alive],
             list(leaves.values()),
@@ -160,7 +174,7 @@ class _Fixed(System):
 
     def __init__(
         self,
-        problem: Problem,
+        inner_loss: InnerLoss,
         solver: Solver,
         start: Params,
         outer: Params,
@@ -168,7 +182,7 @@ class _Fixed(System):
         step: Step,
         solve: LinearSolver,
     ):
-        super().__init__(problem, solver, start, outer, support)
+        super().__init__(inner_loss, solver, start, outer, support)
         self.solve = solve
 
         def run(fast: Params, outer: Params, support: Any) -> Params:
@@ -182,7 +196,7 @@ class _Fixed(System):
         def residual(fast: Params) -> Tensor:
             with torch.enable_grad():
                 moved = self.step(fast, point.outer, point.support)
-            return tree.norm(tree.sub(moved, fast)).detach()
+            return pt.norm(pt.sub(moved, fast)).detach()
 
         before, after = (lambda: residual(start)), residual(point.fast)
         remedy = "Take more inner steps, or bring the solution with mf.Given."
@@ -190,17 +204,17 @@ class _Fixed(System):
 
     def operator(self, point: Point) -> tuple[Operator, list[Tensor]]:
         """Return `I - J'` as a function of the tensors it depends on, and these."""
-        theta, rebuild = tree.partition(tuple(point))
+        theta, rebuild = pt.partition(tuple(point))
 
         def adjoint(at: Sequence[Tensor]) -> MatVec:
             fast, outer, support = rebuild(at)
             back = _transposed(lambda f: self.step(f, outer, support), fast)
-            return lambda u: tree.sub(u, back(u))
+            return lambda u: pt.sub(u, back(u))
 
         def tangent(at: Sequence[Tensor]) -> MatVec:
             fast, outer, support = rebuild(at)
             _, push = pushforward(lambda f: self.step(f, outer, support), fast)
-            return lambda d: tree.sub(d, push(d))
+            return lambda d: pt.sub(d, push(d))
 
         return Operator(adjoint, tangent), theta
 

@@ -2,37 +2,56 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from metafocus import tree
-from metafocus.autodiff.backends import pushforward, replayed
-from metafocus.autodiff.composites import differentiable_twice
+from metafocus import params as pt
+from metafocus.autodiff.grad import pushforward
 from metafocus.autodiff.hvp import Taped, evaluated_for, hvp_reverse
+from metafocus.autodiff.safe_operators.swapping import differentiable_twice
 from metafocus.errors import ProblemError
 from metafocus.estimators.attached import (
     STATIONARY,
     Point,
     System,
     attach,
+    first_only,
     gradient_norm,
+    need_data,
+    once,
     warn_if_large,
 )
-from metafocus.levels import refuse_nested_forward_mode, transforming
-from metafocus.linear import CG
+from metafocus.linear import CG, Neumann
 from metafocus.linear.inverse import Operator, inverse
 from metafocus.problem import Problem, check_params
-from metafocus.types import HVP, Episode, LinearSolver, MatVec, Params, Solution, Solver
+from metafocus.rng import replayed
+from metafocus.solvers.descent import count, refuse_own_rule
+from metafocus.streams import is_stream
+from metafocus.torch_internals import refuse_nested_forward_mode, transforming
+from metafocus.types import (
+    HVP,
+    Episode,
+    Estimator,
+    InnerLoss,
+    LinearSolver,
+    MatVec,
+    Params,
+    Solution,
+    Solver,
+)
 
 __all__ = ["STATIONARY", "Implicit", "adjoint", "refuse_decay"]
 
+EACH_PRODUCT = "each product"
+
 
 @dataclass(frozen=True)
-class Implicit:
+class Implicit(Estimator):
     """Differentiate as if the inner loop had reached a stationary point of the inner loss.
 
     `d outer_loss / d outer = direct - M' H^-1 v`, with `v` the derivative of the outer loss by
@@ -47,10 +66,16 @@ class Implicit:
             once more.
         hvp: how to multiply with `H` and `M`; linearised once, used for every product. With
             `hvp_finite()` no second derivative is asked of the inner loss, and fused kernels stay.
+        data: where the support is a stream, what the derivative is taken on: a function from the
+            stream to data, or `"each product"`. The latter, for `Neumann` only, linearises on the
+            data of another step for each product, of the steps after the inner ones (stocBiO,
+            arXiv 2010.07962); the last of them is for the mixed product. First derivatives only.
 
     Raises:
+        ValueError: for a `data` that is neither, or `"each product"` with another linear solver.
         ProblemError: if the solver has a weight decay, which moves its fixed point away from the
-            minimum of `inner_loss`: put the decay into the loss.
+            minimum of `inner_loss`: put the decay into the loss; if it has a `direction` of its
+            own; for a stream without `data`.
         NotStationaryWarning: if the inner gradient at the solution is above 1e-2 of its initial
             norm (outside `vmap` and `torch.compile`, where no value can be looked at). Where
             outer parameters require grad it comes in the backward pass, which has the gradient
@@ -62,7 +87,7 @@ class Implicit:
         ...     return ((fast["w"] - slow["c"]) ** 2).sum()
         >>> def outer_loss(fast, slow, x):
         ...     return fast["w"].sum()
-        >>> problem = mf.Problem(inner, outer_loss, init=lambda slow: {"w": torch.zeros(2)})
+        >>> problem = mf.Problem(inner, outer_loss, init=lambda slow, _: {"w": torch.zeros(2)})
         >>> meta = mf.bilevel(problem, solver=mf.SGD(0.5, steps=1), estimator=mf.Implicit())
         >>> mf.hypergrad(meta)({"c": torch.ones(2)}, mf.Episode(None, None))[0]
         {'c': tensor([1., 1.])}
@@ -71,23 +96,46 @@ class Implicit:
         Rajeswaran et al., arXiv 1909.04630 (iMAML); Lorraine et al., arXiv 1911.02590.
     """
 
+    explicit = True
+
     solve: LinearSolver = CG(10)  # noqa: RUF009 - frozen, so it can be shared
     hvp: HVP = hvp_reverse
+    data: Callable[[Any], Any] | str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.data, str):
+            if self.data != EACH_PRODUCT:
+                raise ValueError(
+                    f"data must be a function from the stream to data, or {EACH_PRODUCT!r}, got "
+                    f"{self.data!r}."
+                )
+            if not isinstance(self.solve, Neumann):
+                raise ValueError(
+                    f"data={EACH_PRODUCT!r} changes the matrix from product to product, which "
+                    f"only Neumann allows, got solve={self.solve}."
+                )
 
     def __repr__(self) -> str:
-        return f"Implicit(solve={self.solve}, hvp={getattr(self.hvp, '__name__', self.hvp)})"
+        hvp = getattr(self.hvp, "__name__", self.hvp)
+        data = "" if self.data is None else f", data={self.data!r}"
+        return f"Implicit(solve={self.solve}, hvp={hvp}{data})"
 
-    @property
-    def explicit(self) -> bool:
-        """Whether derivatives flow through explicit tensors only."""
-        return True
-
-    def __call__(self, problem: Problem, solver: Solver, outer: Params, support: Any) -> Solution:
+    def __call__(
+        self, inner_loss: InnerLoss, solver: Solver, start: Params, outer: Params, support: Any
+    ) -> Solution:
         """Solve the inner problem without a graph and attach the implicit derivative."""
         refuse_nested_forward_mode("Implicit")
         refuse_decay("Implicit", solver)
-        start = problem.start(outer)
-        return attach(_Stationary(problem, solver, start, outer, support, self.solve, self.hvp))
+        refuse_own_rule("Implicit", solver)
+        need_data("Implicit", support, self.data)
+        if self.data == EACH_PRODUCT:
+            if not is_stream(support):
+                raise ProblemError(
+                    f"data={EACH_PRODUCT!r} takes new data for each product: the support must be "
+                    f"a stream, such as mf.Batches, got {type(support).__name__}."
+                )
+            return attach(_EachProduct(inner_loss, solver, start, outer, support, self))
+        return attach(_Stationary(inner_loss, solver, start, outer, support, self))
 
 
 def adjoint(
@@ -110,7 +158,7 @@ def adjoint(
         problem: the bilevel problem; its outer loss is not used.
         outer: the outer parameters.
         fast: where the Hessian is taken: the inner solution.
-        support: what the inner loss sees, before `prepare`.
+        support: what the inner loss sees, before `prepare`; no stream.
         cotangent: the right-hand side, with the names and shapes of `fast`.
         solve: the linear solver.
         hvp: how to multiply with the Hessian.
@@ -122,7 +170,7 @@ def adjoint(
         >>> import metafocus as mf
         >>> def inner(fast, slow, x):
         ...     return 2 * ((fast["w"] - slow["c"]) ** 2).sum()
-        >>> problem = mf.Problem(inner, inner, init=lambda slow: {"w": torch.zeros(2)})
+        >>> problem = mf.Problem(inner, inner, init=lambda slow, _: {"w": torch.zeros(2)})
         >>> fast, outer = {"w": torch.ones(2)}, {"c": torch.ones(2)}
         >>> mf.adjoint(problem, outer, fast, None, {"w": torch.ones(2)}, solve=mf.CG(1))
         {'w': tensor([0.2500, 0.2500])}
@@ -133,10 +181,11 @@ def adjoint(
     got, want = ({k: list(v.shape) for k, v in p.items()} for p in (cotangent, fast))
     if got != want:
         raise ProblemError(f"cotangent has the shapes {got}, fast has {want}.")
-    outer, fast, support = tree.detach((outer, fast, support))
+    outer, fast, support = pt.detach((outer, fast, support))
     support = problem.prepared(outer, Episode(support, support)).support
-    operator, theta = _hessian(problem, hvp, Point(fast, outer, tree.detach(support)))
-    return tree.detach(inverse(operator, solve, theta, {k: cotangent[k].detach() for k in fast}))
+    need_data("adjoint", support, None)
+    operator, theta = _hessian(problem.inner_loss, hvp, Point(fast, outer, pt.detach(support)))
+    return pt.detach(inverse(operator, solve, theta, {k: cotangent[k].detach() for k in fast}))
 
 
 def refuse_decay(name: str, solver: Solver) -> None:
@@ -149,13 +198,14 @@ def refuse_decay(name: str, solver: Solver) -> None:
         )
 
 
-def _hessian(
-    problem: Problem, hvp: HVP, point: Point, loss: Callable[..., Tensor] | None = None
-) -> tuple[Operator, list[Tensor]]:
+def _hessian(inner_loss: InnerLoss, hvp: HVP, point: Point) -> tuple[Operator, list[Tensor]]:
     """Return the Hessian as a function of the tensors it depends on, and these."""
-    if loss is None:
-        loss = replayed(evaluated_for(hvp, problem.inner_loss), tree.tensors(tuple(point)))
-    theta, rebuild = tree.partition(tuple(point))
+    loss = replayed(evaluated_for(hvp, inner_loss), pt.tensors(tuple(point)))
+    return _operator(loss, hvp, point)
+
+
+def _operator(loss: Callable[..., Tensor], hvp: HVP, point: Point) -> tuple[Operator, list[Tensor]]:
+    theta, rebuild = pt.partition(tuple(point))
 
     def matvec(at: Sequence[Tensor]) -> MatVec:
         fast, outer, support = rebuild(at)
@@ -173,36 +223,35 @@ class _Stationary(System):
 
     def __init__(
         self,
-        problem: Problem,
+        inner_loss: InnerLoss,
         solver: Solver,
         start: Params,
         outer: Params,
         support: Any,
-        solve: LinearSolver,
-        hvp: HVP,
+        settings: Implicit,
     ):
-        super().__init__(problem, solver, start, outer, support)
-        self.solve = solve
-        self.hvp = hvp
+        data = settings.data if callable(settings.data) else None
+        super().__init__(inner_loss, solver, start, outer, support, data)
+        self.solve = settings.solve
+        self.hvp = settings.hvp
         # One random draw for all products, or H would be a different matrix each time.
-        self.loss = replayed(evaluated_for(hvp, problem.inner_loss), self.inputs)
-        self.drawn = replace(problem, inner_loss=self.loss)
+        self.loss = replayed(evaluated_for(self.hvp, self.at_solution), self.inputs)
 
     def inspect(self, start: Params, point: Point) -> None:
-        self.warn(list(start.values()), point, gradient_norm(self.drawn, point))
+        self.warn(list(start.values()), point, gradient_norm(self.loss, point))
 
     def warn(self, start: Sequence[Tensor], point: Point, norm: Tensor) -> None:
         before = point._replace(fast=dict(zip(self.names, start, strict=True)))
         warn_if_large(
             "Implicit",
             "inner gradient norm",
-            lambda: gradient_norm(self.drawn, before),
+            lambda: gradient_norm(self.loss, before),
             norm,
             "Take more inner steps, a larger lr, or use Unrolled.",
         )
 
     def inverse(self, point: Point, right: Params) -> Params:
-        operator, theta = _hessian(self.problem, self.hvp, point, self.loss)
+        operator, theta = _operator(self.loss, self.hvp, point)
         return inverse(operator, self.solve, theta, right)
 
     def pull(self, point: Point, right: Params, wanted: Sequence[bool]) -> list[Tensor]:
@@ -211,13 +260,18 @@ class _Stationary(System):
         gradient, product = self.hvp(lambda f, xs: self.loss(f, *together(xs)), point.fast, at)
         if self.on_tape and not transforming():
             # The gradient that was linearised is the one to look at.
-            self.warn(self.inputs[: len(self.names)], point, tree.norm(gradient).detach())
+            self.warn(self.inputs[: len(self.names)], point, pt.norm(gradient).detach())
         # Nobody will differentiate this: the system need not be solved as an equation, and one
         # linearisation does for both.
         final = not (transforming() or torch.is_grad_enabled())
-        if final and right and isinstance(product, Taped):
-            return [-g for g in product.mixed(self.solve(product.hessian, right))[0]]
-        return [-g for g in product(self.inverse(point, right))[1]]
+        if not final:
+            solved = self.inverse(point, right)
+        elif isinstance(product, Taped):
+            solved = self.solve(product.hessian, right)
+            return [-g for g in product.mixed(solved)[0]]
+        else:
+            solved = self.solve(lambda d: product(d)[0], right)
+        return [-g for g in product(solved)[1]]
 
     def push(self, point: Point, along: list[Tensor]) -> Params:
         """Return `-H^-1 M t`."""
@@ -229,4 +283,47 @@ class _Stationary(System):
             return torch.func.grad(loss)(point.fast, *together(xs))
 
         _, mixed = pushforward(gradient, at)
-        return tree.scale(self.inverse(point, mixed(along)), -1.0)
+        return pt.scale(self.inverse(point, mixed(along)), -1.0)
+
+
+class _EachProduct(System):
+    """The same condition, with new data of the stream for each product (stocBiO)."""
+
+    def __init__(
+        self,
+        inner_loss: InnerLoss,
+        solver: Solver,
+        start: Params,
+        outer: Params,
+        support: Any,
+        settings: Implicit,
+    ):
+        super().__init__(inner_loss, solver, start, outer, support)
+        self.settings = settings
+        self.first = count(solver, start)
+
+    def pull(self, point: Point, right: Params, wanted: Sequence[bool]) -> list[Tensor]:
+        """Return `-M' H^-1 v`, each product on the data of its own step."""
+        reasons = [*pt.tensors(tuple(point)), *right.values()]
+        fixed, right = Point(*pt.detach(tuple(point))), pt.detach(right)
+        at, together = fixed.floats(wanted)
+        steps = itertools.count(self.first)
+        hvp = self.settings.hvp
+
+        def linearised() -> Callable[[Params], tuple[Any, ...]]:
+            step = next(steps)
+
+            def loss(fast: Params, xs: list[Tensor]) -> Tensor:
+                outer, stream = together(xs)
+                return self.inner_loss(fast, outer, stream.at(step))
+
+            return hvp(evaluated_for(hvp, loss), fixed.fast, at)[1]
+
+        with torch.no_grad():
+            solved = self.settings.solve(lambda d: linearised()(d)[0], right)
+            grads = [-g for g in linearised()(solved)[1]]
+        return once(f"Implicit with data={EACH_PRODUCT!r}", grads, reasons)
+
+    def push(self, point: Point, along: list[Tensor]) -> Params:
+        """Refuse."""
+        raise first_only(f"Implicit with data={EACH_PRODUCT!r}")

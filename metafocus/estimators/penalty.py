@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from metafocus import tree
-from metafocus.autodiff.backends import replayed, value_and_grad
-from metafocus.autodiff.composites import Swapped
+from metafocus import params as pt
+from metafocus.autodiff.grad import value_and_grad
+from metafocus.autodiff.safe_operators.swapping import Swapped
+from metafocus.checks import positive
 from metafocus.errors import ProblemError
 from metafocus.estimators.attached import (
     Point,
@@ -19,19 +20,20 @@ from metafocus.estimators.attached import (
     attach,
     first_only,
     gradient_norm,
+    need_data,
     once,
     warn_if_large,
 )
 from metafocus.estimators.implicit import refuse_decay
-from metafocus.levels import forward_levels, transforming
-from metafocus.problem import Problem
+from metafocus.rng import replayed
 from metafocus.solvers import Given
-from metafocus.solvers.descent import solve_inner
-from metafocus.types import Params, Solution, Solver
+from metafocus.solvers.descent import refuse_own_rule, solve_inner
+from metafocus.torch_internals import forward_levels, transforming
+from metafocus.types import Estimator, InnerLoss, Params, Solution, Solver
 
 
 @dataclass(frozen=True)
-class Penalty:
+class Penalty(Estimator):
     """The hypergradient as a difference of two gradients of the inner loss.
 
     With `v` the derivative of the outer loss by the fast weights, `fast` the inner solution and
@@ -53,11 +55,14 @@ class Penalty:
             counts, and in the mean over `n` tasks each task's `v` is `n` times smaller.
         solver: how to reach the nudged solution; None: as the solution itself.
         central: nudge both ways, for twice the time.
+        data: where the support is a stream, a function from it to the data that the two
+            gradients are compared on.
 
     Raises:
         ValueError: for a strength that is not positive.
         ProblemError: if the inner solution is `Given` and there is no `solver` to nudge with; if
-            a solver has a weight decay: put the decay into the loss.
+            a solver has a weight decay: put the decay into the loss; if a solver has a
+            `direction` of its own; for a stream without `data`.
         TransformError: for second derivatives and forward mode.
         NotStationaryWarning: if the inner gradient, or in the backward pass the gradient of a
             nudged problem, has not fallen to 1e-2 (outside `vmap` and `torch.compile`).
@@ -68,7 +73,7 @@ class Penalty:
         ...     return ((fast["w"] - slow["c"]) ** 2).sum()
         >>> def outer_loss(fast, slow, x):
         ...     return fast["w"].sum()
-        >>> problem = mf.Problem(inner, outer_loss, init=lambda slow: {"w": torch.zeros(2)})
+        >>> problem = mf.Problem(inner, outer_loss, init=lambda slow, _: {"w": torch.zeros(2)})
         >>> meta = mf.bilevel(problem, solver=mf.SGD(0.5, 1), estimator=mf.Penalty(8.0))
         >>> mf.hypergrad(meta)({"c": torch.ones(2)}, mf.Episode(None, None))[0]
         {'c': tensor([1., 1.])}
@@ -78,20 +83,19 @@ class Penalty:
         et al., arXiv 2509.02937 (F2SA as a finite difference, and its central form).
     """
 
+    explicit = True
+
     strength: float
     solver: Solver | None = None
     central: bool = False
+    data: Callable[[Any], Any] | None = None
 
     def __post_init__(self) -> None:
-        if not self.strength > 0:
-            raise ValueError(f"strength must be positive, got {self.strength}.")
+        positive("strength", self.strength)
 
-    @property
-    def explicit(self) -> bool:
-        """Whether derivatives flow through explicit tensors only."""
-        return True
-
-    def __call__(self, problem: Problem, solver: Solver, outer: Params, support: Any) -> Solution:
+    def __call__(
+        self, inner_loss: InnerLoss, solver: Solver, start: Params, outer: Params, support: Any
+    ) -> Solution:
         """Solve the inner problem; the nudged ones wait for the backward pass."""
         if forward_levels():
             raise first_only("Penalty")
@@ -103,8 +107,10 @@ class Penalty:
             )
         refuse_decay("Penalty", solver)
         refuse_decay("Penalty", nudging)
-        start = problem.start(outer)
-        return attach(_Nudged(problem, solver, start, outer, support, self, nudging))
+        for each in (solver, nudging):
+            refuse_own_rule("Penalty", each)
+        need_data("Penalty", support, self.data)
+        return attach(_Nudged(inner_loss, solver, start, outer, support, self, nudging))
 
 
 class _Nudged(System):
@@ -112,7 +118,7 @@ class _Nudged(System):
 
     def __init__(
         self,
-        problem: Problem,
+        inner_loss: InnerLoss,
         solver: Solver,
         start: Params,
         outer: Params,
@@ -120,32 +126,36 @@ class _Nudged(System):
         settings: Penalty,
         nudging: Solver,
     ):
-        super().__init__(problem, solver, start, outer, support)
+        super().__init__(inner_loss, solver, start, outer, support, settings.data)
         self.strength = settings.strength
         self.central = settings.central
         self.nudging = nudging
 
-        def loss(*args: Any) -> Tensor:
-            # First derivatives: only what would be silently wrong is swapped.
-            with Swapped(once=True):
-                return problem.inner_loss(*args)
+        def replaying(inner_loss: InnerLoss) -> InnerLoss:
+            def loss(*args: Any) -> Tensor:
+                # First derivatives: only what would be silently wrong is swapped.
+                with Swapped(once=True):
+                    return inner_loss(*args)
 
-        # One random draw for all gradients that are compared.
-        self.loss = replayed(loss, self.inputs)
+            # One random draw for all gradients that are compared.
+            return replayed(loss, self.inputs)
+
+        self.descended = replaying(inner_loss)
+        self.loss = replaying(self.at_solution)
 
     def inspect(self, start: Params, point: Point) -> None:
         warn_if_large(
             "Penalty",
             "inner gradient norm",
-            lambda: gradient_norm(self.problem, point._replace(fast=start)),
-            gradient_norm(self.problem, point),
+            lambda: gradient_norm(self.loss, point._replace(fast=start)),
+            gradient_norm(self.loss, point),
             "Take more inner steps or a larger lr.",
         )
 
     def pull(self, point: Point, right: Params, wanted: Sequence[bool]) -> list[Tensor]:
         """Return `strength (g(nudged) - g(fast))`, which raises if it is derived again."""
-        reasons = [*tree.tensors(tuple(point)), *right.values()]
-        fixed, right = Point(*tree.detach(tuple(point))), tree.detach(right)
+        reasons = [*pt.tensors(tuple(point)), *right.values()]
+        fixed, right = Point(*pt.detach(tuple(point))), pt.detach(right)
         with torch.no_grad():
             ahead = self.gradients(fixed, right, 1.0, wanted)
             behind = self.gradients(fixed, right, -1.0 if self.central else 0.0, wanted)
@@ -164,7 +174,7 @@ class _Nudged(System):
         fast, push = point.fast, sign / self.strength
 
         def nudged(f: Params, outer: Params, support: Any) -> Tensor:
-            return self.loss(f, outer, support) + push * tree.dot(right, f)
+            return self.descended(f, outer, support) + push * pt.dot(right, f)
 
         if sign:
             fast = solve_inner(nudged, self.nudging, fast, point.outer, point.support).params
@@ -182,11 +192,11 @@ class _Nudged(System):
         return [grads[k] for k in leaves]
 
     def warn(self, gradient: Params, right: Params, push: float) -> None:
-        residual = tree.norm(tree.add(gradient, right, push))
+        residual = pt.norm(pt.add(gradient, right, push))
         warn_if_large(
             "Penalty",
             "gradient norm of the nudged inner problem" if push else "inner gradient norm",
-            lambda: tree.norm(right) / self.strength,
+            lambda: pt.norm(right) / self.strength,
             residual,
             "Take more steps, a larger lr, a lower strength, or central=True.",
         )

@@ -9,39 +9,84 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metafocus import tree
-from metafocus.autodiff.backends import pullback
+from metafocus import params as pt
+from metafocus import streams
+from metafocus.autodiff.grad import pullback
 from metafocus.autodiff.hvp import evaluated_for, hvp_reverse
 from metafocus.autodiff.recompute import recompute
-from metafocus.problem import Problem
-from metafocus.solvers.descent import count, descend, segment, stacked
-from metafocus.types import HVP, InnerLoss, Params, Solution, Solver, State
+from metafocus.checks import whole
+from metafocus.solvers.descent import (
+    count,
+    descend,
+    refuse_own_rule,
+    segment,
+    solve_inner,
+    stacked,
+)
+from metafocus.types import HVP, Estimator, InnerLoss, Params, Solution, Solver, State
 
 
 @dataclass(frozen=True)
-class Unrolled:
+class FirstOrder(Estimator):
+    """The adapted fast weights move with the start only: the adaptation is a constant shift.
+
+    `d outer_loss / d outer = direct + v' d start / d outer`, with `v` the derivative of the outer
+    loss by the fast weights. First-order MAML (arXiv 1703.03400, section 5.2) and the official
+    FocuSFT. With a `path`, every iterate is tied to the start in this way.
+
+    Example:
+        >>> FirstOrder()
+        FirstOrder()
+    """
+
+    def __call__(
+        self,
+        inner_loss: InnerLoss,
+        solver: Solver,
+        start: Params,
+        outer: Params,
+        support: Any,
+        *,
+        path: tuple[int, ...] = (),
+    ) -> Solution:
+        """Run the inner loop without a graph; tie what it reaches to the start."""
+        found = solve_inner(inner_loss, solver, start, outer, support, path)
+        tied = tuple(tied_to(start, fast) for fast in found.path)
+        return Solution(tied_to(start, found.params), found.losses, tied)
+
+
+def tied_to(start: Params, fast: Params) -> Params:
+    """Return the values of `fast` with the derivative of `start`: a straight-through tie."""
+    return {k: v + (start[k] - start[k].detach()) for k, v in fast.items()}
+
+
+@dataclass(frozen=True)
+class Unrolled(Estimator):
     """Differentiate through the inner loop, as if it were any other code.
 
     `d fast_K / d outer = sum_t (prod_(s>t) d fast_(s+1) / d fast_s) d fast_(t+1) / d outer`.
 
     With `last=k` only the last `k` steps are differentiated; the steps before are constant, and
-    the fast weights after them are tied straight-through to `init(outer)`: with identity `init`,
+    the fast weights after them are tied straight-through to the start: with the default `init`,
     `last=0` is first-order MAML. (Truncated back-propagation: Shaban et al., arXiv 1810.10667.)
 
     Args:
         last: how many steps to differentiate, from the end; None: all.
         recompute: False keeps the graph of all steps. True or `k` runs the inner loop without a
-            graph and rebuilds it in the backward pass, one step or `k` steps at a time: memory
-            flat in `steps` (under `backward` and `hypergrad`; `torch.func.grad` records its own
-            backward pass), for 1.2 to 1.5 times the time. Of segments of `k > 1` the last keeps
-            its graph, as it is needed first; if `k` does not divide the steps, the first is the
-            shorter one. Same gradient.
+            graph and rebuilds it in the backward pass, one step or `k` steps at a time: the
+            memory of one segment's graph, plus the fast weights and the solver state of each
+            segment (under `backward` and `hypergrad`; `torch.func.grad` records its own backward
+            pass), for 1.2 to 1.5 times the time. Of segments of `k > 1` the last keeps its graph,
+            as it is needed first; if `k` does not divide the steps, the first is the shorter one.
+            Same gradient. A stream is asked again for the data of a rebuilt step.
         hvp: how to multiply with second derivatives: `hvp_reverse` (exact), `hvp_forward`
             (exact, MixFlow-MG, arXiv 2505.00793) or `hvp_finite(eps)`, which needs first
             derivatives only. The last two rebuild step by step.
 
     Raises:
         ValueError: for a negative `last` or `recompute`.
+        ProblemError: at the call, for `hvp_forward` or `hvp_finite` with a solver that has a
+            `direction` of its own, and if a stream gives other data to a rebuilt step.
 
     Example:
         >>> Unrolled(last=3, recompute=True)
@@ -53,67 +98,79 @@ class Unrolled:
     hvp: HVP = hvp_reverse
 
     def __post_init__(self) -> None:
-        for name, value in (("last", self.last), ("recompute", self.recompute)):
-            if value is not None and (not isinstance(value, int) or value < 0):
-                raise ValueError(f"{name} must be an integer >= 0, got {value!r}.")
-        if isinstance(self.last, bool):
-            raise ValueError(f"last must be an integer >= 0, got {self.last!r}.")
+        if self.last is not None:
+            whole("last", self.last)
+        if not isinstance(self.recompute, bool):
+            whole("recompute", self.recompute)
 
     def __repr__(self) -> str:
         hvp = getattr(self.hvp, "__name__", self.hvp)
         return f"Unrolled(last={self.last}, recompute={self.recompute}, hvp={hvp})"
 
     @property
-    def explicit(self) -> bool:
+    def explicit(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether derivatives flow through explicit tensors only."""
         return self.last != 0 and (bool(self.recompute) or self.hvp is not hvp_reverse)
 
-    def __call__(self, problem: Problem, solver: Solver, outer: Params, support: Any) -> Solution:
+    def __call__(
+        self,
+        inner_loss: InnerLoss,
+        solver: Solver,
+        start: Params,
+        outer: Params,
+        support: Any,
+        *,
+        path: tuple[int, ...] = (),
+    ) -> Solution:
         """Run the inner loop."""
-        start = problem.start(outer)
         steps = count(solver, start)
         head = 0 if self.last is None else max(steps - self.last, 0)
-        params, state, losses = start, solver.init(start), []
+        params, state, losses, kept = start, solver.init(start), [], []
         if head:
-            params, state, losses = descend(
-                problem.inner_loss,
+            params, state, losses, kept = descend(
+                inner_loss,
                 solver,
-                tree.detach(start),
-                tree.detach(state),
-                tree.detach(outer),
-                tree.detach(support),
+                *pt.detach((start, state, outer, support)),
                 range(head),
                 differentiable=False,
+                path=path,
             )
-            params = {k: v + (start[k] - start[k].detach()) for k, v in params.items()}
+            params, kept = tied_to(start, params), [tied_to(start, fast) for fast in kept]
         if head < steps:
-            loss = evaluated_for(self.hvp, problem.inner_loss)
+            loss = evaluated_for(self.hvp, inner_loss)
             tail = self._rebuilt if self.explicit else segment
-            run = tail(loss, solver, range(head, steps))
-            params, state, more = run(params, state, outer, support)
-            losses = losses + more
-        return Solution(params, stacked(losses, params))
+            run = tail(loss, solver, range(head, steps), path)
+            params, state, more, later = run(params, state, outer, support)
+            losses, kept = losses + more, kept + later
+        return Solution(params, stacked(losses, params), tuple(kept))
 
-    def _rebuilt(self, loss: InnerLoss, solver: Solver, steps: range) -> Callable[..., Any]:
+    def _rebuilt(
+        self, loss: InnerLoss, solver: Solver, steps: range, path: tuple[int, ...]
+    ) -> Callable[..., Any]:
         """Return what `segment` returns, but rebuilt in the backward pass."""
         exact = self.hvp is hvp_reverse
+        if not exact:
+            refuse_own_rule(f"Unrolled with hvp={getattr(self.hvp, '__name__', self.hvp)}", solver)
         size = int(self.recompute) if exact else 1
 
         def run(params: Params, state: State, outer: Params, support: Any) -> Any:
             losses: list[Tensor] = []
+            kept: list[Params] = []
+            support = streams.watched(support)
             for part in _segments(steps, size):
-                forward = segment(loss, solver, part)
+                # The fast weights after the last step are the result already.
+                inside = [step for step in path if step in part[:-1]]
+                forward = segment(loss, solver, part, inside)
+                args = (params, state, outer, streams.part(support, part))
                 if size > 1 and part.stop == steps.stop:
                     # The backward pass begins here: it would rebuild this graph before any other.
-                    params, state, more = forward(params, state, outer, support)
+                    params, state, more, later = forward(*args)
                 else:
                     pull = None if exact else _step_pullback(loss, solver, part.start, self.hvp)
-                    params, state, more = recompute(
-                        forward, params, state, outer, support, pullback=pull
-                    )
-                    more = [x.detach() for x in more]
+                    params, state, more, later = recompute(forward, *args, pullback=pull)
                 losses += more
-            return params, state, losses
+                kept += [*later, params] if part[-1] in path else later
+            return params, state, losses, kept
 
         return run
 
@@ -122,20 +179,6 @@ def _segments(steps: range, size: int) -> list[range]:
     """Return the steps in pieces of `size`; a shorter one comes first, as it is rebuilt."""
     ends = list(range(steps.stop, steps.start, -size))[::-1]
     return [range(max(end - size, steps.start), end) for end in ends]
-
-
-def FirstOrder() -> Unrolled:
-    """Return `Unrolled(last=0)`: the adapted fast weights move with `init(outer)` only.
-
-    `d outer_loss / d outer = direct + v' d init / d outer`, with `v` the derivative of the outer
-    loss by the fast weights: the adaptation counts as a constant shift. First-order MAML (arXiv
-    1703.03400, section 5.2) and the official FocuSFT.
-
-    Example:
-        >>> FirstOrder() == Unrolled(last=0)
-        True
-    """
-    return Unrolled(last=0)
 
 
 def _step_pullback(loss: InnerLoss, solver: Solver, step: int, hvp: HVP) -> Callable[..., Any]:
@@ -147,28 +190,28 @@ def _step_pullback(loss: InnerLoss, solver: Solver, step: int, hvp: HVP) -> Call
 
     def run(args: tuple[Any, ...], cotangents: Any) -> tuple[Any, ...]:
         params, state, outer, support = args
-        floats, rebuild = tree.partition(support, torch.is_floating_point)
+        floats, rebuild = pt.partition(support, pt.is_differentiable)
 
         def explicit(p: Params, o: Params, s: list[Tensor]) -> Tensor:
-            return loss(p, o, rebuild(s))
+            return loss(p, o, streams.at(rebuild(s), step))
 
         grads, product = hvp(explicit, params, outer, floats)
-        inputs, together = tree.partition((params, grads, state, outer))
+        inputs, together = pt.partition((params, grads, state, outer))
 
-        def update(*xs: Tensor) -> list[Tensor]:
+        def update(*xs: Tensor) -> list[Any]:
             p, g, s, o = together(xs)
-            return tree.tensors(solver.update(p, g, s, step, o))
+            return pt.leaves(solver.update(p, g, s, step, o))
 
-        pulled = pullback(update, inputs, tree.leaves(cotangents[:2]), [True] * len(inputs))
+        pulled = pullback(update, inputs, pt.leaves(cotangents[:2]), [True] * len(inputs))
         filled = [
             torch.zeros_like(x) if g is None else g for g, x in zip(pulled, inputs, strict=True)
         ]
         d_params, d_grads, d_state, d_outer = together(filled)
         h_params, m_outer, m_floats = product(d_grads)
         return (
-            tree.add(d_params, h_params),
+            pt.add(d_params, h_params),
             d_state,
-            tree.add(d_outer, m_outer),
+            pt.add(d_outer, m_outer),
             rebuild(m_floats),
         )
 

@@ -210,7 +210,7 @@ def _about(
 
     import torch
 
-    from metafocus.comparison import environment
+    from metafocus.comparison.report import environment
 
     return {
         "model_args": arguments,

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metafocus import tree
-from metafocus.autodiff.backends import pullback, pushforward, smooth
-from metafocus.levels import alive
+from metafocus import params as pt
+from metafocus.autodiff.grad import pullback, pushforward
+from metafocus.torch_internals import unwrap_dead
 from metafocus.types import LinearSolver, MatVec, Params
 
 
@@ -90,7 +90,7 @@ class _Inverse(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
-        spec, saved = ctx.spec, alive(ctx.saved_tensors)
+        spec, saved = ctx.spec, unwrap_dead(ctx.saved_tensors)
         theta, solution = saved[: spec.size], spec.params(saved[spec.size :])
         filled = [
             torch.zeros_like(x) if v is None else v
@@ -106,14 +106,16 @@ class _Inverse(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        spec, saved = ctx.spec, alive(ctx.saved_tensors)
+        spec, saved = ctx.spec, unwrap_dead(ctx.saved_tensors)
         theta, solution = saved[: spec.size], spec.params(saved[spec.size :])
         moved, right = tangents[1 : 1 + spec.size], tangents[1 + spec.size :]
         total = {
             k: torch.zeros_like(x) if t is None else t
             for (k, x), t in zip(solution.items(), right, strict=True)
         }
-        chosen = [i for i, t in enumerate(moved) if t is not None and smooth(theta[i])]
+        chosen = [
+            i for i, t in enumerate(moved) if t is not None and pt.is_differentiable(theta[i])
+        ]
         if chosen:
 
             def image(*xs: Tensor) -> tuple[Tensor, ...]:
@@ -123,6 +125,6 @@ class _Inverse(torch.autograd.Function):
                 return tuple(spec.image(solution)(*merged))
 
             _, push = pushforward(image, *(theta[i] for i in chosen))
-            total = tree.sub(total, spec.params(push(*(moved[i] for i in chosen))))
+            total = pt.sub(total, spec.params(push(*(moved[i] for i in chosen))))
         solved = inverse(spec.operator, spec.solve, theta, total)
         return tuple(solved[k] for k in spec.names)

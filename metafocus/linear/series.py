@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from metafocus import tree
+from metafocus import params as pt
 from metafocus.linear.vectors import check, positive
 from metafocus.types import MatVec, Params
 
@@ -41,9 +41,9 @@ class Neumann:
 
     def __call__(self, matvec: MatVec, b: Params) -> Params:
         """Sum the series."""
-        x = tree.scale(b, self.scale)
+        x = pt.scale(b, self.scale)
         for _ in range(self.steps - 1):
-            x = tree.add(x, tree.sub(b, matvec(x)), self.scale)
+            x = pt.add(x, pt.sub(b, matvec(x)), self.scale)
         return x
 
 
@@ -73,4 +73,4 @@ class Identity:
 
     def __call__(self, matvec: MatVec, b: Params) -> Params:
         """Scale."""
-        return tree.scale(b, self.scale)
+        return pt.scale(b, self.scale)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from metafocus import tree
+from metafocus import params as pt
 from metafocus.errors import ProblemError
 from metafocus.types import LinearSolver, MatVec, Params
 
@@ -43,5 +43,5 @@ class WarmStart:
                 "mf.adjoint returned for the same problem."
             )
         start = {k: self.start[k].detach() for k in b}
-        missing = self.solve(matvec, tree.sub(b, matvec(start)))
-        return tree.add(start, missing)
+        missing = self.solve(matvec, pt.sub(b, matvec(start)))
+        return pt.add(start, missing)

@@ -15,13 +15,13 @@ from metafocus import masks
 from metafocus.adapters.protocol import Adapter
 from metafocus.attention.hugging_face import attending, takes_spans
 from metafocus.errors import ProblemError
-from metafocus.lm import heads, prefix
-from metafocus.lm.checkpointing import exact_checkpointing
-from metafocus.lm.checks import check_ids, check_parts, check_spans
-from metafocus.lm.chunk import IGNORED, Tail, wide
+from metafocus.lm.hf import heads, prefix
+from metafocus.lm.hf.checkpointing import exact_checkpointing
+from metafocus.lm.hf.checks import check_ids, check_parts, check_spans
+from metafocus.lm.hf.chunk import IGNORED, Tail, wide
 from metafocus.lm.tokens import Batch, TokenPolicy, answer_tokens, predicted
 from metafocus.masks import MaskPolicy
-from metafocus.spans import Spans, windowed
+from metafocus.masks.spans import Spans, windowed
 from metafocus.types import Params
 
 

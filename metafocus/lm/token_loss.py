@@ -15,9 +15,9 @@ from torch import Tensor
 
 from metafocus.autodiff.recompute import recompute
 from metafocus.errors import ProblemError
-from metafocus.levels import is_tracked, transforming
-from metafocus.lm.chunk import Tail, chunk_grads, chunk_loss, no_autocast
-from metafocus.lm.taped import sweep, taped
+from metafocus.lm.hf.chunk import Tail, chunk_grads, chunk_loss, no_autocast
+from metafocus.lm.hf.taped import sweep, taped
+from metafocus.torch_internals import is_tracked, transforming
 
 
 def token_loss(

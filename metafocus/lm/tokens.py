@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metafocus.errors import ProblemError
 from metafocus.masks import positions
-from metafocus.masks.batch import take
+from metafocus.masks.rows import take
 
 Batch = dict[str, Any]
 """`input_ids`, `attention_mask`, `answer_mask`, `turn_ids`: each `[B, S]`; see `data.collate`."""

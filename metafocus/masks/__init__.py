@@ -8,7 +8,6 @@ each other, padding sees nothing and is seen by nothing, and padding may be on e
 
 from __future__ import annotations
 
-from metafocus.masks.batch import Batch
 from metafocus.masks.layout import positions
 from metafocus.masks.policies import (
     MaskPolicy,
@@ -18,7 +17,8 @@ from metafocus.masks.policies import (
     prefix_lm,
     sliding_window,
 )
-from metafocus.spans import Spans
+from metafocus.masks.rows import Batch
+from metafocus.masks.spans import Spans
 
 __all__ = [
     "Batch",

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from metafocus.errors import DataError
-from metafocus.masks.batch import Batch, refuse, take
-from metafocus.spans import Spans, nonempty
+from metafocus.masks.rows import Batch, refuse, take
+from metafocus.masks.spans import Spans, nonempty
 
 
 class Layout(NamedTuple):

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from metafocus.errors import ProblemError
-from metafocus.masks.batch import Batch, take
 from metafocus.masks.layout import differs, layout_of, least_from, runs_of
-from metafocus.spans import Spans
+from metafocus.masks.rows import Batch, take
+from metafocus.masks.spans import Spans
 
 MaskPolicy = Callable[[Batch], Spans]
 """`batch -> Spans`, `[B, S]`: which keys each query may see."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from metafocus.recipes import fewshot, hpo
-from metafocus.recipes.focusft import focusft, focusft_problem
-from metafocus.recipes.test_time import export, qttt, ttt_e2e
+from metafocus.recipes._focusft import focusft, focusft_problem
+from metafocus.recipes.ttt import export, qttt, ttt_e2e
 
 __all__ = [
     "export",

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metafocus import tree
+from metafocus import params as pt
 from metafocus.errors import ProblemError
-from metafocus.problem import Problem, proximal
+from metafocus.problem import Problem, from_slow, proximal
 from metafocus.types import Aux, Episode, InnerLoss, Params
 
 Loss = Callable[[Params, Any], Tensor]
@@ -96,7 +96,7 @@ def maml(loss: Loss) -> Problem:
         torch.Size([25, 1])
     """
     adapted = _adapted(loss)
-    return Problem(adapted, adapted, init=_everything)
+    return Problem(adapted, adapted)
 
 
 def anil(loss: Loss, head: Sequence[str]) -> Problem:
@@ -116,7 +116,7 @@ def anil(loss: Loss, head: Sequence[str]) -> Problem:
     def whole(fast: Params, slow: Params, data: Any) -> Tensor:
         return loss(slow | fast, data)
 
-    def start(slow: Params) -> Params:
+    def start(slow: Params, support: Any) -> Params:
         missing = sorted(set(head) - set(slow))
         if missing:
             raise ProblemError(f"head names {missing[0]!r}; outer holds {sorted(slow)}.")
@@ -142,7 +142,7 @@ def meta_sgd(loss: Loss) -> Problem:
     """
     adapted = _adapted(loss)
 
-    def start(slow: Params) -> Params:
+    def start(slow: Params, support: Any) -> Params:
         if not any(k.startswith(RATE) for k in slow):
             raise ProblemError("outer holds no rates. Pass with_rates(weights, lr).")
         return {k: v for k, v in slow.items() if not k.startswith(RATE)}
@@ -170,7 +170,7 @@ def imaml(loss: Loss, strength: float = 2.0) -> Problem:
         ValueError: for a negative strength.
     """
     adapted = _adapted(loss)
-    return Problem(proximal(adapted, strength), adapted, init=_everything)
+    return Problem(proximal(adapted, strength), adapted)
 
 
 def reptile(loss: Loss) -> Problem:
@@ -199,7 +199,10 @@ def reptile(loss: Loss) -> Problem:
     def distance(fast: Params, slow: Params, _: Any) -> Tensor:
         return torch.stack([((slow[k] - v) ** 2).sum() for k, v in fast.items()]).sum() / 2
 
-    return Problem(_adapted(loss), distance, lambda slow: tree.detach(_everything(slow)))
+    def start(slow: Params, support: Any) -> Params:
+        return pt.detach(from_slow(slow, support))
+
+    return Problem(_adapted(loss), distance, start)
 
 
 def diverging(aux: Aux) -> Tensor:
@@ -223,12 +226,3 @@ def diverging(aux: Aux) -> Tensor:
 
 def _adapted(loss: Loss) -> InnerLoss:
     return lambda fast, slow, data: loss(fast, data)
-
-
-def _everything(slow: Params) -> Params:
-    if not slow:
-        raise ProblemError(
-            "outer={} leaves nothing to adapt. Pass dict(model.named_parameters()) and a loss of "
-            "parameters, with torch.func.functional_call."
-        )
-    return slow

@@ -3,7 +3,7 @@
 A problem each; the support is what is trained on, the query what is validated on. The solver is
 whatever trains the model (`mf.Given` for a closed form). The estimator is `Implicit(CG(n))` where
 training converges (arXiv 1911.02590, 2006.16218) and `Unrolled(last=k, recompute=True)` where it
-does not; the single-loop methods (`mf.SOBA` and its family) take the same problems.
+does not; the single-loop methods (`mf.algorithms.SOBA` and its family) take the same problems.
 
 `start()` returns the weights that training starts from.
 """
@@ -66,7 +66,7 @@ def log_l2(loss: Loss, start: Start) -> Problem:
             value = value + (penalty.exp() * fast[name] ** 2).sum() / 2
         return value
 
-    return Problem(penalised, lambda fast, slow, data: loss(fast, data), lambda _: start())
+    return Problem(penalised, lambda fast, slow, data: loss(fast, data), lambda _, support: start())
 
 
 def _penalties(fast: Params, slow: Params) -> Params:
@@ -136,7 +136,9 @@ def reweight(losses: Losses, start: Start, l2: float = 0.0) -> Problem:
             value = value + l2 / 2 * torch.stack([(v**2).sum() for v in fast.values()]).sum()
         return value
 
-    return Problem(weighted, lambda fast, slow, data: losses(fast, data).mean(), lambda _: start())
+    return Problem(
+        weighted, lambda fast, slow, data: losses(fast, data).mean(), lambda _, support: start()
+    )
 
 
 def distill(loss: Loss, start: Start, labels: Any) -> Problem:
@@ -167,5 +169,5 @@ def distill(loss: Loss, start: Start, labels: Any) -> Problem:
     return Problem(
         lambda fast, slow, _: loss(fast, (slow["x"], labels)),
         lambda fast, slow, data: loss(fast, data),
-        lambda _: start(),
+        lambda _, support: start(),
     )

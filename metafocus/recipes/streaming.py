@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metafocus import tree
-from metafocus.autodiff.composites import Swapped
+from metafocus import params as pt
 from metafocus.autodiff.recompute import recompute
-from metafocus.bilevel import MetaLoss
+from metafocus.autodiff.safe_operators.swapping import Swapped
+from metafocus.engine import MetaLoss
 from metafocus.errors import ProblemError
 from metafocus.estimators import Estimator
-from metafocus.levels import transforming
 from metafocus.lm import Batch, TokenPolicy
 from metafocus.lm.tokens import predicted
-from metafocus.probe import probe
+from metafocus.preflight import preflight
 from metafocus.problem import Problem, as_episode, check_finite
+from metafocus.torch_internals import transforming
 from metafocus.types import Aux, Episode, Params, Solver, State
 
 
@@ -111,38 +110,39 @@ def stream(
     if chunk < 1 or window < 1:
         raise ProblemError(f"chunk={chunk} and window={window} must be at least 1.")
     explicit = getattr(estimator, "explicit", False)
-    probed = False
+    checked = False
 
-    def learn(problem: Problem, solver: Solver, slow: Params, support: Batch) -> Any:
-        nonlocal probed
-        if not probed and not torch.compiler.is_compiling():
-            problem = probe(problem, solver, slow, support, explicit=explicit)
-            probed = True
-        solution = estimator(problem, solver, slow, support)
+    def learn(solver: Solver, fast: Params, slow: Params, support: Batch) -> Any:
+        nonlocal checked
+        if not checked and not torch.compiler.is_compiling():
+            preflight(problem.inner_loss, solver, fast, slow, support, explicit=explicit)
+            checked = True
+        solution = estimator(problem.inner_loss, solver, fast, slow, support)
         if not transforming():
             check_finite(solution.losses)
         return solution
 
     def score(fast: Params, slow: Params, query: Batch) -> Tensor:
         with Swapped(once=True):
-            return problem.outer_loss(fast, slow, query)
+            return problem.evaluate(fast, slow, query)[0]
 
     def meta_loss(outer: Params, episode: Any) -> tuple[Tensor, Aux]:
-        fast = problem.start(outer)
-        _check(solver, fast, as_episode(episode).support)
+        whole = as_episode(episode)
+        fast = problem.start(outer, whole.support)
+        _check(solver, fast, whole.support)
         total, count, inner = [], [], []
-        for k, part in enumerate(_parts(as_episode(episode), chunk, window)):
+        for k, part in enumerate(_parts(whole, chunk, window)):
             support, query = problem.prepared(outer, part)
             number = predicted(problem.outer_loss.tokens, query).sum()  # pyright: ignore
             args = (fast, outer, query)
             loss = recompute(score, *args) if explicit else score(*args)
             total.append(number * loss)
             count.append(number)
-            here = dataclasses.replace(problem, init=lambda _, start=fast: start)
-            fast, losses = learn(here, _From(solver, k * solver.steps), outer, support)
-            inner.append(losses)
+            solution = learn(_From(solver, k * solver.steps), fast, outer, support)
+            fast = solution.params
+            inner.append(solution.losses)
         loss = torch.stack(total).sum() / torch.stack(count).sum().clamp(min=1)
-        return loss, Aux(tree.detach(fast), torch.cat(inner).detach())
+        return loss, Aux(pt.detach(fast), torch.cat(inner).detach())
 
     return meta_loss
 
@@ -163,7 +163,7 @@ def _check(solver: Solver, fast: Params, batch: Batch) -> None:
             f"a batch of {len(batch['input_ids'])} sequences: each must have fast weights of its "
             "own. Give one at a time, or stack episodes of one and use mf.over_tasks."
         )
-    if tree.tensors(solver.init(fast)):
+    if pt.tensors(solver.init(fast)):
         raise ProblemError(
             f"{solver} has a state, which would be lost between chunks. Use SGD without momentum."
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from metafocus import tree
+from metafocus import params as pt
 from metafocus.autodiff.guarded import safe_sqrt
 from metafocus.solvers.checks import check_common, fraction, positive
 from metafocus.solvers.clipping import Clip
@@ -56,7 +56,7 @@ class Adam:
 
     def init(self, params: Params) -> State:
         """Return zero first and second moments."""
-        return tree.zeros_like(params), tree.zeros_like(params)
+        return pt.zeros_like(params), pt.zeros_like(params)
 
     def update(
         self, params: Params, grads: Params, state: State, step: int, outer: Params
@@ -66,7 +66,7 @@ class Adam:
             grads = self.clip(grads)
         direction, state = adam_direction(grads, state, step, self.betas, self.eps)
         if self.weight_decay:
-            direction = tree.add(direction, params, self.weight_decay)
+            direction = pt.add(direction, params, self.weight_decay)
         rate = rates(self.lr, outer, params, step)
         return {k: moved(p, -rate[k], direction[k]) for k, p in params.items()}, state
 

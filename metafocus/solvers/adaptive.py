@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from metafocus import tree
+from metafocus import params as pt
 from metafocus.autodiff.guarded import safe_sqrt
 from metafocus.solvers.checks import check_common, fraction, not_negative, positive
 from metafocus.solvers.clipping import Clip
@@ -63,9 +63,9 @@ class RMSprop:
 
     def init(self, params: Params) -> State:
         """Return a zero mean square and, where needed, a zero mean and velocity."""
-        mean = tree.zeros_like(params) if self.centered else {}
-        velocity = tree.zeros_like(params) if self.momentum else {}
-        return tree.zeros_like(params), mean, velocity
+        mean = pt.zeros_like(params) if self.centered else {}
+        velocity = pt.zeros_like(params) if self.momentum else {}
+        return pt.zeros_like(params), mean, velocity
 
     def update(
         self, params: Params, grads: Params, state: State, step: int, outer: Params

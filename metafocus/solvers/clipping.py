@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metafocus import tree
+from metafocus import params as pt
 from metafocus.solvers.checks import positive
 from metafocus.types import Params
 
@@ -63,7 +63,7 @@ class clip_global:
 
     def __call__(self, grads: Params) -> Params:
         """Clip."""
-        return tree.scale(grads, shrink(tree.dot(grads, grads), self.limit))
+        return pt.scale(grads, shrink(pt.dot(grads, grads), self.limit))
 
 
 def shrink(square: Tensor, limit: float) -> Tensor:

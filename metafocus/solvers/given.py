@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metafocus import tree
+from metafocus import params as pt
 from metafocus.errors import NonFiniteError, ProblemError, TransformError
-from metafocus.levels import transforming
 from metafocus.problem import check_params
+from metafocus.torch_internals import transforming
 from metafocus.types import Params, State
 
 
@@ -43,7 +43,7 @@ class Given:
         >>> import metafocus as mf
         >>> def loss(fast, slow, x):
         ...     return ((fast["w"] - x) ** 2).sum() + slow["l2"] * (fast["w"] ** 2).sum()
-        >>> ridge = mf.Problem(loss, loss, init=lambda slow: {"w": torch.ones(1)})
+        >>> ridge = mf.Problem(loss, loss, init=lambda slow, support: {"w": torch.ones(1)})
         >>> solver = mf.Given(lambda slow, x: {"w": x / (1 + slow["l2"])})
         >>> mf.adapt(ridge, {"l2": torch.tensor(1.0)}, torch.tensor([4.0]), solver=solver).params
         {'w': tensor([2.])}
@@ -73,7 +73,7 @@ class Given:
         """Return the solution, checked and detached."""
         try:
             with torch.enable_grad():
-                found = self.solution(tree.detach(outer), tree.detach(support))
+                found = self.solution(pt.detach(outer), pt.detach(support))
         except RuntimeError as error:
             if not transforming():
                 raise

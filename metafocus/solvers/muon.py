@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from metafocus import tree
+from metafocus import params as pt
 from metafocus.solvers.adam import adam_direction
 from metafocus.solvers.checks import check_common, fraction, positive
 from metafocus.solvers.clipping import Clip, normalised
@@ -84,7 +84,7 @@ class Muon:
     def init(self, params: Params) -> State:
         """Return zero means for matrices and zero moments for the rest."""
         matrices, rest = _split(params)
-        return tree.zeros_like(matrices), (tree.zeros_like(rest), tree.zeros_like(rest))
+        return pt.zeros_like(matrices), (pt.zeros_like(rest), pt.zeros_like(rest))
 
     def update(
         self, params: Params, grads: Params, state: State, step: int, outer: Params
@@ -101,7 +101,7 @@ class Muon:
             flat = u.flatten(1)
             direction[k] = (self._factor(*flat.shape) * self._orthogonal(flat)).reshape(u.shape)
         if self.weight_decay:
-            direction = tree.add(direction, params, self.weight_decay)
+            direction = pt.add(direction, params, self.weight_decay)
         rate = rates(self.lr, outer, params, step)
         return {k: p - rate[k] * direction[k] for k, p in params.items()}, (means, moments)
 

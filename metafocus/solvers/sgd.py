@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from metafocus import tree
+from metafocus import params as pt
 from metafocus.solvers.checks import check_common, fraction
 from metafocus.solvers.clipping import Clip
 from metafocus.solvers.rates import Rate, rates
@@ -52,7 +52,7 @@ class SGD:
 
     def init(self, params: Params) -> State:
         """Return zero velocities, or nothing without momentum."""
-        return tree.zeros_like(params) if self.momentum else {}
+        return pt.zeros_like(params) if self.momentum else {}
 
     def update(
         self, params: Params, grads: Params, state: State, step: int, outer: Params

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metafocus import tree
+from metafocus import params as pt
 from metafocus.solvers.clipping import Clip
 from metafocus.types import Params
 
@@ -14,7 +14,7 @@ def coupled(grads: Params, params: Params, clip: Clip | None, weight_decay: floa
     """Return the clipped gradients of `loss + weight_decay / 2 |p|^2`, the decay not clipped."""
     if clip is not None:
         grads = clip(grads)
-    return tree.add(grads, params, weight_decay) if weight_decay else grads
+    return pt.add(grads, params, weight_decay) if weight_decay else grads
 
 
 def all_moved(a: Params, by: float, b: Params) -> Params:

@@ -81,7 +81,7 @@ def model() -> Any:
 @functools.cache
 def tokenizer() -> Any:
     """A small tokenizer with a chat template."""
-    from metafocus.tokenizer import train_tokenizer
+    from metafocus.data.tokenizer import train_tokenizer
 
     return train_tokenizer(["hello there"], 270)
 
@@ -136,7 +136,7 @@ def names(folder: Path) -> dict[str, Any]:
         raise Refused(line.removeprefix("metafocus: error: ").rstrip("\n"))
 
     def config(text: str | bytes, name: str = "run.yaml") -> Any:
-        from metafocus.integrations import launch
+        from metafocus.trainer import launch
 
         basic = "" if name.endswith("json") else "output_dir: run\nuse_cpu: true\n"
         content = text if isinstance(text, bytes) else basic + text

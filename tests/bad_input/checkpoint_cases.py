@@ -6,7 +6,7 @@ CHECKPOINTS = [
     (
         "a checkpoint that is not there",
         (
-            "from metafocus.integrations.checkpoints import require_complete\n"
+            "from metafocus.trainer.checkpoints import require_complete\n"
             'require_complete(folder / "checkpoint-1")'
         ),
         "DataError",
@@ -18,7 +18,7 @@ CHECKPOINTS = [
     (
         "a process killed while it saved",
         (
-            "from metafocus.integrations.checkpoints import require_complete\n"
+            "from metafocus.trainer.checkpoints import require_complete\n"
             '(folder / "checkpoint-1").mkdir()\n'
             '(folder / "checkpoint-1" / "model.safetensors").write_bytes(b"half")\n'
             'require_complete(folder / "checkpoint-1")'
@@ -33,7 +33,7 @@ CHECKPOINTS = [
     (
         "a state that was cut off",
         (
-            "from metafocus.integrations.checkpoints import resumable\n"
+            "from metafocus.trainer.checkpoints import resumable\n"
             '(folder / "checkpoint-1").mkdir()\n'
             '(folder / "checkpoint-1" / "trainer_state.json").write_text(\'{"global_st\')\n'
             "resumable(folder)"
@@ -48,7 +48,7 @@ CHECKPOINTS = [
     (
         "weights that were cut off",
         (
-            "from metafocus.integrations.checkpoints import resumable\n"
+            "from metafocus.trainer.checkpoints import resumable\n"
             '(folder / "checkpoint-1").mkdir()\n'
             '(folder / "checkpoint-1" / "trainer_state.json").write_text(\'{"global_step": '
             "1}')\n"
@@ -66,7 +66,7 @@ CHECKPOINTS = [
     (
         "a state of another step",
         (
-            "from metafocus.integrations.checkpoints import resumable\n"
+            "from metafocus.trainer.checkpoints import resumable\n"
             '(folder / "checkpoint-2").mkdir()\n'
             '(folder / "checkpoint-2" / "trainer_state.json").write_text(\'{"global_step": '
             "1}')\n"

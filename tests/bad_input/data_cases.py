@@ -423,7 +423,7 @@ DATA = [
     (
         "a vocabulary that is too small",
         (
-            "from metafocus.tokenizer import train_tokenizer\n"
+            "from metafocus.data.tokenizer import train_tokenizer\n"
             'train_tokenizer(["hi"], vocab_size=100)'
         ),
         "DataError",
@@ -431,13 +431,13 @@ DATA = [
     ),
     (
         "a tokenizer trained on one string",
-        ('from metafocus.tokenizer import train_tokenizer\ntrain_tokenizer("hi")'),
+        ('from metafocus.data.tokenizer import train_tokenizer\ntrain_tokenizer("hi")'),
         "DataError",
         "texts is a single string: pass an iterable of strings, such as [text]",
     ),
     (
         "a tokenizer trained on numbers",
-        ("from metafocus.tokenizer import train_tokenizer\ntrain_tokenizer([1, 2])"),
+        ("from metafocus.data.tokenizer import train_tokenizer\ntrain_tokenizer([1, 2])"),
         "DataError",
         "texts holds 1 of type int: pass strings only",
     ),

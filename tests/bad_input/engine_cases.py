@@ -49,7 +49,7 @@ ENGINE = [
     ),
     (
         "init returns nothing",
-        "hypergrad(problem(init=lambda slow: None))",
+        "hypergrad(problem(init=lambda slow, support: None))",
         "ProblemError",
         (
             "init must be a dict of tensors (fast weights by name), got NoneType. From a "
@@ -58,7 +58,7 @@ ENGINE = [
     ),
     (
         "init returns another name",
-        'hypergrad(problem(init=lambda slow: {"v": slow["w"]}))',
+        'hypergrad(problem(init=lambda slow, support: {"v": slow["w"]}))',
         "ProblemError",
         (
             "inner_loss asks for 'w'; init returned ['v'] and outer holds ['w']. Return it "
@@ -67,7 +67,7 @@ ENGINE = [
     ),
     (
         "init returns a name that is never read",
-        'hypergrad(problem(init=lambda slow: {**slow, "v": slow["w"]}))',
+        'hypergrad(problem(init=lambda slow, support: {**slow, "v": slow["w"]}))',
         "ProblemError",
         (
             "init returns 'v', which inner_loss never reads: it would never be adapted. "
@@ -335,7 +335,7 @@ ENGINE = [
     (
         "proximal without the slow weight",
         (
-            'hypergrad(problem(inner=mf.proximal(loss, 1.0), init=lambda slow: {"w": '
+            'hypergrad(problem(inner=mf.proximal(loss, 1.0), init=lambda slow, support: {"w": '
             'slow["v"]}), outer={"v": torch.ones(2)})'
         ),
         "ProblemError",
@@ -417,13 +417,13 @@ ENGINE = [
     ),
     (
         "evolution without noise",
-        "mf.evolution(meta_loss(), sigma=0.0, pairs=2, generator=torch.Generator())",
+        "mf.algorithms.Evolution(meta_loss(), sigma=0.0, pairs=2, generator=torch.Generator())",
         "ValueError",
         "sigma must be positive, got 0.0.",
     ),
     (
         "evolution without a generator",
-        "mf.evolution(meta_loss(), sigma=0.1, pairs=2, generator=None)(weights, zeros)",
+        "mf.algorithms.Evolution(meta_loss(), sigma=0.1, pairs=2, generator=None)(weights, zeros)",
         "ValueError",
         (
             "generator must be a torch.Generator, got NoneType. Randomness is explicit: "
@@ -432,7 +432,7 @@ ENGINE = [
     ),
     (
         "windows of no steps",
-        "mf.windows(problem(), solver=mf.SGD(0.1, 0))",
+        "mf.algorithms.Windows(problem(), solver=mf.SGD(0.1, 0))",
         "ValueError",
         "solver.steps must be >= 1: it is the length of a window, got 0.",
     ),
@@ -456,7 +456,7 @@ ENGINE = [
     ),
     (
         "a single-loop algorithm without outer parameters",
-        "mf.SOBA(problem(), inner_lr=0.1, v_lr=0.1).init({})",
+        "mf.algorithms.SOBA(problem(), inner_lr=0.1, v_lr=0.1).init({})",
         "ProblemError",
         (
             "outer={} with a single-loop algorithm: it differentiates explicit tensors only. "

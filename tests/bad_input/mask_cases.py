@@ -121,7 +121,7 @@ MASKS = [
     ),
     (
         "spans narrowed to nothing",
-        ("from metafocus.spans import windowed\nwindowed(spans, 0)"),
+        ("from metafocus.masks.spans import windowed\nwindowed(spans, 0)"),
         "ProblemError",
         "windowed(window=0) must be at least 1: a query sees itself",
     ),

@@ -23,8 +23,8 @@ from trainer_script import COLLATOR, SAMPLES, arguments, tiny
 from transformers import TrainerCallback
 
 import metafocus as mf
-from metafocus.comparison import environment
-from metafocus.integrations.hf import FocusTrainer
+from metafocus.comparison.report import environment
+from metafocus.trainer import FocusTrainer
 
 Trajectory = list[dict[str, float]]
 Run = Callable[[], Trajectory]

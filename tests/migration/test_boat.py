@@ -45,7 +45,7 @@ def test_rgt_walks_a_straight_line(page):
 
     def gradient(head):
         """The last 5 steps differentiated, from where the first 15 lead."""
-        problem = mf.Problem(hyper.inner_loss, hyper.outer_loss, init=lambda slow: head)
+        problem = mf.Problem(hyper.inner_loss, hyper.outer_loss, init=lambda slow, support: head)
         meta = mf.bilevel(problem, solver=mf.SGD(0.1, 5), estimator=mf.Unrolled())
         return mf.hypergrad(meta)(log_l2, episode)[0]["log_l2"]
 

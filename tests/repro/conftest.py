@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 import torch
 
-from metafocus.comparison import environment
+from metafocus.comparison.report import environment
 
 HERE = Path(__file__).parent
 KEYS = {"paper", "says", "published", "note", "asserted"}

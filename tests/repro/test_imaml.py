@@ -14,7 +14,7 @@ import torch
 from problems import relative_error
 
 import metafocus as mf
-from metafocus.measure import peak_bytes
+from metafocus.comparison.memory import peak_bytes
 from metafocus.recipes import fewshot
 
 pytestmark = [

@@ -58,7 +58,7 @@ def newton_map(fast, slow, _):
 QUADRATIC = mf.Problem(
     lambda fast, slow, _: 0.5 * fast["w"] @ H @ fast["w"] - fast["w"] @ M @ slow["phi"],
     lambda fast, slow, _: 0.5 * ((fast["w"] - TARGET) ** 2).sum(),
-    lambda slow: {"w": torch.zeros(DIM, dtype=F64)},
+    lambda slow, support: {"w": torch.zeros(DIM, dtype=F64)},
 )
 EXACT = M.T @ torch.linalg.solve(H, best(OUTER)["w"] - TARGET)
 
@@ -171,7 +171,7 @@ def test_t4_truncation_at_the_optimum_is_the_neumann_series(k, claim):
     0.244, 0.076, and the two hypergradients differ by 6e-16 at most. Tolerance 1e-10: the inner
     loop stays at the optimum up to rounding times the condition number.
     """
-    problem = mf.Problem(QUADRATIC.inner_loss, QUADRATIC.outer_loss, lambda _: best(OUTER))
+    problem = mf.Problem(QUADRATIC.inner_loss, QUADRATIC.outer_loss, lambda _, support: best(OUTER))
     truncated = hypergradient(mf.Unrolled(last=k), mf.SGD(LR, k + 5), problem)
     neumann = hypergradient(mf.Implicit(mf.Neumann(k, LR)), mf.SGD(LR, k + 5), problem)
     bias = relative_error(neumann, EXACT)
@@ -226,7 +226,7 @@ def penalised(fast, slow, data):
     return logistic(fast, slow, data) + 0.5 * (slow["log_l2"].exp() * fast["w"] ** 2).sum()
 
 
-LOGISTIC = mf.Problem(penalised, logistic, lambda slow: {"w": torch.zeros(30, dtype=F64)})
+LOGISTIC = mf.Problem(penalised, logistic, lambda slow, support: {"w": torch.zeros(30, dtype=F64)})
 
 
 def newton(slow, data):
@@ -376,14 +376,14 @@ def test_t10_the_error_follows_the_inner_convergence_and_a_warning_says_so(cance
     """
     exact = logistic_gradient(mf.Implicit(mf.Dense()), cancer, -2.0)
     start = {"w": torch.ones(30, dtype=F64)}
-    problem = mf.Problem(penalised, logistic, lambda slow: start)
+    problem = mf.Problem(penalised, logistic, lambda slow, support: start)
     errors, warned = [], []
     for steps in (1, 10, 100, 1000):
         meta = mf.bilevel(problem, solver=mf.SGD(0.5, steps), estimator=mf.Implicit(mf.Dense()))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             found = mf.hypergrad(meta)(penalties(-2.0), cancer)[0]["log_l2"]
-        warned.append(any(w.category is mf.NotStationaryWarning for w in caught))
+        warned.append(any(w.category is mf.errors.NotStationaryWarning for w in caught))
         errors.append(relative_error(found, exact))
     claim({"steps": [1, 10, 100, 1000], "error": errors, "warned": warned})
     assert errors == sorted(errors, reverse=True)

@@ -15,7 +15,7 @@ from models import NAMES, build_exact, chat_batch, grads
 
 import metafocus as mf
 from metafocus.data import Collator, encode_chat, pack
-from metafocus.tokenizer import CHATML, train_tokenizer
+from metafocus.data.tokenizer import CHATML, train_tokenizer
 
 pytestmark = [
     pytest.mark.repro,

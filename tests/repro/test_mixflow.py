@@ -14,7 +14,7 @@ import torch
 from problems import relative_error
 
 import metafocus as mf
-from metafocus.measure import peak_bytes
+from metafocus.comparison.memory import peak_bytes
 from repro.budget import pick
 
 pytestmark = [pytest.mark.repro, pytest.mark.usefixtures("float64")]
@@ -39,7 +39,7 @@ def each(fast, data):
 PROBLEM = mf.Problem(
     lambda fast, slow, data: (each(fast, data) * slow["log_weight"].exp()).mean(),
     lambda fast, slow, data: each(fast, data).mean(),
-    lambda slow: {k: v for k, v in slow.items() if k.startswith("w")},
+    lambda slow, support: {k: v for k, v in slow.items() if k.startswith("w")},
 )
 
 

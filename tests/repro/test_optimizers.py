@@ -51,7 +51,7 @@ def train(learned: bool, seed: int, iterations: int) -> float:
     if learned:
         outer |= {f"lr.{k}": torch.full_like(v, rate) for k, v in outer.items()}
         solver = mf.SGD(lambda slow: {k: slow[f"lr.{k}"] for k in NAMES}, steps=1)
-    problem = mf.Problem(regression, regression, lambda slow: {k: slow[k] for k in NAMES})
+    problem = mf.Problem(regression, regression, lambda slow, support: {k: slow[k] for k in NAMES})
     meta = mf.over_tasks(mf.bilevel(problem, solver=solver, estimator=mf.Unrolled()))
     leaves = {k: v.requires_grad_() for k, v in outer.items()}
     optimizer = torch.optim.Adam(leaves.values(), lr=1e-3)
@@ -164,7 +164,7 @@ def test_t17_zero_gradients_give_finite_hypergradients(make, claim):
         return ((fast["w"] * data) ** 2).sum() + ((fast["m"] * data) ** 2).sum()
 
     problem = mf.Problem(
-        loss, lambda f, s, d: (f["w"].sum() + f["m"].sum()) ** 2, lambda s: dict(s)
+        loss, lambda f, s, d: (f["w"].sum() + f["m"].sum()) ** 2, lambda s, support: dict(s)
     )
     outer = {"w": torch.tensor([1.0, 2.0], dtype=F64), "m": torch.ones(2, 2, dtype=F64)}
     mask = torch.tensor([1.0, 0.0], dtype=F64)
@@ -297,7 +297,9 @@ def test_t20_first_order_is_a_stopped_gradient(claim):
     stopped = relative_error(got, grads_of(leaves))
     curved = relative_error(got, hypergradient(solver, mf.Unrolled()))
 
-    problem = mf.Problem(linear_inner, lambda f, s, d: (f["w"] ** 3).sum(), lambda s: dict(s))
+    problem = mf.Problem(
+        linear_inner, lambda f, s, d: (f["w"] ** 3).sum(), lambda s, support: dict(s)
+    )
     outer, data = {"w": torch.tensor([1.0, -2.0])}, torch.tensor([0.3, 0.7])
     both = [
         mf.hypergrad(mf.bilevel(problem, solver=mf.SGD(0.1, 3), estimator=e))(

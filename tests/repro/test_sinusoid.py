@@ -280,7 +280,7 @@ def test_t15_which_tasks_diverge_is_flagged(trained, claim):
 
     first = {k: v[0] for k, v in outer.items()}
     meta = mf.bilevel(ANIL, solver=mf.SGD(LR, 3000), estimator=mf.FirstOrder())
-    with torch.no_grad(), pytest.raises(mf.NonFiniteError, match=r"task \d+") as caught:
+    with torch.no_grad(), pytest.raises(mf.errors.NonFiniteError, match=r"task \d+") as caught:
         mf.over_tasks(meta)(first, unseen(10))
     named = int(str(caught.value).partition("task ")[2].partition(",")[0])
     assert unstable[0, named]

@@ -58,7 +58,7 @@ def loss(fast, slow, data):
     return 0.5 * (fast["x"][0] - 1) ** 2
 
 
-BALANCING = mf.Problem(loss, loss, init=lambda slow: {"x": STATIONARY})
+BALANCING = mf.Problem(loss, loss, init=lambda slow, support: {"x": STATIONARY})
 
 
 def exact(steps: int) -> float:
@@ -89,7 +89,7 @@ def test_t8_truncated_gradients_of_influence_balancing(steps, claim):
     unrolled = mf.bilevel(BALANCING, solver=Recurrence(steps), estimator=mf.Unrolled())
     # The same from 300 steps of which only the last few are differentiated.
     last = mf.bilevel(BALANCING, solver=Recurrence(300), estimator=mf.Unrolled(last=steps))
-    unroll = mf.windows(BALANCING, solver=Recurrence(steps))
+    unroll = mf.algorithms.Windows(BALANCING, solver=Recurrence(steps))
     window = unroll.init(OUTER)
     found = [
         grads["theta"].item()
@@ -109,12 +109,12 @@ def test_t8_truncated_gradients_of_influence_balancing(steps, claim):
 def particles(method, windows: int, pairs: int):
     """The estimate in the last window and its standard error."""
     sigma = 0.1
-    es = method(mf.windows(BALANCING, solver=Recurrence(1)), sigma=sigma, pairs=pairs)
+    es = method(mf.algorithms.Windows(BALANCING, solver=Recurrence(1)), sigma=sigma, pairs=pairs)
     state, generator, aux = es.init(OUTER), torch.Generator().manual_seed(0), None
     for _ in range(windows):
         grads, state, aux = es.step(OUTER, state, NONE, generator=generator)
     assert aux is not None
-    sums = state.accumulated if method is mf.PES else state.noise
+    sums = state.accumulated if method is mf.algorithms.PES else state.noise
     each = (aux.losses[0] - aux.losses[1]) / 2 * sums["theta"] / sigma**2
     assert grads["theta"].item() == pytest.approx(each.mean().item(), rel=1e-10)
     return grads["theta"].item(), each.std().item() / math.sqrt(pairs)
@@ -135,11 +135,14 @@ def test_t8_pes_is_unbiased_and_truncated_es_is_not(claim):
     is quadratic, so smoothing adds no bias.
     Ours: PES 24.8 +- 2.3, ES-Single 24.4 +- 0.34, after 100 windows; ES -4.02 +- 0.06.
     """
-    found = {m: particles(m, windows=100, pairs=10_000) for m in (mf.PES, mf.ESSingle)}
-    unroll = mf.windows(BALANCING, solver=Recurrence(1))
+    found = {
+        m: particles(m, windows=100, pairs=10_000)
+        for m in (mf.algorithms.PES, mf.algorithms.ESSingle)
+    }
+    unroll = mf.algorithms.Windows(BALANCING, solver=Recurrence(1))
     window = unroll.init(OUTER)
     pairs = 10_000
-    truncated = mf.evolution(
+    truncated = mf.algorithms.Evolution(
         lambda outer, episode: unroll.loss(outer, window, episode),
         sigma=0.1,
         pairs=pairs,
@@ -148,7 +151,7 @@ def test_t8_pes_is_unbiased_and_truncated_es_is_not(claim):
     biased = mf.hypergrad(truncated)(OUTER, NONE)[0]["theta"].item()
     estimates = {m.__name__: list(values) for m, values in found.items()}
     claim({"estimate, standard error": estimates, "truncated ES": biased})
-    for method, largest in ((mf.PES, 3.0), (mf.ESSingle, 0.5)):
+    for method, largest in ((mf.algorithms.PES, 3.0), (mf.algorithms.ESSingle, 0.5)):
         got, standard = found[method]
         assert abs(got - 24.0) < 3 * standard
         assert standard < largest, "a wide interval would prove nothing"
@@ -179,7 +182,10 @@ def test_t8_variance_of_pes_grows_with_the_windows(claim):
     for windows in (100, 300):
         square = (influence[:windows] ** 2).sum().item()
         total = influence[:windows].sum().item() ** 2
-        for method, law in ((mf.PES, windows * square + total), (mf.ESSingle, 2 * total)):
+        for method, law in (
+            (mf.algorithms.PES, windows * square + total),
+            (mf.algorithms.ESSingle, 2 * total),
+        ):
             variance = particles(method, windows, pairs)[1] ** 2 * pairs
             ratios[f"{method.__name__} {windows}"] = variance / (16 * law)
     claim({"variance / formula": ratios})
@@ -204,8 +210,8 @@ def test_t8_training(claim):
     Ours: PES 0.0054, TBPTT 15.7, ES 15.8.
     """
     lr, found = 1e-4, {}
-    unroll = mf.windows(BALANCING, solver=Recurrence(1))
-    pes = mf.PES(unroll, sigma=0.1, pairs=500)
+    unroll = mf.algorithms.Windows(BALANCING, solver=Recurrence(1))
+    pes = mf.algorithms.PES(unroll, sigma=0.1, pairs=500)
     for name in ("pes", "tbptt", "es"):
         outer, window, state = dict(OUTER), unroll.init(OUTER), pes.init(OUTER)
         generator = torch.Generator().manual_seed(3)
@@ -219,7 +225,7 @@ def test_t8_training(claim):
                     return unroll.loss(outer, at, episode)
 
                 if name == "es":
-                    here = mf.evolution(here, sigma=0.1, pairs=500, generator=generator)
+                    here = mf.algorithms.Evolution(here, sigma=0.1, pairs=500, generator=generator)
                 grads, (_, aux) = mf.hypergrad(here)(outer, NONE)
                 window = aux[0]
             outer = {"theta": outer["theta"] - lr * grads["theta"]}
@@ -262,7 +268,7 @@ def test_t22_truncated_windows_forget_exactly(claim):
     """
     case = Ridge().case()
     outer = case.outer | {"rates": torch.linspace(0.02, 0.05, 20, dtype=F64)}
-    unroll = mf.windows(case.problem, solver=RatePerStep(5))
+    unroll = mf.algorithms.Windows(case.problem, solver=RatePerStep(5))
     window = unroll.init(outer)
     alive = []
     for _ in range(4):
@@ -272,7 +278,7 @@ def test_t22_truncated_windows_forget_exactly(claim):
         alive.append(grads["rates"].nonzero().flatten().tolist())
     whole = mf.bilevel(case.problem, solver=RatePerStep(20), estimator=mf.Unrolled())
     want, _ = mf.hypergrad(whole)(outer, case.episode())
-    one = mf.windows(case.problem, solver=RatePerStep(20))
+    one = mf.algorithms.Windows(case.problem, solver=RatePerStep(20))
     got, _ = torch.func.grad(one.loss, has_aux=True)(outer, one.init(outer), case.episode())
     claim({"steps seen by each window": alive, "difference": relative_error(got, want)})
     assert alive == [list(range(5 * j, 5 * j + 5)) for j in range(4)]
@@ -288,15 +294,19 @@ Q = Quadratics.make()
 def stochastic_runs(method, rate: float, lr: float, steps: int, seeds: int = 8) -> list[float]:
     """Sub-optimality after `steps` steps of one inner and one outer term, of all seeds at once."""
     algorithm = method(Q.problem(), rate, rate)
-    state = algorithm.init(Q.start(), Q.data) if method is mf.SABA else algorithm.init(Q.start())
+    state = (
+        algorithm.init(Q.start(), Q.data)
+        if method is mf.algorithms.SABA
+        else algorithm.init(Q.start())
+    )
     outer = {"x": Q.start()["x"].expand(seeds, -1)}
     state = pytree.tree_map(lambda x: x.expand(seeds, *x.shape), state)
     generator = torch.Generator().manual_seed(0)
     step = torch.func.vmap(algorithm.step)
     for _ in range(steps):
-        draws = [mf.single_loop.draw(Q.data, generator=generator) for _ in range(seeds)]
+        draws = [mf.algorithms.draw(Q.data, generator=generator) for _ in range(seeds)]
         episode = pytree.tree_map(lambda *x: torch.stack(x), *draws)
-        if method is mf.SOBA:
+        if method is mf.algorithms.SOBA:
             episode = mf.Episode(episode.support.data, episode.query.data)
         grads, state, _ = step(outer, state, episode)
         outer = {"x": outer["x"] - lr * grads["x"]}
@@ -322,9 +332,9 @@ def test_saba_converges_linearly_where_soba_stops_at_a_noise_floor(claim):
     is six orders of magnitude.
     Ours: SABA 2.8e-5 -> 1.5e-7 (median of 400 and 800 steps), SOBA 1.0 -> 2.0 (200 and 400).
     """
-    half, full = (stochastic_runs(mf.SABA, 0.2, 0.1, steps) for steps in (400, 800))
+    half, full = (stochastic_runs(mf.algorithms.SABA, 0.2, 0.1, steps) for steps in (400, 800))
     middle, worst = full[4], full[-1]
-    early, late = (stochastic_runs(mf.SOBA, 0.2, 0.1, steps)[4] for steps in (200, 400))
+    early, late = (stochastic_runs(mf.algorithms.SOBA, 0.2, 0.1, steps)[4] for steps in (200, 400))
     claim({"SABA 400, 800": [half[4], middle], "its worst": worst, "SOBA 200, 400": [early, late]})
     assert middle < 1e-6
     assert worst < 1e-3
@@ -349,7 +359,7 @@ def test_the_noise_floor_of_soba_falls_with_its_rates(claim):
     """
 
     def floor(rate: float, steps: int) -> float:
-        gaps = stochastic_runs(mf.SOBA, rate, rate / 2, steps)
+        gaps = stochastic_runs(mf.algorithms.SOBA, rate, rate / 2, steps)
         return sum(gaps) / len(gaps)
 
     high, low = floor(0.1, 250), floor(0.025, 1000)
@@ -374,9 +384,9 @@ def test_warm_starts_do_the_work_of_many_steps(claim):
     """
     gaps = {}
     for name, method, v_steps in (
-        ("warm 5", mf.AmIGO, 5),
-        ("cold 5", mf.StocBiO, 5),
-        ("cold 20", mf.StocBiO, 20),
+        ("warm 5", mf.algorithms.AmIGO, 5),
+        ("cold 5", mf.algorithms.StocBiO, 5),
+        ("cold 20", mf.algorithms.StocBiO, 20),
     ):
         algorithm = method(Q.problem(), 0.9, 0.9, inner_steps=5, v_steps=v_steps)
         outer, state = Q.start(), algorithm.init(Q.start())
@@ -405,7 +415,7 @@ def test_the_bias_of_f2sa_is_one_over_its_strength(claim):
     """
     strengths, distances = (30.0, 100.0, 300.0), []
     for strength in strengths:
-        f2sa = mf.F2SA(Q.problem(), inner_lr=0.9, strength=strength, inner_steps=10)
+        f2sa = mf.algorithms.F2SA(Q.problem(), inner_lr=0.9, strength=strength, inner_steps=10)
         outer, _ = descend(f2sa, Q.start(), f2sa.init(Q.start()), [Q.full] * 200, 0.2)
         assert_close(outer["x"], Q.penalised(strength), 1e-8)
         distances.append((outer["x"] - Q.solution()).norm().log().item())
@@ -430,7 +440,7 @@ def test_the_bias_of_bome_is_proportional_to_its_rate(claim):
     """
     distances = []
     for rate in (0.1, 0.05, 0.025):
-        bome = mf.BOME(Q.problem(), inner_lr=0.9, fast_lr=rate, inner_steps=40)
+        bome = mf.algorithms.BOME(Q.problem(), inner_lr=0.9, fast_lr=rate, inner_steps=40)
         steps = [Q.full] * int(15 / rate)
         outer, state = descend(bome, Q.start(), bome.init(Q.start()), steps, rate)
         last = []

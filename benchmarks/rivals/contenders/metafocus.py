@@ -28,7 +28,7 @@ def maml_gradient(data, case, workload, **layout):
         x, y = batch
         return workload.loss(functional_call(net, fast, (x,)), y)
 
-    problem = mf.Problem(loss, loss, init=lambda slow: slow)
+    problem = mf.Problem(loss, loss)
     estimator = mf.Unrolled() if case["order"] == 2 else mf.FirstOrder()
     meta = mf.bilevel(problem, solver=mf.SGD(workload.RATE, case["steps"]), estimator=estimator)
     return mf.hypergrad(mf.over_tasks(meta, **layout))
@@ -61,7 +61,7 @@ def w3(data, case):
 
     def contender(estimator):
         solver = mf.SGD(W3.RATE, case["steps"], momentum=W3.MOMENTUM)
-        problem = mf.Problem(loss, loss, init=lambda slow: slow)
+        problem = mf.Problem(loss, loss)
         gradient = mf.hypergrad(mf.bilevel(problem, solver=solver, estimator=estimator))
         return lambda: flat(gradient(start, mf.Episode(None, None))[0].values())
 
@@ -85,7 +85,7 @@ def w4(data, case):
         return W4.outer(fast["w"], *batch)
 
     solver = mf.Given(lambda slow, support: solution)
-    problem = mf.Problem(inner, outer, init=lambda slow: solution)
+    problem = mf.Problem(inner, outer, init=lambda slow, support: solution)
     estimator = mf.Implicit(mf.CG(case["products"]))
     gradient = mf.hypergrad(mf.bilevel(problem, solver=solver, estimator=estimator))
     start, episode = {"log_l2": data["log_l2"]}, mf.Episode(data["train"], data["test"])
@@ -101,7 +101,7 @@ def w5(data, case):
     def loss(fast, slow, batch):
         return score(fast, {k: v for k, v in slow.items() if k not in fast}, batch)
 
-    problem = mf.Problem(loss, loss, init=lambda slow: {k: slow[k] for k in fast_names})
+    problem = mf.Problem(loss, loss, init=lambda slow, support: {k: slow[k] for k in fast_names})
 
     def contender(estimator):
         meta = mf.bilevel(problem, solver=mf.SGD(W5.RATE, case["steps"]), estimator=estimator)

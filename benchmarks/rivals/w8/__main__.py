@@ -19,7 +19,7 @@ from benchmarks.rivals import install
 from benchmarks.rivals.harness import RESULTS, ROOT, rounded
 from benchmarks.rivals.w8 import ours
 from benchmarks.rivals.w8.problem import GOAL, SIZES
-from metafocus.comparison import environment
+from metafocus.comparison.report import environment
 
 
 def main() -> None:

@@ -31,7 +31,9 @@ def loss(data: dict[str, Tensor], level: str) -> Callable[[mf.Params, mf.Params,
 def problem(data: dict[str, Tensor]) -> tuple[mf.Problem, State]:
     """Return the problem, whose inner start is what the state holds: a warm start."""
     state: State = {"z": torch.zeros(SIZES["dim_inner"], dtype=torch.float64)}
-    found = mf.Problem(loss(data, "inner"), loss(data, "outer"), lambda slow: {"z": state["z"]})
+    found = mf.Problem(
+        loss(data, "inner"), loss(data, "outer"), lambda slow, support: {"z": state["z"]}
+    )
     return found, state
 
 
@@ -96,8 +98,8 @@ def rows(arrays: dict[str, np.ndarray], limit: float, only: str) -> list[dict[st
     runs: list[tuple[str, str, Callable[[Trace], None], float]] = []
     for rate, outer in ((1.0, 1.0), (0.1, 1.0)):
         setting = f"rates {rate}, outer {outer}"
-        soba = mf.SOBA(found, inner_lr=rate, v_lr=rate)
-        amigo = mf.AmIGO(found, inner_lr=rate, v_lr=rate, inner_steps=10, v_steps=10)
+        soba = mf.algorithms.SOBA(found, inner_lr=rate, v_lr=rate)
+        amigo = mf.algorithms.AmIGO(found, inner_lr=rate, v_lr=rate, inner_steps=10, v_steps=10)
         runs.append(("metafocus SOBA", setting, single_loop(soba, outer), 3))
         # One gradient more than in JAX: for the stationarity that it reports.
         runs.append(("metafocus AmIGO", setting, single_loop(amigo, outer), 23))

@@ -1,0 +1,100 @@
+"""What the single-loop algorithms share: both levels as functions, and their gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from metafocus import params as pt
+from metafocus.autodiff.grad import value_and_grad
+from metafocus.autodiff.safe_operators.swapping import differentiable_twice
+from metafocus.checks import scalar
+from metafocus.errors import NonFiniteError, ProblemError
+from metafocus.problem import Problem, check_params
+from metafocus.torch_internals import transforming
+from metafocus.types import Params
+
+Level = Callable[[Params, Params], Tensor]
+"""`(fast, outer) -> scalar`."""
+
+
+class StepAux(NamedTuple):
+    """What a step returns beside the gradient, detached and as it was before the step's updates.
+
+    Attributes:
+        loss: the outer loss.
+        stationarity: norm of the inner gradient at `state.fast`.
+        residual: how far the algorithm's second unknown is from solved; each class says of what.
+    """
+
+    loss: Tensor
+    stationarity: Tensor
+    residual: Tensor
+
+
+def levels(problem: Problem, episode: Any) -> tuple[Level, Level]:
+    """Return the inner and the outer loss of this episode, `prepare` included in both."""
+    inner_loss = differentiable_twice(problem.inner_loss)
+
+    def inner(fast: Params, outer: Params) -> Tensor:
+        support = problem.prepared(outer, episode).support
+        return scalar(inner_loss(fast, outer, support), "inner_loss")
+
+    def upper(fast: Params, outer: Params) -> Tensor:
+        query = problem.prepared(outer, episode).query
+        return problem.evaluate(fast, outer, query)[0]
+
+    return inner, upper
+
+
+def gradients(level: Level, fast: Params, outer: Params) -> tuple[Tensor, Params, Params]:
+    """Return value, gradient by `fast` and gradient by `outer`, all constants."""
+
+    def joined(both: Params) -> Tensor:
+        return level({k: both["fast " + k] for k in fast}, {k: both["outer " + k] for k in outer})
+
+    at = {"fast " + k: v for k, v in fast.items()} | {"outer " + k: v for k, v in outer.items()}
+    value, grads = value_and_grad(joined, at, differentiable=False)
+    return (
+        value,
+        {k: grads["fast " + k] for k in fast},
+        {k: grads["outer " + k] for k in outer},
+    )
+
+
+def fast_gradient(level: Level, fast: Params, outer: Params) -> tuple[Tensor, Params]:
+    """Return value and gradient by `fast`, both constants."""
+    return value_and_grad(lambda f: level(f, outer), fast, differentiable=False)
+
+
+def start(problem: Problem, outer: Params, support: Any) -> Params:
+    """Return the first fast weights, as a copy of their own.
+
+    An identity `init` would alias the outer parameters, which optimisers change in place.
+    """
+    check_params(outer, "outer", "outer parameters")
+    if not outer:
+        raise ProblemError(
+            "outer={} with a single-loop algorithm: it differentiates explicit tensors only. "
+            "Pass mf.trainable(model) as outer."
+        )
+    first = problem.start(pt.detach(outer), pt.detach(support))
+    return {k: v.detach().clone() for k, v in first.items()}
+
+
+def select(data: Any, index: int) -> Any:
+    """Return entry `index` of every tensor of a stacked pytree."""
+    inputs, rebuild = pt.partition(data)
+    return rebuild([x[index] for x in inputs])
+
+
+def check_stationarity(stationarity: Tensor) -> None:
+    """Raise outside transforms if the inner gradient is not finite; one host synchronisation."""
+    if not transforming() and not torch.isfinite(stationarity):
+        raise NonFiniteError(
+            f"The inner gradient is {stationarity.item()} at state.fast. Lower inner_lr, or look "
+            "at the support data."
+        )

@@ -1,0 +1,133 @@
+"""Attention inside `torch.compile`: an operator that the compiler does not look into.
+
+What a kernel does depends on the values of the spans, which a compiler cannot trace. The operator
+is differentiable once: `torch.compile` has no double backward. A function transform inside
+compiled code (`torch.func.grad`, `jvp`, `vmap`) would not see the operator's derivative, and
+forward mode would take it for a constant; there attention is dense.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+from metafocus.attention.kernels.choose import KERNELS
+from metafocus.attention.kernels.dense import dense
+from metafocus.attention.kernels.kernel import Shape
+from metafocus.attention.kernels.tiled import Tiled
+from metafocus.errors import TransformError
+from metafocus.masks.spans import Spans
+
+
+def compiled(
+    q: Tensor, k: Tensor, v: Tensor, spans: Spans, shape: Shape, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Return the output and the logsumexp of each row, by one opaque operator.
+
+    Args:
+        q: `[B, H, S, D]`.
+        k: `[B, Hkv, S, D]`.
+        v: `[B, Hkv, S, Dv]`.
+        spans: `[B, S]`.
+        shape: Scale and soft cap.
+        backend: A name in `choose.KERNELS`.
+
+    Raises:
+        TransformError: Inside a transform, for another back end than "auto", which is dense there.
+    """
+    # A compiler does not know get_interpreter_stack() and the like; this one it folds.
+    transforms = torch._C._are_functorch_transforms_active()
+    if transforms or forward_ad._current_level >= 0:
+        if backend != "auto":
+            raise TransformError(
+                f"span_attention(backend={backend!r}) inside a function transform that is being "
+                'compiled: use backend="auto" or "dense", or compile without the transform.'
+            )
+        return dense(q, k, v, spans, shape)
+    return _attention(q, k, v, *spans, shape.scale, shape.softcap, backend)
+
+
+@torch.library.custom_op("metafocus::span_attention", mutates_args=())
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor,
+    stop: Tensor,
+    scale: float,
+    softcap: float | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    shape = Shape(scale, softcap)
+    out, lse = KERNELS[backend]().forward(q, k, v, Spans(start, stop), shape)
+    return out.contiguous(), lse.contiguous()
+
+
+@_attention.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor,
+    stop: Tensor,
+    scale: float,
+    softcap: float | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1], dtype=wide)
+
+
+@torch.library.custom_op("metafocus::span_attention_backward", mutates_args=())
+def _gradient(
+    do: Tensor,
+    dl: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor,
+    stop: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    scale: float,
+    softcap: float | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    spans, shape = Spans(start, stop), Shape(scale, softcap)
+    if dl is None:
+        grads = KERNELS[backend]().backward(do, q, k, v, o, lse, spans, shape)
+    else:
+        grads = Tiled().backward(do, q, k, v, o, lse, spans, shape, dl)
+    dq, dk, dv = (x.contiguous() for x in grads)
+    return dq, dk, dv
+
+
+@_gradient.register_fake
+def _(
+    do: Tensor,
+    dl: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, ctx.scale, ctx.softcap, ctx.backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _backward(ctx: Any, do: Tensor | None, dl: Tensor | None) -> Any:
+    if do is None:
+        do = torch.zeros_like(ctx.saved_tensors[5])
+    grads = _gradient(do, dl, *ctx.saved_tensors, ctx.scale, ctx.softcap, ctx.backend)
+    return *grads, None, None, None, None, None
+
+
+_attention.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,1 @@
+"""The kernels that compute attention over spans, and the choice between them."""

@@ -1,0 +1,65 @@
+"""Which kernel serves a call."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from torch import Tensor
+
+from metafocus.attention.kernels.flash import Flash, prepare
+from metafocus.attention.kernels.kernel import Kernel, Shape
+from metafocus.attention.kernels.tiled import Tiled
+from metafocus.masks.spans import Spans
+
+SMALL = 64
+"""Up to this length "auto" is "dense", the faster one there by `benchmarks/attention.py`."""
+
+log: logging.Logger = logging.getLogger("metafocus.attention")
+
+
+class Auto:
+    """The fused kernel where it can serve the spans, tiles where it cannot; a `Kernel`.
+
+    Made anew for each call, so that the gradient need not look at the spans again.
+    """
+
+    def __init__(self) -> None:
+        self.chosen: Kernel | None = None
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, shape: Shape
+    ) -> tuple[Tensor, Tensor]:
+        """Return the output and the logsumexp of each row; see `Kernel`."""
+        self.chosen = self._choose(q, k, v, spans, shape)
+        return self.chosen.forward(q, k, v, spans, shape)
+
+    def backward(
+        self,
+        do: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        o: Tensor,
+        lse: Tensor,
+        spans: Spans,
+        shape: Shape,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients; see `Kernel`."""
+        kernel = self.chosen or self._choose(q, k, v, spans, shape)
+        return kernel.backward(do, q, k, v, o, lse, spans, shape)
+
+    def _choose(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, shape: Shape) -> Kernel:
+        found = prepare(q, k, v, spans, shape)
+        served = isinstance(found, Flash)
+        log.debug(
+            "span_attention %s %s: %s",
+            tuple(q.shape),
+            q.dtype,
+            f"flash, {len(found.turns)} turns" if served else f"tiled, since {found}",
+        )
+        return found if served else Tiled()
+
+
+KERNELS: dict[str, Callable[[], Kernel]] = {"auto": Auto, "tiled": Tiled, "flash": Flash}
+"""The back ends whose derivatives `function.Attention` completes."""

@@ -1,0 +1,37 @@
+"""Attention with all its numbers in memory: the oracle, differentiable to any order."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from metafocus.attention.kernels.kernel import Shape
+from metafocus.attention.kernels.walk import wide
+from metafocus.masks.spans import Spans
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, spans: Spans, shape: Shape) -> tuple[Tensor, Tensor]:
+    """Return the output and the logsumexp of each row, from the whole `[S, S]` matrix.
+
+    Args:
+        q: `[B, H, S, D]`.
+        k: `[B, Hkv, S, D]`.
+        v: `[B, Hkv, S, Dv]`.
+        spans: `[B, S]`.
+        shape: Scale and soft cap.
+
+    Returns:
+        `[B, H, S, Dv]` and `[B, H, S]`, both 0 in rows without keys.
+    """
+    group = q.shape[1] // k.shape[1]
+    keys, values = (wide(x).repeat_interleave(group, dim=1) for x in (k, v))
+    z = (wide(q) * shape.scale) @ keys.transpose(-1, -2)
+    if shape.softcap is not None:
+        z = torch.tanh(z / shape.softcap) * shape.softcap
+    allowed = spans.dense()
+    some = (spans.start < spans.stop)[:, None, :, None]
+    # A row without keys takes part with all of them, so that no -inf reaches a derivative.
+    z = torch.where(allowed | ~some, z, -torch.inf)
+    lse = torch.logsumexp(z, dim=-1, keepdim=True)
+    out = torch.where(some, torch.exp(z - lse) @ values, 0.0)
+    return out.to(q.dtype), torch.where(some, lse, 0.0).squeeze(-1)

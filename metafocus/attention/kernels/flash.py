@@ -1,0 +1,270 @@
+"""Fused attention without masks: spans are cut into turns, which flash kernels serve exactly."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from metafocus.attention.kernels import flash_cpu, flash_cuda
+from metafocus.attention.kernels.kernel import Shape
+from metafocus.attention.kernels.tiled import Tiled
+from metafocus.attention.kernels.turns import Turn, find_turns
+from metafocus.attention.kernels.varlen import FlashAttn, Varlen, installed
+from metafocus.errors import ProblemError
+from metafocus.masks.spans import Spans
+
+CPU_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+CUDA_TYPES = (torch.bfloat16, torch.float16)
+LITTLE_SHARED_MEMORY = {(8, 6), (8, 9), (12, 0), (12, 1)}
+"""Devices whose shared memory does not hold the gradient of a head larger than 192."""
+
+
+class Known(NamedTuple):
+    """Turns, and the memory they were read from, with the state it was in."""
+
+    spans: Spans
+    versions: tuple[int | None, ...]
+    turns: tuple[Turn, ...]
+
+    def of(self, spans: Spans) -> bool:
+        """Whether these are the same numbers in the same memory, not changed since."""
+        same = all(
+            (x.data_ptr(), x.shape, x.stride(), x.dtype)
+            == (y.data_ptr(), y.shape, y.stride(), y.dtype)
+            for x, y in zip(self.spans, spans, strict=True)
+        )
+        return same and _versions(spans) == self.versions
+
+
+@dataclass(frozen=True)
+class Flash:
+    """Attention by fused kernels: first derivatives, `O(S)` memory, no mask in any form.
+
+    Any spans are served exactly, in the worst case by one call or copy of keys per query, which is
+    slow: `prepare` says so. It also makes a kernel that has found the turns already; one without
+    finds them at each call, which on CUDA waits for the device.
+
+    Attributes:
+        known: Spans and their turns.
+    """
+
+    known: Known | None = None
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, shape: Shape
+    ) -> tuple[Tensor, Tensor]:
+        """Return the output `[B, H, S, D]` and the logsumexp `[B, H, S]`.
+
+        Raises:
+            ProblemError: If the kernels of this device cannot serve the arguments.
+        """
+        turns = self._turns(q, k, v, spans, shape)
+        if q.is_cuda:
+            return flash_cuda.forward(q, k, v, turns, shape, installed())
+        return flash_cpu.forward(q, k, v, turns, shape.scale)
+
+    def backward(
+        self,
+        do: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        o: Tensor,
+        lse: Tensor,
+        spans: Spans,
+        shape: Shape,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of `<do, output>` with respect to `q`, `k` and `v`.
+
+        Raises:
+            ProblemError: If the kernels of this device cannot serve the arguments.
+        """
+        turns = self._turns(q, k, v, spans, shape)
+        if q.is_cuda:
+            return flash_cuda.backward(do, q, k, v, o, lse, turns, shape, installed())
+        return flash_cpu.backward(do, q, k, v, o, lse, turns, shape.scale)
+
+    def _turns(
+        self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, shape: Shape
+    ) -> tuple[Turn, ...]:
+        reason = unserved(q, k, v, shape)
+        if reason is not None:
+            raise ProblemError(
+                f'backend="flash" cannot serve this call: {reason}. Use backend="auto" or "tiled"'
+            )
+        if self.known is not None and self.known.of(spans):
+            return self.known.turns
+        return find_turns(spans)
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """The turns found by `prepare`; none without it."""
+        return () if self.known is None else self.known.turns
+
+
+def prepare(q: Tensor, k: Tensor, v: Tensor, spans: Spans, shape: Shape) -> Flash | str:
+    """Return a kernel that has found the turns of `spans`, or why tiles should serve them.
+
+    That is where fused kernels cannot, and where they would need so many turns that tiles are as
+    fast; see `turn_limit`.
+
+    Args:
+        q: Queries `[B, H, S, D]`.
+        k: Keys `[B, Hkv, S, D]`.
+        v: Values `[B, Hkv, S, Dv]`.
+        spans: The keys of each query, `[B, S]`.
+        shape: Shape of the logits.
+
+    Returns:
+        The kernel; or half a sentence for an error text or a log line.
+
+    Example:
+        >>> x = torch.randn(1, 1, 3, 8)
+        >>> spans = Spans(torch.zeros(1, 3).long(), torch.tensor([[1, 2, 3]]))
+        >>> isinstance(prepare(x, x, x, spans, Shape(1.0)), Flash)
+        True
+        >>> prepare(x, x, x[..., :4], spans, Shape(1.0))
+        'values have head size 4 and keys 8, and fused kernels want one'
+    """
+    reason = unserved(q, k, v, shape)
+    if reason is not None:
+        return reason
+    batch, length = spans.start.shape
+    most = turn_limit(batch, length, q.device.type)
+    turns = find_turns(spans, most)
+    if turns is None:
+        return (
+            f"the spans need more than {most} turns ({batch} rows of {length} tokens), of which "
+            "each costs a call or a copy of its keys"
+        )
+    if q.is_cuda:
+        found = fault(q.device, q.dtype, q.shape[-1])
+        if found is not None:
+            return found
+    else:
+        calls = sum(len(group.pieces) for group in flash_cpu.groups(turns))
+        if calls > most:
+            return f"the spans need {calls} calls of the kernel, more than {most}"
+    return Flash(Known(spans, _versions(spans), turns))
+
+
+@functools.cache
+def fault(device: torch.device, dtype: torch.dtype, size: int) -> str | None:
+    """Return what is wrong with the fused kernels of a device, or None; looked at once.
+
+    Kernels come with the installation. So the first use of one is a small attention of turns,
+    windows and grouped heads, with its gradient, against tiles.
+
+    Args:
+        device: Of the tensors.
+        dtype: Of the tensors.
+        size: Of a head.
+    """
+    length = 40
+    stop = torch.arange(1, length + 1)
+    stop[:16] = 16
+    start = torch.zeros(length, dtype=torch.long)
+    start[30:] = torch.arange(10)
+    spans = Spans(start[None].to(device), stop[None].to(device))
+    draw = torch.Generator().manual_seed(0)
+    q, k, v, do = (
+        torch.randn(1, heads, length, size, generator=draw).to(device, dtype)
+        for heads in (4, 2, 2, 4)
+    )
+    shape, turns = Shape(size**-0.5), find_turns(spans)
+    assert turns is not None
+    expected = Tiled().forward(q, k, v, spans, shape)
+    expected += Tiled().backward(do, q, k, v, *expected, spans, shape)
+    try:
+        if device.type == "cuda":
+            out, lse = flash_cuda.forward(q, k, v, turns, shape, installed())
+            grads = flash_cuda.backward(do, q, k, v, out, lse, turns, shape, installed())
+        else:
+            out, lse = flash_cpu.forward(q, k, v, turns, shape.scale)
+            grads = flash_cpu.backward(do, q, k, v, out, lse, turns, shape.scale)
+    except (RuntimeError, TypeError, ValueError) as error:
+        return f"the fused kernels of {device} failed on a small example: {error}"
+    for got, want in zip((out, lse, *grads), expected, strict=True):
+        # Some ten roundings of the type, where a wrong kernel is off by the numbers themselves.
+        if not (got - want).float().norm() <= 32 * torch.finfo(dtype).eps * want.float().norm():
+            return f"the fused kernels of {device} are wrong on a small example of {dtype}"
+    return None
+
+
+def unserved(q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> str | None:
+    """Return why no fused kernel can serve tensors like these, whatever the spans; None if one can.
+
+    Args:
+        q: Queries `[B, H, S, D]`.
+        k: Keys `[B, Hkv, S, D]`.
+        v: Values `[B, Hkv, S, Dv]`.
+        shape: Shape of the logits.
+
+    Example:
+        >>> x = torch.randn(1, 1, 3, 8)
+        >>> unserved(x, x, x, Shape(1.0, softcap=30.0))
+        'softcap=30.0, and only flash-attn (2.7 or later) on CUDA has soft caps'
+    """
+    device = q.device.type
+    if device not in ("cpu", "cuda"):
+        return f"the tensors are on {device}, and there are fused kernels for cpu and cuda"
+    if not q.dtype == k.dtype == v.dtype:
+        return f"q, k, v are of types {q.dtype}, {k.dtype}, {v.dtype}, and kernels want one"
+    if v.shape[-1] != k.shape[-1]:
+        return (
+            f"values have head size {v.shape[-1]} and keys {k.shape[-1]}, "
+            "and fused kernels want one"
+        )
+    varlen = installed() if device == "cuda" else None
+    if shape.softcap is not None and not isinstance(varlen, FlashAttn):
+        return f"softcap={shape.softcap}, and only flash-attn (2.7 or later) on CUDA has soft caps"
+    if varlen is None:
+        return None if q.dtype in CPU_TYPES else f"the CPU kernel has no {q.dtype}"
+    return _unserved_on_cuda(
+        q.dtype, q.shape[-1], torch.cuda.get_device_capability(q.device), varlen
+    )
+
+
+def _unserved_on_cuda(
+    dtype: torch.dtype, size: int, capability: tuple[int, int], varlen: Varlen
+) -> str | None:
+    if dtype not in CUDA_TYPES:
+        return f"the inputs are {dtype}, and CUDA kernels take bfloat16 and float16"
+    if size % 8 or size > 256:
+        return f"the head size is {size}, and CUDA kernels take multiples of 8 up to 256"
+    if capability < (8, 0):
+        return f"the device has compute capability {capability}, and the kernels need (8, 0)"
+    if size > 192 and capability in LITTLE_SHARED_MEMORY:
+        return f"the head size is {size}, and the gradient on this device takes at most 192"
+    if not isinstance(varlen, FlashAttn) and not torch.backends.cuda.is_flash_attention_available():
+        return "this build of torch has no flash kernels and flash-attn is not installed"
+    return None
+
+
+def turn_limit(batch: int, length: int, device: str) -> int:
+    """Return up to how many turns, on the CPU up to how many calls, fused kernels are used.
+
+    On the CPU each call costs some 0.06 ms forward and 0.2 ms with the gradient beside its
+    arithmetic. Measured at S = 1024 and 4096, tiles are as fast at one call per 8 tokens with 8
+    heads of 64, and at one per 12 with 2 heads of 32. On CUDA the bound is a guess: a block of the
+    kernel has 64 to 128 queries, and shorter turns leave it empty.
+
+    Args:
+        batch: Rows of the batch.
+        length: Tokens of a row.
+        device: Type of the device.
+
+    Example:
+        >>> turn_limit(2, 1024, "cpu")
+        128
+    """
+    # Proportional to the rows: what is served stays served where vmap repeats it.
+    return batch * max(16, length // (16 if device == "cpu" else 32))
+
+
+def _versions(spans: Spans) -> tuple[int | None, ...]:
+    return tuple(None if x.is_inference() else x._version for x in spans)

@@ -1,0 +1,208 @@
+"""Turns served by torch's fused CPU kernel, without any mask: blocks and square triangles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from metafocus.attention.kernels.turns import Turn
+
+_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_gradient = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+WHOLE, LOWER, UPPER = "whole", "lower", "upper"
+
+
+class Piece(NamedTuple):
+    """Keys `[key, key_end)`, and who sees them.
+
+    `WHOLE`: every query sees all. `LOWER`: as many keys as queries, query `i` sees keys up to `i`.
+    `UPPER`: as many keys as queries, query `i` sees keys from `i` on.
+    """
+
+    key: int
+    key_end: int
+    shape: str
+
+
+class Group(NamedTuple):
+    """Queries of consecutive rows, and the pieces whose union is what they see."""
+
+    row: int
+    row_end: int
+    query: int
+    query_end: int
+    pieces: tuple[Piece, ...]
+
+
+def groups(turns: Iterable[Turn]) -> list[Group]:
+    """Cut turns into pieces that the kernel knows; equal turns of consecutive rows go together.
+
+    Args:
+        turns: The turns of a batch.
+
+    Returns:
+        The groups. Each costs one call of the kernel per piece, at most three.
+
+    Example:
+        >>> groups([Turn(0, 2, 4, 0, 4, -1, 0)])[0].pieces
+        (Piece(key=0, key_end=2, shape='whole'), Piece(key=2, key_end=4, shape='lower'))
+    """
+    cut = ((turn.row, *part) for turn in turns for part in _cut(turn))
+    by_content = sorted(cut, key=lambda part: (part[1:], part[0]))
+    found = []
+    # Consecutive rows keep their distance to their place in the sorted list.
+    for (_, content), members in groupby(
+        enumerate(by_content), lambda p: (p[1][0] - p[0], p[1][1:])
+    ):
+        rows = [part[0] for _, part in members]
+        found.append(Group(rows[0], rows[-1] + 1, *content))
+    return found
+
+
+def _cut(turn: Turn) -> list[tuple[int, int, tuple[Piece, ...]]]:
+    """The queries of a turn, in one or several runs, with the pieces of each."""
+    query, end, key, key_end = turn[1:5]
+    n, m = turn.queries, turn.keys
+    if turn.window == (-1, -1):
+        return [(query, end, (Piece(key, key_end, WHOLE),))]
+    if turn.window == (-1, 0):
+        pieces = (Piece(key, key_end - n, WHOLE), Piece(key_end - n, key_end, LOWER))
+        return [(query, end, _some(pieces))]
+    if turn.right < 0:
+        pieces = (Piece(key, key + n, UPPER), Piece(key + n, key_end, WHOLE))
+        return [(query, end, _some(pieces))]
+    # A sliding window. A run of queries shorter than the window sees a parallelogram, which is a
+    # triangle, what they all see, and another triangle.
+    width = m - n + 1
+    size = max(1, width - 1)
+    parts = []
+    for i in range(0, n, size):
+        count, first = min(size, n - i), key + i
+        pieces = (
+            Piece(first, first + count, UPPER),
+            Piece(first + count, first + width - 1, WHOLE),
+            Piece(first + width - 1, first + width - 1 + count, LOWER),
+        )
+        if width == 1:
+            pieces = (Piece(first, first + 1, WHOLE),)
+        parts.append((query + i, query + i + count, _some(pieces)))
+    return parts
+
+
+def _some(pieces: Sequence[Piece]) -> tuple[Piece, ...]:
+    return tuple(piece for piece in pieces if piece.key < piece.key_end)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, turns: Iterable[Turn], scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return the output `[B, H, S, D]` and the logsumexp `[B, H, S]`; 0 where no turn is.
+
+    The pieces of a group are merged by `l = log sum exp l_i`, `o = sum_i exp(l_i - l) o_i`, in
+    float32 for inputs of half precision.
+
+    Args:
+        q: Queries `[B, H, S, D]`.
+        k: Keys `[B, Hkv, S, D]`.
+        v: Values `[B, Hkv, S, D]`.
+        turns: The turns of the batch.
+        scale: Factor of the logits.
+    """
+    q, k, v = (_dense_rows(x) for x in (q, k, v))
+    batch, heads, length, size = q.shape
+    # Laid out as [B, S, H, D], so that merging the heads afterwards is free.
+    out = q.new_zeros(batch, length, heads, size).transpose(1, 2)
+    lse = q.new_zeros(batch, heads, length, dtype=_wide(q.dtype))
+    for group in groups(turns):
+        parts = [
+            tuple(_turn_around(x, piece) for x in _attention(*tensors, 0.0, causal, scale=scale))
+            for piece in group.pieces
+            for tensors, causal in [_arguments(group, piece, q, (k, v))]
+        ]
+        o, total = parts[0] if len(parts) == 1 else _merge(parts, lse.dtype)
+        _queries(out, group).copy_(o)
+        _queries(lse, group).copy_(total)
+    return out, lse
+
+
+def backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    turns: Iterable[Turn],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of `<do, output>` with respect to `q`, `k` and `v`.
+
+    A row's probabilities are `exp(z - lse)` and its correction is `<do, o>`, both of the whole row:
+    so the kernel's gradient of one piece, given these, is that piece's share of the gradient, and
+    the shares are added, in float32 for inputs of half precision.
+
+    Args:
+        do: Cotangent of the output `[B, H, S, D]`.
+        q: Queries `[B, H, S, D]`.
+        k: Keys `[B, Hkv, S, D]`.
+        v: Values `[B, Hkv, S, D]`.
+        o: The output.
+        lse: The logsumexp.
+        turns: The turns of the batch.
+        scale: Factor of the logits.
+    """
+    do, q, k, v, o = (_dense_rows(x) for x in (do, q, k, v, o))
+    dq, dk, dv = (torch.zeros(x.shape, dtype=_wide(x.dtype)) for x in (q, k, v))
+    for group in groups(turns):
+        for piece in group.pieces:
+            (q_, k_, v_), causal = _arguments(group, piece, q, (k, v))
+            do_, o_, lse_ = (_turn_around(_queries(x, group), piece) for x in (do, o, lse))
+            shares = _gradient(do_, q_, k_, v_, o_, lse_, 0.0, causal, scale=scale)
+            gq, gk, gv = (_turn_around(x, piece) for x in shares)
+            _queries(dq, group).add_(gq)
+            _keys(dk, group, piece).add_(gk)
+            _keys(dv, group, piece).add_(gv)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _arguments(
+    group: Group, piece: Piece, q: Tensor, others: tuple[Tensor, ...]
+) -> tuple[tuple[Tensor, ...], bool]:
+    """What the kernel is given for a piece, and whether it is causal there."""
+    tensors = (_queries(q, group), *(_keys(x, group, piece) for x in others))
+    return tuple(_turn_around(x, piece) for x in tensors), piece.shape != WHOLE
+
+
+def _queries(x: Tensor, group: Group) -> Tensor:
+    return x[group.row : group.row_end, :, group.query : group.query_end]
+
+
+def _keys(x: Tensor, group: Group, piece: Piece) -> Tensor:
+    return x[group.row : group.row_end, :, piece.key : piece.key_end]
+
+
+def _turn_around(x: Tensor, piece: Piece) -> Tensor:
+    """Read backwards, an upper triangle is a lower one: the kernel knows only these."""
+    return x.flip(2) if piece.shape == UPPER else x
+
+
+def _merge(parts: Sequence[tuple[Tensor, ...]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    total = torch.stack([lse for _, lse in parts]).logsumexp(0)
+    out = torch.zeros(parts[0][0].shape, dtype=dtype)
+    for o, lse in parts:
+        out.addcmul_(o.to(dtype), (lse - total).exp().unsqueeze(-1))
+    return out, total
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    """The kernel takes the last stride for 1 without looking."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,187 @@
+"""First derivatives by two back ends that agree: the tape outside transforms, functorch inside.
+
+`torch.func.grad` always builds the graph of a second derivative; `torch.autograd.grad` is faster
+and lighter but does not exist inside `vmap`, `grad` or `jvp`. Everything here chooses by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch._functorch.pyfunctorch import (
+    VmapInterpreter,
+    retrieve_current_functorch_interpreter,
+    temporarily_pop_interpreter_stack,
+)
+from torch.utils import _pytree as pytree
+
+from metafocus import params as pt
+from metafocus.checks import scalar
+from metafocus.errors import TransformError
+from metafocus.torch_internals import transforming
+from metafocus.types import Params
+
+
+def vjp(fn: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., tuple[Any, ...]]]:
+    """Return `fn(*primals)` and its pullback, by `torch.func`."""
+    result = torch.func.vjp(fn, *primals)
+    return result[0], result[1]
+
+
+def pushforward(fn: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
+    """Return `fn(*primals)` and a function from tangents of the primals to that of the value.
+
+    Forward mode as the transpose of the pullback: torch.func.jvp would refuse to run below
+    torch.autograd.forward_ad.
+    """
+    value, pull = vjp(fn, *primals)
+    zeros = pytree.tree_map(torch.zeros_like, value)
+    _, transpose = vjp(pull, zeros)
+    return value, lambda *tangents: transpose(tangents)[0]
+
+
+def leaf_alias(x: Tensor, track: bool) -> Tensor:
+    """Return an alias of `x` that needs a derivative and cuts it from its own past."""
+    return x.view_as(x) if track and x.requires_grad else x.detach().requires_grad_()
+
+
+def value_and_grad(
+    loss: Callable[[Params], Tensor], fast: Params, *, differentiable: bool, cut: bool = True
+) -> tuple[Tensor, Params]:
+    """Return `loss(fast)`, detached, and its gradient.
+
+    With `differentiable`, the gradient can be differentiated again, also by everything that
+    `loss` closes over; without, it is a constant. `cut=False` without `differentiable` is for a
+    caller that gives constants and takes care itself that the gradient becomes one.
+
+    Raises:
+        TransformError: in inference mode, where every gradient would be zero.
+    """
+    if torch.is_inference_mode_enabled():
+        raise TransformError(
+            "torch.inference_mode() has no gradients, so the inner loop would not adapt. Use "
+            "torch.no_grad() instead."
+        )
+    if only_vmap():
+        return _per_task(loss, fast, differentiable)
+    if transforming():
+        cut = cut and not differentiable
+        point = pt.detach(fast) if cut else fast
+        grads, value = torch.func.grad_and_value(lambda p: scalar(loss(p), "inner_loss"))(point)
+        return value.detach(), pt.detach(grads) if cut else grads
+    track = differentiable and torch.is_grad_enabled()
+    with torch.enable_grad():
+        leaves = {k: leaf_alias(v, track) for k, v in fast.items()}
+        value = scalar(loss(dict(leaves)), "inner_loss")
+        grads = _grad([value], list(leaves.values()), None, create_graph=track)
+    filled = [
+        torch.zeros_like(x) if g is None else g for g, x in zip(grads, fast.values(), strict=True)
+    ]
+    return value.detach(), dict(zip(fast, filled, strict=True))
+
+
+def only_vmap() -> bool:
+    """Return whether one `vmap` over the plain tape is all that is active."""
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+        return False
+    stack = _functorch.get_interpreter_stack() or []
+    return len(stack) == 1 and stack[0].key() == _functorch.TransformType.Vmap
+
+
+def _per_task(
+    loss: Callable[[Params], Tensor], fast: Params, differentiable: bool
+) -> tuple[Tensor, Params]:
+    """Return value and gradient of every task of a `vmap` over the tape, by the tape.
+
+    Task `i`'s loss depends on task `i`'s fast weights only, so the gradient of the sum holds the
+    gradient of each; a backward pass outside `vmap` costs what its kernels cost.
+    """
+    vmap = retrieve_current_functorch_interpreter()
+    assert isinstance(vmap, VmapInterpreter)
+    level, size = vmap.level(), vmap.batch_size()
+    inside = {k: _functorch._remove_batch_dim(x, level, size, 0) for k, x in fast.items()}
+    track = differentiable and torch.is_grad_enabled()
+    with torch.enable_grad():
+        with temporarily_pop_interpreter_stack():
+            leaves = {k: leaf_alias(x, track) for k, x in inside.items()}
+        point = {k: _functorch._add_batch_dim(x, 0, level) for k, x in leaves.items()}
+        value = _functorch._remove_batch_dim(scalar(loss(point), "inner_loss"), level, size, 0)
+        with temporarily_pop_interpreter_stack():
+            found = _grad([value.sum()], list(leaves.values()), None, create_graph=track)
+            grads = [
+                torch.zeros_like(x) if g is None else g
+                for g, x in zip(found, leaves.values(), strict=True)
+            ]
+            value = value.detach()
+    wrapped = {k: _functorch._add_batch_dim(g, 0, level) for k, g in zip(fast, grads, strict=True)}
+    return _functorch._add_batch_dim(value, 0, level), wrapped
+
+
+def pullback(
+    fn: Callable[..., Sequence[Any]],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """Return the vector-Jacobian product of `fn` for each input, None where not `wanted`.
+
+    Outputs of `fn` that are no tensors are passed over.
+    """
+    chosen = [i for i, w in enumerate(wanted) if w and pt.is_differentiable(inputs[i])]
+
+    def on_chosen(*xs: Tensor) -> Sequence[Tensor]:
+        merged = list(inputs)
+        for i, x in zip(chosen, xs, strict=True):
+            merged[i] = x
+        return fn(*merged)
+
+    at = [inputs[i] for i in chosen]
+    if transforming():
+        # torch.func.vjp refuses outputs that have no derivative.
+        kept: list[bool] = []
+
+        def differentiable(*xs: Tensor) -> tuple[Tensor, ...]:
+            ys = on_chosen(*xs)
+            kept[:] = [isinstance(y, Tensor) and pt.is_differentiable(y) for y in ys]
+            return tuple(y for y, keep in zip(ys, kept, strict=True) if keep)
+
+        outputs, pull = vjp(differentiable, *at)
+        given = [c for c, wants in zip(cotangents, kept, strict=True) if wants]
+        filled = tuple(
+            torch.zeros_like(y) if c is None else c for y, c in zip(outputs, given, strict=True)
+        )
+        grads: Sequence[Tensor | None] = pull(filled)
+    else:
+        track = torch.is_grad_enabled()
+        with torch.enable_grad():
+            leaves = [leaf_alias(x, track) for x in at]
+            pairs = [
+                (y, c)
+                for y, c in zip(on_chosen(*leaves), cotangents, strict=True)
+                if c is not None and isinstance(y, Tensor) and y.requires_grad
+            ]
+            ys, cs = [y for y, _ in pairs], [c for _, c in pairs]
+            grads = _grad(ys, leaves, cs, create_graph=track) if ys else [None] * len(leaves)
+    result: list[Tensor | None] = [None] * len(inputs)
+    for i, g in zip(chosen, grads, strict=True):
+        result[i] = g
+    return result
+
+
+def _grad(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor] | None,
+    *,
+    create_graph: bool,
+) -> Sequence[Tensor | None]:
+    if not any(y.requires_grad for y in outputs):
+        return [None] * len(inputs)
+    return torch.autograd.grad(
+        outputs, inputs, cotangents, create_graph=create_graph, allow_unused=True
+    )

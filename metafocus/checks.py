@@ -1,0 +1,75 @@
+"""Checks of single arguments: every message names the argument, its value and what is allowed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from metafocus.errors import ProblemError
+
+
+def whole(name: str, value: Any, least: int = 0, *, note: str = "") -> None:
+    """Raise unless `value` is an integer of at least `least`; True and False are none.
+
+    Raises:
+        ValueError: naming the argument, its value and the bound.
+
+    Example:
+        >>> whole("steps", 3)
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer >= {least}{note}, got {value!r}.")
+
+
+def positive(name: str, value: Any) -> None:
+    """Raise unless `value` is a number above zero and finite.
+
+    Raises:
+        ValueError: naming the argument and its value.
+
+    Example:
+        >>> positive("sigma", 0.1)
+    """
+    if not value > 0 or math.isinf(value):
+        raise ValueError(f"{name} must be {'finite' if value > 0 else 'positive'}, got {value}.")
+
+
+def not_negative(name: str, value: Any) -> None:
+    """Raise unless `value` is a number of at least zero and finite.
+
+    Raises:
+        ValueError: naming the argument and its value.
+
+    Example:
+        >>> not_negative("damping", 0.0)
+    """
+    if not value >= 0 or math.isinf(value):
+        raise ValueError(f"{name} must be {'finite' if value > 0 else '>= 0'}, got {value}.")
+
+
+def fraction(name: str, value: Any) -> None:
+    """Raise unless `0 <= value < 1`.
+
+    Raises:
+        ValueError: naming the argument and its value.
+
+    Example:
+        >>> fraction("momentum", 0.9)
+    """
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {value}.")
+
+
+def scalar(value: Any, name: str) -> Tensor:
+    """Return `value` if it is a floating-point scalar tensor, else raise."""
+    if not isinstance(value, Tensor):
+        raise ProblemError(f"{name} must return a scalar tensor, got {type(value).__name__}.")
+    if value.ndim != 0:
+        raise ProblemError(
+            f"{name} must return a scalar, got shape {list(value.shape)}. Reduce it: .mean()."
+        )
+    if not value.is_floating_point():
+        raise ProblemError(f"{name} must return a floating-point scalar, got {value.dtype}.")
+    return value

@@ -1,0 +1,1 @@
+"""Published claims as tests: run a suite of them and report what was measured."""

@@ -1,0 +1,268 @@
+"""The verb: a problem, an inner solver and an estimator become one differentiable function."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metafocus import params as pt
+from metafocus import streams
+from metafocus.autodiff.grad import leaf_alias
+from metafocus.autodiff.safe_operators.swapping import Swapped
+from metafocus.errors import ProblemError
+from metafocus.estimators import Estimator
+from metafocus.preflight import preflight
+from metafocus.problem import Problem, check_finite, check_params, is_frozen
+from metafocus.solvers import Given
+from metafocus.solvers.descent import solve_inner
+from metafocus.torch_internals import transforming
+from metafocus.types import Aux, Episode, Params, Solution, Solver
+
+MetaLoss = Callable[[Params, Any], tuple[Tensor, Aux]]
+"""`meta_loss(outer, episode) -> (loss, Aux)`."""
+
+
+Path = Tensor | Sequence[float] | Callable[[Params], Tensor | Sequence[float]]
+"""Weights of the outer loss after each inner step: `[steps]`, or a function of the outer ones."""
+
+
+def bilevel(
+    problem: Problem,
+    *,
+    solver: Solver,
+    estimator: Estimator | Callable[..., Solution],
+    path: Path | None = None,
+) -> MetaLoss:
+    """Return the outer loss after adaptation, whose derivative is the chosen hypergradient.
+
+    `meta_loss(outer, episode) = outer_loss(estimator(...), outer, episode.query)`: an ordinary
+    scalar function of the outer parameters, for `loss.backward()`, `torch.func.grad`, `vmap` and
+    their compositions. With `path`, `sum_t path[t] outer_loss(fast_(t+1), outer, query)` over the
+    fast weights after every inner step (the multi-step loss of MAML++, arXiv 1810.09502).
+
+    Args:
+        problem: the losses of both levels and the start.
+        solver: the inner optimiser.
+        estimator: how the adapted fast weights depend on the outer parameters.
+        path: weights `[steps]` of the outer loss after each inner step: a tensor, a sequence, or
+            a function of `outer` (learned weights). They are used as they are, neither normalised
+            nor pruned. None: the outer loss after the last step alone. Memory grows by one set of
+            fast weights a step.
+
+    Returns:
+        `meta_loss(outer, episode) -> (loss, Aux)`. `outer` is a flat dict of floating-point
+        tensors (`mf.trainable(model)`); `{}` means the parameters that the losses close over, for
+        estimators that ride on the tape. `Aux` is detached; its metrics are those after the last
+        step.
+
+    Raises:
+        ProblemError: at the first call, for losses that are not scalars, keys that do not fit,
+            integer outer parameters, or an empty `outer` where explicit tensors are needed; for a
+            `path` of another length than the steps, or an estimator that cannot give one.
+        ClosureError: at the first call, if the estimator would miss a closed-over tensor.
+        NonFiniteError: at any call outside transforms, if an inner loss is NaN or infinite.
+
+    Example:
+        >>> import metafocus as mf
+        >>> def loss(fast, slow, x):
+        ...     return ((fast["w"] - x) ** 2).sum()
+        >>> maml = mf.Problem(loss, loss)
+        >>> meta = mf.bilevel(maml, solver=mf.SGD(0.1, steps=1), estimator=mf.Unrolled())
+        >>> w = {"w": torch.tensor([1.0], requires_grad=True)}
+        >>> value, aux = meta(w, mf.Episode(torch.tensor([0.0]), torch.tensor([0.0])))
+        >>> value.backward()
+        >>> w["w"].grad
+        tensor([1.2800])
+    """
+    if path is not None:
+        _refuse_path(estimator, solver)
+    checked = False
+    explicit = getattr(estimator, "explicit", False)
+
+    def meta_loss(outer: Params, episode: Any) -> tuple[Tensor, Aux]:
+        nonlocal checked
+        check_params(outer, "outer", "outer parameters")
+        if explicit and not outer:
+            raise ProblemError(
+                f"outer={{}} with {estimator}: this estimator differentiates explicit tensors "
+                "only. Pass mf.trainable(model) as outer (never state_dict(): tied names clash), "
+                "or use Unrolled() or FirstOrder()."
+            )
+        support, query = problem.prepared(outer, episode)
+        start = problem.start(outer, support)
+        if not checked and not torch.compiler.is_compiling():
+            preflight(problem.inner_loss, solver, start, outer, support, explicit=explicit)
+            checked = True
+        args = (problem.inner_loss, solver, start, outer, support)
+        if path is None:
+            solution = estimator(*args)
+            last = max(solver.steps - 1, 0)
+            ends = [(None, solution.params, streams.at(query, last))]
+        else:
+            weights = path_weights(path, outer, solver.steps)
+            solution = estimator(*args, path=tuple(range(solver.steps)))
+            data = [streams.at(query, step) for step in range(solver.steps)]
+            ends = list(zip(weights, solution.path, data, strict=True))
+        if not transforming():
+            check_finite(solution.losses)
+        with Swapped(once=True):
+            loss, metrics = weighted(problem, ends, outer)
+        return loss, Aux(pt.detach(solution.params), solution.losses.detach(), metrics)
+
+    return meta_loss
+
+
+def weighted(
+    problem: Problem, ends: Iterable[tuple[Any, Params, Any]], outer: Params
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the sum of weighted outer losses, and the metrics of the last one.
+
+    Args:
+        problem: whose outer loss.
+        ends: weight (None: one), fast weights and query of each term.
+        outer: the outer parameters.
+    """
+    total, metrics = None, {}
+    for weight, fast, query in ends:
+        value, metrics = problem.evaluate(fast, outer, query)
+        value = value if weight is None else weight * value
+        total = value if total is None else total + value
+    assert total is not None
+    return total, metrics
+
+
+def path_weights(path: Path, outer: Params, steps: int) -> Sequence[Any]:
+    """Return one weight for each inner step.
+
+    Raises:
+        ProblemError: if there is another number of them, or no step to weigh.
+    """
+    weights = path(outer) if callable(path) else path
+    shape = list(weights.shape) if isinstance(weights, Tensor) else [len(weights)]
+    if shape != [steps] or not steps:
+        raise ProblemError(
+            f"path must give one weight for each of the {steps} inner steps, got shape {shape}."
+        )
+    return weights.unbind() if isinstance(weights, Tensor) else weights
+
+
+def _refuse_path(estimator: Any, solver: Solver) -> None:
+    if isinstance(solver, Given):
+        raise ProblemError(f"path= needs inner steps, and {solver} has none. Use mf.SGD.")
+    try:
+        inspect.signature(estimator).bind(*[None] * 5, path=())
+    except TypeError as error:
+        name = getattr(estimator, "__name__", estimator)
+        raise ProblemError(
+            f"path= needs the fast weights after every step, and {name} gives the last ones only: "
+            "it takes no keyword path. Use Unrolled, FirstOrder or EvoGrad."
+        ) from error
+
+
+def hypergrad(meta_loss: MetaLoss) -> Callable[[Params, Any], tuple[Params, tuple[Tensor, Aux]]]:
+    """Return `(outer, episode) -> (hypergradient, (loss, aux))`.
+
+    Equal to `torch.func.grad` of the loss with auxiliary output, also in that the result can be
+    differentiated again where `outer` requires grad or a transform is active. Outside transforms
+    it rides on the tape, which is faster.
+
+    Args:
+        meta_loss: `(outer, episode) -> (loss, Aux)`, of `bilevel`, `over_tasks`, `evolution` or
+            any function of this form.
+
+    Returns:
+        A function whose hypergradient has the names and shapes of `outer`; `outer` itself is
+        left alone, and so is its `.grad`.
+
+    Raises:
+        ProblemError: at the call, if `outer` is no dict of floating-point tensors, and what
+            `meta_loss` raises.
+
+    Example:
+        >>> import metafocus as mf
+        >>> def loss(fast, slow, x):
+        ...     return ((fast["w"] - x) ** 2).sum()
+        >>> maml = mf.Problem(loss, loss)
+        >>> meta = mf.bilevel(maml, solver=mf.SGD(0.1, steps=1), estimator=mf.FirstOrder())
+        >>> episode = mf.Episode(torch.tensor([0.0]), torch.tensor([0.0]))
+        >>> grads, (value, aux) = mf.hypergrad(meta)({"w": torch.tensor([1.0])}, episode)
+        >>> grads["w"]
+        tensor([1.6000])
+    """
+
+    def value_and_hypergrad(outer: Params, episode: Any) -> tuple[Params, tuple[Tensor, Aux]]:
+        check_params(outer, "outer", "outer parameters")
+        frozen = {k: v for k, v in outer.items() if is_frozen(v)}
+        moving = {k: v for k, v in outer.items() if k not in frozen}
+
+        def at(point: Params) -> tuple[Tensor, Aux]:
+            return meta_loss({k: point.get(k, v) for k, v in outer.items()}, episode)
+
+        if transforming():
+            grads, (loss, aux) = torch.func.grad_and_value(at, has_aux=True)(moving)
+        else:
+            grads, loss, aux = _on_tape(at, moving)
+        return {k: grads[k] if k in grads else torch.zeros_like(v) for k, v in outer.items()}, (
+            loss,
+            aux,
+        )
+
+    return value_and_hypergrad
+
+
+def _on_tape(
+    meta_loss: Callable[[Params], tuple[Tensor, Aux]], outer: Params
+) -> tuple[Params, Tensor, Aux]:
+    track = torch.is_grad_enabled() and any(v.requires_grad for v in outer.values())
+    with torch.enable_grad():
+        leaves = {k: leaf_alias(v, track) for k, v in outer.items()}
+        loss, aux = meta_loss(dict(leaves))
+        if not loss.requires_grad or not leaves:
+            return pt.zeros_like(pt.detach(leaves)), loss, aux
+        grads = torch.autograd.grad(
+            loss, list(leaves.values()), create_graph=track, materialize_grads=True
+        )
+    return dict(zip(leaves, grads, strict=True)), loss if track else loss.detach(), aux
+
+
+def adapt(
+    problem: Problem, outer: Params, support: Any, *, solver: Solver, path: Sequence[int] = ()
+) -> Solution:
+    """Run the inner loop for evaluation: adapted fast weights without any outer graph.
+
+    Args:
+        problem: the bilevel problem; its outer loss is not used.
+        outer: the outer parameters.
+        support: what the inner loss sees, or a stream of it.
+        solver: the inner optimiser.
+        path: numbers of the inner steps, from 0, after which the fast weights are wanted too, in
+            `Solution.path`.
+
+    Raises:
+        ProblemError: as `bilevel` does.
+        NonFiniteError: if an inner loss is NaN or infinite (always checked outside `vmap`).
+
+    Example:
+        >>> import metafocus as mf
+        >>> def loss(fast, slow, x):
+        ...     return ((fast["w"] - x) ** 2).sum()
+        >>> maml = mf.Problem(loss, loss)
+        >>> w = {"w": torch.tensor([1.0])}
+        >>> mf.adapt(maml, w, torch.tensor([0.0]), solver=mf.SGD(0.1, steps=2)).losses
+        tensor([1.0000, 0.6400])
+    """
+    check_params(outer, "outer", "outer parameters")
+    frozen = {k: v for k, v in outer.items() if is_frozen(v)}
+    outer = pt.detach(outer) | frozen
+    support = pt.detach(problem.prepared(outer, Episode(support, support)).support)
+    start = problem.start(outer, support)
+    if not transforming():
+        preflight(problem.inner_loss, solver, start, outer, support, explicit=False)
+    solution = solve_inner(problem.inner_loss, solver, start, outer, support, path)
+    if not transforming():
+        check_finite(solution.losses)
+    return solution

@@ -1,0 +1,231 @@
+"""The whole hypergradient as one compiled graph.
+
+`torch.compile` cannot look into a custom Function, and a transform around compiled code is an
+error. So the hypergradient is traced first, with every estimator, transform and Function in it
+running as usual on tensors without values, into one graph of plain operators; this is compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from metafocus import params as pt
+from metafocus.closures import captured
+from metafocus.errors import MetafocusError, ProblemError, TransformError
+from metafocus.problem import check_params
+from metafocus.torch_internals import transforming
+from metafocus.types import Aux, Params
+
+Hypergrad = Callable[[Params, Any], tuple[Params, tuple[Tensor, Aux]]]
+
+RETRACES = 8
+"""How often a change of what is closed over is followed, for one set of shapes."""
+
+
+def compiled(
+    hypergradient: Hypergrad,
+    *,
+    backend: str | Callable[..., Any] = "inductor",
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Hypergrad:
+    """Return the hypergradient as one graph, compiled by `torch.compile(fullgraph=True)`.
+
+    The first call with new shapes runs eagerly once, with all checks, then traces and compiles,
+    which takes seconds to minutes. Later calls run the graph alone: a NaN inner loss raises
+    nothing there, look at `aux.inner_losses`. The result carries no graph.
+
+    Inputs may change: other shapes, types or devices are compiled anew. A number, a tensor that
+    is replaced, a module's mode, when closed over and changed, are noticed and compiled anew too;
+    what installed packages keep to themselves is not, nor are Python's own random numbers.
+
+    Args:
+        hypergradient: `mf.hypergrad(meta_loss)`, of any estimator, also over tasks.
+        backend: of `torch.compile`. "inductor" needs a C++ compiler for the CPU; "aot_eager" and
+            "eager" run the same graph without one, and without the gain.
+        mode: of `torch.compile`.
+        options: of `torch.compile`.
+
+    Returns:
+        A function like `hypergradient`.
+
+    Raises:
+        ProblemError: for an empty `outer`, for data that are not tensors or constants, and what
+            the eager call raises.
+        TransformError: at the first call, for what cannot be compiled: a branch on a value, a
+            shape that depends on values, random numbers; inside `vmap`, `torch.func.grad` or
+            `torch.compile`; if the back end fails; if what is closed over changes at every call.
+
+    Example:
+        >>> import metafocus as mf
+        >>> def loss(fast, slow, x):
+        ...     return ((fast["w"] - x) ** 2).sum()
+        >>> maml = mf.Problem(loss, loss)
+        >>> meta = mf.bilevel(maml, solver=mf.SGD(0.1, steps=1), estimator=mf.Unrolled())
+        >>> gradient = mf.compiled(mf.hypergrad(meta), backend="eager")
+        >>> x = torch.tensor([0.0])
+        >>> gradient({"w": torch.tensor([1.0])}, mf.Episode(x, x))[0]
+        {'w': tensor([1.2800])}
+    """
+    if not callable(hypergradient):
+        raise ProblemError(
+            f"compiled wants mf.hypergrad(meta_loss), got {type(hypergradient).__name__}."
+        )
+    traces: dict[Any, _Trace] = {}
+
+    def run(outer: Params, episode: Any) -> tuple[Params, tuple[Tensor, Aux]]:
+        _refuse_transforms()
+        check_params(outer, "outer", "outer parameters")
+        if not outer:
+            raise ProblemError(
+                "outer={} with compiled: a graph has explicit inputs only. Pass "
+                "dict(model.named_parameters()) as outer (never state_dict(): tied names clash)."
+            )
+        outer, episode = pt.detach((outer, episode))
+        leaves, spec = pytree.tree_flatten((outer, episode))
+        key = (spec, *map(_kind, leaves), *_ambient(leaves))
+        trace, now = traces.get(key), captured(hypergradient)
+        if trace is None or trace.captured != now:
+            count = 0 if trace is None else trace.retraces + 1
+            if trace is not None and count > RETRACES:
+                raise TransformError(
+                    f"compiled: {_changed(trace.captured, now)} changes from call to call, and "
+                    "each change is compiled anew. Pass it in outer or in the episode, as a tensor."
+                )
+            traces.pop(key, None)
+            run, out_spec = _compile(hypergradient, outer, episode, backend, mode, options)
+            # The eager call has left its traces, such as what was probed.
+            trace = traces[key] = _Trace(run, out_spec, captured(hypergradient), count)
+        with torch.no_grad():
+            outputs = trace.run(*pt.tensors(leaves))
+        return pytree.tree_unflatten(outputs, trace.out_spec)
+
+    return run
+
+
+class _Trace(NamedTuple):
+    run: Callable[..., Any]
+    out_spec: pytree.TreeSpec
+    captured: dict[str, Any]
+    retraces: int
+
+
+def _compile(
+    hypergradient: Hypergrad,
+    outer: Params,
+    episode: Any,
+    backend: str | Callable[..., Any],
+    mode: str | None,
+    options: dict[str, Any] | None,
+) -> tuple[Callable[..., Any], pytree.TreeSpec]:
+    eager = hypergradient(outer, episode)
+    if not (isinstance(eager, tuple) and isinstance(eager[0], dict)):
+        raise ProblemError(
+            "compiled wants mf.hypergrad(meta_loss), not the meta loss: the derivative is taken "
+            "inside the graph."
+        )
+    graph = _graph(hypergradient, outer, episode)
+    _refuse_random(graph)
+    run = torch.compile(
+        graph, backend=backend, fullgraph=True, dynamic=False, mode=mode, options=options
+    )
+    try:
+        with torch.no_grad():
+            run(*pt.tensors((outer, episode)))
+    except Exception as error:
+        raise TransformError(
+            f"compiled: backend={backend!r} failed: {_words(error)} The graph itself is fine: "
+            'backend="aot_eager" runs it, and "inductor" on a CPU needs a C++ compiler (g++, or '
+            "the one that CXX names)."
+        ) from error
+    return run, pytree.tree_structure(eager)
+
+
+def _graph(hypergradient: Hypergrad, outer: Params, episode: Any) -> torch.fx.GraphModule:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    inputs, rebuild = pt.partition((outer, episode))
+
+    def flat(*tensors: Tensor) -> list[Tensor]:
+        return pt.tensors(hypergradient(*rebuild(tensors)))
+
+    # Tensors without values and without symbols: what depends on a value raises.
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        with torch.no_grad():
+            unreal = [fake.from_tensor(x, static_shapes=True) for x in inputs]
+            graph = make_fx(flat, tracing_mode="real")(*unreal)
+    except MetafocusError:
+        raise
+    except Exception as error:
+        raise TransformError(
+            f"compiled: the hypergradient runs, but cannot be traced: {type(error).__name__}: "
+            f"{_words(error)} Usual reasons: a branch on a value or .item() (use torch.where), a "
+            "shape that depends on values, as in x[mask] (multiply by the mask), numpy."
+        ) from error
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
+
+
+def _refuse_transforms() -> None:
+    if transforming():
+        raise TransformError(
+            "compiled inside vmap, torch.func.grad, forward mode or torch.compile: the transforms "
+            "must be inside the graph. Use mf.compiled(mf.hypergrad(mf.over_tasks(meta))), or the "
+            "hypergradient that is not compiled."
+        )
+
+
+def _refuse_random(graph: torch.fx.GraphModule) -> None:
+    for node in graph.graph.nodes:
+        if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+            continue
+        names = [a.name for a in node.target._schema.arguments]
+        given = dict(zip(names, node.args, strict=False)) | node.kwargs
+        # Attention says that it draws numbers, and does with dropout only.
+        if "dropout_p" in names and not given.get("dropout_p"):
+            continue
+        raise TransformError(
+            f"compiled: {node.target} draws random numbers, and compiled code draws others than "
+            "eager code, in each product of a linear solve anew. Switch dropout off "
+            "(model.eval()); draw outside, a random init too, and pass the numbers in the episode "
+            "or in outer."
+        )
+
+
+def _kind(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return x.shape, x.stride(), x.dtype, x.device
+    if isinstance(x, bool | int | float | str | bytes | type(None)):
+        return type(x), x
+    raise ProblemError(
+        f"compiled: outer and episode must hold tensors and constants, got {type(x).__name__}."
+    )
+
+
+def _ambient(leaves: list[Any]) -> list[Any]:
+    """Return what else decides which operators run: precision, and where new tensors are made."""
+    kinds = sorted({x.device.type for x in leaves if isinstance(x, Tensor)})
+    autocast = [
+        torch.is_autocast_enabled(k) and torch.get_autocast_dtype(k)
+        for k in kinds
+        if torch.amp.is_autocast_available(k)
+    ]
+    return [torch.get_default_dtype(), str(torch.get_default_device()), *autocast]
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any]) -> str:
+    odd = [k for k in {**before, **now} if before.get(k) != now.get(k)]
+    return repr(odd[0]) if odd else "what is closed over"
+
+
+def _words(error: Exception) -> str:
+    # The compiler adds its advice and a stack trace after an empty line.
+    return " ".join(str(error).partition("\n\n")[0].split())

@@ -1,1 +1,0 @@
-"""Where metafocus meets other people's training loops: Hugging Face's Trainer, TRL, accelerate."""

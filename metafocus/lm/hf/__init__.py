@@ -1,0 +1,1 @@
+"""Everything that reaches into a Hugging Face model: heads, layers, checkpointing, sharing."""

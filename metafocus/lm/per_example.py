@@ -1,0 +1,114 @@
+"""Fast weights of its own for each example of a batch: the loss and the solver that go with them.
+
+Row `b` of a batch sees slice `b` of every fast weight, so one forward pass adapts all examples. For
+that to be the same as B runs with one example each, two things must not mix them: the inner loss is
+the *sum* over examples of the mean over the example's own tokens, and the solver (its clipping
+norms, its moments) sees one example at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from metafocus.lm import Batch, LMLoss, TokenPolicy
+from metafocus.lm.hf.chunk import IGNORED
+from metafocus.lm.loss import Scored
+from metafocus.lm.tokens import predicted
+from metafocus.types import Params, Solver, State
+
+
+@dataclass(frozen=True)
+class PerExampleSolver:
+    """A solver that treats each slice of the leading dimension as a problem of its own.
+
+    `update(p, g)[b] = solver.update(p[b], g[b])`, by `vmap`: whatever the solver does with norms,
+    moments or matrices stays within an example. Learned rates are shared by all of them.
+
+    Args:
+        solver: any solver whose functions `torch.func.vmap` can map.
+
+    Example:
+        >>> import metafocus as mf
+        >>> solver = PerExampleSolver(mf.SGD(1.0, steps=1, clip=mf.clip_per_tensor(1.0)))
+        >>> start, grads = {"w": torch.zeros(2, 1)}, {"w": torch.tensor([[8.0], [0.5]])}
+        >>> solver.update(start, grads, solver.init(start), 0, {})[0]["w"].tolist()
+        [[-1.0], [-0.5]]
+    """
+
+    solver: Solver
+
+    @property
+    def steps(self) -> int:
+        """How many inner steps to take."""
+        return self.solver.steps
+
+    def init(self, params: Params) -> State:
+        """Return the state of each example."""
+        return torch.vmap(self.solver.init)(params) if params else self.solver.init(params)
+
+    def update(
+        self, params: Params, grads: Params, state: State, step: int, outer: Params
+    ) -> tuple[Params, State]:
+        """Return the fast weights and the state of each example after one step."""
+
+        def one(params: Params, grads: Params, state: State) -> tuple[Params, State]:
+            return self.solver.update(params, grads, state, step, outer)
+
+        return torch.vmap(one)(params, grads, state)
+
+
+class Each(NamedTuple):
+    """What the loss of each example needs to know."""
+
+    policy: TokenPolicy
+    """Which tokens are scored."""
+    parts: list[Scored]
+    """For each example with scored tokens (where that cannot be asked: for each)."""
+
+
+@dataclass(frozen=True)
+class PerExampleLoss(LMLoss):
+    """Sum over the examples of a batch of the mean cross entropy of each example's own tokens.
+
+    `loss = sum_b loss_b / n_b`, with the summed cross entropy and the number of scored tokens of
+    row `b`. Its gradient by the fast weights of an example is that of the example alone. An
+    example without scored tokens adds nothing.
+    """
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Return the batch with masks, positions and the scored rows of each example."""
+        each = batch.get("each")
+        if "model_inputs" in batch and each is not None and each.policy == self.tokens:
+            return batch
+        inputs = batch.get("model_inputs") or self._model_inputs(batch)
+        self._tail()
+        return {**batch, "model_inputs": inputs, "each": self._each(batch)}
+
+    def _mean(self, batch: Batch, total: Callable[[Scored], Tensor]) -> Tensor:
+        return torch.stack([total(part) / part.number for part in batch["each"].parts]).sum()
+
+    def _each(self, batch: Batch) -> Each:
+        scored = self._scored(batch)
+        rows, length = len(batch["input_ids"]), batch["input_ids"].shape[1]
+        if scored.rows is None:
+            index = torch.arange(rows * length, device=scored.targets.device).split(length)
+            targets = scored.targets.split(length)
+            numbers = [(part != IGNORED).sum().clamp(min=1) for part in targets]
+        else:
+            found = torch.bincount(scored.rows // length, minlength=rows)
+            sizes = found.tolist()
+            index, targets = scored.rows.split(sizes), scored.targets.split(sizes)
+            numbers = list(found.clamp(min=1))
+        parts = [Scored(self.tokens, *part) for part in zip(index, targets, numbers, strict=True)]
+        # A batch without any scored token keeps one, for a loss of 0 that has a graph.
+        return Each(self.tokens, [part for part in parts if len(part.targets)] or parts[:1])
+
+
+def mean_loss(total: Tensor, tokens: TokenPolicy, batch: Batch) -> Tensor:
+    """Return the mean over examples with scored tokens, from what `PerExampleLoss` returned."""
+    return total / predicted(tokens, batch).any(1).sum().clamp(min=1)

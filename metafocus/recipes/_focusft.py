@@ -1,0 +1,166 @@
+"""FocuSFT (arXiv 2605.09932): fine-tuning conditioned on fast weights adapted to the context."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.stateless import _reparametrize_module
+
+from metafocus import masks
+from metafocus.adapters import LoRA, for_each, top_layers
+from metafocus.engine import MetaLoss, bilevel
+from metafocus.errors import ProblemError
+from metafocus.estimators import Estimator, FirstOrder
+from metafocus.lm import Adapter, TokenPolicy, answer_tokens, lm_loss
+from metafocus.lm.hf.sharing import Shared
+from metafocus.lm.per_example import PerExampleLoss, PerExampleSolver, mean_loss
+from metafocus.masks import MaskPolicy
+from metafocus.problem import Problem, as_episode, trainable
+from metafocus.solvers import SGD, clip_per_tensor
+from metafocus.types import Aux, Episode, Params, Solver
+
+PAPER_ADAPTER = LoRA(top_layers(0.35, ("gate_proj", "up_proj", "down_proj")), rank=32, alpha=64.0)
+PAPER_SOLVER = SGD(1.0, steps=2, clip=clip_per_tensor(1.0))
+
+
+def focusft_problem(
+    model: nn.Module,
+    *,
+    adapter: Adapter = PAPER_ADAPTER,
+    mask: MaskPolicy = masks.context_bidirectional,
+    inner_tokens: TokenPolicy = answer_tokens,
+    outer_tokens: TokenPolicy = answer_tokens,
+    generator: torch.Generator | None = None,
+    examples: int | None = None,
+) -> Problem:
+    """Return FocuSFT's bilevel problem; see `focusft`.
+
+    Args:
+        model: as all that is not said here, of `focusft`.
+        adapter: the fast weights.
+        mask: in both losses.
+        inner_tokens: what the inner loss scores.
+        outer_tokens: what the outer loss scores.
+        generator: draws the start.
+        examples: the number of rows in a batch, each with fast weights of its own (to be solved
+            by a `PerExampleSolver`); None: shared by the batch.
+    """
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    inner = lm_loss(model, adapter=adapter, mask=mask, tokens=inner_tokens)
+    outer = lm_loss(model, adapter=adapter, mask=mask, tokens=outer_tokens)
+    if examples is not None:
+        inner = PerExampleLoss(model, adapter, mask, inner_tokens)
+    shared = Shared(inner)
+
+    def prepare(slow: Params, episode: Episode) -> Episode:
+        support = shared(slow, inner.prepare(episode.support))
+        if episode.query is episode.support:
+            # The masks are shared; which tokens are scored may differ.
+            return Episode(support, outer.prepare(support))
+        return Episode(support, outer.prepare(episode.query))
+
+    def start(slow: Params, support: Any) -> Params:
+        # Fast weights that start as copies of slow ones must see these.
+        with _reparametrize_module(model, slow, tie_weights=True):
+            fast = adapter.init(model, generator)
+        return fast if examples is None else for_each(fast, examples)
+
+    return Problem(inner, outer, start, prepare)
+
+
+def focusft(
+    model: nn.Module,
+    *,
+    adapter: Adapter = PAPER_ADAPTER,
+    mask: MaskPolicy = masks.context_bidirectional,
+    solver: Solver = PAPER_SOLVER,
+    estimator: Estimator | None = None,
+    inner_tokens: TokenPolicy = answer_tokens,
+    generator: torch.Generator | None = None,
+    per_example: bool = False,
+) -> MetaLoss:
+    """Return FocuSFT's training loss; the defaults are the paper's.
+
+    Before each outer step, fresh LoRA fast weights take a few steps of SGD on the batch's inner
+    tokens; the outer loss is the cross entropy of the answers, conditioned on them. They are then
+    thrown away: the trained model is a plain one.
+
+    Args:
+        model: a Hugging Face causal language model (see `lm_loss`). What requires grad is
+            trained.
+        adapter: default `LoRA` of rank 32 and alpha 64 on the MLPs of the top 35 % of layers.
+            An adapter on nothing (`top_layers(0.0, ...)`) makes this plain fine-tuning.
+        mask: default bidirectional inside each context turn, causal over answers, in both loops.
+        solver: default two steps of SGD with learning rate 1 and each tensor's gradient clipped
+            to norm 1.
+        estimator: default `FirstOrder()`. Any other is one word: `mf.Unrolled(recompute=True)`.
+        inner_tokens: what the inner loss scores: default the answers, as the official code does.
+        generator: draws the fast weights' start, anew at every call; default seeded with 0. The
+            global random state is not touched.
+        per_example: give each row of a batch fast weights of its own, from one start, adapted on
+            its own tokens: exactly as if it were alone. Default: one set for the batch, as in the
+            official code. `Aux.inner_losses` are then means over the rows.
+
+    Returns:
+        `meta_loss(outer, Episode(batch, batch)) -> (loss, Aux)`. With `outer={}` the trained
+        parameters are the model's own and `loss.backward()` fills their `.grad`.
+
+    Raises:
+        ProblemError: as `lm_loss`; at the call, if no parameter requires grad.
+        PlacementError: at the first call, if the adapter's placement matches nothing.
+
+    Example:
+        >>> import metafocus as mf
+        >>> from transformers import Qwen2Config, Qwen2ForCausalLM
+        >>> model = Qwen2ForCausalLM(Qwen2Config(
+        ...     vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+        ...     num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=16))
+        >>> batch = {
+        ...     "input_ids": torch.tensor([[1, 2, 3, 4]]),
+        ...     "attention_mask": torch.tensor([[1, 1, 1, 1]]),
+        ...     "answer_mask": torch.tensor([[False, False, True, True]]),
+        ...     "turn_ids": torch.tensor([[0, 0, 1, 1]])}
+        >>> meta = mf.recipes.focusft(model)
+        >>> loss, aux = meta({}, mf.Episode(batch, batch))
+        >>> loss.backward()
+        >>> aux.inner_losses.shape
+        torch.Size([2])
+
+    References:
+        FocuSFT, arXiv 2605.09932.
+    """
+    chosen = estimator or FirstOrder()
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+
+    @functools.cache
+    def of(examples: int | None) -> MetaLoss:
+        problem = focusft_problem(
+            model,
+            adapter=adapter,
+            mask=mask,
+            inner_tokens=inner_tokens,
+            generator=generator,
+            examples=examples,
+        )
+        inner = solver if examples is None else PerExampleSolver(solver)
+        return bilevel(problem, solver=inner, estimator=chosen)
+
+    def meta_loss(outer: Params, episode: Any) -> tuple[Tensor, Aux]:
+        support = as_episode(episode).support
+        # Explicit parameters suit every estimator, and a first-order inner loop then builds no
+        # graph below its fast weights.
+        outer = outer or trainable(model)
+        if not outer and torch.is_grad_enabled():
+            raise ProblemError(
+                "no parameter of the model requires grad, so nothing would be trained: call "
+                "model.requires_grad_(True), or evaluate under torch.no_grad()."
+            )
+        if not per_example:
+            return of(None)(outer, episode)
+        loss, aux = of(len(support["input_ids"]))(outer, episode)
+        return loss, Aux(aux.params, mean_loss(aux.inner_losses, inner_tokens, support))
+
+    return meta_loss

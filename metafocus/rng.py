@@ -1,0 +1,70 @@
+"""Random numbers: kept as they are around a trial, and drawn again in a rebuild."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Drawn:
+    """The random state at one moment, to draw the same numbers again.
+
+    Args:
+        near: tensors whose devices count.
+    """
+
+    def __init__(self, near: Iterable[Tensor]):
+        self.devices = _devices(near)
+        self.cpu = torch.get_rng_state()
+        self.cuda = [torch.cuda.get_rng_state(d) for d in self.devices]
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        """Draw the same numbers inside a `with` block; leave the global state as it was."""
+        with torch.random.fork_rng(self.devices):
+            torch.set_rng_state(self.cpu)
+            for device, state in zip(self.devices, self.cuda, strict=True):
+                torch.cuda.set_rng_state(state, device)
+            yield
+
+
+@contextlib.contextmanager
+def kept(near: Iterable[Tensor]) -> Iterator[None]:
+    """Leave the global random state as it was, whatever is drawn inside a `with` block.
+
+    Args:
+        near: tensors whose devices count.
+    """
+    if torch.compiler.is_compiling():
+        yield
+        return
+    with torch.random.fork_rng(_devices(near)):
+        yield
+
+
+def replayed(fn: Callable[..., Any], near: Iterable[Tensor]) -> Callable[..., Any]:
+    """Return `fn`, but each call draws the random numbers that a call now would draw.
+
+    Linearising a loss with dropout at one point means one mask for every product.
+
+    Args:
+        fn: any function.
+        near: tensors whose devices count.
+    """
+    if torch.compiler.is_compiling():
+        return fn
+    drawn = Drawn(near)
+
+    def again(*args: Any) -> Any:
+        with drawn.again():
+            return fn(*args)
+
+    return again
+
+
+def _devices(near: Iterable[Tensor]) -> list[int]:
+    return sorted({x.get_device() for x in near if x.is_cuda})

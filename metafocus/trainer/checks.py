@@ -1,0 +1,144 @@
+"""What would fail hours later, or go wrong silently, is refused when the trainer is made."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainingArguments
+
+from metafocus.errors import DataError, ProblemError
+from metafocus.trainer.batch import most_positions
+
+
+def check_supported(args: TrainingArguments, compute_loss_func: Any = None) -> None:
+    """Raise for an argument of the Trainer that would have no effect here, or a wrong one.
+
+    Raises:
+        ProblemError: naming the argument and what to do.
+    """
+    reasons = {
+        "label_smoothing_factor": (
+            args.label_smoothing_factor,
+            "the loss is the plain cross entropy of the answers; set it to 0",
+        ),
+        "deepspeed": (
+            args.deepspeed,
+            "its engine must run the forward pass itself; use DDP, or fsdp with version 2",
+        ),
+        "compute_loss_func": (
+            compute_loss_func,
+            "the loss is the meta-loss; pass meta_loss_factory instead",
+        ),
+    }
+    for name, (value, reason) in reasons.items():
+        if value:
+            raise ProblemError(f"{name}={value!r} is not supported by FocusTrainer: {reason}.")
+
+
+def check_writable(args: TrainingArguments) -> None:
+    """Raise before training, not at its first checkpoint, if nothing can be saved.
+
+    Raises:
+        DataError: naming the directory and the reason.
+    """
+    if not args.should_save:
+        return
+    folder = Path(args.output_dir or ".")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise DataError(
+            f"output_dir={str(folder)!r} cannot be written to: {error.strerror or error}. "
+            "Name another directory."
+        ) from error
+
+
+def check_dtypes(model: nn.Module, args: TrainingArguments) -> None:
+    """Raise if the trained parameters are of several types; warn if they are too narrow.
+
+    Raises:
+        ProblemError: naming the types and what to do.
+    """
+    dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
+    half = dtypes & {torch.float16, torch.bfloat16}
+    if len(dtypes) > 1 or (half and args.fp16):
+        raise ProblemError(
+            f"the trained parameters are of {', '.join(sorted(map(str, dtypes)))}"
+            f"{', with fp16=True' if args.fp16 else ''}: optimiser and gradient scaler need one "
+            "type, float32. Call model.float() and set bf16=True or fp16=True for mixed precision."
+        )
+    if half:
+        warnings.warn(
+            f"the trained parameters are {next(iter(half))}: most updates of a small learning rate "
+            "round to nothing. Load the model with dtype=torch.float32 and set bf16=True.",
+            stacklevel=4,
+        )
+
+
+def check_samples(name: str, samples: Any, model: nn.Module) -> None:
+    """Raise for a data set that is empty, or a list with a sample that is too long for the model.
+
+    Other data sets are not read for this: there a batch that is too long raises when it is met.
+
+    Raises:
+        DataError: naming the data set, the sample and what to do.
+    """
+    if isinstance(samples, dict):
+        for key, part in samples.items():
+            check_samples(f"{name}[{key!r}]", part, model)
+        return
+    if samples is None or not hasattr(samples, "__len__"):
+        return
+    if len(samples) == 0:
+        raise DataError(
+            f"{name} is empty: pass at least one sample, or leave it out. encode_chats leaves out "
+            "chats without an answer and counts them."
+        )
+    most = most_positions(model)
+    if most is None or not isinstance(samples, list):
+        return
+    for i, sample in enumerate(samples):
+        length = len(sample.get("input_ids", ())) if isinstance(sample, Mapping) else 0
+        if length > most and "document_ids" not in sample:
+            raise DataError(
+                f"{name}[{i}] has {length} tokens, the model has {most} positions: encode with "
+                f"max_length={most}, or raise the model's max_position_embeddings (and its rope "
+                "scaling)."
+            )
+
+
+def check_wrapper(model: nn.Module) -> None:
+    """Raise for the first version of FSDP, which hides the parameters by name.
+
+    Raises:
+        ProblemError: naming the fix.
+    """
+    if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+        raise ProblemError(
+            "FSDP version 1 flattens the parameters that the meta-loss needs by name. Use version "
+            "2: fsdp_config={'version': 2, ...}, or fsdp_version: 2 in accelerate's configuration."
+        )
+
+
+def pad_token_id(model: Any, processing_class: Any) -> int:
+    """Return the padding token of the tokenizer, or else of the model's configuration.
+
+    Raises:
+        DataError: if neither has one.
+    """
+    for owner in (processing_class, getattr(model, "config", None)):
+        found = getattr(owner, "pad_token_id", None)
+        if found is not None:
+            return found
+    raise DataError(
+        "no padding token: set tokenizer.pad_token (to tokenizer.eos_token, say) and pass "
+        "processing_class=tokenizer, or pass data_collator=metafocus.data.Collator(pad_token_id)."
+    )

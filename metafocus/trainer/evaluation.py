@@ -1,0 +1,107 @@
+"""The held-out loss of a model as it is deployed, or adapted on each prompt: never on labels."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from metafocus.adapters import NoAdapter
+from metafocus.estimators import Estimator
+from metafocus.lm import Adapter, Batch, all_tokens, answer_tokens, lm_loss
+from metafocus.lm.tokens import predicted
+from metafocus.masks import MaskPolicy, positions
+from metafocus.problem import trainable
+from metafocus.trainer.batch import prompts, rows
+from metafocus.types import Params, Solver
+
+
+class Scored(NamedTuple):
+    """The summed answer loss of a batch, how many tokens it sums, and the logits if asked for."""
+
+    total: Tensor
+    tokens: Tensor
+    logits: Tensor | None
+
+
+def score(
+    model: nn.Module,
+    batch: Batch,
+    *,
+    mask: MaskPolicy,
+    adapter: Adapter | None = None,
+    fast: Params | None = None,
+    logits: bool = False,
+) -> Scored:
+    """Return the answer loss of a batch, without fast weights or with given ones.
+
+    Args:
+        model: a Hugging Face causal language model.
+        batch: with `answer_mask`.
+        mask: which keys a query sees.
+        adapter: what `fast` belongs to; None: no fast weights.
+        fast: the fast weights.
+        logits: return the logits too, which takes a forward pass of its own.
+    """
+    adapter, fast = adapter or NoAdapter(), fast or {}
+    count = predicted(answer_tokens, batch).sum()
+    with torch.no_grad():
+        total = lm_loss(model, adapter=adapter, mask=mask)(fast, {}, batch) * count
+        if not logits:
+            return Scored(total, count, None)
+        with adapter.bind(model, fast):
+            # As generation runs the model: causal, with transformers' own mask.
+            out = model(
+                input_ids=batch["input_ids"],
+                attention_mask=batch.get("attention_mask"),
+                position_ids=positions(batch),
+                use_cache=False,
+            )
+    return Scored(total, count, out.logits)
+
+
+def score_adapted(
+    model: nn.Module,
+    batch: Batch,
+    *,
+    mask: MaskPolicy,
+    adapter: Adapter,
+    solver: Solver,
+    estimator: Estimator,
+    seed: int,
+    logits: bool = False,
+) -> Scored:
+    """Return the answer loss after adapting to each prompt: test-time training on context tokens.
+
+    Each row gets fast weights of its own, from the same start, adapted on the next-token loss of
+    what comes before its first answer. Answers are cut off before, so that no label can leak
+    through any mask.
+
+    Args:
+        model: a Hugging Face causal language model.
+        batch: with `answer_mask`; not packed.
+        mask: in both losses; a bidirectional one shows the inner loss the tokens it predicts.
+        adapter: the fast weights.
+        solver: the inner optimiser.
+        estimator: runs the inner loop; its derivatives are not used.
+        seed: of the fast weights' start.
+        logits: return the logits too.
+
+    Raises:
+        DataError: for packed rows.
+    """
+    inner = lm_loss(model, adapter=adapter, mask=mask, tokens=all_tokens)
+    found = []
+    for row in rows(batch):
+        generator = torch.Generator().manual_seed(seed)
+        start = adapter.init(model, generator)
+        support, slow = inner.prepare(prompts(row)), trainable(model)
+        with torch.no_grad():
+            fast = estimator(inner, solver, start, slow, support).params
+        found.append(score(model, row, mask=mask, adapter=adapter, fast=fast, logits=logits))
+    return Scored(
+        torch.stack([x.total for x in found]).sum(),
+        torch.stack([x.tokens for x in found]).sum(),
+        torch.cat([x.logits for x in found if x.logits is not None]) if logits else None,
+    )

@@ -1,0 +1,110 @@
+"""What the inner loops of a logging window did: summed on the device, read once per log entry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from metafocus.errors import NonFiniteError
+from metafocus.trainer.inner import Stopwatch
+
+
+class Journal:
+    """Sums over micro-batches, for the log; and how many adaptations failed so far.
+
+    Attributes:
+        inner: the time of inner loops.
+        whole: the time of forward and backward passes, inner loops included.
+        skipped: adaptations left out since the process began, on all ranks.
+    """
+
+    def __init__(self, device: torch.device, max_skipped: int, *, raise_on_nan: bool = True):
+        self.inner: Stopwatch = Stopwatch(device)
+        self.whole: Stopwatch = Stopwatch(device)
+        self.skipped: int = 0
+        self._max_skipped = max_skipped
+        self._raise_on_nan = raise_on_nan
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        """Add scalars to the sums of their names; nothing is read."""
+        for name, value in values.items():
+            value = value.detach().float()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def micro_batch(
+        self, loss: Tensor, inner: Tensor, weight: Tensor, *, same_tokens: bool
+    ) -> None:
+        """Add a micro-batch.
+
+        Args:
+            loss: the outer loss.
+            inner: the loss before each inner step, `[steps]`, or `[steps, B]`.
+            weight: 1, or 0 for a batch without answers.
+            same_tokens: both losses score the same tokens: then the outer one is the inner one
+                after its last step.
+        """
+        loss = loss.detach()
+        values = {
+            "calls": torch.ones_like(weight),
+            "with_answers": weight,
+            "non_finite": (~loss.isfinite()).float(),
+        }
+        if len(inner):
+            curve = inner.flatten(1).mean(1) if inner.ndim > 1 else inner
+            values |= {f"inner_loss_{i}": weight * x for i, x in enumerate(curve)}
+            values["adaptation_gain"] = weight * (curve[0] - (loss if same_tokens else curve[-1]))
+        self.add(values)
+
+    def drain(self, reduce: Callable[[Tensor], Tensor], step: int) -> dict[str, float]:
+        """Return the window's means over all ranks, and begin a new window; one host sync.
+
+        Args:
+            reduce: sums a tensor over the ranks.
+            step: for the text of errors.
+
+        Raises:
+            NonFiniteError: after too many failed adaptations, or an outer loss that is not finite.
+        """
+        if not self._sums:
+            return {}
+        names = sorted(self._sums)
+        sums = reduce(torch.stack([self._sums[name] for name in names])).tolist()
+        found = dict(zip(names, sums, strict=True))
+        self._sums = {}
+        inner, whole = self.inner.drain(), self.whole.drain()
+        calls, answered = found.pop("calls"), max(found.pop("with_answers"), 1.0)
+        self.skipped += round(found.pop("skipped", 0.0))
+        self._check(found.pop("non_finite"), step)
+        means = {
+            name: value / (calls if name.startswith("fast_weight") else answered)
+            for name, value in found.items()
+        }
+        steps = sum(name.startswith("inner_loss_") for name in means)
+        if steps:
+            means["inner_loss_first"] = means["inner_loss_0"]
+            means["inner_loss_last"] = means[f"inner_loss_{steps - 1}"]
+            means["inner_time_share"] = inner / max(whole, 1e-9)
+            means["skipped_adaptations"] = float(self.skipped)
+        return means
+
+    def check(self, step: int) -> None:
+        """Raise if an outer loss of this window was not finite on this rank; a host sync."""
+        if "non_finite" in self._sums:
+            self._check(float(self._sums["non_finite"]), step)
+
+    def _check(self, non_finite: float, step: int) -> None:
+        if self.skipped > self._max_skipped:
+            raise NonFiniteError(
+                f"{self.skipped} adaptations were not finite and were left out by step {step}, "
+                f"more than max_skipped={self._max_skipped}. Lower inner_lr or inner_clip, or look "
+                "at the data; the checkpoints saved so far are whole."
+            )
+        if non_finite and self._raise_on_nan:
+            raise NonFiniteError(
+                f"the training loss was NaN or infinite {round(non_finite)} times by step {step}. "
+                "Lower learning_rate or look at the data, and resume from the last checkpoint, "
+                "which is whole."
+            )

@@ -1,0 +1,278 @@
+"""What turns a Hugging Face Trainer into a FocuSFT trainer, and nothing else.
+
+What is overridden: the loss of a training batch, the loss of an evaluation batch and its mean, and
+which checkpoint is resumed. Everything else is the Trainer's: optimiser, schedule, accumulation,
+mixed precision, DDP, FSDP, callbacks, logging, saving, the hub.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+
+from metafocus.engine import MetaLoss
+from metafocus.estimators import FirstOrder
+from metafocus.lm import Batch, answer_tokens
+from metafocus.lm.tokens import predicted
+from metafocus.recipes._focusft import focusft
+from metafocus.trainer import checks
+from metafocus.trainer.batch import as_batch, check_length, labels_of
+from metafocus.trainer.checkpoints import SEAL, require_complete, resumable
+from metafocus.trainer.compilation import compile_below
+from metafocus.trainer.config import FocusOptions
+from metafocus.trainer.evaluation import Scored, score, score_adapted
+from metafocus.trainer.inner import Guarded, Stopwatch, start_seed
+from metafocus.trainer.journal import Journal
+from metafocus.trainer.sharded import focusft_sharded, is_sharded
+from metafocus.trainer.wrapped import through
+from metafocus.types import Episode
+
+MetaLossFactory = Callable[[nn.Module, torch.Generator], MetaLoss]
+"""`(model, generator) -> meta_loss`; the generator is seeded anew before every call."""
+
+
+class FocusMixin(Trainer):
+    """What turns a class derived from `transformers.Trainer` into a FocuSFT trainer.
+
+    Args:
+        model: a Hugging Face causal language model, or a PEFT model of one.
+        args: `FocusArguments`, or any `TrainingArguments`.
+        focus: FocuSFT's settings, where `args` does not hold them.
+        recipe: keywords of `mf.recipes.focusft` that replace those of the settings: objects,
+            such as `{"estimator": mf.Unrolled(recompute=True)}`.
+        meta_loss_factory: `(model, generator) -> meta_loss`, instead of the recipe as a whole. The
+            guard against NaN and the time of the inner loop are the recipe's.
+        kwargs: of the Trainer.
+
+    Raises:
+        ProblemError: for arguments that would be ignored or wrong here.
+        DataError: for an output directory that cannot be written to, an empty data set, or a
+            sample that is longer than the model's positions.
+
+    Example:
+        >>> class FocusSFTTrainer(FocusMixin, Trainer):  # or trl.SFTTrainer
+        ...     pass
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: Any = None,
+        *,
+        focus: FocusOptions | None = None,
+        recipe: Mapping[str, Any] | None = None,
+        meta_loss_factory: MetaLossFactory | None = None,
+        **kwargs: Any,
+    ):
+        if args is not None:
+            checks.check_supported(args, kwargs.get("compute_loss_func"))
+            checks.check_writable(args)
+        self.focus: FocusOptions = focus or (
+            args if isinstance(args, FocusOptions) else FocusOptions()
+        )
+        self._recipe, self._factory = dict(recipe or {}), meta_loss_factory
+        super().__init__(model, args, **kwargs)  # pyright: ignore[reportArgumentType]
+        checks.check_dtypes(self._plain, self.args)
+        checks.check_samples("train_dataset", self.train_dataset, self._plain)
+        checks.check_samples("eval_dataset", self.eval_dataset, self._plain)
+        # compute_loss scales by the token count of the accumulated batches, as such models do.
+        self.model_accepts_loss_kwargs = True
+        device = self.args.device
+        scaled = self.accelerator.scaler is not None
+        # A gradient scaler leaves a step that is not finite out by itself.
+        self._journal = Journal(device, self.focus.max_skipped, raise_on_nan=not scaled)
+        self._generator = torch.Generator(device="cuda" if device.type == "cuda" else "cpu")
+        self._built: tuple[Any, MetaLoss] | None = None
+        self._scored: list[tuple[Tensor, Tensor]] = []
+        self._micro_step = 0
+        self.add_callback(_FirstMicroStep(self))
+
+    @property
+    def _plain(self) -> nn.Module:
+        """The model without its wrappers (with FSDP: as it is sharded)."""
+        return cast(nn.Module, self.model)
+
+    # Training -------------------------------------------------------------------------------
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the forward and backward pass of a micro-batch, and take its time."""
+        with self._journal.whole.running():
+            return super().training_step(*args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return the meta-loss of a micro-batch, weighted by its share of the step's tokens."""
+        batch = as_batch(inputs)
+        check_length(batch, self._plain)
+        count = predicted(answer_tokens, batch).sum()
+        meta_loss = self._meta_loss()
+        self._generator.manual_seed(self._seed())
+        inner: list[Tensor] = []
+
+        def run(batch: Batch) -> Tensor:
+            # One autocast around both loops: they compute in the same precision.
+            with self.accelerator.autocast():
+                loss, aux = meta_loss({}, Episode(batch, batch))
+            inner.append(aux.inner_losses)
+            return loss
+
+        loss = through(model, run, batch)
+        self._micro_step += 1
+        same = self._factory is None and self._settings()["inner_tokens"] is answer_tokens
+        self._journal.micro_batch(loss, inner[0], (count > 0).float(), same_tokens=same)
+        if num_items_in_batch is not None:
+            total = torch.as_tensor(num_items_in_batch, device=loss.device).clamp(min=1)
+            loss = loss * count / total
+            if self.args.average_tokens_across_devices:
+                loss = loss * self.accelerator.num_processes
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _meta_loss(self) -> MetaLoss:
+        if self._built is None or self._built[0] is not self._plain:
+            checks.check_wrapper(self._plain)
+            if self._factory is not None:
+                meta_loss = self._factory(self._plain, self._generator)
+            else:
+                meta_loss = self._focusft()
+            self._built = self._plain, meta_loss
+        return self._built[1]
+
+    def _focusft(self) -> MetaLoss:
+        settings = self._settings()
+        estimator = settings["estimator"] or FirstOrder()
+        if self.args.torch_compile:
+            options = {"backend": self.args.torch_compile_backend or "inductor"}
+            if self.args.torch_compile_mode:
+                options["mode"] = self.args.torch_compile_mode
+            compile_below(self._plain, settings["adapter"], estimator, **options)
+        each = bool(settings.get("per_example", False))
+        settings["estimator"] = Guarded(estimator, self._journal.add, self._journal.inner, each)
+        build = focusft_sharded if is_sharded(self._plain) else focusft
+        return build(self._plain, generator=self._generator, **settings)
+
+    def _settings(self) -> dict[str, Any]:
+        """The keywords of the recipe: words resolved, then what was given as objects."""
+        return {**self.focus.recipe(self._plain), **self._recipe}
+
+    def _seed(self) -> int:
+        """The seed of a micro-batch's fast weights.
+
+        Micro-batches of all ranks are counted as one process would meet them, so that the number
+        of processes does not change the starts.
+        """
+        key = self.focus.adaptation_seed, self.state.global_step
+        if self.focus.adaptation_start == "step":
+            return start_seed(*key)
+        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
+        return start_seed(*key, self._micro_step * ranks + rank)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the window's means of the inner loops beside the training loss."""
+        if "loss" in logs:
+            reduce = self.accelerator.reduce
+            logs.update(self._journal.drain(lambda x: reduce(x, "sum"), self.state.global_step))  # pyright: ignore
+        super().log(logs, start_time)
+
+    # Evaluation -----------------------------------------------------------------------------
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return the answer loss of a batch as the model is deployed, or adapted on each prompt."""
+        batch = as_batch(self._prepare_inputs(inputs))
+        check_length(batch, self._plain)
+        found = self._score(self._without_repeats(batch), not prediction_loss_only)
+        self._scored.append((found.total, found.tokens))
+        loss = found.total / found.tokens.clamp(min=1)
+        return loss, found.logits, None if prediction_loss_only else labels_of(batch)
+
+    def _score(self, batch: Batch, logits: bool) -> Scored:
+        mask = self.focus.evaluation_mask()
+        with self.accelerator.autocast():
+            if self.focus.evaluate_on == "deployed" or self.focus.method == "sft":
+                return score(self._plain, batch, mask=mask, logits=logits)
+            settings = self._settings()
+            clock = Stopwatch(self.args.device)
+            return score_adapted(
+                self._plain,
+                batch,
+                mask=mask,
+                adapter=settings["adapter"],
+                solver=settings["solver"],
+                estimator=Guarded(FirstOrder(), lambda _: None, clock),
+                seed=self.focus.adaptation_seed,
+                logits=logits,
+            )
+
+    def _without_repeats(self, batch: Batch) -> Batch:
+        """Without the answers of samples that only fill up the last batch, to keep ranks even."""
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return batch
+        size = len(batch["input_ids"])
+        first = self.accelerator.process_index * size
+        row = torch.arange(first, first + size, device=batch["input_ids"].device)
+        kept = (row < state.remainder)[:, None]
+        return {**batch, "answer_mask": batch["answer_mask"].bool() & kept}
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate; the loss is the mean over tokens, whatever the batches and the ranks."""
+        self._scored = []
+        output = super().evaluation_loop(*args, **kwargs)
+        sums = [torch.stack(parts).sum().float() for parts in zip(*self._scored, strict=True)]
+        self._scored = []
+        name = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
+        if sums and output.metrics and name in output.metrics:
+            reduced: Any = self.accelerator.reduce(torch.stack(sums), "sum")
+            output.metrics[name] = float(reduced[0] / reduced[1].clamp(min=1))
+        return output
+
+    # Checkpoints ----------------------------------------------------------------------------
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Train; `True` resumes the newest complete checkpoint, or begins where there is none.
+
+        Raises:
+            DataError: for a checkpoint that is damaged, where no complete one is left.
+        """
+        ranks = self.args.world_size
+        if resume_from_checkpoint is True:
+            found = resumable(self.args.output_dir or ".", ranks=ranks)
+            resume_from_checkpoint = None if found is None else str(found)
+        elif resume_from_checkpoint:
+            require_complete(resume_from_checkpoint, ranks=ranks)
+        return super().train(resume_from_checkpoint or None, *args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # A model that has just become NaN must not push whole checkpoints out.
+        self._journal.check(self.state.global_step)
+        if self.args.should_save:
+            name = f"checkpoint-{self.state.global_step}"
+            (Path(self._get_output_dir(trial)) / name / SEAL).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
+
+
+class _FirstMicroStep(TrainerCallback):
+    """Counts micro-batches from 0 in every optimiser step."""
+
+    def __init__(self, trainer: FocusMixin):
+        self._trainer = trainer
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._trainer._micro_step = 0

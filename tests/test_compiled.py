@@ -86,7 +86,7 @@ def same(got, want, tolerance=1e-12):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.filterwarnings("ignore::metafocus.NotStationaryWarning")
+@pytest.mark.filterwarnings("ignore::metafocus.errors.NotStationaryWarning")
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_equals_eager(name):
     """The backend `eager` runs the traced graph as it is; what it computes is decided by then."""
@@ -97,7 +97,7 @@ def test_equals_eager(name):
         same(fast(outer, EPISODES), eager(outer, EPISODES))
 
 
-@pytest.mark.filterwarnings("ignore::metafocus.NotStationaryWarning")
+@pytest.mark.filterwarnings("ignore::metafocus.errors.NotStationaryWarning")
 @pytest.mark.parametrize("name", ["recompute", "cg"])
 def test_equals_eager_through_aot(name):
     """One episode, Adam, clipping, and a loss with operators that are swapped for composites."""

@@ -155,7 +155,7 @@ def test_the_order_of_a_solvers_dict_does_not_matter(name):
     assert aux.params["a"] != aux.params["b"]
 
 
-@pytest.mark.filterwarnings("ignore::metafocus.NotStationaryWarning")
+@pytest.mark.filterwarnings("ignore::metafocus.errors.NotStationaryWarning")
 def test_the_order_of_a_linear_solvers_dict_does_not_matter():
     quadratic = Quadratic()
     case = quadratic.case()
@@ -275,7 +275,7 @@ def test_dropout_in_the_inner_loss_is_replayed(name, transform):
     assert torch.equal(state, same)
 
 
-@pytest.mark.filterwarnings("ignore::metafocus.NotStationaryWarning")
+@pytest.mark.filterwarnings("ignore::metafocus.errors.NotStationaryWarning")
 @pytest.mark.parametrize("hvp", HVPS)
 def test_implicit_uses_one_random_draw_for_all_its_products(hvp):
     problem = mf.Problem(
@@ -351,7 +351,7 @@ def test_autocast_gives_the_same_hypergradient_as_the_graph(name):
 ALL = {**{k: v[0] for k, v in UNROLLED.items()}, "Implicit": mf.Implicit()}
 
 
-@pytest.mark.filterwarnings("ignore::metafocus.NotStationaryWarning")
+@pytest.mark.filterwarnings("ignore::metafocus.errors.NotStationaryWarning")
 @pytest.mark.parametrize("way", ["backward", "func.grad", "vmap(grad)", "backward(loop)"])
 @pytest.mark.parametrize("name", ALL)
 def test_zero_steps_mean_no_adaptation(name, way):

@@ -175,7 +175,7 @@ SOLVES = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::metafocus.NotStationaryWarning")
+@pytest.mark.filterwarnings("ignore::metafocus.errors.NotStationaryWarning")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("hvp", HVPS)
 @pytest.mark.parametrize("solve", SOLVES)

@@ -49,7 +49,7 @@ def _live_tensors() -> int:
         return sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects())
 
 
-@pytest.mark.filterwarnings("ignore::metafocus.NotStationaryWarning")
+@pytest.mark.filterwarnings("ignore::metafocus.errors.NotStationaryWarning")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ["FirstOrder", "graph", "recompute", "Implicit"])
 def test_two_hundred_outer_steps_leave_nothing_behind(name, way):
@@ -142,7 +142,7 @@ def _peak(estimator, steps, way="backward"):
     return live.peak
 
 
-@pytest.mark.filterwarnings("ignore::metafocus.NotStationaryWarning")
+@pytest.mark.filterwarnings("ignore::metafocus.errors.NotStationaryWarning")
 @pytest.mark.parametrize("way", ["backward", "hypergrad", "backward(vmap)", "func.grad"])
 @pytest.mark.parametrize("name", ["recompute", "forward", "FirstOrder", "Implicit"])
 def test_the_peak_is_flat_in_the_inner_steps(name, way, request):

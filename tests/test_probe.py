@@ -253,7 +253,7 @@ def test_closures_over_tracked_tensors_are_refused_at_every_level(name, level):
         LEVELS[level](lambda c: _meta(_closed(c), EXPLICIT[name])())
 
 
-@pytest.mark.filterwarnings("ignore::metafocus.NotStationaryWarning")
+@pytest.mark.filterwarnings("ignore::metafocus.errors.NotStationaryWarning")
 @pytest.mark.parametrize("name", EXPLICIT)
 def test_closures_over_constants_are_fine(name):
     frozen = nn.Parameter(torch.tensor(2.0), requires_grad=False)
@@ -372,7 +372,7 @@ def test_random_numbers_of_the_trial_are_given_back(estimator):
 
 
 @pytest.mark.parametrize("estimator", [*TAPE.values(), *EXPLICIT.values()], ids=str)
-@pytest.mark.filterwarnings("ignore::metafocus.NotStationaryWarning")
+@pytest.mark.filterwarnings("ignore::metafocus.errors.NotStationaryWarning")
 def test_a_random_init_is_drawn_once_per_call(estimator):
     calls = []
 

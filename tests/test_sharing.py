@@ -119,7 +119,7 @@ def test_same_gradient_in_every_family(family, checkpointing):
     ids=str,
 )
 @pytest.mark.parametrize("family", ("qwen2", "gemma3"))
-@pytest.mark.filterwarnings("ignore::metafocus.NotStationaryWarning")
+@pytest.mark.filterwarnings("ignore::metafocus.errors.NotStationaryWarning")
 def test_same_gradient_of_every_estimator(family, estimator):
     model = build(family)
     shared, plain = problems(model, adapter_for(family))

@@ -135,7 +135,7 @@ class Block(nn.Module):
 
 
 @pytest.mark.filterwarnings(
-    "ignore::metafocus.NotStationaryWarning",
+    "ignore::metafocus.errors.NotStationaryWarning",
     # The outer loss keeps the fused kernel, which torch runs task by task.
     "ignore:There is a performance drop:UserWarning",
 )
@@ -301,7 +301,7 @@ def test_the_torch_bug_under_vmap_is_not_ours(name):
         assert_close({k: v.grad for k, v in leaf.items()}, want, 1e-11)
 
 
-@pytest.mark.filterwarnings("ignore::metafocus.NotStationaryWarning")
+@pytest.mark.filterwarnings("ignore::metafocus.errors.NotStationaryWarning")
 @pytest.mark.parametrize("name", [*NORMS, *PADDED])
 @pytest.mark.parametrize("estimator", [mf.FirstOrder(), mf.Implicit(mf.CG(2))], ids=str)
 def test_first_order_and_implicit_through_them_under_vmap(name, estimator):

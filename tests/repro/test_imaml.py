@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.repro,
     pytest.mark.usefixtures("float64"),
     # Stopped early on purpose.
-    pytest.mark.filterwarnings("ignore::metafocus.NotStationaryWarning"),
+    pytest.mark.filterwarnings("ignore::metafocus.errors.NotStationaryWarning"),
 ]
 
 DIM, POINTS, STRENGTH = 50, 30, 2.0

@@ -222,7 +222,7 @@ def _on_tape(
         leaves = {k: leaf_alias(v, track) for k, v in outer.items()}
         loss, aux = meta_loss(dict(leaves))
         if not loss.requires_grad or not leaves:
-            return pt.zeros_like(pt.detach(leaves)), loss, aux
+            return pt.zeros_like(pt.detach(leaves)), loss if track else loss.detach(), aux
         grads = torch.autograd.grad(
             loss, list(leaves.values()), create_graph=track, materialize_grads=True
         )

@@ -53,21 +53,27 @@ def preflight(
     """
     point, slow, data = pt.detach(start), pt.detach(outer), streams.at(support, 0)
     data = pt.detach(data)
-    with kept(pt.tensors((start, outer))), torch.enable_grad(), new_tensors() as made:
-        value = _evaluated(inner_loss, point, slow, data)
+    steps = bool(point) and not isinstance(solver, Given)
+
+    def loss(fast: Params) -> Tensor:
+        return _evaluated(inner_loss, fast, slow, data)
+
+    with kept(pt.tensors((start, outer))), torch.enable_grad():
+        if steps and getattr(solver, "direction", None) is None:
+            _refuse_ignored(unused_by(loss, point), point)
+        elif not explicit:
+            loss(point)
         if explicit:
-            _refuse_closures("inner_loss", [value], made)
-        # A given solution has no steps and is a constant.
-        if point and not isinstance(solver, Given):
-            if explicit:
-                state = solver.init(point)
-                step = solver.update(point, pt.zeros_like(point), state, 0, slow)
-                _refuse_closures("the solver (its lr?)", pt.tensors(step), made)
-            if getattr(solver, "direction", None) is None:
-                _refuse_ignored(inner_loss, point, slow, data)
+            with new_tensors() as made:
+                _refuse_closures("inner_loss", [loss(point)], made)
+                if steps:
+                    state = solver.init(point)
+                    after = solver.update(point, pt.zeros_like(point), state, 0, slow)
+                    _refuse_closures("the solver (its lr?)", pt.tensors(after), made)
 
 
 def _evaluated(inner_loss: InnerLoss, fast: Params, slow: Params, data: Any) -> Tensor:
+    """Return the loss; an error because of a name becomes one that says which names there are."""
     try:
         return scalar(inner_loss(dict(fast), dict(slow), data), "inner_loss")
     except KeyError as error:
@@ -103,13 +109,12 @@ def _asked(inner_loss: InnerLoss, fast: Params, slow: Params, data: Any) -> list
     return missing
 
 
-def _refuse_ignored(inner_loss: InnerLoss, point: Params, slow: Params, data: Any) -> None:
+def _refuse_ignored(unused: set[str], point: Params) -> None:
     """Raise for a fast weight that the loss does not depend on.
 
     `torch.func.functional_call` ignores unknown names inside a module. A module without any
     name in use is let through: an expert that no token was routed to looks like this.
     """
-    unused = unused_by(lambda fast: scalar(inner_loss(fast, slow, data), "inner_loss"), point)
     used = {k.rpartition(".")[0] for k in set(point) - unused}
     ignored = sorted(k for k in unused if not used or k.rpartition(".")[0] in used)
     if ignored:

@@ -142,7 +142,7 @@ def unused_by(loss: Callable[[dict[str, Tensor]], Tensor], at: dict[str, Tensor]
     with grad_increment_nesting() as level:
         leaves = {k: _create_differentiable(v.detach(), level) for k, v in at.items()}
         value = loss(dict(leaves))
-        if not is_tracked(value):
+        if _functorch.maybe_get_level(value) != level or not value.requires_grad:
             return set(at)
         found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
         return {k for k, g in zip(leaves, found, strict=True) if g is None}

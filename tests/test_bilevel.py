@@ -138,7 +138,7 @@ def test_hypergrad_gives_zeros_where_nothing_depends():
         grads, _ = mf.hypergrad(build(ESTIMATORS[name], problem=problem))(outer, EPISODE)
         assert list(grads) == ["w", "unused"]
         assert torch.equal(grads["unused"], torch.zeros(3))
-    constant = mf.Problem(loss, lambda fast, slow, x: x.sum(), dict)
+    constant = mf.Problem(loss, lambda fast, slow, x: x.sum())
     grads, (value, _) = mf.hypergrad(build(problem=constant))(W, EPISODE)
     assert not grads["w"].any() and value == 1.0
 
@@ -253,7 +253,7 @@ def test_an_empty_outer_fills_the_modules_gradients(name):
 def test_an_empty_outer_is_refused_where_tensors_must_be_explicit(name):
     with pytest.raises(
         mf.errors.ProblemError,
-        match=r"outer=\{\} with .*Pass dict\(model.named_parameters\(\)\) as outer \(never "
+        match=r"outer=\{\} with .*Pass mf.trainable\(model\) as outer \(never "
         r"state_dict\(\).*or use Unrolled\(\) or FirstOrder\(\)",
     ):
         build(ESTIMATORS[name], problem=_closed_problem(_module()))({}, maml().episode(0))
@@ -279,7 +279,7 @@ def test_hypergrad_of_an_empty_outer_is_empty():
     ],
 )
 def test_outer_losses_that_are_no_scalars(name, result, message):
-    problem = mf.Problem(loss, lambda fast, slow, x: result(fast["w"]), dict)
+    problem = mf.Problem(loss, lambda fast, slow, x: result(fast["w"]))
     with pytest.raises(mf.errors.ProblemError, match=message):
         build(ESTIMATORS[name], problem=problem)(W, EPISODE)
 
@@ -292,7 +292,7 @@ def test_outer_losses_that_are_no_scalars(name, result, message):
         ({"w": [1.0]}, "outer holds 'w' of type list; outer parameters are tensors"),
         (
             nn.Linear(1, 1),
-            r"outer must be a dict of tensors .* dict\(module.named_parameters\(\)\)",
+            r"outer must be a dict of tensors .* mf.trainable\(module\)",
         ),
     ],
 )
@@ -310,10 +310,10 @@ def test_outer_parameters_that_cannot_be(verb, outer, message):
 @pytest.mark.parametrize(
     ("init", "message"),
     [
-        (lambda slow: slow["w"], "init must be a dict of tensors .*got Tensor"),
-        (lambda slow: {"w": torch.ones(2).int()}, "init holds 'w' of dtype torch.int32"),
-        (lambda slow: {"w": 1.0}, "init holds 'w' of type float; fast weights are tensors"),
-        (lambda slow: None, "init must be a dict of tensors .*got NoneType"),
+        (lambda slow, _: slow["w"], "init must be a dict of tensors .*got Tensor"),
+        (lambda slow, _: {"w": torch.ones(2).int()}, "init holds 'w' of dtype torch.int32"),
+        (lambda slow, _: {"w": 1.0}, "init holds 'w' of type float; fast weights are tensors"),
+        (lambda slow, _: None, "init must be a dict of tensors .*got NoneType"),
     ],
 )
 def test_starts_that_cannot_be(name, init, message):
@@ -327,7 +327,7 @@ def test_starts_that_cannot_be(name, init, message):
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_an_infinite_inner_loss_names_its_step(name):
     # 2 x, then lr = 1e200 throws it out of range: inf at the third loss.
-    problem = mf.Problem(lambda f, s, x: ((f["w"] - x) ** 2).sum(), loss, dict)
+    problem = mf.Problem(lambda f, s, x: ((f["w"] - x) ** 2).sum(), loss)
     meta = build(ESTIMATORS[name], mf.SGD(1e100, 4), problem)
     for call in (
         lambda: meta(W, EPISODE),
@@ -440,7 +440,7 @@ def test_estimators_and_problems_are_values():
     assert mf.Unrolled(last=2) != mf.Unrolled()
     for estimator in ESTIMATORS.values():
         assert pickle.loads(pickle.dumps(estimator)) == estimator
-    assert mf.Problem(loss, loss, dict) == mf.Problem(loss, loss, dict)
+    assert mf.Problem(loss, loss) == mf.Problem(loss, loss)
     with pytest.raises(dataclasses.FrozenInstanceError):
         mf.Unrolled().last = 3
 
@@ -455,8 +455,7 @@ def test_arguments_are_keyword_only():
 def test_one_meta_loss_serves_changing_shapes():
     meta = build(
         problem=mf.Problem(
-            lambda f, s, x: ((f["w"] * x) ** 2).mean(), lambda f, s, x: (f["w"] * x).sum(), dict
-        )
+            lambda f, s, x: ((f["w"] * x) ** 2).mean(), lambda f, s, x: (f["w"] * x).sum())
     )
     for n in (1, 5, 2):
         x = torch.ones(n, 2)

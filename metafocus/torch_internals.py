@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from torch._functorch.eager_transforms import _create_differentiable, grad_incre
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from metafocus.errors import TransformError
 
@@ -123,18 +125,100 @@ def foreign_leaves(result: Tensor, own: Sequence[Tensor]) -> list[Tensor]:
     mine = {id(x) for x in own}
     if result.grad_fn is None:
         return [] if not result.requires_grad or id(result) in mine else [result]
-    found, seen, pending = [], set(), [result.grad_fn]
+    # Only the node of a leaf has a variable.
+    found = [getattr(node, "variable", None) for node in _nodes([result])]
+    return [leaf for leaf in found if leaf is not None and id(leaf) not in mine]
+
+
+def foreign_nodes(results: Iterable[Tensor]) -> list[str]:
+    """Return the names of custom kernels that tensors of the tape depend on.
+
+    Nodes of ATen's own, of torch.distributed and of this package have all derivatives.
+    """
+    return sorted({n.name() for n in _nodes(results) if not _has_all_derivatives(n)})
+
+
+_ATEN = re.compile(r"(Backward\d+|AccumulateGrad|CopyBackwards|CopySlices|Barrier|Error)$")
+
+
+def _has_all_derivatives(node: Any) -> bool:
+    custom = getattr(type(node), "_forward_cls", None)
+    if custom is not None:
+        return custom.__module__.startswith(("metafocus.", "torch.distributed."))
+    return bool(_ATEN.search(node.name()))
+
+
+def _nodes(results: Iterable[Tensor]) -> Iterator[Any]:
+    seen, pending = set(), [x.grad_fn for x in results if x.grad_fn is not None]
     while pending:
         node = pending.pop()
         if node in seen:
             continue
         seen.add(node)
-        # Only the node of a leaf has a variable.
-        leaf = getattr(node, "variable", None)
-        if leaf is not None and id(leaf) not in mine:
-            found.append(leaf)
+        yield node
         pending += [parent for parent, _ in node.next_functions if parent is not None]
-    return found
+
+
+class Writes(TorchDispatchMode):
+    """Records what is written to inside a block and was not made there.
+
+    Attributes:
+        saved: each tensor that was written to, and a copy of what it held before.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.saved: list[tuple[Tensor, Tensor]] = []
+        self._made: set[int] = set()
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for argument, value in _bound(func, args, kwargs):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                for x in pytree.tree_leaves(value):
+                    self._note(x)
+        out = func(*args, **kwargs)
+        given = {storage_key(x) for x in pytree.tree_leaves((args, kwargs)) if _has_storage(x)}
+        self._made |= {storage_key(x) for x in pytree.tree_leaves(out) if _has_storage(x)} - given
+        return out
+
+    def _note(self, x: Any) -> None:
+        if _has_storage(x):
+            key = storage_key(x)
+            if key not in self._made and key not in self._seen:
+                self._seen.add(key)
+                self.saved.append((x, x.clone()))
+
+
+def _has_storage(x: Any) -> bool:
+    # Wrappers such as DTensor have none of their own.
+    return type(x) in (Tensor, torch.nn.Parameter)
+
+
+def _bound(func: Any, args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
+    for i, argument in enumerate(func._schema.arguments):
+        if i < len(args):
+            yield argument, args[i]
+        elif argument.name in kwargs:
+            yield argument, kwargs[argument.name]
+
+
+def storage_key(x: Tensor) -> int:
+    """Return a number that tensors which share memory have in common."""
+    return x.untyped_storage()._cdata
+
+
+def plain(x: Tensor) -> Tensor:
+    """Return a tensor as it is outside all transforms; of a batch that `vmap` maps, the first."""
+    batched = []
+    while _functorch.is_functorch_wrapped_tensor(x):
+        if _functorch.is_batchedtensor(x):
+            batched.append(_functorch.maybe_get_bdim(x))
+        x = _functorch.get_unwrapped(x)
+    for axis in reversed(batched):
+        x = x.select(axis, 0)
+    return x
 
 
 def unused_by(loss: Callable[[dict[str, Tensor]], Tensor], at: dict[str, Tensor]) -> set[str]:

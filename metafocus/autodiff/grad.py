@@ -62,11 +62,7 @@ def value_and_grad(
     Raises:
         TransformError: in inference mode, where every gradient would be zero.
     """
-    if torch.is_inference_mode_enabled():
-        raise TransformError(
-            "torch.inference_mode() has no gradients, so the inner loop would not adapt. Use "
-            "torch.no_grad() instead."
-        )
+    refuse_inference_mode()
     if only_vmap():
         return _per_task(loss, fast, differentiable)
     if transforming():
@@ -83,6 +79,15 @@ def value_and_grad(
         torch.zeros_like(x) if g is None else g for g, x in zip(grads, fast.values(), strict=True)
     ]
     return value.detach(), dict(zip(fast, filled, strict=True))
+
+
+def refuse_inference_mode() -> None:
+    """Raise in `torch.inference_mode()`, where every gradient would be zero."""
+    if torch.is_inference_mode_enabled():
+        raise TransformError(
+            "torch.inference_mode() has no gradients, so the inner loop would not adapt. Use "
+            "torch.no_grad() instead."
+        )
 
 
 def only_vmap() -> bool:

@@ -112,6 +112,11 @@ class Unrolled(Estimator):
         """Whether derivatives flow through explicit tensors only."""
         return self.last != 0 and (bool(self.recompute) or self.hvp is not hvp_reverse)
 
+    @property
+    def twice(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the gradient of the inner loss is differentiated."""
+        return self.last != 0 and not getattr(self.hvp, "first_order", False)
+
     def __call__(
         self,
         inner_loss: InnerLoss,

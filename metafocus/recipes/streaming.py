@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metafocus import params as pt
 from metafocus.autodiff.recompute import recompute
-from metafocus.autodiff.safe_operators.swapping import Swapped
+from metafocus.autodiff.safe_operators.swapping import Swapped, differentiable_once
 from metafocus.engine import MetaLoss
 from metafocus.errors import ProblemError
 from metafocus.estimators import Estimator
@@ -115,9 +115,12 @@ def stream(
     def learn(solver: Solver, fast: Params, slow: Params, support: Batch) -> Any:
         nonlocal checked
         if not checked and not torch.compiler.is_compiling():
-            preflight(problem.inner_loss, solver, fast, slow, support, explicit=explicit)
+            twice = getattr(estimator, "twice", True)
+            preflight(
+                problem.inner_loss, solver, fast, slow, support, explicit=explicit, twice=twice
+            )
             checked = True
-        solution = estimator(problem.inner_loss, solver, fast, slow, support)
+        solution = estimator(differentiable_once(problem.inner_loss), solver, fast, slow, support)
         if not transforming():
             check_finite(solution.losses)
         return solution

@@ -1,78 +1,19 @@
-"""One trial evaluation of the inner loss that finds an ill-posed problem before it goes wrong."""
+"""Names and closures: what a loss asks for, ignores, or takes from elsewhere."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from metafocus import params as pt
-from metafocus import streams
 from metafocus.checks import scalar
 from metafocus.errors import ClosureError, ProblemError
-from metafocus.rng import kept
-from metafocus.solvers import Given
-from metafocus.torch_internals import (
-    foreign_leaves,
-    is_tracked,
-    new_tensors,
-    raised_by_functional_call,
-    unused_by,
-)
-from metafocus.types import InnerLoss, Params, Solver
+from metafocus.torch_internals import foreign_leaves, is_tracked, raised_by_functional_call
+from metafocus.types import InnerLoss, Params
 
 
-def preflight(
-    inner_loss: InnerLoss,
-    solver: Solver,
-    start: Params,
-    outer: Params,
-    support: Any,
-    *,
-    explicit: bool,
-) -> None:
-    """Evaluate the inner loss, its gradient and one update on detached tensors, and judge them.
-
-    Random numbers used by the trial are given back.
-
-    Args:
-        inner_loss: `(fast, slow, data) -> scalar`.
-        solver: the inner optimiser.
-        start: the fast weights before the first step.
-        outer: the slow weights.
-        support: what the inner loss sees; of a stream, the data of step 0.
-        explicit: whether the estimator differentiates explicit tensors only.
-
-    Raises:
-        ProblemError: if the loss is not a scalar, asks for a name that it is not given, or does
-            not depend on one of the fast weights.
-        ClosureError: with `explicit`, if the loss or the solver still needs a derivative although
-            all arguments are constants: it closes over a tensor that the estimator cannot see.
-    """
-    point, slow, data = pt.detach(start), pt.detach(outer), streams.at(support, 0)
-    data = pt.detach(data)
-    steps = bool(point) and not isinstance(solver, Given)
-
-    def loss(fast: Params) -> Tensor:
-        return _evaluated(inner_loss, fast, slow, data)
-
-    with kept(pt.tensors((start, outer))), torch.enable_grad():
-        if steps and getattr(solver, "direction", None) is None:
-            _refuse_ignored(unused_by(loss, point), point)
-        elif not explicit:
-            loss(point)
-        if explicit:
-            with new_tensors() as made:
-                _refuse_closures("inner_loss", [loss(point)], made)
-                if steps:
-                    state = solver.init(point)
-                    after = solver.update(point, pt.zeros_like(point), state, 0, slow)
-                    _refuse_closures("the solver (its lr?)", pt.tensors(after), made)
-
-
-def _evaluated(inner_loss: InnerLoss, fast: Params, slow: Params, data: Any) -> Tensor:
+def evaluated(inner_loss: InnerLoss, fast: Params, slow: Params, data: Any) -> Tensor:
     """Return the loss; an error because of a name becomes one that says which names there are."""
     try:
         return scalar(inner_loss(dict(fast), dict(slow), data), "inner_loss")
@@ -109,7 +50,7 @@ def _asked(inner_loss: InnerLoss, fast: Params, slow: Params, data: Any) -> list
     return missing
 
 
-def _refuse_ignored(unused: set[str], point: Params) -> None:
+def refuse_ignored(unused: set[str], point: Params) -> None:
     """Raise for a fast weight that the loss does not depend on.
 
     `torch.func.functional_call` ignores unknown names inside a module. A module without any
@@ -126,7 +67,17 @@ def _refuse_ignored(unused: set[str], point: Params) -> None:
         )
 
 
-def _refuse_closures(who: str, results: Iterable[Tensor], made: list[Tensor]) -> None:
+def refuse_closures(who: str, results: Iterable[Tensor], made: list[Tensor]) -> None:
+    """Raise if results of constants need a derivative: they come from a tensor closed over.
+
+    Args:
+        who: what returned them, for the message.
+        results: what it returned.
+        made: the tensors made while it ran.
+
+    Raises:
+        ClosureError: naming who.
+    """
     for x in results:
         # A loss may build a graph of its own, such as a gradient penalty.
         if is_tracked(x) and (not x.requires_grad or foreign_leaves(x, made)):

@@ -139,13 +139,20 @@ def foreign_leaves(result: Tensor, own: Sequence[Tensor]) -> list[Tensor]:
 
 def unused_by(loss: Callable[[dict[str, Tensor]], Tensor], at: dict[str, Tensor]) -> set[str]:
     """Return the names of the tensors that a scalar does not depend on; inside transforms too."""
+    if not transforming():
+        # The tape accepts what a transform refuses: batch norm that counts its batches, a loss
+        # that builds a graph of its own, custom Functions of the old form.
+        return _unused({k: v.detach().requires_grad_() for k, v in at.items()}, loss)
     with grad_increment_nesting() as level:
-        leaves = {k: _create_differentiable(v.detach(), level) for k, v in at.items()}
-        value = loss(dict(leaves))
-        if not is_tracked(value):
-            return set(at)
-        found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
-        return {k for k, g in zip(leaves, found, strict=True) if g is None}
+        return _unused({k: _create_differentiable(v.detach(), level) for k, v in at.items()}, loss)
+
+
+def _unused(leaves: dict[str, Tensor], loss: Callable[[dict[str, Tensor]], Tensor]) -> set[str]:
+    value = loss(dict(leaves))
+    if not is_tracked(value):
+        return set(leaves)
+    found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+    return {k for k, g in zip(leaves, found, strict=True) if g is None}
 
 
 def raised_by_functional_call(error: BaseException) -> bool:

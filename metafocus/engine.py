@@ -112,6 +112,11 @@ def bilevel(
             solution = estimator(*args, path=tuple(range(solver.steps)))
             _check_solution(solution, start, estimator)
             data = [streams.at(query, step) for step in range(solver.steps)]
+            if len(solution.path) != len(data):
+                raise ProblemError(
+                    f"{_name(estimator)} was asked for the fast weights after {len(data)} steps "
+                    f"and returned a path of {len(solution.path)}."
+                )
             ends = list(zip(weights, solution.path, data, strict=True))
         if not transforming():
             check_finite(solution.losses)
@@ -221,7 +226,7 @@ def weighted(
     total, metrics = None, {}
     for weight, fast, query in ends:
         value, metrics = problem.evaluate(fast, outer, query)
-        value = value if weight is None else weight * value
+        value = value if weight is None else value * weight
         total = value if total is None else total + value
     assert total is not None
     return total, metrics
@@ -234,10 +239,13 @@ def path_weights(path: Path, outer: Params, steps: int) -> Sequence[Any]:
         ProblemError: if there is another number of them, or no step to weigh.
     """
     weights = path(outer) if callable(path) else path
-    shape = list(weights.shape) if isinstance(weights, Tensor) else [len(weights)]
+    shape = list(weights.shape) if isinstance(weights, Tensor) else None
+    if shape is None and hasattr(weights, "__len__"):
+        shape = [len(weights)]
     if shape != [steps] or not steps:
+        got = type(weights).__name__ if shape is None else f"shape {shape}"
         raise ProblemError(
-            f"path must give one weight for each of the {steps} inner steps, got shape {shape}."
+            f"path must give one weight for each of the {steps} inner steps, got {got}."
         )
     return weights.unbind() if isinstance(weights, Tensor) else weights
 
@@ -248,11 +256,14 @@ def _refuse_path(estimator: Any, solver: Solver) -> None:
     try:
         inspect.signature(estimator).bind(*[None] * 5, path=())
     except TypeError as error:
-        name = getattr(estimator, "__name__", estimator)
         raise ProblemError(
-            f"path= needs the fast weights after every step, and {name} gives the last ones only: "
-            "it takes no keyword path. Use Unrolled, FirstOrder or EvoGrad."
+            f"path= needs the fast weights after every step, and {_name(estimator)} gives the last "
+            "ones only: it takes no keyword path. Use Unrolled, FirstOrder or EvoGrad."
         ) from error
+
+
+def _name(estimator: Any) -> str:
+    return getattr(estimator, "__name__", str(estimator))
 
 
 def hypergrad(meta_loss: MetaLoss) -> Callable[[Params, Any], tuple[Params, tuple[Tensor, Aux]]]:

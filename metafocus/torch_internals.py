@@ -223,13 +223,24 @@ def plain(x: Tensor) -> Tensor:
 
 def unused_by(loss: Callable[[dict[str, Tensor]], Tensor], at: dict[str, Tensor]) -> set[str]:
     """Return the names of the tensors that a scalar does not depend on; inside transforms too."""
+    if not transforming():
+        # The tape accepts what a transform refuses: batch norm that counts its batches, a loss
+        # that builds a graph of its own, custom Functions of the old form.
+        return _unused({k: v.detach().requires_grad_() for k, v in at.items()}, loss, -1)
     with grad_increment_nesting() as level:
         leaves = {k: _create_differentiable(v.detach(), level) for k, v in at.items()}
-        value = loss(dict(leaves))
-        if _functorch.maybe_get_level(value) != level or not value.requires_grad:
-            return set(at)
-        found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
-        return {k for k, g in zip(leaves, found, strict=True) if g is None}
+        return _unused(leaves, loss, level)
+
+
+def _unused(
+    leaves: dict[str, Tensor], loss: Callable[[dict[str, Tensor]], Tensor], level: int
+) -> set[str]:
+    value = loss(dict(leaves))
+    # A value of another level depends on what is closed over, and not on these leaves.
+    if _functorch.maybe_get_level(value) != level or not value.requires_grad:
+        return set(leaves)
+    found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+    return {k for k, g in zip(leaves, found, strict=True) if g is None}
 
 
 def raised_by_functional_call(error: BaseException) -> bool:

@@ -14,7 +14,10 @@ from metafocus.preflight import preflight
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-OUTER = {"w": torch.tensor([1.0, 2.0]).double(), "c": torch.tensor(3.0).double()}
+OUTER = {
+    "w": torch.tensor([1.0, 2.0]).double().requires_grad_(),
+    "c": torch.tensor(3.0).double().requires_grad_(),
+}
 SOLVER = mf.SGD(0.1, 2)
 EXPLICIT = {
     "recompute": mf.Unrolled(recompute=True),
@@ -313,7 +316,7 @@ def test_first_order_and_adapt_hold_a_closed_rate_constant():
     )
     solution = mf.adapt(problem, {"w": OUTER["w"]}, torch.ones(2), solver=solver)
     assert not solution.params["w"].requires_grad
-    leaf = OUTER["w"].clone().requires_grad_()
+    leaf = OUTER["w"].detach().clone().requires_grad_()
     meta = mf.bilevel(problem, solver=solver, estimator=mf.FirstOrder())
     meta({"w": leaf}, (torch.ones(2), torch.ones(2)))[0].backward()
     assert rate.grad is None

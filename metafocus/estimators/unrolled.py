@@ -18,6 +18,7 @@ from metafocus.checks import whole
 from metafocus.solvers.descent import (
     count,
     descend,
+    picked,
     refuse_own_rule,
     segment,
     solve_inner,
@@ -147,7 +148,7 @@ class Unrolled(Estimator):
             run = tail(loss, solver, range(head, steps), path)
             params, state, more, later = run(params, state, outer, support)
             losses, kept = losses + more, kept + later
-        return Solution(params, stacked(losses, params), tuple(kept))
+        return Solution(params, stacked(losses, params), picked(kept, path, steps))
 
     def _rebuilt(
         self, loss: InnerLoss, solver: Solver, steps: range, path: tuple[int, ...]

@@ -401,8 +401,8 @@ def test_implicit_does_not_warn_at_the_minimum():
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        near(case.outer, case.episode(0))
-        at(case.outer, case.episode(0))
+        mf.hypergrad(near)(case.outer, case.episode(0))
+        mf.hypergrad(at)(case.outer, case.episode(0))
 
 
 def test_the_warning_says_how_far():
@@ -423,7 +423,7 @@ def test_the_warning_says_how_far():
         match=f"norm is {after:.3g} at the solution, "
         f"{after / before:.2g} of its initial {before:.3g};",
     ):
-        meta(case.outer, case.episode(0))
+        mf.hypergrad(meta)(case.outer, case.episode(0))
 
 
 def test_other_estimators_do_not_warn():

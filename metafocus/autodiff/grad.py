@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from metafocus import params as pt
 from metafocus.checks import scalar
 from metafocus.errors import TransformError
-from metafocus.torch_internals import transforming
+from metafocus.torch_internals import foreign_leaves, transforming
 from metafocus.types import Params
 
 
@@ -46,8 +46,17 @@ def pushforward(fn: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..
 
 
 def leaf_alias(x: Tensor, track: bool) -> Tensor:
-    """Return an alias of `x` that needs a derivative and cuts it from its own past."""
-    return x.view_as(x) if track and x.requires_grad else x.detach().requires_grad_()
+    """Return an alias of `x` that needs a derivative: of a constant, a leaf of the engine's own."""
+    if track and x.requires_grad:
+        return x.view_as(x)
+    leaf = x.detach().requires_grad_()
+    leaf.engine_leaf = True  # pyright: ignore[reportAttributeAccessIssue]
+    return leaf
+
+
+def reaches_a_users_leaf(value: Tensor) -> bool:
+    """Return whether a value of the tape depends on a leaf that the engine did not make."""
+    return any(not hasattr(x, "engine_leaf") for x in foreign_leaves(value, ()))
 
 
 def value_and_grad(

@@ -84,7 +84,7 @@ def preflight(
 
     swapped, kernels = Swapped(once=True), None
     with kept(pt.tensors((start, outer, data))), torch.enable_grad():
-        with refused_writes("inner_loss", given, inner_loss), swapped, new_tensors() as made:
+        with refused_writes("inner_loss", given, inner_loss), new_tensors() as made, swapped:
             if transforming():
                 unused = unused_by(loss, point)
                 results = [loss(point)] if explicit else []

@@ -94,7 +94,7 @@ def refuse_lost_second_derivatives(
         f"{who} runs a kernel whose second derivative {verdict}: {', '.join(names)}. Use a "
         "composite of ordinary torch operators in its place, or an estimator of first derivatives "
         "(hvp=mf.hvp_finite(), mf.FirstOrder(), mf.Penalty)."
-        + ("" if "lost" in verdict else " If you know that it is right: with mf.trust().")
+        + (" If you know that it is right: with mf.trust()." if "checked" in verdict else "")
     )
 
 
@@ -117,8 +117,11 @@ def _compared(loss: Callable[..., Tensor], fast: Params, inputs: list[Tensor]) -
         for k, x in fast.items()
     }
     with torch.no_grad():
-        _, product = hvp_reverse(loss, fast, inputs)
-        found = _flat(product(along))
+        try:
+            _, product = hvp_reverse(loss, fast, inputs)
+            found = _flat(product(along))
+        except (RuntimeError, NotImplementedError) as error:
+            return f"does not exist ({error})"
         size = float(pt.norm(fast).clamp(min=1.0))
         # Two steps: where they disagree, kinks or random numbers make a difference useless.
         steps = [size * torch.finfo(min(dtypes, key=_eps)).eps ** (1 / p) for p in (3, 4)]

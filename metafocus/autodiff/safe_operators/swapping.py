@@ -119,7 +119,7 @@ _IN_FORWARD_MODE = {
     F.soft_margin_loss: in_float32(soft_margin_loss),
 }
 
-_TABLES = frozenset({Tensor.add_}).union(_ALWAYS, _WRONG, _WRONG_IN_TRANSFORMS, _IN_FORWARD_MODE)
+_TABLES = frozenset({Tensor.add_, Tensor.requires_grad_}).union(_ALWAYS, _WRONG, _WRONG_IN_TRANSFORMS, _IN_FORWARD_MODE)
 
 
 def _batch_norm(
@@ -162,6 +162,17 @@ _WITH_STATISTICS = {
 }
 
 
+def _requires_grad(x: Tensor, requires_grad: bool = True) -> Tensor:
+    try:
+        return x.requires_grad_(requires_grad)
+    except RuntimeError as error:
+        raise TransformError(
+            "the loss calls requires_grad_() to build a graph of its own, which torch does not "
+            "allow inside torch.func.grad and jvp. Use torch.func.grad inside the loss, or a tape "
+            "estimator: Unrolled() or Unrolled(recompute=True) outside transforms."
+        ) from error
+
+
 def _counts_batches() -> bool:
     """Return whether a batch norm module is counting the batches that it has seen."""
     caller = sys._getframe(2).f_globals.get("__name__")
@@ -193,6 +204,8 @@ class Swapped(TorchFunctionMode):
             if func is Tensor.add_:
                 if _counts_batches():
                     return args[0]
+            elif func is Tensor.requires_grad_:
+                func = _requires_grad
             else:
                 func = self._composite(func)
         return func(*args, **kwargs) if kwargs else func(*args)

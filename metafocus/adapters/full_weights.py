@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from metafocus.adapters import checks, slots
-from metafocus.adapters.files import load_tensors, save_tensors
 from metafocus.adapters.placement import Placement
 from metafocus.errors import PlacementError, ProblemError
+from metafocus.files import read_tensors, write_tensors
 
 FILE = "fast_weights.safetensors"
 
@@ -186,7 +186,7 @@ class FullWeights:
             raise PlacementError("FullWeights.save: the placement is empty, nothing to save")
         # Copies: one memory under two names, as a start by functional_call may be, is refused.
         tensors = {k: v.detach().cpu().contiguous().clone() for k, v in fast.items()}
-        save_tensors(Path(directory) / FILE, tensors)
+        write_tensors(Path(directory) / FILE, tensors)
 
     def load(self, model: nn.Module, directory: str | Path) -> dict[str, Tensor]:
         """Read what `save` wrote, onto the devices of the model's parameters.
@@ -197,7 +197,7 @@ class FullWeights:
             PlacementError: As `modules`.
         """
         places = self._places(model)
-        found = load_tensors(Path(directory) / FILE)
+        found = read_tensors(Path(directory) / FILE)
         _check(model, places, found)
         return {name: found[name].to(_read(model, name).device) for name in places}
 

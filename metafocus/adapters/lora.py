@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from metafocus.adapters import checks, low_rank, peft_format, slots
 from metafocus.adapters.placement import Placement, adaptable
+from metafocus.checks import number, whole
 from metafocus.errors import PlacementError, ProblemError
 
 if TYPE_CHECKING:
@@ -63,14 +64,12 @@ class LoRA:
 
     def __post_init__(self) -> None:
         checks.check_where("LoRA", self.where)
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise ProblemError(f"LoRA(rank={self.rank!r}) must be an integer of at least 1")
+        whole("LoRA: rank", self.rank, 1, error=ProblemError)
         if self.rank > checks.MOST:
             raise ProblemError(
                 f"LoRA(rank={self.rank}) must be at most {checks.MOST}: no layer is that wide"
             )
-        if not isinstance(self.alpha, int | float) or not math.isfinite(self.alpha):
-            raise ProblemError(f"LoRA(alpha={self.alpha!r}) must be finite")
+        number("LoRA: alpha", self.alpha, error=ProblemError)
 
     @property
     def scale(self) -> float:

@@ -149,13 +149,13 @@ ADAPTERS = [
         "rank of zero",
         "mf.LoRA(mf.all_linear, rank=0)",
         "ProblemError",
-        "LoRA(rank=0) must be an integer of at least 1",
+        "LoRA: rank must be an integer >= 1, got 0.",
     ),
     (
         "rank is no whole number",
         "mf.LoRA(mf.all_linear, rank=8.0)",
         "ProblemError",
-        "LoRA(rank=8.0) must be an integer of at least 1",
+        "LoRA: rank must be an integer >= 1, got 8.0.",
     ),
     (
         "rank that fills the memory",
@@ -167,13 +167,13 @@ ADAPTERS = [
         "alpha NaN",
         "mf.LoRA(mf.all_linear, alpha=math.nan)",
         "ProblemError",
-        "LoRA(alpha=nan) must be finite",
+        "LoRA: alpha must be a finite number, got nan.",
     ),
     (
         "alpha is a word",
         'mf.LoRA(mf.all_linear, alpha="64")',
         "ProblemError",
-        "LoRA(alpha='64') must be finite",
+        "LoRA: alpha must be a finite number, got '64'.",
     ),
     (
         "fast weights of another model",

@@ -15,6 +15,7 @@ from metafocus.adapters import checks, slots
 from metafocus.adapters.placement import Placement
 from metafocus.errors import PlacementError, ProblemError
 from metafocus.files import read_tensors, write_tensors
+from metafocus.torch_internals import parameter_table
 
 FILE = "fast_weights.safetensors"
 
@@ -207,7 +208,7 @@ class FullWeights:
         # Shared parameters: the first name is that of named_parameters().
         homes: dict[int, list[tuple[str, str]]] = {}
         for path, module in modules.items():
-            for own, value in module._parameters.items():
+            for own, value in parameter_table(module).items():
                 if value is not None:
                     homes.setdefault(id(value), []).append((path, own))
         paths = checks.checked_paths("FullWeights", self.where, self.where(model))
@@ -221,7 +222,7 @@ class FullWeights:
                     f"FullWeights: {type(model).__name__} has no module {path!r}, which "
                     f"{self.where!r} names"
                 )
-            inside = [p for m in modules[path].modules() for p in m._parameters.values()]
+            inside = [p for m in modules[path].modules() for p in parameter_table(m).values()]
             found = [homes[id(value)] for value in inside if value is not None]
             if not found:
                 raise PlacementError(
@@ -267,7 +268,7 @@ def _check(
 
 def _read(model: nn.Module, name: str) -> Tensor:
     path, _, own = name.rpartition(".")
-    value = model.get_submodule(path)._parameters[own]
+    value = parameter_table(model.get_submodule(path))[own]
     assert value is not None
     return value
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from metafocus.errors import ProblemError
+from metafocus.torch_internals import forward_hooks, parameter_table
 
 Apply = Callable[[nn.Module, tuple[Any, ...], Any, dict[str, Tensor]], Any]
 """`(module, args, output, tensors) -> new output`, pure."""
@@ -64,7 +65,7 @@ class Slot:
             return None
         if self.binding.apply is as_parameters:
             if output:
-                module._parameters.update(self.lent.pop())  # pyright: ignore
+                parameter_table(module).update(self.lent.pop())
             else:
                 self.lent.append(_exchange(module, self.binding.tensors))
             return None
@@ -229,7 +230,7 @@ def _held(held: Iterable[tuple[nn.Module, Slot, Any]]) -> Iterator[None]:
     before: list[tuple[nn.Module, Slot, Binding | None, list[Any], dict[str, Any]]] = []
     try:
         for module, found, binding in held:
-            before.append((module, found, found.binding, found.lent, dict(module._parameters)))
+            before.append((module, found, found.binding, found.lent, dict(parameter_table(module))))
             found.binding, found.lent = binding, []
         yield
     finally:
@@ -237,20 +238,20 @@ def _held(held: Iterable[tuple[nn.Module, Slot, Any]]) -> Iterator[None]:
         for module, found, binding, lent, own in reversed(before):
             if found.lent:
                 # A call was interrupted while the module's parameters were swapped.
-                module._parameters.update(own)
+                parameter_table(module).update(own)
             found.binding, found.lent = binding, lent
 
 
 def _exchange(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
     """Put tensors where the parameters are, in the parameters' types; return the parameters."""
-    own: dict[str, Any] = {name: module._parameters[name] for name in tensors}
-    for name, tensor in tensors.items():
-        module._parameters[name] = tensor.to(own[name].dtype)  # pyright: ignore
+    table = parameter_table(module)
+    own: dict[str, Any] = {name: table[name] for name in tensors}
+    table.update({name: tensor.to(own[name].dtype) for name, tensor in tensors.items()})
     return own
 
 
 def _find(module: nn.Module) -> Slot | None:
-    return next((hook for hook in module._forward_hooks.values() if isinstance(hook, Slot)), None)
+    return next((hook for hook in forward_hooks(module) if isinstance(hook, Slot)), None)
 
 
 def _slots(module: nn.Module) -> Iterator[tuple[str, nn.Module, Slot]]:

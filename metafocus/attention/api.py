@@ -15,6 +15,7 @@ from metafocus.attention.kernels.dense import dense
 from metafocus.attention.kernels.kernel import Shape
 from metafocus.errors import ProblemError
 from metafocus.masks.spans import Spans
+from metafocus.torch_internals import without_function_modes
 
 BACKENDS = ("dense", *KERNELS, "flex")
 
@@ -73,7 +74,7 @@ def span_attention(
     # look at a tensor. A compiler needs its own, and a subclass its overrides.
     plain = all(type(x) in (Tensor, Parameter) for x in (q, k, v))
     seen = not plain or backend == "flex" or torch.compiler.is_compiling()
-    with contextlib.nullcontext() if seen else torch._C.DisableTorchFunction():
+    with contextlib.nullcontext() if seen else without_function_modes():
         return _span_attention(q, k, v, spans, scale, backend, softcap, sinks)
 
 

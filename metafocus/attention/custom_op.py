@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from metafocus.attention.kernels.choose import KERNELS
@@ -20,6 +19,7 @@ from metafocus.attention.kernels.kernel import Shape
 from metafocus.attention.kernels.tiled import Tiled
 from metafocus.errors import TransformError
 from metafocus.masks.spans import Spans
+from metafocus.torch_internals import transform_active
 
 
 def compiled(
@@ -38,9 +38,7 @@ def compiled(
     Raises:
         TransformError: Inside a transform, for another back end than "auto", which is dense there.
     """
-    # A compiler does not know get_interpreter_stack() and the like; this one it folds.
-    transforms = torch._C._are_functorch_transforms_active()
-    if transforms or forward_ad._current_level >= 0:
+    if transform_active():
         if backend != "auto":
             raise TransformError(
                 f"span_attention(backend={backend!r}) inside a function transform that is being "

@@ -18,7 +18,7 @@ from metafocus.attention.kernels import tiled
 from metafocus.attention.kernels.kernel import Kernel, Shape
 from metafocus.errors import TransformError
 from metafocus.masks.spans import Spans
-from metafocus.torch_internals import refuse_nested_forward_mode, unwrap_dead
+from metafocus.torch_internals import is_view, refuse_nested_forward_mode, unwrap_dead
 
 
 class Call(NamedTuple):
@@ -40,7 +40,7 @@ def _own(x: Tensor) -> Tensor:
 
     A plain dual tensor that is a view refuses a tangent that lies otherwise in memory.
     """
-    return x.data if x._is_view() else x
+    return x.data if is_view(x) else x
 
 
 def _folded(cls: Any, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> Any:

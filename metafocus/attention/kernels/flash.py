@@ -16,6 +16,7 @@ from metafocus.attention.kernels.turns import Turn, find_turns
 from metafocus.attention.kernels.varlen import FlashAttn, Varlen, installed
 from metafocus.errors import ProblemError
 from metafocus.masks.spans import Spans
+from metafocus.torch_internals import version
 
 CPU_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CUDA_TYPES = (torch.bfloat16, torch.float16)
@@ -267,4 +268,4 @@ def turn_limit(batch: int, length: int, device: str) -> int:
 
 
 def _versions(spans: Spans) -> tuple[int | None, ...]:
-    return tuple(None if x.is_inference() else x._version for x in spans)
+    return tuple(version(x) for x in spans)

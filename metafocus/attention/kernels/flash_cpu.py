@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from metafocus.attention.kernels.turns import Turn
-
-_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_gradient = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+from metafocus.torch_internals import flash_cpu, flash_cpu_backward
 
 WHOLE, LOWER, UPPER = "whole", "lower", "upper"
 
@@ -120,7 +118,7 @@ def forward(
     lse = q.new_zeros(batch, heads, length, dtype=_wide(q.dtype))
     for group in groups(turns):
         parts = [
-            tuple(_turn_around(x, piece) for x in _attention(*tensors, 0.0, causal, scale=scale))
+            tuple(_turn_around(x, piece) for x in flash_cpu(*tensors, 0.0, causal, scale=scale))
             for piece in group.pieces
             for tensors, causal in [_arguments(group, piece, q, (k, v))]
         ]
@@ -162,7 +160,7 @@ def backward(
         for piece in group.pieces:
             (q_, k_, v_), causal = _arguments(group, piece, q, (k, v))
             do_, o_, lse_ = (_turn_around(_queries(x, group), piece) for x in (do, o, lse))
-            shares = _gradient(do_, q_, k_, v_, o_, lse_, 0.0, causal, scale=scale)
+            shares = flash_cpu_backward(do_, q_, k_, v_, o_, lse_, 0.0, causal, scale=scale)
             gq, gk, gv = (_turn_around(x, piece) for x in shares)
             _queries(dq, group).add_(gq)
             _keys(dk, group, piece).add_(gk)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from metafocus.attention.kernels.kernel import Shape
+from metafocus.torch_internals import flash_varlen, flash_varlen_backward
 
 
 class Lengths(NamedTuple):
@@ -76,7 +77,7 @@ class TorchVarlen:
         self, q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, shape: Shape
     ) -> tuple[Tensor, Tensor]:
         """Return the output and the logsumexp."""
-        out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        out, lse, *_ = flash_varlen(
             q,
             k,
             v,
@@ -107,7 +108,7 @@ class TorchVarlen:
         """Return the gradients with respect to `q`, `k` and `v`."""
         # The state of the random numbers, which dropout alone would read.
         seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
-        return torch.ops.aten._flash_attention_backward(
+        return flash_varlen_backward(
             do,
             q,
             k,

@@ -25,8 +25,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import TorchFunctionMode
 
+from metafocus import torch_internals
 from metafocus.autodiff.safe_operators import (
     attention,
     batch_norm,
@@ -48,7 +49,7 @@ from metafocus.autodiff.safe_operators import (
 )
 from metafocus.autodiff.safe_operators.autocast import in_float32
 from metafocus.errors import TransformError
-from metafocus.torch_internals import forward_levels, transforming
+from metafocus.torch_internals import forward_levels, function_modes, transforming
 
 
 def _no_ctc_loss(*args: Any, **kwargs: Any) -> Tensor:
@@ -71,7 +72,7 @@ _WRONG = {
     F.batch_norm: batch_norm,
     F.instance_norm: instance_norm,
     F.layer_norm: in_float32(layer_norm, ("cuda",)),
-    torch._weight_norm: weight_norm,  # pyright: ignore[reportPrivateImportUsage]
+    torch_internals.weight_norm: weight_norm,
     # What these call, with arguments in another order.
     torch.batch_norm: lambda x, w, b, mean, var, *rest: batch_norm(x, mean, var, w, b, *rest),
     torch.instance_norm: lambda x, w, b, mean, var, *rest: instance_norm(x, mean, var, w, b, *rest),
@@ -127,8 +128,7 @@ class Swapped(TorchFunctionMode):
 
 def active() -> Swapped | None:
     """Return the innermost block in which operators are being swapped, if any."""
-    modes = _get_current_function_mode_stack()
-    return next((mode for mode in reversed(modes) if isinstance(mode, Swapped)), None)
+    return next((mode for mode in reversed(function_modes()) if isinstance(mode, Swapped)), None)
 
 
 def differentiable_twice(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:

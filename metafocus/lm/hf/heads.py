@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.stateless import _reparametrize_module
 
 from metafocus.adapters import slots
 from metafocus.autodiff.recompute import recompute
@@ -22,7 +21,14 @@ from metafocus.errors import ProblemError
 from metafocus.lm.hf.checkpointing import exact_checkpointing
 from metafocus.lm.hf.chunk import IGNORED, Tail, entropies, wide
 from metafocus.lm.token_loss import token_loss
-from metafocus.torch_internals import is_batched, outside_transforms, tracing
+from metafocus.torch_internals import (
+    forward_hooks,
+    has_backward_hooks,
+    is_batched,
+    outside_transforms,
+    swapped_weights,
+    tracing,
+)
 
 Reader = Callable[[nn.Module, Tensor], Tensor]
 """`(head, hidden [B, S, D]) -> result`."""
@@ -101,10 +107,7 @@ def install(head: nn.Module) -> Tap:
 
 
 def _find(head: nn.Module) -> Tap | None:
-    for hook in head._forward_pre_hooks.values():
-        if isinstance(hook, Tap):
-            return hook
-    return None
+    return next((hook for hook in forward_hooks(head) if isinstance(hook, Tap)), None)
 
 
 def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor, tail: Tail) -> Tensor:
@@ -127,7 +130,7 @@ def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor, tail: Tail) -> T
     def loss(
         parameters: dict[str, Tensor], fast: dict[str, Tensor], rows: Tensor, targets: Tensor
     ) -> Tensor:
-        with _reparametrize_module(head, parameters), slots.rebind(head, fast, functions):
+        with swapped_weights(head, parameters), slots.rebind(head, fast, functions):
             return entropies(tail(wide(head(rows))), targets)
 
     fast = slots.bound(head)
@@ -139,14 +142,12 @@ def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor, tail: Tail) -> T
 
 
 def _is_plain(head: nn.Module) -> bool:
-    hooks = [*head._forward_hooks.values(), *head._forward_pre_hooks.values()]
     return (
         type(head) is nn.Linear
         and type(head.weight) in (Tensor, nn.Parameter)
         and "forward" not in vars(head)
-        and all(isinstance(hook, slots.Slot | Tap) for hook in hooks)
-        and not head._backward_hooks
-        and not head._backward_pre_hooks
+        and all(isinstance(hook, slots.Slot | Tap) for hook in forward_hooks(head))
+        and not has_backward_hooks(head)
         and not slots.functions(head)
     )
 

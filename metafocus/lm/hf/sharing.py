@@ -15,6 +15,7 @@ from torch import nn
 from metafocus.lm.hf import heads
 from metafocus.lm.hf.prefix import fast_layers
 from metafocus.lm.loss import Batch, LMLoss
+from metafocus.torch_internals import is_compiled
 from metafocus.types import Params
 
 
@@ -101,6 +102,6 @@ def _draws(model: nn.Module) -> bool:
 
 def _is_elsewhere(model: nn.Module) -> bool:
     """Whether layers are compiled or sharded by their own call, which must not be replaced."""
-    return any(m._compiled_call_impl is not None for m in model.modules()) or any(
+    return any(is_compiled(m) for m in model.modules()) or any(
         hasattr(p, "full_tensor") for p in model.parameters()
     )

@@ -211,22 +211,13 @@ class FullWeights:
             for own, value in parameter_table(module).items():
                 if value is not None:
                     homes.setdefault(id(value), []).append((path, own))
-        paths = checks.checked_paths("FullWeights", self.where, self.where(model))
-        if len(set(paths)) < len(paths):
-            twice = sorted({path for path in paths if paths.count(path) > 1})
-            raise PlacementError(f"FullWeights: {self.where!r} names {twice} more than once")
         places: dict[str, list[tuple[str, str]]] = {}
-        for path in paths:
-            if path not in modules:
-                raise PlacementError(
-                    f"FullWeights: {type(model).__name__} has no module {path!r}, which "
-                    f"{self.where!r} names"
-                )
-            inside = [p for m in modules[path].modules() for p in parameter_table(m).values()]
+        for path, module in checks.placed("FullWeights", self.where, model).items():
+            inside = [p for m in module.modules() for p in parameter_table(m).values()]
             found = [homes[id(value)] for value in inside if value is not None]
             if not found:
                 raise PlacementError(
-                    f"FullWeights: module {path!r} is a {type(modules[path]).__name__} without "
+                    f"FullWeights: module {path!r} is a {type(module).__name__} without "
                     "parameters; place FullWeights on modules that have some"
                 )
             places.update({_join(*home[0]): home for home in found})
@@ -244,14 +235,7 @@ class FullWeights:
 def _check(
     model: nn.Module, places: Mapping[str, list[tuple[str, str]]], fast: Mapping[str, Tensor]
 ) -> None:
-    checks.check_tensors("FullWeights", fast)
-    missing, unknown = places.keys() - fast.keys(), fast.keys() - places.keys()
-    if missing or unknown:
-        raise ProblemError(
-            f"FullWeights: fast weights of another model or placement: missing "
-            f"{sorted(missing)[:6]} ({len(missing)}), unknown {sorted(unknown)[:6]} "
-            f"({len(unknown)}); make them with init(model) of this adapter"
-        )
+    checks.check_fast("FullWeights", fast, places)
     for name in places:
         shape, own = tuple(fast[name].shape), tuple(_read(model, name).shape)
         if shape != own:

@@ -21,6 +21,9 @@ from metafocus.errors import PlacementError, ProblemError
 if TYPE_CHECKING:
     from peft import LoraConfig
 
+MOST = 2**16
+"""The largest rank: it guards against typos that would ask for all of the memory."""
+
 
 @dataclass(frozen=True)
 class LoRA:
@@ -65,9 +68,9 @@ class LoRA:
     def __post_init__(self) -> None:
         checks.check_where("LoRA", self.where)
         whole("LoRA: rank", self.rank, 1, error=ProblemError)
-        if self.rank > checks.MOST:
+        if self.rank > MOST:
             raise ProblemError(
-                f"LoRA(rank={self.rank}) must be at most {checks.MOST}: no layer is that wide"
+                f"LoRA(rank={self.rank}) must be at most {MOST}: no layer is that wide"
             )
         number("LoRA: alpha", self.alpha, error=ProblemError)
 
@@ -236,23 +239,14 @@ class LoRA:
         return cls(where, rank=rank, alpha=alpha)
 
     def _placed(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
-        modules = dict(model.named_modules())
-        paths = checks.checked_paths("LoRA", self.where, self.where(model))
-        for path in paths:
-            if path not in modules:
+        modules = checks.placed("LoRA", self.where, model)
+        for path, module in modules.items():
+            if not adaptable(module):
                 raise PlacementError(
-                    f"LoRA: {type(model).__name__} has no module {path!r}, which "
-                    f"{self.where!r} names"
-                )
-            if not adaptable(modules[path]):
-                raise PlacementError(
-                    f"LoRA: module {path!r} is a {type(modules[path]).__name__}, which cannot be "
+                    f"LoRA: module {path!r} is a {type(module).__name__}, which cannot be "
                     "adapted; place LoRA on linear layers (nn.Linear, transformers Conv1D)"
                 )
-        if len(set(paths)) < len(paths):
-            twice = sorted({path for path in paths if paths.count(path) > 1})
-            raise PlacementError(f"LoRA: {self.where!r} names {twice} more than once")
-        return [(path, modules[path]) for path in paths]
+        return list(modules.items())
 
     def examples(self, model: nn.Module, fast: Mapping[str, Tensor]) -> int | None:
         """Number of examples that `fast` is for; None for fast weights that a batch shares.
@@ -275,12 +269,5 @@ class LoRA:
             inputs, outputs = low_rank.sizes(module)
             expected[f"{path}.lora_A"] = (self.rank, inputs)
             expected[f"{path}.lora_B"] = (outputs, self.rank)
-        checks.check_tensors("LoRA", fast)
-        missing, unknown = expected.keys() - fast.keys(), fast.keys() - expected.keys()
-        if missing or unknown:
-            raise ProblemError(
-                f"LoRA: fast weights of another model or adapter: missing {sorted(missing)[:6]} "
-                f"({len(missing)}), unknown {sorted(unknown)[:6]} ({len(unknown)}); "
-                "make them with init(model) of this adapter"
-            )
+        checks.check_fast("LoRA", fast, expected)
         return low_rank.examples(fast, expected)

@@ -50,14 +50,14 @@ class Slot:
 
     Attributes:
         binding: The current binding or None.
-        lent: What the module held before it was swapped, for each call that is under way.
+        saved_parameters: What the module held before the swap, for each call that is under way.
     """
 
-    __slots__ = ("binding", "lent")
+    __slots__ = ("binding", "saved_parameters")
 
     def __init__(self) -> None:
         self.binding: Binding | None = None
-        self.lent: list[dict[str, Tensor | None]] = []
+        self.saved_parameters: list[dict[str, Tensor | None]] = []
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], *output: Any) -> Any:
         """Return None before the module runs; then its new output, or None to leave it."""
@@ -65,9 +65,9 @@ class Slot:
             return None
         if self.binding.apply is as_parameters:
             if output:
-                parameter_table(module).update(self.lent.pop())
+                parameter_table(module).update(self.saved_parameters.pop())
             else:
-                self.lent.append(_exchange(module, self.binding.tensors))
+                self.saved_parameters.append(_exchange(module, self.binding.tensors))
             return None
         if not output:
             return None
@@ -227,19 +227,20 @@ def rebind(
 
 @contextmanager
 def _held(held: Iterable[tuple[nn.Module, Slot, Any]]) -> Iterator[None]:
-    before: list[tuple[nn.Module, Slot, Binding | None, list[Any], dict[str, Any]]] = []
+    before: list[tuple[nn.Module, Slot, tuple[Any, Any], dict[str, Any]]] = []
     try:
         for module, found, binding in held:
-            before.append((module, found, found.binding, found.lent, dict(parameter_table(module))))
-            found.binding, found.lent = binding, []
+            state = found.binding, found.saved_parameters
+            before.append((module, found, state, dict(parameter_table(module))))
+            found.binding, found.saved_parameters = binding, []
         yield
     finally:
         # Backwards, so that a slot named twice ends with what it held first.
-        for module, found, binding, lent, own in reversed(before):
-            if found.lent:
+        for module, found, state, own in reversed(before):
+            if found.saved_parameters:
                 # A call was interrupted while the module's parameters were swapped.
                 parameter_table(module).update(own)
-            found.binding, found.lent = binding, lent
+            found.binding, found.saved_parameters = state
 
 
 def _exchange(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,8 +10,8 @@ from torch import Tensor
 from metafocus.errors import DataError, ProblemError
 from metafocus.torch_internals import assert_later, transforming
 
-Batch = Mapping[str, Tensor]
-"""`input_ids` and what else a policy reads, by name, each `[B, S]`."""
+Batch = dict[str, Any]
+"""`input_ids`, `attention_mask`, `answer_mask`, `turn_ids`: each `[B, S]`; see `data.collate`."""
 
 _MEANING = {
     "input_ids": "the tokens",

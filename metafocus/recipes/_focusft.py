@@ -14,8 +14,8 @@ from metafocus.engine import MetaLoss, bilevel
 from metafocus.errors import ProblemError
 from metafocus.estimators import Estimator, FirstOrder
 from metafocus.lm import Adapter, TokenPolicy, answer_tokens, lm_loss
-from metafocus.lm.hf.sharing import Shared
 from metafocus.lm.per_example import PerExampleLoss, PerExampleSolver, mean_loss
+from metafocus.lm.shared_prefix import SharedPrefix
 from metafocus.masks import MaskPolicy
 from metafocus.problem import Problem, as_episode, trainable
 from metafocus.solvers import SGD, clip_per_tensor
@@ -53,7 +53,7 @@ def focusft_problem(
     outer = lm_loss(model, adapter=adapter, mask=mask, tokens=outer_tokens)
     if examples is not None:
         inner = PerExampleLoss(model, adapter, mask, inner_tokens)
-    shared = Shared(inner)
+    shared = SharedPrefix(inner)
 
     def prepare(slow: Params, episode: Episode) -> Episode:
         support = shared(slow, inner.prepare(episode.support))

@@ -180,7 +180,7 @@ ADAPTERS = [
         ("with lora.bind(model(), mf.LoRA(mf.all_linear, rank=1).init(linear)):\n    pass"),
         "ProblemError",
         (
-            "LoRA: fast weights of another model or adapter: missing "
+            "LoRA: fast weights of another model or placement: missing "
             "['model.layers.2.mlp.up_proj.lora_A', 'model.layers.2.mlp.up_proj.lora_B', "
             "'model.layers.3.mlp.up_proj.lora_A', 'model.layers.3.mlp.up_proj.lora_B'] (4), "
             "unknown ['0.lora_A', '0.lora_B', '2.lora_A', '2.lora_B'] (4); make them with "

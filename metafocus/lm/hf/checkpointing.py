@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from metafocus.adapters import slots
-from metafocus.attention.hugging_face import attention_as
 from metafocus.autodiff.recompute import recompute
+from metafocus.lm.hf.attention import attention_as
 from metafocus.torch_internals import swapped_weights
 
 

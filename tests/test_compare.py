@@ -334,7 +334,7 @@ def test_reference_that_is_not_finite():
 
 @pytest.mark.parametrize("repeats", [0, -1])
 def test_repeats_below_one(repeats):
-    with pytest.raises(ValueError, match=f"repeats must be >= 1, got {repeats}"):
+    with pytest.raises(ValueError, match=f"repeats must be an integer >= 1, got {repeats}"):
         run(ESTIMATORS, "unrolled", repeats=repeats)
 
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from metafocus.adapters import checks, slots
-from metafocus.adapters.files import load_tensors, save_tensors
 from metafocus.adapters.placement import Placement
 from metafocus.errors import PlacementError, ProblemError
+from metafocus.files import read_tensors, write_tensors
+from metafocus.torch_internals import parameter_table
 
 FILE = "fast_weights.safetensors"
 
@@ -186,7 +187,7 @@ class FullWeights:
             raise PlacementError("FullWeights.save: the placement is empty, nothing to save")
         # Copies: one memory under two names, as a start by functional_call may be, is refused.
         tensors = {k: v.detach().cpu().contiguous().clone() for k, v in fast.items()}
-        save_tensors(Path(directory) / FILE, tensors)
+        write_tensors(Path(directory) / FILE, tensors)
 
     def load(self, model: nn.Module, directory: str | Path) -> dict[str, Tensor]:
         """Read what `save` wrote, onto the devices of the model's parameters.
@@ -197,7 +198,7 @@ class FullWeights:
             PlacementError: As `modules`.
         """
         places = self._places(model)
-        found = load_tensors(Path(directory) / FILE)
+        found = read_tensors(Path(directory) / FILE)
         _check(model, places, found)
         return {name: found[name].to(_read(model, name).device) for name in places}
 
@@ -207,25 +208,16 @@ class FullWeights:
         # Shared parameters: the first name is that of named_parameters().
         homes: dict[int, list[tuple[str, str]]] = {}
         for path, module in modules.items():
-            for own, value in module._parameters.items():
+            for own, value in parameter_table(module).items():
                 if value is not None:
                     homes.setdefault(id(value), []).append((path, own))
-        paths = checks.checked_paths("FullWeights", self.where, self.where(model))
-        if len(set(paths)) < len(paths):
-            twice = sorted({path for path in paths if paths.count(path) > 1})
-            raise PlacementError(f"FullWeights: {self.where!r} names {twice} more than once")
         places: dict[str, list[tuple[str, str]]] = {}
-        for path in paths:
-            if path not in modules:
-                raise PlacementError(
-                    f"FullWeights: {type(model).__name__} has no module {path!r}, which "
-                    f"{self.where!r} names"
-                )
-            inside = [p for m in modules[path].modules() for p in m._parameters.values()]
+        for path, module in checks.placed("FullWeights", self.where, model).items():
+            inside = [p for m in module.modules() for p in parameter_table(m).values()]
             found = [homes[id(value)] for value in inside if value is not None]
             if not found:
                 raise PlacementError(
-                    f"FullWeights: module {path!r} is a {type(modules[path]).__name__} without "
+                    f"FullWeights: module {path!r} is a {type(module).__name__} without "
                     "parameters; place FullWeights on modules that have some"
                 )
             places.update({_join(*home[0]): home for home in found})
@@ -243,14 +235,7 @@ class FullWeights:
 def _check(
     model: nn.Module, places: Mapping[str, list[tuple[str, str]]], fast: Mapping[str, Tensor]
 ) -> None:
-    checks.check_tensors("FullWeights", fast)
-    missing, unknown = places.keys() - fast.keys(), fast.keys() - places.keys()
-    if missing or unknown:
-        raise ProblemError(
-            f"FullWeights: fast weights of another model or placement: missing "
-            f"{sorted(missing)[:6]} ({len(missing)}), unknown {sorted(unknown)[:6]} "
-            f"({len(unknown)}); make them with init(model) of this adapter"
-        )
+    checks.check_fast("FullWeights", fast, places)
     for name in places:
         shape, own = tuple(fast[name].shape), tuple(_read(model, name).shape)
         if shape != own:
@@ -267,7 +252,7 @@ def _check(
 
 def _read(model: nn.Module, name: str) -> Tensor:
     path, _, own = name.rpartition(".")
-    value = model.get_submodule(path)._parameters[own]
+    value = parameter_table(model.get_submodule(path))[own]
     assert value is not None
     return value
 

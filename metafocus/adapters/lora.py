@@ -15,10 +15,14 @@ from torch import Tensor, nn
 
 from metafocus.adapters import checks, low_rank, peft_format, slots
 from metafocus.adapters.placement import Placement, adaptable
+from metafocus.checks import number, whole
 from metafocus.errors import PlacementError, ProblemError
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+
+MOST = 2**16
+"""The largest rank: it guards against typos that would ask for all of the memory."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +67,12 @@ class LoRA:
 
     def __post_init__(self) -> None:
         checks.check_where("LoRA", self.where)
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise ProblemError(f"LoRA(rank={self.rank!r}) must be an integer of at least 1")
-        if self.rank > checks.MOST:
+        whole("LoRA: rank", self.rank, 1, error=ProblemError)
+        if self.rank > MOST:
             raise ProblemError(
-                f"LoRA(rank={self.rank}) must be at most {checks.MOST}: no layer is that wide"
+                f"LoRA(rank={self.rank}) must be at most {MOST}: no layer is that wide"
             )
-        if not isinstance(self.alpha, int | float) or not math.isfinite(self.alpha):
-            raise ProblemError(f"LoRA(alpha={self.alpha!r}) must be finite")
+        number("LoRA: alpha", self.alpha, error=ProblemError)
 
     @property
     def scale(self) -> float:
@@ -237,23 +239,14 @@ class LoRA:
         return cls(where, rank=rank, alpha=alpha)
 
     def _placed(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
-        modules = dict(model.named_modules())
-        paths = checks.checked_paths("LoRA", self.where, self.where(model))
-        for path in paths:
-            if path not in modules:
+        modules = checks.placed("LoRA", self.where, model)
+        for path, module in modules.items():
+            if not adaptable(module):
                 raise PlacementError(
-                    f"LoRA: {type(model).__name__} has no module {path!r}, which "
-                    f"{self.where!r} names"
-                )
-            if not adaptable(modules[path]):
-                raise PlacementError(
-                    f"LoRA: module {path!r} is a {type(modules[path]).__name__}, which cannot be "
+                    f"LoRA: module {path!r} is a {type(module).__name__}, which cannot be "
                     "adapted; place LoRA on linear layers (nn.Linear, transformers Conv1D)"
                 )
-        if len(set(paths)) < len(paths):
-            twice = sorted({path for path in paths if paths.count(path) > 1})
-            raise PlacementError(f"LoRA: {self.where!r} names {twice} more than once")
-        return [(path, modules[path]) for path in paths]
+        return list(modules.items())
 
     def examples(self, model: nn.Module, fast: Mapping[str, Tensor]) -> int | None:
         """Number of examples that `fast` is for; None for fast weights that a batch shares.
@@ -276,12 +269,5 @@ class LoRA:
             inputs, outputs = low_rank.sizes(module)
             expected[f"{path}.lora_A"] = (self.rank, inputs)
             expected[f"{path}.lora_B"] = (outputs, self.rank)
-        checks.check_tensors("LoRA", fast)
-        missing, unknown = expected.keys() - fast.keys(), fast.keys() - expected.keys()
-        if missing or unknown:
-            raise ProblemError(
-                f"LoRA: fast weights of another model or adapter: missing {sorted(missing)[:6]} "
-                f"({len(missing)}), unknown {sorted(unknown)[:6]} ({len(unknown)}); "
-                "make them with init(model) of this adapter"
-            )
+        checks.check_fast("LoRA", fast, expected)
         return low_rank.examples(fast, expected)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor, nn
 
-from metafocus.adapters.files import save_tensors
 from metafocus.adapters.placement import Placement, adaptable, all_linear, is_conv1d, matching
 from metafocus.errors import PlacementError, ProblemError
+from metafocus.files import write_tensors
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -202,5 +202,5 @@ def write(
         f"base_model.model.{key}.weight": tensor.detach().cpu().contiguous()
         for key, tensor in fast.items()
     }
-    save_tensors(directory / "adapter_model.safetensors", tensors)
+    write_tensors(directory / "adapter_model.safetensors", tensors)
     config.save_pretrained(str(directory))

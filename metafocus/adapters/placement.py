@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from metafocus.checks import is_number
 from metafocus.errors import PlacementError
 
 Placement = Callable[[nn.Module], tuple[str, ...]]
@@ -72,8 +73,7 @@ class top_layers:
     names: Sequence[str]
 
     def __post_init__(self) -> None:
-        number = isinstance(self.fraction, int | float) and not isinstance(self.fraction, bool)
-        if not number or not 0 <= self.fraction <= 1:
+        if not is_number(self.fraction) or not 0 <= self.fraction <= 1:
             raise PlacementError(
                 f"top_layers(fraction={self.fraction!r}) must lie in [0, 1]: it is the share of "
                 "layers, not their number"

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from metafocus.errors import ProblemError
+from metafocus.torch_internals import forward_hooks, parameter_table
 
 Apply = Callable[[nn.Module, tuple[Any, ...], Any, dict[str, Tensor]], Any]
 """`(module, args, output, tensors) -> new output`, pure."""
@@ -49,14 +50,14 @@ class Slot:
 
     Attributes:
         binding: The current binding or None.
-        lent: What the module held before it was swapped, for each call that is under way.
+        saved_parameters: What the module held before the swap, for each call that is under way.
     """
 
-    __slots__ = ("binding", "lent")
+    __slots__ = ("binding", "saved_parameters")
 
     def __init__(self) -> None:
         self.binding: Binding | None = None
-        self.lent: list[dict[str, Tensor | None]] = []
+        self.saved_parameters: list[dict[str, Tensor | None]] = []
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], *output: Any) -> Any:
         """Return None before the module runs; then its new output, or None to leave it."""
@@ -64,9 +65,9 @@ class Slot:
             return None
         if self.binding.apply is as_parameters:
             if output:
-                module._parameters.update(self.lent.pop())  # pyright: ignore
+                parameter_table(module).update(self.saved_parameters.pop())
             else:
-                self.lent.append(_exchange(module, self.binding.tensors))
+                self.saved_parameters.append(_exchange(module, self.binding.tensors))
             return None
         if not output:
             return None
@@ -226,31 +227,32 @@ def rebind(
 
 @contextmanager
 def _held(held: Iterable[tuple[nn.Module, Slot, Any]]) -> Iterator[None]:
-    before: list[tuple[nn.Module, Slot, Binding | None, list[Any], dict[str, Any]]] = []
+    before: list[tuple[nn.Module, Slot, tuple[Any, Any], dict[str, Any]]] = []
     try:
         for module, found, binding in held:
-            before.append((module, found, found.binding, found.lent, dict(module._parameters)))
-            found.binding, found.lent = binding, []
+            state = found.binding, found.saved_parameters
+            before.append((module, found, state, dict(parameter_table(module))))
+            found.binding, found.saved_parameters = binding, []
         yield
     finally:
         # Backwards, so that a slot named twice ends with what it held first.
-        for module, found, binding, lent, own in reversed(before):
-            if found.lent:
+        for module, found, state, own in reversed(before):
+            if found.saved_parameters:
                 # A call was interrupted while the module's parameters were swapped.
-                module._parameters.update(own)
-            found.binding, found.lent = binding, lent
+                parameter_table(module).update(own)
+            found.binding, found.saved_parameters = state
 
 
 def _exchange(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
     """Put tensors where the parameters are, in the parameters' types; return the parameters."""
-    own: dict[str, Any] = {name: module._parameters[name] for name in tensors}
-    for name, tensor in tensors.items():
-        module._parameters[name] = tensor.to(own[name].dtype)  # pyright: ignore
+    table = parameter_table(module)
+    own: dict[str, Any] = {name: table[name] for name in tensors}
+    table.update({name: tensor.to(own[name].dtype) for name, tensor in tensors.items()})
     return own
 
 
 def _find(module: nn.Module) -> Slot | None:
-    return next((hook for hook in module._forward_hooks.values() if isinstance(hook, Slot)), None)
+    return next((hook for hook in forward_hooks(module) if isinstance(hook, Slot)), None)
 
 
 def _slots(module: nn.Module) -> Iterator[tuple[str, nn.Module, Slot]]:

@@ -5,7 +5,6 @@ Each linearises once and can be used for many products.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 from metafocus import params as pt
 from metafocus.autodiff.grad import leaf_alias, value_and_grad, vjp
 from metafocus.autodiff.safe_operators.swapping import differentiable_once, differentiable_twice
+from metafocus.checks import positive
 from metafocus.rng import replayed
 from metafocus.torch_internals import transforming
 from metafocus.types import HVP, Params
@@ -206,6 +206,6 @@ def hvp_finite(eps: float | None = None) -> HVP:
         >>> product({"x": torch.ones(2)})[0]["x"].detach().round(decimals=6)
         tensor([2., 2.], dtype=torch.float64)
     """
-    if eps is not None and (not eps > 0 or math.isinf(eps)):
-        raise ValueError(f"eps must be {'finite' if eps > 0 else 'positive'}, got {eps}.")
+    if eps is not None:
+        positive("eps", eps)
     return _Finite(eps)

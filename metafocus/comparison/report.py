@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 import os
 import platform
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from metafocus.files import write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -123,15 +124,8 @@ class Comparison:
 
     def to_json(self, path: str | Path) -> None:
         """Write rows, reference and environment as JSON; NaN becomes null."""
-        clean = [
-            {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in r.items()}
-            for r in self.rows
-        ]
-        text = {"reference": self.reference, "environment": self.environment, "rows": clean}
-        # Under another name first: a file of this name is whole.
-        part = Path(f"{path}.part")
-        part.write_text(json.dumps(text, indent=2) + "\n")
-        part.replace(path)
+        found = {"reference": self.reference, "environment": self.environment, "rows": self.rows}
+        write_json(path, found)
 
 
 def environment(dtype: torch.dtype) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from metafocus import params as pt
+from metafocus.checks import whole
 from metafocus.comparison.observe import Report, examine, flat, inner_residual, observe, timed
 from metafocus.comparison.report import Comparison, environment
 from metafocus.engine import MetaLoss, bilevel, hypergrad
@@ -77,8 +78,7 @@ def compare(
         ['exact', 'biased']
     """
     for name, value in (("repeats", repeats), ("seeds", seeds)):
-        if value < 1:
-            raise ValueError(f"{name} must be >= 1, got {value}.")
+        whole(name, value, 1)
     if not outer:
         raise ProblemError(
             "compare needs explicit outer parameters, got {}. Pass dict(model.named_parameters())."

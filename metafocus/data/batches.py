@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from metafocus.checks import whole
 from metafocus.data.chat import Sample
 from metafocus.errors import DataError
 
@@ -49,17 +50,14 @@ def collate(
         raise DataError("samples is empty: pass at least one sample to collate")
     if side not in ("right", "left"):
         raise DataError(f"side={side!r} is unknown: pad on the 'right' or on the 'left'")
-    if pad_token_id is not None and not isinstance(pad_token_id, int):
-        raise DataError(f"pad_token_id={pad_token_id!r} is no token id: pass a whole number")
     if pad_token_id is None:
         raise DataError(
             "pad_token_id=None: set tokenizer.pad_token (to tokenizer.eos_token, say) and pass "
             "tokenizer.pad_token_id"
         )
-    if pad_to_multiple_of is not None and (
-        not isinstance(pad_to_multiple_of, int) or pad_to_multiple_of < 1
-    ):
-        raise DataError(f"pad_to_multiple_of={pad_to_multiple_of}: pass None or at least 1")
+    whole("pad_token_id", pad_token_id, error=DataError)
+    if pad_to_multiple_of is not None:
+        whole("pad_to_multiple_of", pad_to_multiple_of, 1, note=" or None", error=DataError)
     _check_samples(samples)
 
     length = max(len(sample["input_ids"]) for sample in samples)
@@ -168,8 +166,7 @@ def pack(samples: Sequence[Sample], length: int) -> list[Sample]:
         >>> [row["document_ids"].tolist() for row in pack([sample] * 3, 5)]
         [[0, 0, 1, 1], [0, 0]]
     """
-    if isinstance(length, bool) or not isinstance(length, int):
-        raise DataError(f"length={length!r} is no whole number of tokens")
+    whole("length", length, 1, error=DataError)
     _check_samples(samples)
     sizes = [len(sample["input_ids"]) for sample in samples]
     for i, size in enumerate(sizes):

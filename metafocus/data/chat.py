@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from metafocus.checks import whole
 from metafocus.data.boundaries import (
     RenderedChat,
     RewrittenError,
@@ -109,14 +110,9 @@ def check_max_length(max_length: int | None) -> None:
     Raises:
         DataError: `max_length` is no integer, or below 2.
     """
-    if max_length is None:
-        return
-    if isinstance(max_length, bool) or not isinstance(max_length, int):
-        raise DataError(f"max_length={max_length!r} is no whole number: pass None or >= 2")
-    if max_length < 2:
-        raise DataError(
-            f"max_length={max_length} leaves no token to predict from another: pass None or >= 2"
-        )
+    if max_length is not None:
+        note = " or None: a token is predicted from another one"
+        whole("max_length", max_length, 2, note=note, error=DataError)
 
 
 def _turn_ids(size: int, spans: list[tuple[int, int]], ends: list[int] | None) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from metafocus.checks import is_whole
 from metafocus.errors import DataError
 
 Message = Mapping[str, Any]
@@ -72,7 +73,7 @@ def _check_evidence(evidence: Any, role: str, content: Any, where: str) -> None:
         good = (
             isinstance(span, (list, tuple))
             and len(span) == 2
-            and all(isinstance(edge, int) and not isinstance(edge, bool) for edge in span)
+            and all(is_whole(edge) for edge in span)
             and 0 <= span[0] < span[1] <= len(content)
         )
         if not good:

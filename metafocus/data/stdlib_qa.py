@@ -20,6 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from metafocus.checks import whole
 from metafocus.errors import DataError
 
 if TYPE_CHECKING:
@@ -87,8 +88,8 @@ def generate(
         >>> chat["messages"][0]["content"][start:stop] == chat["messages"][1]["content"]
         True
     """
-    if n < 1 or turns < 1:
-        raise DataError(f"n={n}, turns={turns}: both must be at least 1")
+    whole("n", n, 1, error=DataError)
+    whole("turns", turns, 1, error=DataError)
     available = entries(split)
     count = lru_cache(maxsize=None)(_counter(tokenizer))
     return [

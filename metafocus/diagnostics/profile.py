@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ from torch import Tensor
 from metafocus.diagnostics.measures import QUERIES, Measures
 from metafocus.diagnostics.tokens import SINKS
 from metafocus.errors import ProblemError
+from metafocus.files import finite, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -197,10 +196,7 @@ class AttentionProfile:
 
     def to_json(self, path: str | Path) -> None:
         """Write `to_dict()` as JSON."""
-        # Under another name first: a file of this name is whole.
-        part = Path(f"{path}.part")
-        part.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
-        part.replace(path)
+        write_json(path, self.to_dict(), indent=1)
 
     def to_pandas(self) -> pd.DataFrame:
         """Return one line for each set of queries, layer and head; pandas must be installed."""
@@ -257,11 +253,6 @@ class Moment:
 
 
 def _plain(value: Tensor) -> Any:
-    def clean(x: Any) -> Any:
-        if isinstance(x, list):
-            return [clean(y) for y in x]
-        return None if isinstance(x, float) and not math.isfinite(x) else x
-
     if value.is_floating_point():
         value = torch.round(value, decimals=9)
-    return clean(value.tolist())
+    return finite(value.tolist())

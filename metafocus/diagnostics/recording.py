@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from metafocus.adapters import NoAdapter
-from metafocus.attention.hugging_face import attend, attention_as, make_mask, register
-from metafocus.attention.kernels.kernel import Shape
+from metafocus.attention.hugging_face import attend, make_mask, register
+from metafocus.attention.kernels.kernel import Scaling
 from metafocus.diagnostics.measures import QUERIES, Measures, stack, summarise
 from metafocus.diagnostics.profile import AttentionProfile
-from metafocus.diagnostics.sums import walk_over
+from metafocus.diagnostics.sums import attention_sums
 from metafocus.diagnostics.tokens import Tokens, block_size
 from metafocus.errors import ProblemError
 from metafocus.lm import Adapter, Batch, all_tokens, lm_loss
 from metafocus.lm.hf import heads
+from metafocus.lm.hf.attention import attention_as, replaceable
 from metafocus.masks import MaskPolicy
 from metafocus.masks.spans import Spans, windowed
 
@@ -76,7 +77,7 @@ def attention_profile(
             f"{given} is given without {missing}: give both, for a profile with fast weights, or "
             "neither."
         )
-    config = _config(model)
+    config = replaceable(model)
     adapter, fast = adapter or NoAdapter(), dict(fast or {})
     device = next(model.parameters()).device
     raw = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
@@ -116,12 +117,12 @@ class Recorder:
         self.cells: list[Tensor] = []
 
     def __call__(
-        self, q: Tensor, k: Tensor, spans: Spans, shape: Shape, sinks: Tensor | None
+        self, q: Tensor, k: Tensor, spans: Spans, scaling: Scaling, sinks: Tensor | None
     ) -> None:
-        """Measure one layer; see `walk_over`."""
+        """Measure one layer; see `attention_sums`."""
         spans = Spans(*(x.expand(len(q), -1) for x in spans))
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-            sums = walk_over(q, k, spans, shape, sinks, self.tokens)
+            sums = attention_sums(q, k, spans, scaling, sinks, self.tokens)
             found = [summarise(sums, self.tokens, i) for i in range(len(QUERIES))]
         self.layers.append(found)
         self.cells.append(sums.cells.float().cpu())
@@ -172,8 +173,8 @@ def recorded(
         spans = windowed(spans, window)
     scaling = settings.get("scaling")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    shape = Shape(scale, settings.get("softcap"))
-    attention_recorder(query, key, spans, shape, settings.get("s_aux"))
+    scaling = Scaling(scale, settings.get("softcap"))
+    attention_recorder(query, key, spans, scaling, settings.get("s_aux"))
     return out
 
 
@@ -183,15 +184,6 @@ def _register() -> None:
     register()
     AttentionInterface.register(NAME, recorded)
     AttentionMaskInterface.register(NAME, make_mask)
-
-
-def _config(model: nn.Module) -> Any:
-    if not getattr(model, "_supports_attention_backend", False) or not hasattr(model, "config"):
-        raise ProblemError(
-            f"model {type(model).__name__} does not let its attention be replaced; profiles need a "
-            "Hugging Face model that takes attention functions, such as Qwen2, Llama or Gemma."
-        )
-    return model.config.get_text_config()  # pyright: ignore
 
 
 @contextmanager

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metafocus.attention.kernels.kernel import Shape
+from metafocus.attention.kernels.kernel import Scaling
+from metafocus.attention.kernels.tiled_inputs import TiledInputs, put_rows
 from metafocus.attention.kernels.tiles import Tile
-from metafocus.attention.kernels.walk import Walk, put_rows
 from metafocus.diagnostics.tokens import Tokens, block_size
 from metafocus.masks.spans import Spans
 
@@ -38,8 +38,8 @@ class Sums(NamedTuple):
     cells: Tensor
 
 
-def walk_over(
-    q: Tensor, k: Tensor, spans: Spans, shape: Shape, sinks: Tensor | None, tokens: Tokens
+def attention_sums(
+    q: Tensor, k: Tensor, spans: Spans, scaling: Scaling, sinks: Tensor | None, tokens: Tokens
 ) -> Sums:
     """Recompute the probabilities from `q` and `k`, a block of queries at a time, and sum them up.
 
@@ -47,21 +47,21 @@ def walk_over(
         q: `[B, H, S, D]`.
         k: `[B, Hkv, S, D]`.
         spans: `[B, S]`.
-        shape: Scale and soft cap.
+        scaling: Scale and soft cap.
         sinks: `[H]`, logits without a key that the model has learned, or None.
         tokens: Roles of the tokens.
     """
     # The values play no part: any tensor of the right heads will do.
-    walk = Walk.over(q, k, k, spans, shape)
-    batch, heads, group, length, _ = walk.q.shape
+    tiled = TiledInputs.of(q, k, k, spans, scaling)
+    batch, heads, group, length, _ = tiled.q.shape
     size = block_size(length)
     side = -(-length // size)
-    rows = walk.empty(EFFECTIVE + 1)
-    columns = walk.q.new_zeros(batch, heads, group, tokens.queries.shape[1], length)
-    cells = walk.q.new_zeros(batch, side, side)
-    members, weights = tokens.queries.to(walk.q.dtype), tokens.keys.to(walk.q.dtype)
-    for tile in walk.tiles():
-        p, entropy = _probabilities(walk, tile, sinks)
+    rows = tiled.empty(EFFECTIVE + 1)
+    columns = tiled.q.new_zeros(batch, heads, group, tokens.queries.shape[1], length)
+    cells = tiled.q.new_zeros(batch, side, side)
+    members, weights = tokens.queries.to(tiled.q.dtype), tokens.keys.to(tiled.q.dtype)
+    for tile in tiled.tiles():
+        p, entropy = _probabilities(tiled, tile, sinks)
         mass = p @ weights[tile.rows, None, None, tile.keys]
         mass[..., CONTEXT] -= _to_itself(p, tile, weights[..., CONTEXT])
         found = torch.cat((mass, entropy, entropy.exp()), -1)
@@ -74,10 +74,10 @@ def walk_over(
     return Sums(rows.flatten(1, 2), columns.flatten(1, 2), cells)
 
 
-def _probabilities(walk: Walk, tile: Tile, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+def _probabilities(tiled: TiledInputs, tile: Tile, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     """Probabilities `[B, Hkv, G, queries, keys]` and the entropy of each row `[..., 1]`."""
-    group = walk.q.shape[2]
-    z = walk.logits(tile)[0].unflatten(-2, (group, -1))
+    group = tiled.q.shape[2]
+    z = tiled.logits(tile)[0].unflatten(-2, (group, -1))
     total = torch.logsumexp(z, -1, keepdim=True)
     if sinks is not None:
         learned = sinks.to(z.dtype).view(-1, group)[tile.heads]

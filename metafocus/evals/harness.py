@@ -17,6 +17,7 @@ from metafocus.errors import DataError
 from metafocus.evals.items import Item
 from metafocus.evals.report import length_name
 from metafocus.evals.results import SCORERS, score
+from metafocus.files import write_json_lines, write_whole
 
 VERSION = 1.0
 """Of the exported tasks: it changes when their prompts or scores do."""
@@ -66,14 +67,13 @@ def export_tasks(items: Iterable[Item], directory: str | Path) -> list[str]:
         raise DataError("items is empty: pass what a generator of metafocus.evals made")
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "scoring.py").write_text(_SCORING)
+    write_whole(folder / "scoring.py", _SCORING)
     names = []
     for (suite, task, length), group in groups.items():
         name = f"metafocus_{suite}_{task}_{length_name(length)}"
-        with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
-            for item in group:
-                file.write(json.dumps({**item.record(), "prompt": item.prompt}) + "\n")
-        (folder / f"{name}.yaml").write_text(_yaml(name, group[0]))
+        records = ({**item.record(), "prompt": item.prompt} for item in group)
+        write_json_lines(folder / f"{name}.jsonl", records)
+        write_whole(folder / f"{name}.yaml", _yaml(name, group[0]))
         names.append(name)
     return names
 
@@ -194,7 +194,7 @@ def run_tasks(
         path = Path(output)
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = {**report, "samples": {k: [_short(s) for s in v] for k, v in _samples(report)}}
-        path.write_text(json.dumps(kept, indent=1, default=str) + "\n")
+        write_whole(path, json.dumps(kept, indent=1, default=str) + "\n")
     return report
 
 

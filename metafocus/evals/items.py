@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from metafocus.checks import whole
 from metafocus.data import encode_chat
 from metafocus.errors import DataError
+from metafocus.files import write_json_lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,9 +76,7 @@ def token_windows(item: Item, tokenizer: PreTrainedTokenizerBase) -> list[tuple[
 
 def write_chats(items: Iterable[Item], path: str | Path) -> None:
     """Write the items as training chats, one JSON object a line."""
-    with Path(path).open("w", encoding="utf-8") as file:
-        for item in items:
-            file.write(json.dumps(item.chat()) + "\n")
+    write_json_lines(path, (item.chat() for item in items))
 
 
 def counter(tokenizer: PreTrainedTokenizerBase | Count) -> Count:
@@ -96,7 +95,5 @@ def check_request(tasks: tuple[str, ...], task: str, length: int, n: int) -> Non
     """
     if task not in tasks:
         raise DataError(f"task={task!r} is unknown: use one of {', '.join(tasks)}")
-    if length < 0:
-        raise DataError(f"length={length} is negative: pass a number of tokens")
-    if n < 1:
-        raise DataError(f"n={n}: ask for at least one sample")
+    whole("length", length, error=DataError)
+    whole("n", n, 1, error=DataError)

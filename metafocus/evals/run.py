@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from metafocus.checks import whole
 from metafocus.errors import DataError
 from metafocus.evals.items import Count, Item
 
@@ -55,8 +56,7 @@ def answers(
     Raises:
         DataError: a batch size below 1, no token to pad with, or no chat template.
     """
-    if batch_size < 1:
-        raise DataError(f"batch_size={batch_size}: pass at least 1")
+    whole("batch_size", batch_size, 1, error=DataError)
     pad: Any = (
         tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     )

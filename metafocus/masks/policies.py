@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from metafocus.checks import whole
 from metafocus.errors import ProblemError
 from metafocus.masks.layout import differs, layout_of, least_from, runs_of
 from metafocus.masks.rows import Batch, take
@@ -144,11 +145,8 @@ class sliding_window:
     width: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.width, bool) or not isinstance(self.width, int) or self.width < 1:
-            raise ProblemError(
-                f"sliding_window(width={self.width!r}) must be an integer of at least 1: "
-                "a query always sees itself"
-            )
+        note = ", since a query always sees itself"
+        whole("sliding_window: width", self.width, 1, note=note, error=ProblemError)
 
     def __call__(self, batch: Batch) -> Spans:
         """The spans of `batch`."""

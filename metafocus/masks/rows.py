@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from metafocus.errors import DataError, ProblemError
-from metafocus.torch_internals import transforming
+from metafocus.torch_internals import assert_later, transforming
 
-Batch = Mapping[str, Tensor]
-"""`input_ids` and what else a policy reads, by name, each `[B, S]`."""
+Batch = dict[str, Any]
+"""`input_ids`, `attention_mask`, `answer_mask`, `turn_ids`: each `[B, S]`; see `data.collate`."""
 
 _MEANING = {
     "input_ids": "the tokens",
@@ -65,6 +65,6 @@ def refuse(bad: Tensor, message: str) -> None:
     if transforming() or bad.is_meta:
         return
     if bad.is_cuda:
-        torch._assert_async(~bad.any(), message)  # pyright: ignore[reportPrivateImportUsage]
+        assert_later(~bad.any(), message)
     elif bool(bad.any()):
         raise DataError(f"row {bad.nonzero()[0].item()}: {message}")

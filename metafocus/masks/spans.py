@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from metafocus.checks import whole
 from metafocus.errors import ProblemError
 
 if TYPE_CHECKING:
@@ -136,8 +137,7 @@ class Spans(NamedTuple):
         """
         from torch.nn.attention.flex_attention import BlockMask
 
-        if block_size < 1:
-            raise ProblemError(f"block_mask(block_size={block_size}) must be at least 1")
+        whole("block_mask: block_size", block_size, 1, error=ProblemError)
         start, stop = self
         length = start.shape[-1]
 
@@ -152,7 +152,7 @@ class Spans(NamedTuple):
         left = torch.arange(first.shape[-2], device=start.device) * block_size
         right = left + block_size
         touched = (first < right) & (left < last)
-        whole = (blocks(start, length).amax(-1, keepdim=True) <= left) & (
+        all_of_it = (blocks(start, length).amax(-1, keepdim=True) <= left) & (
             right <= blocks(stop, 0).amin(-1, keepdim=True)
         )
 
@@ -161,8 +161,8 @@ class Spans(NamedTuple):
             return chosen.sum(-1).int().unsqueeze(1), order.int().unsqueeze(1)
 
         return BlockMask.from_kv_blocks(
-            *listed(touched & ~whole),
-            *listed(whole),
+            *listed(touched & ~all_of_it),
+            *listed(all_of_it),
             BLOCK_SIZE=block_size,
             mask_mod=self.mask_mod,
             seq_lengths=(length, length),
@@ -242,7 +242,6 @@ def windowed(spans: Spans, window: int) -> Spans:
     Raises:
         ProblemError: If `window` is below 1, which would leave a causal query without keys.
     """
-    if window < 1:
-        raise ProblemError(f"windowed(window={window}) must be at least 1: a query sees itself")
+    whole("windowed: window", window, 1, error=ProblemError)
     query = torch.arange(spans.start.shape[-1], device=spans.start.device)
     return spans & Spans((query - window + 1).clamp(min=0).expand_as(spans.start), spans.stop)

@@ -33,9 +33,9 @@ def refused_writes(who: str, given: list[tuple[str, Tensor]], owner: Any) -> Ite
     changed = [k for k in before if before[k] is not after.get(k)]
     if not writes.saved and not changed:
         return
-    storages = {storage_key(innermost(x)) for x, _ in writes.saved}
-    names = [k for k, x in given if storage_key(innermost(x)) in storages]
-    hidden = [k for k, x in before.items() if storage_key(innermost(x)) in storages]
+    storages = {_memory(x) for x, _ in writes.saved}
+    names = [k for k, x in given if _memory(x) in storages]
+    hidden = [k for k, x in before.items() if _memory(x) in storages]
     with torch.no_grad():
         for x, value in reversed(writes.saved):
             x.copy_(value)
@@ -50,6 +50,10 @@ def refused_writes(who: str, given: list[tuple[str, Tensor]], owner: Any) -> Ite
         "computed and makes estimators disagree. Call eval() on that module (spectral norm keeps "
         "its power iteration still there), or pass the state through the fast weights."
     )
+
+
+def _memory(x: Tensor) -> int:
+    return storage_key(innermost(x).untyped_storage())
 
 
 def _held(owner: Any) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.stateless import _reparametrize_module
 
 from metafocus import masks
 from metafocus.adapters import LoRA, for_each, top_layers
@@ -15,11 +14,12 @@ from metafocus.engine import MetaLoss, bilevel
 from metafocus.errors import ProblemError
 from metafocus.estimators import Estimator, FirstOrder
 from metafocus.lm import Adapter, TokenPolicy, answer_tokens, lm_loss
-from metafocus.lm.hf.sharing import Shared
 from metafocus.lm.per_example import PerExampleLoss, PerExampleSolver, mean_loss
+from metafocus.lm.shared_prefix import SharedPrefix
 from metafocus.masks import MaskPolicy
 from metafocus.problem import Problem, as_episode, trainable
 from metafocus.solvers import SGD, clip_per_tensor
+from metafocus.torch_internals import swapped_weights
 from metafocus.types import Aux, Episode, Params, Solver
 
 PAPER_ADAPTER = LoRA(top_layers(0.35, ("gate_proj", "up_proj", "down_proj")), rank=32, alpha=64.0)
@@ -53,7 +53,7 @@ def focusft_problem(
     outer = lm_loss(model, adapter=adapter, mask=mask, tokens=outer_tokens)
     if examples is not None:
         inner = PerExampleLoss(model, adapter, mask, inner_tokens)
-    shared = Shared(inner)
+    shared = SharedPrefix(inner)
 
     def prepare(slow: Params, episode: Episode) -> Episode:
         support = shared(slow, inner.prepare(episode.support))
@@ -64,7 +64,7 @@ def focusft_problem(
 
     def start(slow: Params, support: Any) -> Params:
         # Fast weights that start as copies of slow ones must see these.
-        with _reparametrize_module(model, slow, tie_weights=True):
+        with swapped_weights(model, slow, tie_weights=True):
             fast = adapter.init(model, generator)
         return fast if examples is None else for_each(fast, examples)
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from metafocus import params as pt
+from metafocus.checks import whole
 from metafocus.errors import ProblemError
 from metafocus.problem import Problem, from_slow, proximal
 from metafocus.types import Aux, Episode, InnerLoss, Params
@@ -67,8 +68,7 @@ def sinusoids(
         torch.Size([25, 5, 1])
     """
     for name, value in (("tasks", tasks), ("shots", shots), ("queries", queries)):
-        if value < 1:
-            raise ValueError(f"{name} must be >= 1, got {value}.")
+        whole(name, value, 1)
 
     def uniform(low: float, high: float, count: int) -> Tensor:
         unit = torch.rand(tasks, count, 1, generator=generator, dtype=dtype)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metafocus.checks import not_negative
 from metafocus.errors import ProblemError
 from metafocus.problem import Problem
 from metafocus.types import Params
@@ -118,8 +119,7 @@ def reweight(losses: Losses, start: Start, l2: float = 0.0) -> Problem:
         >>> grads["weight"].sign()  # the first sample agrees with validation
         tensor([-1.,  1.])
     """
-    if not l2 >= 0:
-        raise ValueError(f"l2 must be >= 0, got {l2}.")
+    not_negative("l2", l2)
 
     def weighted(fast: Params, slow: Params, support: Any) -> Tensor:
         if "weight" not in slow:

@@ -12,6 +12,7 @@ from torch import Tensor
 from metafocus import params as pt
 from metafocus.autodiff.recompute import recompute
 from metafocus.autodiff.safe_operators.swapping import Swapped, differentiable_once
+from metafocus.checks import whole
 from metafocus.engine import MetaLoss
 from metafocus.errors import ProblemError
 from metafocus.estimators import Estimator
@@ -107,8 +108,8 @@ def stream(
         ProblemError: for sizes below 1; at the call for a batch of several sequences, and for a
             solver with a state.
     """
-    if chunk < 1 or window < 1:
-        raise ProblemError(f"chunk={chunk} and window={window} must be at least 1.")
+    whole("chunk", chunk, 1, error=ProblemError)
+    whole("window", window, 1, error=ProblemError)
     explicit = getattr(estimator, "explicit", False)
     checked = False
 

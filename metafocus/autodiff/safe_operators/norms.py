@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from metafocus.autodiff.safe_operators.autocast import wide
 from metafocus.errors import ProblemError
+from metafocus.params import wide
 
 
 def batch_norm(
@@ -155,6 +155,6 @@ def group_norm(
 
 
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """Compute `v g / |v|` like `torch._weight_norm`, the norm over all axes but `dim`."""
+    """Compute `v g / |v|` for `torch.nn.utils.weight_norm`, the norm over all axes but `dim`."""
     axes = None if dim == -1 else [a for a in range(v.ndim) if a != dim]
     return v * (g / torch.linalg.vector_norm(v, dim=axes, keepdim=dim != -1))

@@ -20,15 +20,16 @@ First-order work never comes here and keeps the fused kernels.
 from __future__ import annotations
 
 import functools
-import sys
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import TorchFunctionMode
 
+from metafocus import torch_internals
 from metafocus.autodiff.safe_operators import (
     attention,
     batch_norm,
@@ -50,7 +51,7 @@ from metafocus.autodiff.safe_operators import (
 )
 from metafocus.autodiff.safe_operators.autocast import in_float32
 from metafocus.errors import TransformError
-from metafocus.torch_internals import forward_levels, transforming
+from metafocus.torch_internals import forward_levels, function_modes, transforming
 
 
 def _linear_cross_entropy(
@@ -98,7 +99,7 @@ _WRONG = {
     F.batch_norm: batch_norm,
     F.instance_norm: instance_norm,
     F.layer_norm: in_float32(layer_norm, ("cuda",)),
-    torch._weight_norm: weight_norm,  # pyright: ignore[reportPrivateImportUsage]
+    torch_internals.weight_norm: weight_norm,
     # What these call, with arguments in another order.
     torch.batch_norm: lambda x, w, b, mean, var, *rest: batch_norm(x, mean, var, w, b, *rest),
     torch.instance_norm: lambda x, w, b, mean, var, *rest: instance_norm(x, mean, var, w, b, *rest),
@@ -119,7 +120,9 @@ _IN_FORWARD_MODE = {
     F.soft_margin_loss: in_float32(soft_margin_loss),
 }
 
-_TABLES = frozenset({Tensor.add_, Tensor.requires_grad_}).union(_ALWAYS, _WRONG, _WRONG_IN_TRANSFORMS, _IN_FORWARD_MODE)
+_TABLES = frozenset({Tensor.add_, Tensor.requires_grad_}).union(
+    _ALWAYS, _WRONG, _WRONG_IN_TRANSFORMS, _IN_FORWARD_MODE
+)
 
 
 def _batch_norm(
@@ -175,8 +178,10 @@ def _requires_grad(x: Tensor, requires_grad: bool = True) -> Tensor:
 
 def _counts_batches() -> bool:
     """Return whether a batch norm module is counting the batches that it has seen."""
-    caller = sys._getframe(2).f_globals.get("__name__")
-    return caller == "torch.nn.modules.batchnorm"
+    frame = inspect.currentframe()
+    for _ in range(2):
+        frame = frame and frame.f_back
+    return frame is not None and frame.f_globals.get("__name__") == "torch.nn.modules.batchnorm"
 
 
 class Swapped(TorchFunctionMode):
@@ -225,8 +230,7 @@ class Swapped(TorchFunctionMode):
 
 def active() -> Swapped | None:
     """Return the innermost block in which operators are being swapped, if any."""
-    modes = _get_current_function_mode_stack()
-    return next((mode for mode in reversed(modes) if isinstance(mode, Swapped)), None)
+    return next((mode for mode in reversed(function_modes()) if isinstance(mode, Swapped)), None)
 
 
 def differentiable_twice(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from metafocus.checks import whole
 from metafocus.errors import DataError
 from metafocus.evals.agentic.endpoints import Endpoint, Message, TooLong
 from metafocus.evals.agentic.questions import LETTERS, Choice, answer_letter
@@ -74,8 +75,7 @@ def play(
         >>> play(lambda messages, seed: "It is four. Answer: B", question).correct
         True
     """
-    if calls < 0:
-        raise DataError(f"calls={calls}: pass 0 or more")
+    whole("calls", calls, error=DataError)
     left = calls if tool is not None else 0
     messages: list[Message] = [{"role": "user", "content": _first(question, left)}]
     runs: list[dict[str, Any] | None] = []

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from metafocus.checks import positive, whole
 from metafocus.errors import DataError
 
 _GUARD = str(Path(__file__).with_name("guard.py"))
@@ -52,9 +53,10 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not value > 0 or (name != "seconds" and not isinstance(value, int)):
-                kind = "number" if name == "seconds" else "whole number"
-                raise DataError(f"{name}={value!r}: a limit must be a positive {kind}")
+            if name == "seconds":
+                positive(name, value, error=DataError)
+            else:
+                whole(name, value, 1, error=DataError)
 
 
 @dataclass(frozen=True)

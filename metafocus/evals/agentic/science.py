@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+from metafocus.checks import whole
 from metafocus.errors import DataError
 from metafocus.evals.agentic.questions import Choice, shuffled
 from metafocus.evals.agentic.topics import TOPICS, Problem
@@ -30,8 +31,7 @@ def science(n: int, seed: int = 0) -> list[Choice]:
         >>> len(question.choices), question.letter in "ABCD"
         (4, True)
     """
-    if n < 1:
-        raise DataError(f"n={n}: ask for at least one question")
+    whole("n", n, 1, error=DataError)
     names = list(MAKERS)
     return [
         _question(names[i % len(names)], random.Random(f"science {seed} {i}")) for i in range(n)

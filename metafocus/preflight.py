@@ -14,8 +14,10 @@ from metafocus.checks import scalar
 from metafocus.errors import ClosureError, ProblemError
 from metafocus.rng import kept
 from metafocus.solvers import Given
+from metafocus.solvers.descent import checked
 from metafocus.torch_internals import (
     foreign_leaves,
+    is_batched,
     is_tracked,
     new_tensors,
     raised_by_functional_call,
@@ -52,6 +54,8 @@ def preflight(
             all arguments are constants: it closes over a tensor that the estimator cannot see.
     """
     point, slow, data = pt.detach(start), pt.detach(outer), streams.at(support, 0)
+    if explicit and streams.is_opaque(support):
+        _refuse_hidden(support, data)
     data = pt.detach(data)
     with kept(pt.tensors((start, outer))), torch.enable_grad(), new_tensors() as made:
         value = _evaluated(inner_loss, point, slow, data)
@@ -59,12 +63,32 @@ def preflight(
             _refuse_closures("inner_loss", [value], made)
         # A given solution has no steps and is a constant.
         if point and not isinstance(solver, Given):
+            own_rule = getattr(solver, "direction", None)
             if explicit:
-                state = solver.init(point)
-                step = solver.update(point, pt.zeros_like(point), state, 0, slow)
+                move = pt.zeros_like(point)
+                if own_rule is not None:
+                    value, move = checked(own_rule(inner_loss, point, slow, data), point)
+                    _refuse_closures("the solver (its direction)", [value, *move.values()], made)
+                step = solver.update(point, pt.detach(move), solver.init(point), 0, slow)
                 _refuse_closures("the solver (its lr?)", pt.tensors(step), made)
-            if getattr(solver, "direction", None) is None:
+            if own_rule is None:
                 _refuse_ignored(inner_loss, point, slow, data)
+
+
+def _refuse_hidden(support: Any, data: Any) -> None:
+    """Raise if a stream gives tensors that an explicit estimator would have to see and cannot."""
+    name = type(getattr(support, "stream", support)).__name__
+    tensors = pt.tensors(data)
+    if any(map(is_tracked, tensors)):
+        why = "depend on something that requires grad: the estimator would lose its derivative"
+    elif any(map(is_batched, tensors)):
+        why = "differ from task to task of a vmap: the estimator cannot see that"
+    else:
+        return
+    raise ClosureError(
+        f"the stream of type {name} gives tensors that {why}. Use mf.PerStep, whose tensors are "
+        "visible, or Unrolled() without recompute."
+    )
 
 
 def _evaluated(inner_loss: InnerLoss, fast: Params, slow: Params, data: Any) -> Tensor:

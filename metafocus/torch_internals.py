@@ -135,9 +135,10 @@ def is_tracked(x: Tensor) -> bool:
     """Return whether a tensor needs a derivative at any live level of differentiation."""
     if x.requires_grad:
         return True
-    # The tangent of a batched tensor, if any, is that of what it wraps.
-    batched = _functorch.is_batchedtensor(x)
-    if not batched and forward_ad.unpack_dual(x, level=0).tangent is not None:
+    # The tangent of a batched tensor, if any, is that of what it wraps. Sparse tensors cannot be
+    # asked for one.
+    dual = forward_ad._current_level >= 0 and not _functorch.is_batchedtensor(x)
+    if dual and forward_ad.unpack_dual(x, level=0).tangent is not None:
         return True
     if not _functorch.is_functorch_wrapped_tensor(x):
         return False

@@ -19,10 +19,11 @@ from metafocus.autodiff.grad import refuse_inference_mode
 from metafocus.autodiff.safe_operators.swapping import Swapped, differentiable_once
 from metafocus.errors import ProblemError
 from metafocus.preflight.kernels import refuse_lost_second_derivatives, trust
-from metafocus.preflight.names import evaluated, refuse_closures, refuse_ignored
+from metafocus.preflight.names import evaluated, refuse_closures, refuse_hidden, refuse_ignored
 from metafocus.preflight.state import refused_writes
 from metafocus.rng import kept
 from metafocus.solvers import Given
+from metafocus.solvers.descent import checked
 from metafocus.torch_internals import (
     foreign_nodes,
     new_tensors,
@@ -72,9 +73,12 @@ def preflight(
     """
     refuse_inference_mode()
     point, slow = pt.detach(start), pt.detach(outer)
-    data = pt.detach(streams.at(support, 0))
+    data = streams.at(support, 0)
+    if explicit and streams.is_opaque(support):
+        refuse_hidden(support, data)
+    data = pt.detach(data)
     steps = bool(point) and not isinstance(solver, Given)
-    own_rule = getattr(solver, "direction", None) is not None
+    own_rule = getattr(solver, "direction", None)
     given = [(f"the fast weight {k!r}", v) for k, v in point.items()]
     given += [(f"the outer parameter {k!r}", v) for k, v in slow.items()]
     given += [("the support", x) for x in pt.tensors(data)]
@@ -91,7 +95,7 @@ def preflight(
             else:
                 unused, value, kernels = _on_tape(loss, point, made)
                 results = [value]
-            if steps and not own_rule:
+            if steps and own_rule is None:
                 refuse_ignored(unused, point)
             if explicit:
                 refuse_closures("inner_loss", results, made)
@@ -99,7 +103,13 @@ def preflight(
             state = solver.init(point)
             moving = given + [("the solver's state", x) for x in pt.tensors(state)]
             with refused_writes("solver.update", moving, solver), new_tensors() as made:
-                after = solver.update(point, pt.zeros_like(point), state, 0, slow)
+                move = pt.zeros_like(point)
+                if own_rule is not None:
+                    value, move = checked(own_rule(inner_loss, point, slow, data), point)
+                    if explicit:
+                        results = [value, *move.values()]
+                        refuse_closures("the solver (its direction)", results, made)
+                after = solver.update(point, pt.detach(move), state, 0, slow)
                 _check_update(after, point)
                 if explicit:
                     refuse_closures("the solver (its lr?)", pt.tensors(after), made)

@@ -7,10 +7,40 @@ from typing import Any
 
 from torch import Tensor
 
+from metafocus import params as pt
 from metafocus.checks import scalar
 from metafocus.errors import ClosureError, ProblemError
-from metafocus.torch_internals import foreign_leaves, is_tracked, raised_by_functional_call
+from metafocus.torch_internals import (
+    foreign_leaves,
+    is_batched,
+    is_tracked,
+    raised_by_functional_call,
+)
 from metafocus.types import InnerLoss, Params
+
+
+def refuse_hidden(support: Any, data: Any) -> None:
+    """Raise if a stream gives tensors that an explicit estimator would have to see and cannot.
+
+    Args:
+        support: a stream whose tensors cannot be seen.
+        data: what it gives to step 0.
+
+    Raises:
+        ClosureError: naming the stream.
+    """
+    name = type(getattr(support, "stream", support)).__name__
+    tensors = pt.tensors(data)
+    if any(map(is_tracked, tensors)):
+        why = "depend on something that requires grad: the estimator would lose its derivative"
+    elif any(map(is_batched, tensors)):
+        why = "differ from task to task of a vmap: the estimator cannot see that"
+    else:
+        return
+    raise ClosureError(
+        f"the stream of type {name} gives tensors that {why}. Use mf.PerStep, whose tensors are "
+        "visible, or Unrolled() without recompute."
+    )
 
 
 def evaluated(inner_loss: InnerLoss, fast: Params, slow: Params, data: Any) -> Tensor:

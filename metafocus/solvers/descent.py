@@ -50,7 +50,7 @@ def descend(
                 cut=False,
             )
         else:
-            value, grads = _checked(own_rule(inner_loss, params, outer, data), params)
+            value, grads = checked(own_rule(inner_loss, params, outer, data), params)
         params, state = solver.update(params, grads, state, step, outer)
         if not differentiable:
             # A learned rate may close over a tensor that requires grad.
@@ -61,7 +61,7 @@ def descend(
     return params, state, losses, kept
 
 
-def _checked(result: Any, params: Params) -> tuple[Tensor, Params]:
+def checked(result: Any, params: Params) -> tuple[Tensor, Params]:
     """Return what `Solver.direction` returned: a detached loss and one entry for each weight."""
     if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], dict):
         raise ProblemError(

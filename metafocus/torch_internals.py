@@ -184,13 +184,24 @@ def foreign_leaves(result: Tensor, own: Sequence[Tensor]) -> list[Tensor]:
 
 def unused_by(loss: Callable[[dict[str, Tensor]], Tensor], at: dict[str, Tensor]) -> set[str]:
     """Return the names of the tensors that a scalar does not depend on; inside transforms too."""
+    if not transforming():
+        # On the tape, since a loss may use what torch.func does not know, such as numpy.
+        leaves = {k: v.detach().requires_grad_() for k, v in at.items()}
+        with torch.enable_grad():
+            value = loss(dict(leaves))
+        return _without_gradient(value, leaves) if value.requires_grad else set(at)
     with grad_increment_nesting() as level:
         leaves = {k: _create_differentiable(v.detach(), level) for k, v in at.items()}
         value = loss(dict(leaves))
-        if not is_tracked(value):
+        # A value may need a derivative for other reasons, at levels below this one.
+        if _functorch.maybe_get_level(value) != level or not value.requires_grad:
             return set(at)
-        found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
-        return {k for k, g in zip(leaves, found, strict=True) if g is None}
+        return _without_gradient(value, leaves)
+
+
+def _without_gradient(value: Tensor, leaves: dict[str, Tensor]) -> set[str]:
+    found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+    return {k for k, g in zip(leaves, found, strict=True) if g is None}
 
 
 def is_view(x: Tensor) -> bool:

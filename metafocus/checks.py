@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from metafocus.errors import ProblemError
@@ -92,6 +93,22 @@ def fraction(name: str, value: Any) -> None:
     """
     if not 0 <= value < 1:
         raise ValueError(f"{name} must be in [0, 1), got {value}.")
+
+
+def seeded(generator: Any) -> None:
+    """Raise unless `generator` is a `torch.Generator`: randomness has an explicit source.
+
+    Raises:
+        ValueError: naming what was given instead.
+
+    Example:
+        >>> seeded(torch.Generator().manual_seed(0))
+    """
+    if not isinstance(generator, torch.Generator):
+        raise ValueError(
+            f"generator must be a torch.Generator, got {type(generator).__name__}. Randomness is "
+            "explicit: generator=torch.Generator().manual_seed(0)."
+        )
 
 
 def scalar(value: Any, name: str) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from metafocus import params as pt
 from metafocus.autodiff.grad import leaf_alias, pullback
 from metafocus.checks import whole
-from metafocus.engine import MetaLoss
+from metafocus.engine import MetaLoss, outermost
 from metafocus.errors import NonFiniteError, ProblemError
 from metafocus.problem import check_finite
 from metafocus.rng import Drawn
@@ -96,6 +96,9 @@ class _OverTasks:
     randomness: str
 
     def __call__(self, outer: Params, episodes: Any) -> tuple[Tensor, Aux]:
+        return outermost(self._mean, outer, episodes)
+
+    def _mean(self, outer: Params, episodes: Any) -> tuple[Tensor, Aux]:
         _refuse_unshared(episodes)
         tensors, rebuild = pt.partition(episodes)
         count = _task_count(tensors)

@@ -8,6 +8,7 @@ name, that test fails, and this file is the only one to change.
 from __future__ import annotations
 
 import contextlib
+import re
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -134,9 +135,10 @@ def is_tracked(x: Tensor) -> bool:
     """Return whether a tensor needs a derivative at any live level of differentiation."""
     if x.requires_grad:
         return True
-    # The tangent of a batched tensor, if any, is that of what it wraps.
-    batched = _functorch.is_batchedtensor(x)
-    if not batched and forward_ad.unpack_dual(x, level=0).tangent is not None:
+    # The tangent of a batched tensor, if any, is that of what it wraps. Sparse tensors cannot be
+    # asked for one.
+    dual = forward_ad._current_level >= 0 and not _functorch.is_batchedtensor(x)
+    if dual and forward_ad.unpack_dual(x, level=0).tangent is not None:
         return True
     if not _functorch.is_functorch_wrapped_tensor(x):
         return False
@@ -168,38 +170,119 @@ def foreign_leaves(result: Tensor, own: Sequence[Tensor]) -> list[Tensor]:
     mine = {id(x) for x in own}
     if result.grad_fn is None:
         return [] if not result.requires_grad or id(result) in mine else [result]
-    found, seen, pending = [], set(), [result.grad_fn]
+    # Only the node of a leaf has a variable.
+    found = [getattr(node, "variable", None) for node in _nodes([result])]
+    return [leaf for leaf in found if leaf is not None and id(leaf) not in mine]
+
+
+def foreign_nodes(results: Iterable[Tensor]) -> list[str]:
+    """Return the names of custom kernels that tensors of the tape depend on.
+
+    Nodes of ATen's own, of torch.distributed and of this package have all derivatives.
+    """
+    return sorted({n.name() for n in _nodes(results) if not _has_all_derivatives(n)})
+
+
+_ATEN_NODE = re.compile(r"(Backward\d+|AccumulateGrad|CopyBackwards|CopySlices|Barrier|Error)$")
+
+
+def _has_all_derivatives(node: Any) -> bool:
+    custom = getattr(type(node), "_forward_cls", None)
+    if custom is not None:
+        return custom.__module__.startswith(("metafocus.", "torch.distributed."))
+    return bool(_ATEN_NODE.search(node.name()))
+
+
+def _nodes(results: Iterable[Tensor]) -> Iterator[Any]:
+    seen, pending = set(), [x.grad_fn for x in results if x.grad_fn is not None]
     while pending:
         node = pending.pop()
         if node in seen:
             continue
         seen.add(node)
-        # Only the node of a leaf has a variable.
-        leaf = getattr(node, "variable", None)
-        if leaf is not None and id(leaf) not in mine:
-            found.append(leaf)
+        yield node
         pending += [parent for parent, _ in node.next_functions if parent is not None]
-    return found
+
+
+class Writes(TorchDispatchMode):
+    """Records what is written to inside a block and was not made there.
+
+    Attributes:
+        saved: each tensor that was written to, and a copy of what it held before.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.saved: list[tuple[Tensor, Tensor]] = []
+        self._made: set[int] = set()
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for argument, value in _bound(func, args, kwargs):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                for x in pytree.tree_leaves(value):
+                    self._note(x)
+        out = func(*args, **kwargs)
+        self._made |= _storages(out) - _storages((args, kwargs))
+        return out
+
+    def _note(self, x: Any) -> None:
+        if _has_storage(x):
+            key = storage_key(x.untyped_storage())
+            if key not in self._made and key not in self._seen:
+                self._seen.add(key)
+                self.saved.append((x, x.clone()))
+
+
+def _storages(tree: Any) -> set[int]:
+    found = (x for x in pytree.tree_leaves(tree) if _has_storage(x))
+    return {storage_key(x.untyped_storage()) for x in found}
+
+
+def _has_storage(x: Any) -> bool:
+    # Wrappers such as DTensor have none of their own.
+    return type(x) in (Tensor, torch.nn.Parameter)
+
+
+def _bound(func: Any, args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
+    for i, argument in enumerate(func._schema.arguments):
+        if i < len(args):
+            yield argument, args[i]
+        elif argument.name in kwargs:
+            yield argument, kwargs[argument.name]
+
+
+def plain(x: Tensor) -> Tensor:
+    """Return a tensor as it is outside all transforms; of a batch that `vmap` maps, the first."""
+    batched = []
+    while _functorch.is_functorch_wrapped_tensor(x):
+        if _functorch.is_batchedtensor(x):
+            batched.append(_functorch.maybe_get_bdim(x))
+        x = _functorch.get_unwrapped(x)
+    for axis in reversed(batched):
+        x = x.select(axis, 0)
+    return x
 
 
 def unused_by(loss: Callable[[dict[str, Tensor]], Tensor], at: dict[str, Tensor]) -> set[str]:
     """Return the names of the tensors that a scalar does not depend on; inside transforms too."""
     if not transforming():
-        # On the tape, since a loss may use what torch.func does not know, such as numpy.
-        leaves = {k: v.detach().requires_grad_() for k, v in at.items()}
-        with torch.enable_grad():
-            value = loss(dict(leaves))
-        return _without_gradient(value, leaves) if value.requires_grad else set(at)
+        # The tape accepts what a transform refuses: batch norm that counts its batches, a loss
+        # that builds a graph of its own, custom Functions of the old form.
+        return _unused({k: v.detach().requires_grad_() for k, v in at.items()}, loss, -1)
     with grad_increment_nesting() as level:
         leaves = {k: _create_differentiable(v.detach(), level) for k, v in at.items()}
-        value = loss(dict(leaves))
-        # A value may need a derivative for other reasons, at levels below this one.
-        if _functorch.maybe_get_level(value) != level or not value.requires_grad:
-            return set(at)
-        return _without_gradient(value, leaves)
+        return _unused(leaves, loss, level)
 
 
-def _without_gradient(value: Tensor, leaves: dict[str, Tensor]) -> set[str]:
+def _unused(
+    leaves: dict[str, Tensor], loss: Callable[[dict[str, Tensor]], Tensor], level: int
+) -> set[str]:
+    value = loss(dict(leaves))
+    # A value of another level depends on what is closed over, and not on these leaves.
+    if _functorch.maybe_get_level(value) != level or not value.requires_grad:
+        return set(leaves)
     found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
     return {k for k, g in zip(leaves, found, strict=True) if g is None}
 

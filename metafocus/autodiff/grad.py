@@ -17,6 +17,7 @@ from metafocus.checks import scalar
 from metafocus.errors import TransformError
 from metafocus.torch_internals import (
     VmapLevel,
+    foreign_leaves,
     outside_transforms,
     pytree,
     sole_vmap,
@@ -44,8 +45,17 @@ def pushforward(fn: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..
 
 
 def leaf_alias(x: Tensor, track: bool) -> Tensor:
-    """Return an alias of `x` that needs a derivative and cuts it from its own past."""
-    return x.view_as(x) if track and x.requires_grad else x.detach().requires_grad_()
+    """Return an alias of `x` that needs a derivative: of a constant, a leaf of the engine's own."""
+    if track and x.requires_grad:
+        return x.view_as(x)
+    leaf = x.detach().requires_grad_()
+    leaf.engine_leaf = True  # pyright: ignore[reportAttributeAccessIssue]
+    return leaf
+
+
+def reaches_a_users_leaf(value: Tensor) -> bool:
+    """Return whether a value of the tape depends on a leaf that the engine did not make."""
+    return any(not hasattr(x, "engine_leaf") for x in foreign_leaves(value, ()))
 
 
 def value_and_grad(
@@ -60,11 +70,7 @@ def value_and_grad(
     Raises:
         TransformError: in inference mode, where every gradient would be zero.
     """
-    if torch.is_inference_mode_enabled():
-        raise TransformError(
-            "torch.inference_mode() has no gradients, so the inner loop would not adapt. Use "
-            "torch.no_grad() instead."
-        )
+    refuse_inference_mode()
     vmap = sole_vmap()
     if vmap is not None:
         return _per_task(loss, fast, differentiable, vmap)
@@ -82,6 +88,15 @@ def value_and_grad(
         torch.zeros_like(x) if g is None else g for g, x in zip(grads, fast.values(), strict=True)
     ]
     return value.detach(), dict(zip(fast, filled, strict=True))
+
+
+def refuse_inference_mode() -> None:
+    """Raise in `torch.inference_mode()`, where every gradient would be zero."""
+    if torch.is_inference_mode_enabled():
+        raise TransformError(
+            "torch.inference_mode() has no gradients, so the inner loop would not adapt. Use "
+            "torch.no_grad() instead."
+        )
 
 
 def _per_task(

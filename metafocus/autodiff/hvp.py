@@ -5,7 +5,6 @@ Each linearises once and can be used for many products.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from metafocus import params as pt
 from metafocus.autodiff.grad import leaf_alias, value_and_grad, vjp
-from metafocus.autodiff.safe_operators.swapping import Swapped, differentiable_twice
+from metafocus.autodiff.safe_operators.swapping import differentiable_once, differentiable_twice
 from metafocus.checks import positive
 from metafocus.rng import replayed
 from metafocus.torch_internals import transforming
@@ -184,12 +183,7 @@ def evaluated_for(hvp: HVP, loss: Callable[..., Tensor]) -> Callable[..., Tensor
     if not getattr(hvp, "first_order", False):
         return differentiable_twice(loss)
 
-    @functools.wraps(loss)
-    def kept(*args: Any) -> Tensor:
-        with Swapped(once=True):
-            return loss(*args)
-
-    return kept
+    return differentiable_once(loss)
 
 
 def hvp_finite(eps: float | None = None) -> HVP:

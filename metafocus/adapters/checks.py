@@ -1,4 +1,4 @@
-"""What every adapter is given, checked: a placement, the paths it names, fast weights."""
+"""Checks of the arguments of every adapter: a placement, its paths, and fast weights."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 from metafocus.errors import PlacementError, ProblemError
 
 MOST = 2**16
-"""The largest rank: a slip of the keyboard shall not ask for all of the memory."""
+"""The largest rank; guards against typos in `rank`."""
 
 
 def check_where(adapter: str, where: Any) -> None:
     """Raise unless `where` is a function.
 
     Raises:
-        PlacementError: If it is not, such as a name or a tuple of names.
+        PlacementError: If it is not a function, such as a name or a tuple of names.
 
     Example:
         >>> check_where("LoRA", "up_proj")
@@ -36,7 +36,7 @@ def checked_paths(adapter: str, where: Any, paths: Any) -> tuple[str, ...]:
     """Return the paths that a placement returned.
 
     Raises:
-        PlacementError: If they are no tuple or list of strings; a single string would be taken
+        PlacementError: If they are not a tuple or list of strings. A single string would be read
             letter by letter.
 
     Example:
@@ -54,7 +54,7 @@ def check_tensors(adapter: str, fast: Any) -> None:
     """Raise unless `fast` is a mapping from names to floating-point tensors.
 
     Raises:
-        ProblemError: If it is not.
+        ProblemError: If it is not such a mapping.
 
     Example:
         >>> check_tensors("LoRA", {})

@@ -1,4 +1,4 @@
-"""Fast weights on disk: a file that is there is whole."""
+"""Saves fast weights so that a file on disk is always complete."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from metafocus.errors import DataError
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file under another name first, so that it is whole or as it was.
+    """Write a safetensors file, first under another name, so that it is complete or unchanged.
 
     Raises:
-        DataError: If it cannot be written: a full disk, a directory that is none.
+        DataError: If it cannot be written, for example on a full disk.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -36,7 +36,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file.
 
     Raises:
-        DataError: If it is missing or cut off.
+        DataError: If the file is missing or incomplete.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file

@@ -17,7 +17,7 @@ from metafocus import streams
 from metafocus.autodiff import recompute
 from metafocus.autodiff.grad import refuse_inference_mode
 from metafocus.autodiff.safe_operators.swapping import Swapped, differentiable_once
-from metafocus.errors import ProblemError
+from metafocus.errors import MetafocusError, ProblemError
 from metafocus.preflight.kernels import refuse_lost_second_derivatives, trust
 from metafocus.preflight.names import evaluated, refuse_closures, refuse_hidden, refuse_ignored
 from metafocus.preflight.state import refused_writes
@@ -32,7 +32,7 @@ from metafocus.torch_internals import (
     transforming,
     unused_by,
 )
-from metafocus.types import InnerLoss, Params, Solver
+from metafocus.types import InnerLoss, Params, Solver, State
 
 __all__ = ["preflight", "refuse_ignored_fast_weights", "trust"]
 
@@ -79,16 +79,25 @@ def preflight(
     data = pt.detach(data)
     steps = bool(point) and not isinstance(solver, Given)
     own_rule = getattr(solver, "direction", None)
-    given = [(f"the fast weight {k!r}", v) for k, v in point.items()]
-    given += [(f"the outer parameter {k!r}", v) for k, v in slow.items()]
-    given += [("the support", x) for x in pt.tensors(data)]
 
     def loss(fast: Params) -> Tensor:
         return evaluated(inner_loss, fast, slow, data)
 
+    def move(fast: Params, slow: Params, data: Any) -> tuple[Tensor, Params]:
+        if own_rule is not None:
+            return checked(own_rule(inner_loss, fast, slow, data), fast)
+        return next(iter(fast.values())).new_zeros(()), pt.zeros_like(fast)
+
+    def update(state: State, fast: Params, slow: Params, data: Any) -> tuple[Tensor, Params, Any]:
+        value, direction = move(fast, slow, data)
+        after = solver.update(fast, pt.detach(direction), state, 0, slow)
+        _check_update(after, fast)
+        return value, direction, after
+
     swapped, kernels = Swapped(once=True), None
     with kept(pt.tensors((start, outer, data))), torch.enable_grad():
-        with refused_writes("inner_loss", given, inner_loss), new_tensors() as made, swapped:
+        _refuse_side_effects(inner_loss, solver, update if steps else None, point, slow, data)
+        with new_tensors() as made, swapped:
             if transforming():
                 unused = unused_by(loss, point)
                 results = [loss(point)] if explicit else []
@@ -99,26 +108,47 @@ def preflight(
                 refuse_ignored(unused, point)
             if explicit:
                 refuse_closures("inner_loss", results, made)
-        if steps:
-            state = solver.init(point)
-            moving = given + [("the solver's state", x) for x in pt.tensors(state)]
-            with refused_writes("solver.update", moving, solver), new_tensors() as made:
-                move = pt.zeros_like(point)
-                if own_rule is not None:
-                    value, move = checked(own_rule(inner_loss, point, slow, data), point)
-                    if explicit:
-                        results = [value, *move.values()]
-                        refuse_closures("the solver (its direction)", results, made)
-                after = solver.update(point, pt.detach(move), state, 0, slow)
-                _check_update(after, point)
-                if explicit:
-                    refuse_closures("the solver (its lr?)", pt.tensors(after), made)
+        if steps and explicit:
+            with new_tensors() as made:
+                value, direction, after = update(solver.init(point), point, slow, data)
+                refuse_closures("the solver (its direction)", [value, *direction.values()], made)
+                refuse_closures("the solver (its lr?)", pt.tensors(after), made)
         if twice and (kernels is None or kernels):
             with outside_transforms():
                 refuse_lost_second_derivatives(
                     "inner_loss", inner_loss, *_plain((point, slow, data)), kernels
                 )
     return differentiable_once(inner_loss) if swapped.statistics else inner_loss
+
+
+def _refuse_side_effects(
+    inner_loss: InnerLoss,
+    solver: Solver,
+    update: Callable[..., Any] | None,
+    fast: Params,
+    slow: Params,
+    data: Any,
+) -> None:
+    """Raise if the loss or the update changes anything outside; on the first task of a `vmap`."""
+    with outside_transforms():
+        fast, slow, data = _plain((fast, slow, data))
+        given = [(f"the fast weight {k!r}", v) for k, v in fast.items()]
+        given += [(f"the outer parameter {k!r}", v) for k, v in slow.items()]
+        given += [("the support", x) for x in pt.tensors(data)]
+        try:
+            with refused_writes("inner_loss", given, inner_loss), Swapped(once=True):
+                inner_loss(dict(fast), dict(slow), data)
+            if update is not None:
+                state = solver.init(fast)
+                given += [("the solver's state", x) for x in pt.tensors(state)]
+                with refused_writes("solver.update", given, solver):
+                    update(state, dict(fast), dict(slow), data)
+        except MetafocusError:
+            raise
+        except Exception:
+            # The trial below raises it again, with the names; and what closes over a tensor of a
+            # transform cannot run outside, but there torch itself refuses to write in place.
+            return
 
 
 def refuse_ignored_fast_weights(outer_loss: Any, fast: Params) -> None:

@@ -97,6 +97,11 @@ def preflight(
     swapped, kernels = Swapped(once=True), None
     with kept(pt.tensors((start, outer, data))), torch.enable_grad():
         _refuse_side_effects(inner_loss, solver, update if steps else None, point, slow, data)
+        if twice and transforming():
+            with outside_transforms():
+                refuse_lost_second_derivatives(
+                    "inner_loss", inner_loss, *_plain((point, slow, data))
+                )
         with new_tensors() as made, swapped:
             if transforming():
                 unused = unused_by(loss, point)
@@ -113,12 +118,9 @@ def preflight(
                 value, direction, after = update(solver.init(point), point, slow, data)
                 refuse_closures("the solver (its direction)", [value, *direction.values()], made)
                 refuse_closures("the solver (its lr?)", pt.tensors(after), made)
-        if twice and (kernels is None or kernels):
-            with outside_transforms():
-                refuse_lost_second_derivatives(
-                    "inner_loss", inner_loss, *_plain((point, slow, data)), kernels
-                )
-    return differentiable_once(inner_loss) if swapped.statistics else inner_loss
+        if twice and kernels:
+            refuse_lost_second_derivatives("inner_loss", inner_loss, point, slow, data, kernels)
+    return differentiable_once(inner_loss) if swapped.needed else inner_loss
 
 
 def _refuse_side_effects(

@@ -5,13 +5,33 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from metafocus.errors import ProblemError
 
 
-def whole(name: str, value: Any, least: int = 0, *, note: str = "") -> None:
+def is_number(value: Any) -> bool:
+    """Return whether a value is an integer or a float; True and False are neither."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_whole(value: Any, least: float = -math.inf) -> bool:
+    """Return whether a value is an integer of at least `least`; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def whole(
+    name: str, value: Any, least: int = 0, *, note: str = "", error: type[ValueError] = ValueError
+) -> None:
     """Raise unless `value` is an integer of at least `least`; True and False are none.
+
+    Args:
+        name: of the argument.
+        value: of the argument.
+        least: the smallest value that is allowed.
+        note: what the message adds to the bound.
+        error: what is raised.
 
     Raises:
         ValueError: naming the argument, its value and the bound.
@@ -19,11 +39,24 @@ def whole(name: str, value: Any, least: int = 0, *, note: str = "") -> None:
     Example:
         >>> whole("steps", 3)
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an integer >= {least}{note}, got {value!r}.")
+    if not is_whole(value, least):
+        raise error(f"{name} must be an integer >= {least}{note}, got {value!r}.")
 
 
-def positive(name: str, value: Any) -> None:
+def number(name: str, value: Any, *, error: type[ValueError] = ValueError) -> None:
+    """Raise unless `value` is a finite number; True and False are none.
+
+    Raises:
+        ValueError: naming the argument and its value.
+
+    Example:
+        >>> number("alpha", 64)
+    """
+    if not is_number(value) or not math.isfinite(value):
+        raise error(f"{name} must be a finite number, got {value!r}.")
+
+
+def positive(name: str, value: Any, *, error: type[ValueError] = ValueError) -> None:
     """Raise unless `value` is a number above zero and finite.
 
     Raises:
@@ -33,7 +66,7 @@ def positive(name: str, value: Any) -> None:
         >>> positive("sigma", 0.1)
     """
     if not value > 0 or math.isinf(value):
-        raise ValueError(f"{name} must be {'finite' if value > 0 else 'positive'}, got {value}.")
+        raise error(f"{name} must be {'finite' if value > 0 else 'positive'}, got {value}.")
 
 
 def not_negative(name: str, value: Any) -> None:
@@ -60,6 +93,22 @@ def fraction(name: str, value: Any) -> None:
     """
     if not 0 <= value < 1:
         raise ValueError(f"{name} must be in [0, 1), got {value}.")
+
+
+def seeded(generator: Any) -> None:
+    """Raise unless `generator` is a `torch.Generator`: randomness has an explicit source.
+
+    Raises:
+        ValueError: naming what was given instead.
+
+    Example:
+        >>> seeded(torch.Generator().manual_seed(0))
+    """
+    if not isinstance(generator, torch.Generator):
+        raise ValueError(
+            f"generator must be a torch.Generator, got {type(generator).__name__}. Randomness is "
+            "explicit: generator=torch.Generator().manual_seed(0)."
+        )
 
 
 def scalar(value: Any, name: str) -> Tensor:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metafocus.torch_internals import forward_hooks
+
 LONG = 256
 """Containers with more entries are seen by identity and length only."""
 
@@ -128,11 +130,10 @@ def _module(module: nn.Module, name: str) -> Iterator[tuple[str, Any]]:
     for k, v in vars(module).items():
         if isinstance(v, _PLAIN):
             yield f"{name}.{k}", v
-    for k, v in (*module._parameters.items(), *module._buffers.items()):
-        if v is not None:
-            yield f"{name}.{k}", (_Same(v), v.shape, v.dtype, v.device)
-    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-    yield f"{name} hooks", tuple(map(_Same, hooks))
+    own: dict[str, Any] = {"recurse": False, "remove_duplicate": False}
+    for k, v in (*module.named_parameters(**own), *module.named_buffers(**own)):
+        yield f"{name}.{k}", (_Same(v), v.shape, v.dtype, v.device)
+    yield f"{name} hooks", tuple(map(_Same, forward_hooks(module)))
 
 
 def _foreign(module: str) -> bool:

@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from metafocus import params as pt
 from metafocus.closures import captured
 from metafocus.errors import MetafocusError, ProblemError, TransformError
 from metafocus.problem import check_params
-from metafocus.torch_internals import transforming
+from metafocus.torch_internals import argument_names, fake_tensors, pytree, transforming
 from metafocus.types import Aux, Params
 
 Hypergrad = Callable[[Params, Any], tuple[Params, tuple[Tensor, Aux]]]
@@ -147,7 +146,6 @@ def _compile(
 
 
 def _graph(hypergradient: Hypergrad, outer: Params, episode: Any) -> torch.fx.GraphModule:
-    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
 
     inputs, rebuild = pt.partition((outer, episode))
@@ -156,7 +154,7 @@ def _graph(hypergradient: Hypergrad, outer: Params, episode: Any) -> torch.fx.Gr
         return pt.tensors(hypergradient(*rebuild(tensors)))
 
     # Tensors without values and without symbols: what depends on a value raises.
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    fake = fake_tensors()
     try:
         with torch.no_grad():
             unreal = [fake.from_tensor(x, static_shapes=True) for x in inputs]
@@ -187,7 +185,7 @@ def _refuse_random(graph: torch.fx.GraphModule) -> None:
     for node in graph.graph.nodes:
         if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
             continue
-        names = [a.name for a in node.target._schema.arguments]
+        names = argument_names(node.target)
         given = dict(zip(names, node.args, strict=False)) | node.kwargs
         # Attention says that it draws numbers, and does with dropout only.
         if "dropout_p" in names and not given.get("dropout_p"):

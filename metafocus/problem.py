@@ -206,6 +206,11 @@ def as_episode(value: Any, source: str = "episode") -> Episode:
         >>> as_episode((1, 2))
         Episode(support=1, query=2)
     """
+    if isinstance(value, list) and value and all(isinstance(e, Episode) for e in value):
+        raise ProblemError(
+            f"{source} is a list of {len(value)} episodes: stack them with mf.stack_episodes and "
+            "use mf.over_tasks, or take one at a time."
+        )
     if not isinstance(value, tuple | list) or len(value) != 2:
         size = f" of {len(value)}" if hasattr(value, "__len__") else ""
         got = type(value).__name__ + size

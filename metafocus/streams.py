@@ -8,7 +8,7 @@ that rebuilds a step asks for its data again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from metafocus import params as pt
-from metafocus.checks import whole
+from metafocus.checks import seeded, whole
 from metafocus.errors import ProblemError
-from metafocus.torch_internals import outside_transforms, pytree
+from metafocus.torch_internals import outside_transforms, pytree, tracing
 
 
 class Stream(Protocol):
@@ -142,7 +142,8 @@ class Batches:
             collate: makes a batch of a list of rows; None: torch's `default_collate`.
 
         Raises:
-            ValueError: for a `batch_size` or `steps` that is no positive integer.
+            ValueError: for a `batch_size` or `steps` that is no positive integer, or a missing
+                generator.
             ProblemError: for a data set without length or rows by number, or an empty one.
 
         Example:
@@ -154,6 +155,7 @@ class Batches:
         """
         whole("batch_size", batch_size, 1)
         whole("steps", steps, 1)
+        seeded(generator)
         if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
             raise ProblemError(
                 f"dataset must be map-style, with len(dataset) and dataset[i], got "
@@ -224,9 +226,9 @@ def part(data: Any, steps: range) -> Any:
     return data.part(steps) if isinstance(data, PerStep) else data
 
 
-def opaque(data: Any) -> Iterator[Any]:
-    """Yield the streams in an episode whose tensors cannot be seen: all but `PerStep`."""
-    return (x for x in pytree.tree_leaves(data) if is_stream(x))
+def is_opaque(data: Any) -> bool:
+    """Return whether data are a stream whose tensors cannot be seen: one that is no pytree."""
+    return is_stream(data) and any(x is data for x in pytree.tree_leaves(data))
 
 
 class Watched:
@@ -244,7 +246,7 @@ class Watched:
             ProblemError: if it differs.
         """
         data = self.stream.at(step)
-        if self.checked or torch.compiler.is_compiling():
+        if self.checked or tracing():
             return data
         with outside_transforms(), torch.no_grad():
             sums = _checksum(pt.tensors(data))
@@ -253,7 +255,7 @@ class Watched:
             else:
                 self.checked = True
                 before, self.seen = self.seen[step], {}
-                if len(before) != len(sums) or not all(map(torch.equal, before, sums)):
+                if len(before) != len(sums) or not all(map(_equal, before, sums)):
                     raise ProblemError(
                         f"the stream gave other data for inner step {step} when the step was "
                         "rebuilt for its derivative: .at(step) must be pure. Draw the order of "
@@ -268,12 +270,22 @@ def _checksum(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return a few sums of each tensor, on its device: nothing waits for a host."""
     found = []
     for x in tensors:
+        # Sparse and jagged tensors have no entries in a fixed order.
+        if x.layout is not torch.strided:
+            continue
         flat = torch.view_as_real(x) if x.is_complex() else x
         flat = flat.detach().reshape(-1).double()
-        found.append(torch.stack([flat.sum(), (flat * flat).sum(), flat.new_tensor(flat.numel())]))
+        # A weight for each place, so that another order of the rows is seen.
+        places = torch.arange(flat.numel(), device=flat.device, dtype=flat.dtype).cos()
+        found.append(torch.stack([flat.sum(), flat @ places, flat.new_tensor(flat.numel())]))
     return found
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    # The sums of data with NaN in them are NaN.
+    return torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 def watched(data: Any) -> Any:
     """Return `data`, a stream without visible tensors wrapped so that a rebuild is compared."""
-    return Watched(data) if is_stream(data) and not isinstance(data, PerStep) else data
+    return Watched(data) if is_opaque(data) else data

@@ -22,15 +22,15 @@ from torch import Tensor
 from metafocus import masks
 from metafocus.attention.kernels import flash, flash_cpu
 from metafocus.attention.kernels import varlen as flash_varlen
-from metafocus.attention.kernels.flash import Flash, prepare, turn_limit
-from metafocus.attention.kernels.kernel import Shape
-from metafocus.attention.kernels.turns import find_turns
+from metafocus.attention.kernels.flash import Flash, prepare, run_limit
+from metafocus.attention.kernels.kernel import Scaling
+from metafocus.attention.kernels.query_runs import find_query_runs
 from metafocus.attention.kernels.varlen import FlashAttn, Lengths, TorchVarlen
 from metafocus.comparison.memory import peak_bytes
 from metafocus.errors import ProblemError
 from metafocus.masks import Spans
 
-SHAPE = Shape(0.4)
+SHAPE = Scaling(0.4)
 
 
 def close(got: Tensor, want: Tensor, bound: float) -> None:
@@ -132,7 +132,7 @@ def test_equal_turns_of_neighbouring_rows_go_together():
     one = masks.context_bidirectional({k: v[:1] for k, v in chat().items()})
     other = masks.causal({k: v[:1] for k, v in chat().items()})
     spans = Spans(*(torch.cat([a, a, b, a]) for a, b in zip(one, other, strict=True)))
-    groups = flash_cpu.groups(find_turns(spans))
+    groups = flash_cpu.groups(find_query_runs(spans))
     assert {(g.row, g.row_end) for g in groups} == {(0, 2), (2, 3), (3, 4)}
     do, q, k, v = tensors(4, LENGTH)
     o, lse = Flash().forward(q, k, v, spans, SHAPE)
@@ -142,8 +142,8 @@ def test_equal_turns_of_neighbouring_rows_go_together():
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
-def focus(length: int, turns: int) -> Spans:
-    turn_ids = (torch.arange(length) * turns).div(length, rounding_mode="floor").unsqueeze(0)
+def focus(length: int, runs: int) -> Spans:
+    turn_ids = (torch.arange(length) * runs).div(length, rounding_mode="floor").unsqueeze(0)
     batch = {"input_ids": turn_ids, "turn_ids": turn_ids, "answer_mask": turn_ids % 2 == 1}
     return masks.context_bidirectional(batch)
 
@@ -180,22 +180,22 @@ CAUSAL = Spans(torch.zeros(1, LENGTH).long(), torch.arange(1, LENGTH + 1)[None])
 
 
 @pytest.mark.parametrize(
-    "arguments, shape, words",
+    "arguments, scaling, words",
     [
         (halves(values=4), SHAPE, "values have head size 4 and keys 8"),
-        (halves(), Shape(1.0, 30.0), r"softcap=30.0, and only flash-attn"),
+        (halves(), Scaling(1.0, 30.0), r"softcap=30.0, and only flash-attn"),
         (halves(torch.float8_e5m2), SHAPE, "no torch.float8_e5m2"),
         ((*halves()[:2], halves(torch.float64)[2]), SHAPE, "torch.float32, torch.float64"),
         (tuple(x.to("meta") for x in halves()), SHAPE, "on meta"),
     ],
     ids=["values", "softcap", "type", "types", "device"],
 )
-def test_says_what_it_cannot_serve(arguments, shape, words):
-    assert isinstance(prepare(*arguments, CAUSAL, shape), str)
+def test_says_what_it_cannot_serve(arguments, scaling, words):
+    assert isinstance(prepare(*arguments, CAUSAL, scaling), str)
     with pytest.raises(ProblemError, match=words):
-        Flash().forward(*arguments, CAUSAL, shape)
+        Flash().forward(*arguments, CAUSAL, scaling)
     with pytest.raises(ProblemError, match=r'backend="flash" .* Use backend="auto" or'):
-        Flash().forward(*arguments, CAUSAL, shape)
+        Flash().forward(*arguments, CAUSAL, scaling)
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_spans_of_many_turns_are_better_served_by_tiles(what):
     words = "the spans need 509 calls of the kernel, more than 16"
     if what == "random":
         spans = Spans(torch.zeros_like(place), torch.randint(1, length, (1, length)))
-        words = "more than 16 turns (1 rows of 256 tokens)"
+        words = "more than 16 runs (1 rows of 256 tokens)"
     do, q, k, v = tensors(1, length)
     text = prepare(q, k, v, spans, SHAPE)
     assert isinstance(text, str) and words in text
@@ -242,17 +242,17 @@ def test_spans_of_many_turns_are_better_served_by_tiles(what):
 def test_limit_grows_with_the_rows():
     for device in ("cpu", "cuda"):
         for length in (1, 100, 10_000):
-            assert turn_limit(6, length, device) == 6 * turn_limit(1, length, device)
+            assert run_limit(6, length, device) == 6 * run_limit(1, length, device)
 
 
 def test_turns_are_found_once(monkeypatch):
     calls = []
-    real = flash.find_turns
-    monkeypatch.setattr(flash, "find_turns", lambda *args: calls.append(1) or real(*args))
+    real = flash.find_query_runs
+    monkeypatch.setattr(flash, "find_query_runs", lambda *args: calls.append(1) or real(*args))
     spans = masks.context_bidirectional(chat())
     do, q, k, v = tensors(2, LENGTH)
     kernel = prepare(q, k, v, spans, SHAPE)
-    assert isinstance(kernel, Flash) and len(kernel.turns) == len(real(spans))
+    assert isinstance(kernel, Flash) and len(kernel.runs) == len(real(spans))
     # As an autograd Function hands them over: other objects on the same memory.
     same = Spans(*(x.view_as(x) for x in spans))
     o, lse = kernel.forward(q, k, v, same, SHAPE)
@@ -273,9 +273,9 @@ def test_known_turns_are_not_used_for_other_spans():
     torch.testing.assert_close(
         kernel.forward(q, k, v, spans, SHAPE)[0], attention(q, k, v, other, SHAPE)[0]
     )
-    # What the kernel cannot do at all, it refuses with known turns as well.
+    # What the kernel cannot do at all, it refuses with known runs as well.
     with pytest.raises(ProblemError, match="soft caps"):
-        kernel.forward(q, k, v, spans, Shape(0.4, softcap=3.0))
+        kernel.forward(q, k, v, spans, Scaling(0.4, softcap=3.0))
 
 
 def test_inference_tensors():
@@ -340,7 +340,7 @@ def fake_flash_attn() -> types.ModuleType:
             window_size_left,
             window_size_right,
         )
-        return *Reference().forward(q, k, v, call, Shape(softmax_scale, softcap or None)), None, 0
+        return *Reference().forward(q, k, v, call, Scaling(softmax_scale, softcap or None)), None, 0
 
     def _flash_attn_varlen_backward(
         dout,
@@ -376,8 +376,8 @@ def fake_flash_attn() -> types.ModuleType:
             window_size_left,
             window_size_right,
         )
-        shape = Shape(softmax_scale, softcap or None)
-        grads = Reference().backward(dout, q, k, v, out, softmax_lse, call, shape)
+        scaling = Scaling(softmax_scale, softcap or None)
+        grads = Reference().backward(dout, q, k, v, out, softmax_lse, call, scaling)
         for x, y in zip((dq, dk, dv), grads, strict=True):
             x.copy_(y)
 
@@ -396,12 +396,12 @@ def test_flash_attn_takes_the_arguments(monkeypatch, window, softcap):
     monkeypatch.setitem(sys.modules, "flash_attn", fake_flash_attn())
     q, do = torch.randn(2, 5, 4, 8, dtype=torch.float64)
     k, v = torch.randn(2, 9, 2, 8, dtype=torch.float64)
-    call, shape = lengths(*window), Shape(0.3, softcap)
-    o, lse = FlashAttn().forward(q, k, v, call, shape)
-    want = Reference().forward(q, k, v, call, shape)
+    call, scaling = lengths(*window), Scaling(0.3, softcap)
+    o, lse = FlashAttn().forward(q, k, v, call, scaling)
+    want = Reference().forward(q, k, v, call, scaling)
     assert torch.equal(o, want[0]) and torch.equal(lse, want[1])
-    grads = FlashAttn().backward(do, q, k, v, o, lse, call, shape)
-    exact = Reference().backward(do, q, k, v, o, lse, call, shape)
+    grads = FlashAttn().backward(do, q, k, v, o, lse, call, scaling)
+    exact = Reference().backward(do, q, k, v, o, lse, call, scaling)
     assert all(map(torch.equal, grads, exact))
 
 

@@ -8,7 +8,9 @@ import torch.autograd.forward_ad as forward_ad
 from problems import assert_close
 
 import metafocus as mf
+from metafocus import torch_internals
 from metafocus.autodiff import grad as derivatives
+from metafocus.rng import replayed
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -165,7 +167,7 @@ def test_pullback_of_complex_inputs():
 
 
 def test_replayed_draws_the_same_numbers_each_time_and_takes_none():
-    noise = derivatives.replayed(lambda n: torch.rand(n), ())
+    noise = replayed(lambda n: torch.rand(n), ())
     before = torch.get_rng_state()
     first, second = noise(3), noise(3)
     assert torch.equal(first, second)
@@ -173,7 +175,7 @@ def test_replayed_draws_the_same_numbers_each_time_and_takes_none():
     assert torch.equal(first, torch.rand(3))
 
 
-# --- levels -----------------------------------------
+# --- which transforms are active ----------------------
 
 
 def test_transforming_sees_each_transform():
@@ -181,7 +183,7 @@ def test_transforming_sees_each_transform():
 
     def look(name):
         def f(x):
-            seen[name] = levels.transforming()
+            seen[name] = torch_internals.transforming()
             return x.sum()
 
         return f
@@ -209,7 +211,7 @@ def test_forward_levels_are_counted():
     counts = []
 
     def f(x):
-        counts.append(levels.forward_levels())
+        counts.append(torch_internals.forward_levels())
         return x
 
     torch.func.jvp(f, (one,), (one,))
@@ -224,7 +226,7 @@ def test_is_tracked_at_each_level():
     found = {}
 
     def note(name, value):
-        found[name] = levels.is_tracked(value)
+        found[name] = torch_internals.is_tracked(value)
         return value
 
     leaf = torch.ones((), requires_grad=True)

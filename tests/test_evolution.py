@@ -308,7 +308,7 @@ def test_wrong_arguments(change, message):
 
 def test_wrong_inputs():
     loss = mf.algorithms.Evolution(linear, sigma=0.1, pairs=2, generator=rng())
-    with pytest.raises(mf.errors.ProblemError, match=r"outer=\{\} with evolution"):
+    with pytest.raises(mf.errors.ProblemError, match=r"outer=\{\} with Evolution"):
         loss({}, NONE)
     with pytest.raises(mf.errors.ProblemError, match="int64"):
         loss({"a": torch.ones(2, dtype=torch.int64)}, NONE)

@@ -28,7 +28,7 @@ Q, K, V = randn(2, 4, 5, 3, seed=1), randn(2, 4, 6, 3, seed=2), randn(2, 4, 6, 3
 
 def _used(monkeypatch, table, function):
     used = []
-    entries = getattr(composites, table)
+    entries = getattr(swapping, table)
     original = entries[function]
     monkeypatch.setitem(entries, function, lambda *a, **k: (used.append(1), original(*a, **k))[1])
     return used

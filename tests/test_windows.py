@@ -242,7 +242,7 @@ def test_prepare_is_differentiated_in_every_window():
 
 def test_errors():
     case = problems.maml()
-    with pytest.raises(ValueError, match=r"solver\.steps must be >= 1.*got 0"):
+    with pytest.raises(ValueError, match=r"solver\.steps must be an integer >= 1.*got 0"):
         mf.algorithms.Windows(case.problem, solver=mf.SGD(0.1, steps=0))
     with pytest.raises(ValueError, match="recompute must be an integer >= 0, got -1"):
         mf.algorithms.Windows(case.problem, solver=mf.SGD(0.1, steps=1), recompute=-1)

@@ -1,8 +1,9 @@
 """An estimator of your own: part first-order, part exact.
 
-An estimator is any callable `(inner_loss, solver, start, outer, support) -> Solution`. It returns adapted
-fast weights; how they depend on `outer` is the hypergradient. Estimators whose fast weights have
-equal values can be added: here `(1 - share)` of one derivative and `share` of another.
+An estimator is any callable `(inner_loss, solver, start, outer, support) -> Solution`. It returns
+adapted fast weights, and how they depend on `outer` is the hypergradient. Estimators whose fast
+weights have equal values can be added. This one takes `(1 - share)` of one derivative and `share`
+of another.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ import metafocus as mf
 
 
 @dataclass(frozen=True)
-class Mix:
-    """Fast weights as `left` finds them; `(1 - share)` of its derivative, `share` of the other."""
+class Mix(mf.Estimator):
+    """The fast weights of `left`, with `(1 - share)` of its derivative and `share` of `right`'s."""
 
     share: float
     left: mf.Estimator = mf.FirstOrder()  # noqa: RUF009 - frozen, so it can be shared
     right: mf.Estimator = mf.Unrolled()  # noqa: RUF009
 
-    def __call__(self, problem, solver, outer, support):
+    def __call__(self, inner_loss, solver, start, outer, support):
         left = self.left(inner_loss, solver, start, outer, support)
         right = self.right(inner_loss, solver, start, outer, support)
         mixed = {k: v + self.share * (right.params[k] - v) for k, v in left.params.items()}
@@ -41,7 +42,7 @@ def main() -> mf.Comparison:
     episode = mf.Episode((x[0], x[0].sin()), (x[1], x[1].sin()))
     result = mf.compare(
         mf.Problem(loss, loss),
-        dict(net.named_parameters()),
+        mf.trainable(net),
         episode,
         solver=mf.SGD(0.1, steps=5),
         estimators={

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from metafocus import params as pt
 from metafocus.autodiff.grad import value_and_grad
-from metafocus.autodiff.safe_operators.swapping import differentiable_twice
+from metafocus.autodiff.safe_operators.swapping import Swapped, differentiable_twice
 from metafocus.checks import scalar
 from metafocus.errors import NonFiniteError, ProblemError
 from metafocus.problem import Problem, check_params
+from metafocus.streams import is_stream
 from metafocus.torch_internals import transforming
 from metafocus.types import Params
 
@@ -36,18 +37,31 @@ class StepAux(NamedTuple):
 
 
 def levels(problem: Problem, episode: Any) -> tuple[Level, Level]:
-    """Return the inner and the outer loss of this episode, `prepare` included in both."""
+    """Return the inner and the outer loss of this episode, `prepare` included in both.
+
+    They raise a `ProblemError` if support or query is a stream.
+    """
     inner_loss = differentiable_twice(problem.inner_loss)
 
     def inner(fast: Params, outer: Params) -> Tensor:
-        support = problem.prepared(outer, episode).support
+        support = _batch(problem.prepared(outer, episode).support, "support")
         return scalar(inner_loss(fast, outer, support), "inner_loss")
 
     def upper(fast: Params, outer: Params) -> Tensor:
-        query = problem.prepared(outer, episode).query
-        return problem.evaluate(fast, outer, query)[0]
+        query = _batch(problem.prepared(outer, episode).query, "query")
+        with Swapped(once=True):
+            return problem.evaluate(fast, outer, query)[0]
 
     return inner, upper
+
+
+def _batch(data: Any, name: str) -> Any:
+    if is_stream(data):
+        raise ProblemError(
+            f"the {name} is a stream ({type(data).__name__}), and a single-loop algorithm takes "
+            "one batch at each call of step: pass the data of one step, stream.at(i)."
+        )
+    return data
 
 
 def gradients(level: Level, fast: Params, outer: Params) -> tuple[Tensor, Params, Params]:

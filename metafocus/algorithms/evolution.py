@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metafocus import params as pt
-from metafocus.checks import positive, scalar, whole
+from metafocus.checks import positive, scalar, seeded, whole
 from metafocus.errors import NonFiniteError, ProblemError
 from metafocus.problem import check_params
 from metafocus.rng import replayed
@@ -79,7 +79,7 @@ class Evolution:
 
     def __post_init__(self) -> None:
         check(self.sigma, self.pairs, self.chunk_size)
-        check_generator(self.generator)
+        seeded(self.generator)
 
     def __call__(self, outer: Params, episode: Any) -> tuple[Tensor, Any]:
         """Return the loss at `outer`, with the estimate as its derivative, and aux."""
@@ -150,15 +150,6 @@ def check(sigma: float, pairs: int, chunk_size: int | None) -> None:
     whole("pairs", pairs, 1)
     if chunk_size is not None:
         whole("chunk_size", chunk_size, 1)
-
-
-def check_generator(generator: Any) -> None:
-    """Raise unless the perturbations have an explicit source."""
-    if not isinstance(generator, torch.Generator):
-        raise ValueError(
-            f"generator must be a torch.Generator, got {type(generator).__name__}. Randomness is "
-            "explicit: generator=torch.Generator().manual_seed(0)."
-        )
 
 
 def check_losses(losses: Tensor) -> None:

@@ -11,13 +11,13 @@ from torch import Tensor
 from metafocus import params as pt
 from metafocus.algorithms.evolution import (
     check,
-    check_generator,
     check_losses,
     contract,
     normal,
     spread,
 )
 from metafocus.algorithms.windows import Window, Windows
+from metafocus.checks import seeded
 from metafocus.problem import as_episode, check_params
 from metafocus.types import Params
 
@@ -135,7 +135,8 @@ class PES(Particles):
         >>> def upper(fast, slow, x):
         ...     return fast["w"].sum()
         >>> problem = mf.Problem(inner, upper, init=lambda slow, _: {"w": torch.zeros(1)})
-        >>> pes = mf.algorithms.PES(mf.algorithms.Windows(problem, solver=mf.SGD(0.1, steps=2)), sigma=0.1, pairs=500)
+        >>> windows = mf.algorithms.Windows(problem, solver=mf.SGD(0.1, steps=2))
+        >>> pes = mf.algorithms.PES(windows, sigma=0.1, pairs=500)
         >>> outer, generator = {"a": torch.ones(1)}, torch.Generator().manual_seed(0)
         >>> state = pes.init(outer)
         >>> for _ in range(3):
@@ -171,7 +172,7 @@ class PES(Particles):
             ValueError: without a generator.
             NonFiniteError: outside transforms, if a particle's loss is NaN or infinite.
         """
-        check_generator(generator)
+        seeded(generator)
         noise = self.drawn(outer, generator)
         losses, window = self.advance(outer, noise, state.window, episode)
         accumulated = pt.add(state.accumulated, noise)
@@ -227,7 +228,7 @@ class ESSingle(Particles):
 
         The generator is used in the first window only.
         """
-        check_generator(generator)
+        seeded(generator)
         noise = state.noise
         if state.window.step == 0:
             noise = self.drawn(outer, generator)

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from metafocus.attention.custom_op import compiled
+from metafocus.attention.custom_op import attention_operator
 from metafocus.attention.function import Attention, Call
-from metafocus.attention.kernels.choose import KERNELS, SMALL
+from metafocus.attention.kernels.auto import KERNELS, SMALL
 from metafocus.attention.kernels.dense import dense
-from metafocus.attention.kernels.kernel import Shape
+from metafocus.attention.kernels.kernel import Scaling
 from metafocus.errors import ProblemError
 from metafocus.masks.spans import Spans
+from metafocus.torch_internals import without_function_modes
 
 BACKENDS = ("dense", *KERNELS, "flex")
 
@@ -73,7 +74,7 @@ def span_attention(
     # look at a tensor. A compiler needs its own, and a subclass its overrides.
     plain = all(type(x) in (Tensor, Parameter) for x in (q, k, v))
     seen = not plain or backend == "flex" or torch.compiler.is_compiling()
-    with contextlib.nullcontext() if seen else torch._C.DisableTorchFunction():
+    with contextlib.nullcontext() if seen else without_function_modes():
         return _span_attention(q, k, v, spans, scale, backend, softcap, sinks)
 
 
@@ -89,14 +90,14 @@ def _span_attention(
 ) -> Tensor:
     q, k, v = _autocast(q, k, v)
     spans = _checked(q, k, v, spans, softcap, sinks, backend)
-    shape = Shape(q.shape[-1] ** -0.5 if scale is None else float(scale), softcap)
+    scaling = Scaling(q.shape[-1] ** -0.5 if scale is None else float(scale), softcap)
     if backend == "flex":
         # Imported here: it loads much of the compiler.
         from metafocus.attention.kernels.flex import flex
 
-        return flex(q, k, v, spans, shape.scale, softcap)
+        return flex(q, k, v, spans, scaling.scale, softcap)
     with torch.autocast(q.device.type, enabled=False):
-        out, lse = _attend(q, k, v, spans, shape, backend)
+        out, lse = _attend(q, k, v, spans, scaling, backend)
     if sinks is None:
         return out
     # The share of the keys in a sum that the sink takes part in; its logit is not capped.
@@ -105,13 +106,13 @@ def _span_attention(
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, spans: Spans, shape: Shape, backend: str
+    q: Tensor, k: Tensor, v: Tensor, spans: Spans, scaling: Scaling, backend: str
 ) -> tuple[Tensor, Tensor]:
     if backend == "dense" or (backend == "auto" and q.shape[-2] <= SMALL):
-        return dense(q, k, v, spans, shape)
+        return dense(q, k, v, spans, scaling)
     if torch.compiler.is_compiling():
-        return compiled(q, k, v, spans, shape, backend)
-    return Attention.apply(Call(KERNELS[backend](), shape), q, k, v, *spans)
+        return attention_operator(q, k, v, spans, scaling, backend)
+    return Attention.apply(Call(KERNELS[backend](), scaling), q, k, v, *spans)
 
 
 def _autocast(*inputs: Tensor) -> tuple[Tensor, ...]:

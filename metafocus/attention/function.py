@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 
 from metafocus.attention.kernels import tiled
-from metafocus.attention.kernels.kernel import Kernel, Shape
+from metafocus.attention.kernels.kernel import Kernel, Scaling
 from metafocus.errors import TransformError
 from metafocus.masks.spans import Spans
-from metafocus.torch_internals import refuse_nested_forward_mode, unwrap_dead
+from metafocus.torch_internals import is_view, refuse_nested_forward_mode, unwrap_dead
 
 
 class Call(NamedTuple):
-    """What needs no derivative: the kernel and the shape of its logits."""
+    """What needs no derivative: the kernel and how logits come from products."""
 
     kernel: Kernel
-    shape: Shape
+    scaling: Scaling
 
 
 @contextlib.contextmanager
@@ -40,7 +40,7 @@ def _own(x: Tensor) -> Tensor:
 
     A plain dual tensor that is a view refuses a tangent that lies otherwise in memory.
     """
-    return x.data if x._is_view() else x
+    return x.data if is_view(x) else x
 
 
 def _folded(cls: Any, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
@@ -82,7 +82,7 @@ class Attention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """Run the kernel."""
         with _raw(q):
-            out, lse = call.kernel.forward(q, k, v, Spans(start, stop), call.shape)
+            out, lse = call.kernel.forward(q, k, v, Spans(start, stop), call.scaling)
         return _own(out), _own(lse)
 
     @staticmethod
@@ -106,8 +106,8 @@ class Attention(torch.autograd.Function):
         """Return the tangents of both outputs."""
         refuse_nested_forward_mode("span_attention")
         saved = _saved(ctx)
-        ways = _zeros(tangents[1:4], tuple(saved[:3]))
-        return _ForwardMode.apply(ctx.call, *saved, *ways)
+        along = _zeros(tangents[1:4], tuple(saved[:3]))
+        return _ForwardMode.apply(ctx.call, *saved, *along)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
@@ -137,9 +137,9 @@ class _Backward(torch.autograd.Function):
         spans = Spans(start, stop)
         with _raw(q):
             if dl is None:
-                grads = call.kernel.backward(do, q, k, v, o, lse, spans, call.shape)
+                grads = call.kernel.backward(do, q, k, v, o, lse, spans, call.scaling)
             else:
-                grads = tiled.Tiled().backward(do, q, k, v, o, lse, spans, call.shape, dl)
+                grads = tiled.Tiled().backward(do, q, k, v, o, lse, spans, call.scaling, dl)
         dq, dk, dv = (_own(x) for x in grads)
         return dq, dk, dv
 
@@ -152,16 +152,16 @@ class _Backward(torch.autograd.Function):
         if all(x is None for x in cotangents):
             return (None,) * 10
         saved = _saved(ctx)
-        ways = _zeros(cotangents, tuple(saved[:3]))
-        rdo, rdl, *rest = _DoubleBackward.apply(ctx.call, *saved, *ways)
+        along = _zeros(cotangents, tuple(saved[:3]))
+        rdo, rdl, *rest = _DoubleBackward.apply(ctx.call, *saved, *along)
         return None, *rest, None, None, None, None, rdo, None if saved[8] is None else rdl
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         refuse_nested_forward_mode("span_attention")
         saved = _saved(ctx)
-        ways = _zeros(tangents[1:4], tuple(saved[:3]))
-        _, _, *out = _DoubleBackward.apply(ctx.call, *saved, *ways)
+        along = _zeros(tangents[1:4], tuple(saved[:3]))
+        _, _, *out = _DoubleBackward.apply(ctx.call, *saved, *along)
         tdo, tdl = tangents[8:]
         if tdo is None and tdl is None:
             return tuple(out)
@@ -180,11 +180,10 @@ class _ForwardMode(torch.autograd.Function):
 
     @staticmethod
     def forward(call: Call, *args: Tensor) -> tuple[Tensor, Tensor]:
-        q, k, v, start, stop, _, lse, *ways = args
-        tq, tk, tv = ways
+        q, k, v, start, stop, _, lse, tq, tk, tv = args
         with _raw(q):
             spans = Spans(start, stop)
-            return tiled.forward_mode((q, k, v), lse, (tq, tk, tv), spans, call.shape)
+            return tiled.forward_mode((q, k, v), lse, (tq, tk, tv), spans, call.scaling)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -199,8 +198,8 @@ class _ForwardMode(torch.autograd.Function):
         if do is None:
             do = torch.zeros_like(saved[5])
         _, _, *through = _DoubleBackward.apply(ctx.call, *saved, do, dl, tq, tk, tv)
-        ways = _Backward.apply(ctx.call, *saved, do, dl)
-        return None, *through, None, None, None, None, *ways
+        by_tangents = _Backward.apply(ctx.call, *saved, do, dl)
+        return None, *through, None, None, None, None, *by_tangents
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -219,7 +218,9 @@ class _DoubleBackward(torch.autograd.Function):
         q, k, v, start, stop, o, lse, do, dl, tq, tk, tv = args
         with _raw(q):
             spans = Spans(start, stop)
-            return tiled.double_backward(do, dl, (q, k, v), o, lse, (tq, tk, tv), spans, call.shape)
+            return tiled.double_backward(
+                do, dl, (q, k, v), o, lse, (tq, tk, tv), spans, call.scaling
+            )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

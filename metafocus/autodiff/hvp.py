@@ -5,8 +5,6 @@ Each linearises once and can be used for many products.
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +14,8 @@ from torch import Tensor
 
 from metafocus import params as pt
 from metafocus.autodiff.grad import leaf_alias, value_and_grad, vjp
-from metafocus.autodiff.safe_operators.swapping import Swapped, differentiable_twice
+from metafocus.autodiff.safe_operators.swapping import differentiable_once, differentiable_twice
+from metafocus.checks import positive
 from metafocus.rng import replayed
 from metafocus.torch_internals import transforming
 from metafocus.types import HVP, Params
@@ -184,12 +183,7 @@ def evaluated_for(hvp: HVP, loss: Callable[..., Tensor]) -> Callable[..., Tensor
     if not getattr(hvp, "first_order", False):
         return differentiable_twice(loss)
 
-    @functools.wraps(loss)
-    def kept(*args: Any) -> Tensor:
-        with Swapped(once=True):
-            return loss(*args)
-
-    return kept
+    return differentiable_once(loss)
 
 
 def hvp_finite(eps: float | None = None) -> HVP:
@@ -212,6 +206,6 @@ def hvp_finite(eps: float | None = None) -> HVP:
         >>> product({"x": torch.ones(2)})[0]["x"].detach().round(decimals=6)
         tensor([2., 2.], dtype=torch.float64)
     """
-    if eps is not None and (not eps > 0 or math.isinf(eps)):
-        raise ValueError(f"eps must be {'finite' if eps > 0 else 'positive'}, got {eps}.")
+    if eps is not None:
+        positive("eps", eps)
     return _Finite(eps)

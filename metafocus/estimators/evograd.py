@@ -90,8 +90,10 @@ class EvoGrad(Estimator):
             return self._evolved(lambda p: inner_loss(p, outer, data), tied_to(start, fast))
 
         last = max(count(solver, start) - 1, 0)
-        kept = tuple(evolved(fast, step) for step, fast in zip(path, found.path, strict=True))
-        return Solution(evolved(found.params, last), found.losses, kept)
+        kept = {t: evolved(fast, t) for t, fast in zip(path, found.path, strict=True)}
+        # One set of draws for each step: the end of the path is the solution.
+        params = kept[last] if last in kept else evolved(found.params, last)
+        return Solution(params, found.losses, tuple(kept[t] for t in path))
 
     def _evolved(self, loss: Callable[[Params], Tensor], centre: Params) -> Params:
         """Return the mean of perturbed copies, each weighed by its loss."""

@@ -120,6 +120,11 @@ class Implicit(Estimator):
         data = "" if self.data is None else f", data={self.data!r}"
         return f"Implicit(solve={self.solve}, hvp={hvp}{data})"
 
+    @property
+    def twice(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the gradient of the inner loss is differentiated."""
+        return not getattr(self.hvp, "first_order", False)
+
     def __call__(
         self, inner_loss: InnerLoss, solver: Solver, start: Params, outer: Params, support: Any
     ) -> Solution:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metafocus import params as pt
 from metafocus.autodiff.grad import value_and_grad
-from metafocus.autodiff.safe_operators.swapping import Swapped
+from metafocus.autodiff.safe_operators.swapping import differentiable_once
 from metafocus.checks import positive
 from metafocus.errors import ProblemError
 from metafocus.estimators.attached import (
@@ -131,17 +131,9 @@ class _Nudged(System):
         self.central = settings.central
         self.nudging = nudging
 
-        def replaying(inner_loss: InnerLoss) -> InnerLoss:
-            def loss(*args: Any) -> Tensor:
-                # First derivatives: only what would be silently wrong is swapped.
-                with Swapped(once=True):
-                    return inner_loss(*args)
-
-            # One random draw for all gradients that are compared.
-            return replayed(loss, self.inputs)
-
-        self.descended = replaying(inner_loss)
-        self.loss = replaying(self.at_solution)
+        # First derivatives, and one random draw for all gradients that are compared.
+        self.descended = replayed(differentiable_once(inner_loss), self.inputs)
+        self.loss = replayed(differentiable_once(self.at_solution), self.inputs)
 
     def inspect(self, start: Params, point: Point) -> None:
         warn_if_large(

@@ -18,6 +18,7 @@ from metafocus.checks import whole
 from metafocus.solvers.descent import (
     count,
     descend,
+    picked,
     refuse_own_rule,
     segment,
     solve_inner,
@@ -112,6 +113,11 @@ class Unrolled(Estimator):
         """Whether derivatives flow through explicit tensors only."""
         return self.last != 0 and (bool(self.recompute) or self.hvp is not hvp_reverse)
 
+    @property
+    def twice(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the gradient of the inner loss is differentiated."""
+        return self.last != 0 and not getattr(self.hvp, "first_order", False)
+
     def __call__(
         self,
         inner_loss: InnerLoss,
@@ -142,7 +148,7 @@ class Unrolled(Estimator):
             run = tail(loss, solver, range(head, steps), path)
             params, state, more, later = run(params, state, outer, support)
             losses, kept = losses + more, kept + later
-        return Solution(params, stacked(losses, params), tuple(kept))
+        return Solution(params, stacked(losses, params), picked(kept, path, steps))
 
     def _rebuilt(
         self, loss: InnerLoss, solver: Solver, steps: range, path: tuple[int, ...]

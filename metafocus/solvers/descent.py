@@ -50,7 +50,7 @@ def descend(
                 cut=False,
             )
         else:
-            value, grads = _checked(own_rule(inner_loss, params, outer, data), params)
+            value, grads = checked(own_rule(inner_loss, params, outer, data), params)
         params, state = solver.update(params, grads, state, step, outer)
         if not differentiable:
             # A learned rate may close over a tensor that requires grad.
@@ -61,7 +61,7 @@ def descend(
     return params, state, losses, kept
 
 
-def _checked(result: Any, params: Params) -> tuple[Tensor, Params]:
+def checked(result: Any, params: Params) -> tuple[Tensor, Params]:
     """Return what `Solver.direction` returned: a detached loss and one entry for each weight."""
     if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], dict):
         raise ProblemError(
@@ -114,7 +114,9 @@ def solve_inner(
         with torch.enable_grad():
             loss = scalar(inner_loss(start, outer, streams.at(support, 0)), "inner_loss")
         fast = solver.reach(start, outer, support)
-        return Solution(fast, pt.detach(loss).reshape(1), (fast,) if path else ())
+        kept = picked([fast] if path else [], path, solver.steps)
+        return Solution(fast, pt.detach(loss).reshape(1), kept)
+    steps = count(solver, start)
     params, _, losses, kept = descend(
         inner_loss,
         solver,
@@ -122,11 +124,27 @@ def solve_inner(
         solver.init(start),
         outer,
         support,
-        range(count(solver, start)),
+        range(steps),
         differentiable=False,
         path=path,
     )
-    return Solution(params, stacked(losses, params), tuple(kept))
+    return Solution(params, stacked(losses, params), picked(kept, path, steps))
+
+
+def picked(kept: list[Params], path: Collection[int], steps: int) -> tuple[Params, ...]:
+    """Return the fast weights that `descend` kept, in the order of `path`.
+
+    Raises:
+        ProblemError: if `path` holds a step that the loop does not take.
+    """
+    odd = [step for step in path if step not in range(steps)]
+    if odd:
+        raise ProblemError(
+            f"path asks for the fast weights after inner step {odd[0]}, and the loop takes {steps} "
+            "steps, counted from 0."
+        )
+    found = dict(zip(sorted(set(path)), kept, strict=True))
+    return tuple(found[step] for step in path)
 
 
 def stacked(losses: list[Tensor], like: Params) -> Tensor:

@@ -51,6 +51,13 @@ class Given:
 
     solution: Callable[[Params, Any], Params]
 
+    def __post_init__(self) -> None:
+        if not callable(self.solution):
+            raise ProblemError(
+                "solution must be a function (slow, support) -> fast, got "
+                f"{type(self.solution).__name__}: write mf.Given(lambda slow, support: fast)."
+            )
+
     @property
     def steps(self) -> int:
         """One: from the start to the solution."""

@@ -246,7 +246,7 @@ CONFIGURATION = [
         "a rank of zero in a file",
         'config("lora_rank: 0")',
         "ProblemError",
-        "LoRA(rank=0) must be an integer of at least 1",
+        "LoRA: rank must be an integer >= 1, got 0.",
     ),
     (
         "samples of one token",

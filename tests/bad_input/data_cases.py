@@ -325,13 +325,19 @@ DATA = [
         "max_length with a point",
         'data.encode_chats([{"messages": chat}], tokenizer(), max_length=64.0)',
         "DataError",
-        "max_length=64.0 is no whole number: pass None or >= 2",
+        (
+            "max_length must be an integer >= 2 or None: a token is predicted from another one, "
+            "got 64.0."
+        ),
     ),
     (
         "max_length of one",
         'data.encode_chats([{"messages": chat}], tokenizer(), max_length=1)',
         "DataError",
-        "max_length=1 leaves no token to predict from another: pass None or >= 2",
+        (
+            "max_length must be an integer >= 2 or None: a token is predicted from another one, "
+            "got 1."
+        ),
     ),
     (
         "no samples",
@@ -391,7 +397,7 @@ DATA = [
         "a padding token with a point",
         "data.collate([sample], pad_token_id=0.5)",
         "DataError",
-        "pad_token_id=0.5 is no token id: pass a whole number",
+        "pad_token_id must be an integer >= 0, got 0.5.",
     ),
     (
         "padding on neither side",
@@ -403,7 +409,7 @@ DATA = [
         "a multiple of zero",
         "data.collate([sample], pad_token_id=0, pad_to_multiple_of=0)",
         "DataError",
-        "pad_to_multiple_of=0: pass None or at least 1",
+        "pad_to_multiple_of must be an integer >= 1 or None, got 0.",
     ),
     (
         "rows shorter than a sample",
@@ -418,7 +424,7 @@ DATA = [
         "rows of a length with a point",
         "data.pack([sample], 2.5)",
         "DataError",
-        "length=2.5 is no whole number of tokens",
+        "length must be an integer >= 1, got 2.5.",
     ),
     (
         "a vocabulary that is too small",

@@ -111,19 +111,22 @@ MASKS = [
         "a window of nothing",
         "masks.sliding_window(0)",
         "ProblemError",
-        ("sliding_window(width=0) must be an integer of at least 1: a query always sees itself"),
+        ("sliding_window: width must be an integer >= 1, since a query always sees itself, got 0."),
     ),
     (
         "a window of a word",
         'masks.sliding_window("4")',
         "ProblemError",
-        ("sliding_window(width='4') must be an integer of at least 1: a query always sees itself"),
+        (
+            "sliding_window: width must be an integer >= 1, since a query always sees itself, "
+            "got '4'."
+        ),
     ),
     (
         "spans narrowed to nothing",
         ("from metafocus.masks.spans import windowed\nwindowed(spans, 0)"),
         "ProblemError",
-        "windowed(window=0) must be at least 1: a query sees itself",
+        "windowed: window must be an integer >= 1, got 0.",
     ),
     (
         "spans of different lengths",
@@ -144,7 +147,7 @@ MASKS = [
         "blocks of no tokens",
         "spans.block_mask(0)",
         "ProblemError",
-        "block_mask(block_size=0) must be at least 1",
+        "block_mask: block_size must be an integer >= 1, got 0.",
     ),
     (
         "stacked spans of another shape",

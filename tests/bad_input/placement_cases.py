@@ -149,13 +149,13 @@ ADAPTERS = [
         "rank of zero",
         "mf.LoRA(mf.all_linear, rank=0)",
         "ProblemError",
-        "LoRA(rank=0) must be an integer of at least 1",
+        "LoRA: rank must be an integer >= 1, got 0.",
     ),
     (
         "rank is no whole number",
         "mf.LoRA(mf.all_linear, rank=8.0)",
         "ProblemError",
-        "LoRA(rank=8.0) must be an integer of at least 1",
+        "LoRA: rank must be an integer >= 1, got 8.0.",
     ),
     (
         "rank that fills the memory",
@@ -167,20 +167,20 @@ ADAPTERS = [
         "alpha NaN",
         "mf.LoRA(mf.all_linear, alpha=math.nan)",
         "ProblemError",
-        "LoRA(alpha=nan) must be finite",
+        "LoRA: alpha must be a finite number, got nan.",
     ),
     (
         "alpha is a word",
         'mf.LoRA(mf.all_linear, alpha="64")',
         "ProblemError",
-        "LoRA(alpha='64') must be finite",
+        "LoRA: alpha must be a finite number, got '64'.",
     ),
     (
         "fast weights of another model",
         ("with lora.bind(model(), mf.LoRA(mf.all_linear, rank=1).init(linear)):\n    pass"),
         "ProblemError",
         (
-            "LoRA: fast weights of another model or adapter: missing "
+            "LoRA: fast weights of another model or placement: missing "
             "['model.layers.2.mlp.up_proj.lora_A', 'model.layers.2.mlp.up_proj.lora_B', "
             "'model.layers.3.mlp.up_proj.lora_A', 'model.layers.3.mlp.up_proj.lora_B'] (4), "
             "unknown ['0.lora_A', '0.lora_B', '2.lora_A', '2.lora_B'] (4); make them with "

@@ -9,10 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metafocus.attention.kernels.turns import Turn
-
-_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_gradient = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+from metafocus.attention.kernels.query_runs import QueryRun
+from metafocus.params import wide_type
+from metafocus.torch_internals import flash_cpu, flash_cpu_backward
 
 WHOLE, LOWER, UPPER = "whole", "lower", "upper"
 
@@ -39,20 +38,20 @@ class Group(NamedTuple):
     pieces: tuple[Piece, ...]
 
 
-def groups(turns: Iterable[Turn]) -> list[Group]:
-    """Cut turns into pieces that the kernel knows; equal turns of consecutive rows go together.
+def groups(runs: Iterable[QueryRun]) -> list[Group]:
+    """Cut runs into pieces that the kernel knows; equal runs of consecutive rows go together.
 
     Args:
-        turns: The turns of a batch.
+        runs: The runs of a batch.
 
     Returns:
         The groups. Each costs one call of the kernel per piece, at most three.
 
     Example:
-        >>> groups([Turn(0, 2, 4, 0, 4, -1, 0)])[0].pieces
+        >>> groups([QueryRun(0, 2, 4, 0, 4, -1, 0)])[0].pieces
         (Piece(key=0, key_end=2, shape='whole'), Piece(key=2, key_end=4, shape='lower'))
     """
-    cut = ((turn.row, *part) for turn in turns for part in _cut(turn))
+    cut = ((run.row, *part) for run in runs for part in _cut(run))
     by_content = sorted(cut, key=lambda part: (part[1:], part[0]))
     found = []
     # Consecutive rows keep their distance to their place in the sorted list.
@@ -64,16 +63,16 @@ def groups(turns: Iterable[Turn]) -> list[Group]:
     return found
 
 
-def _cut(turn: Turn) -> list[tuple[int, int, tuple[Piece, ...]]]:
-    """The queries of a turn, in one or several runs, with the pieces of each."""
-    query, end, key, key_end = turn[1:5]
-    n, m = turn.queries, turn.keys
-    if turn.window == (-1, -1):
+def _cut(run: QueryRun) -> list[tuple[int, int, tuple[Piece, ...]]]:
+    """The queries of a run, in one or several runs, with the pieces of each."""
+    query, end, key, key_end = run[1:5]
+    n, m = run.queries, run.keys
+    if run.window == (-1, -1):
         return [(query, end, (Piece(key, key_end, WHOLE),))]
-    if turn.window == (-1, 0):
+    if run.window == (-1, 0):
         pieces = (Piece(key, key_end - n, WHOLE), Piece(key_end - n, key_end, LOWER))
         return [(query, end, _some(pieces))]
-    if turn.right < 0:
+    if run.right < 0:
         pieces = (Piece(key, key + n, UPPER), Piece(key + n, key_end, WHOLE))
         return [(query, end, _some(pieces))]
     # A sliding window. A run of queries shorter than the window sees a parallelogram, which is a
@@ -99,9 +98,9 @@ def _some(pieces: Sequence[Piece]) -> tuple[Piece, ...]:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, turns: Iterable[Turn], scale: float
+    q: Tensor, k: Tensor, v: Tensor, runs: Iterable[QueryRun], scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the output `[B, H, S, D]` and the logsumexp `[B, H, S]`; 0 where no turn is.
+    """Return the output `[B, H, S, D]` and the logsumexp `[B, H, S]`; 0 where no run is.
 
     The pieces of a group are merged by `l = log sum exp l_i`, `o = sum_i exp(l_i - l) o_i`, in
     float32 for inputs of half precision.
@@ -110,17 +109,17 @@ def forward(
         q: Queries `[B, H, S, D]`.
         k: Keys `[B, Hkv, S, D]`.
         v: Values `[B, Hkv, S, D]`.
-        turns: The turns of the batch.
+        runs: The runs of the batch.
         scale: Factor of the logits.
     """
     q, k, v = (_dense_rows(x) for x in (q, k, v))
     batch, heads, length, size = q.shape
     # Laid out as [B, S, H, D], so that merging the heads afterwards is free.
     out = q.new_zeros(batch, length, heads, size).transpose(1, 2)
-    lse = q.new_zeros(batch, heads, length, dtype=_wide(q.dtype))
-    for group in groups(turns):
+    lse = q.new_zeros(batch, heads, length, dtype=wide_type(q.dtype))
+    for group in groups(runs):
         parts = [
-            tuple(_turn_around(x, piece) for x in _attention(*tensors, 0.0, causal, scale=scale))
+            tuple(_turn_around(x, piece) for x in flash_cpu(*tensors, 0.0, causal, scale=scale))
             for piece in group.pieces
             for tensors, causal in [_arguments(group, piece, q, (k, v))]
         ]
@@ -137,7 +136,7 @@ def backward(
     v: Tensor,
     o: Tensor,
     lse: Tensor,
-    turns: Iterable[Turn],
+    runs: Iterable[QueryRun],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of `<do, output>` with respect to `q`, `k` and `v`.
@@ -153,16 +152,16 @@ def backward(
         v: Values `[B, Hkv, S, D]`.
         o: The output.
         lse: The logsumexp.
-        turns: The turns of the batch.
+        runs: The runs of the batch.
         scale: Factor of the logits.
     """
     do, q, k, v, o = (_dense_rows(x) for x in (do, q, k, v, o))
-    dq, dk, dv = (torch.zeros(x.shape, dtype=_wide(x.dtype)) for x in (q, k, v))
-    for group in groups(turns):
+    dq, dk, dv = (torch.zeros(x.shape, dtype=wide_type(x.dtype)) for x in (q, k, v))
+    for group in groups(runs):
         for piece in group.pieces:
             (q_, k_, v_), causal = _arguments(group, piece, q, (k, v))
             do_, o_, lse_ = (_turn_around(_queries(x, group), piece) for x in (do, o, lse))
-            shares = _gradient(do_, q_, k_, v_, o_, lse_, 0.0, causal, scale=scale)
+            shares = flash_cpu_backward(do_, q_, k_, v_, o_, lse_, 0.0, causal, scale=scale)
             gq, gk, gv = (_turn_around(x, piece) for x in shares)
             _queries(dq, group).add_(gq)
             _keys(dk, group, piece).add_(gk)
@@ -202,7 +201,3 @@ def _merge(parts: Sequence[tuple[Tensor, ...]], dtype: torch.dtype) -> tuple[Ten
 def _dense_rows(x: Tensor) -> Tensor:
     """The kernel takes the last stride for 1 without looking."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)

@@ -72,11 +72,11 @@ def _kernel(q: Tensor) -> Callable[..., Any]:
     # Code that is being compiled already compiles the kernel along.
     if q.device.type == "cpu" or torch.compiler.is_compiling():
         return flex_attention
-    return _compiled()
+    return _compiled_flex_attention()
 
 
 @functools.cache
-def _compiled() -> Callable[..., Any]:
+def _compiled_flex_attention() -> Callable[..., Any]:
     return torch.compile(flex_attention)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from metafocus.masks.spans import Spans
 
 
-class Shape(NamedTuple):
+class Scaling(NamedTuple):
     """How logits come from products: `z = scale q.k`, and `cap tanh(z / cap)` with a soft cap."""
 
     scale: float
@@ -24,7 +24,7 @@ class Kernel(Protocol):
     """
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, shape: Shape
+        self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, scaling: Scaling
     ) -> tuple[Tensor, Tensor]:
         """Return the output `[B, H, S, Dv]` and the logsumexp of each row's logits `[B, H, S]`.
 
@@ -42,7 +42,7 @@ class Kernel(Protocol):
         o: Tensor,
         lse: Tensor,
         spans: Spans,
-        shape: Shape,
+        scaling: Scaling,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of `<do, output>` with respect to `q`, `k` and `v`."""
         ...

@@ -10,7 +10,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from metafocus.attention.kernels.kernel import Shape
+from metafocus.attention.kernels.kernel import Scaling
+from metafocus.torch_internals import flash_varlen, flash_varlen_backward
 
 
 class Lengths(NamedTuple):
@@ -45,7 +46,7 @@ class Varlen(Protocol):
     """
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, shape: Shape
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, scaling: Scaling
     ) -> tuple[Tensor, Tensor]:
         """Return the output `[Tq, H, D]` and the logsumexp in float32 `[H, Tq]`."""
         ...
@@ -59,7 +60,7 @@ class Varlen(Protocol):
         o: Tensor,
         lse: Tensor,
         lengths: Lengths,
-        shape: Shape,
+        scaling: Scaling,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of `<do, output>` with respect to `q`, `k` and `v`."""
         ...
@@ -73,10 +74,10 @@ class TorchVarlen:
     """
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, shape: Shape
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, scaling: Scaling
     ) -> tuple[Tensor, Tensor]:
         """Return the output and the logsumexp."""
-        out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        out, lse, *_ = flash_varlen(
             q,
             k,
             v,
@@ -87,7 +88,7 @@ class TorchVarlen:
             0.0,
             lengths.causal,
             False,
-            scale=shape.scale,
+            scale=scaling.scale,
             window_size_left=lengths.left,
             window_size_right=lengths.right,
         )
@@ -102,12 +103,12 @@ class TorchVarlen:
         o: Tensor,
         lse: Tensor,
         lengths: Lengths,
-        shape: Shape,
+        scaling: Scaling,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients with respect to `q`, `k` and `v`."""
         # The state of the random numbers, which dropout alone would read.
         seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
-        return torch.ops.aten._flash_attention_backward(
+        return flash_varlen_backward(
             do,
             q,
             k,
@@ -122,7 +123,7 @@ class TorchVarlen:
             lengths.causal,
             seed,
             torch.empty(0, device=q.device),
-            scale=shape.scale,
+            scale=scaling.scale,
             window_size_left=lengths.left,
             window_size_right=lengths.right,
         )
@@ -132,7 +133,7 @@ class FlashAttn:
     """The kernels of the package flash-attn, from version 2.7 on; they know soft caps too."""
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, shape: Shape
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, scaling: Scaling
     ) -> tuple[Tensor, Tensor]:
         """Return the output and the logsumexp."""
         from flash_attn import flash_attn_interface  # pyright: ignore[reportMissingImports]
@@ -146,11 +147,11 @@ class FlashAttn:
             lengths.longest_queries,
             lengths.longest_keys,
             0.0,
-            shape.scale,
+            scaling.scale,
             causal=lengths.causal,
             window_size_left=lengths.left,
             window_size_right=lengths.right,
-            softcap=shape.softcap or 0.0,
+            softcap=scaling.softcap or 0.0,
         )
         return out, lse
 
@@ -163,7 +164,7 @@ class FlashAttn:
         o: Tensor,
         lse: Tensor,
         lengths: Lengths,
-        shape: Shape,
+        scaling: Scaling,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients with respect to `q`, `k` and `v`."""
         from flash_attn import flash_attn_interface  # pyright: ignore[reportMissingImports]
@@ -184,11 +185,11 @@ class FlashAttn:
             lengths.longest_queries,
             lengths.longest_keys,
             0.0,
-            shape.scale,
+            scaling.scale,
             causal=lengths.causal,
             window_size_left=lengths.left,
             window_size_right=lengths.right,
-            softcap=shape.softcap or 0.0,
+            softcap=scaling.softcap or 0.0,
             alibi_slopes=None,
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )

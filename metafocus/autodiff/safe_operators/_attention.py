@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from metafocus.params import wide
+
 
 def attention(
     query: Tensor,
@@ -44,13 +46,13 @@ def _attention(
     enable_gqa: bool,
 ) -> Tensor:
     dtype = query.dtype
-    wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    query, key, value = wide(query), wide(key), wide(value)
     if enable_gqa:
         repeats = query.shape[-3] // key.shape[-3]
         key = key.repeat_interleave(repeats, dim=-3)
         value = value.repeat_interleave(repeats, dim=-3)
     factor = query.shape[-1] ** -0.5 if scale is None else scale
-    scores = (query.to(wide) * factor) @ key.to(wide).transpose(-1, -2)
+    scores = (query * factor) @ key.transpose(-1, -2)
     allowed = None
     if is_causal and attn_mask is not None:
         raise ValueError("attention takes is_causal=True or attn_mask, not both.")
@@ -63,14 +65,14 @@ def _attention(
         allowed = ~torch.isneginf(attn_mask)
         scores = scores + attn_mask.masked_fill(~allowed, 0.0)
     if allowed is not None:
-        scores = scores.masked_fill(~allowed, torch.finfo(wide).min)
+        scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
     weights = scores.softmax(-1)
     if allowed is not None:
         # A query that may see no key gets zeros, as from the fused kernels.
         weights = weights.masked_fill(~allowed, 0.0)
     if dropout_p:
         weights = F.dropout(weights, dropout_p)
-    return (weights @ value.to(wide)).to(dtype)
+    return (weights @ value).to(dtype)
 
 
 def multi_head_attention(*args: Any, **kwargs: Any) -> Any:

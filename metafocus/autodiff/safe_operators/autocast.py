@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+
+from metafocus.params import wide
+from metafocus.torch_internals import pytree
 
 
 def in_float32(composite: Callable[..., Tensor], devices: tuple[str, ...] = ()) -> Any:
@@ -31,8 +33,3 @@ def in_float32(composite: Callable[..., Tensor], devices: tuple[str, ...] = ()) 
             return composite(*args, **kwargs)
 
     return run
-
-
-def wide(x: Tensor) -> Tensor:
-    """Return `x` in the type that torch's kernels add up in: half types only hold the result."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -1,4 +1,4 @@
-"""Which kernel serves a call."""
+"""The kernel of `backend="auto"`, and the table of all whose derivatives are completed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from metafocus.attention.kernels.flash import Flash, prepare
-from metafocus.attention.kernels.kernel import Kernel, Shape
+from metafocus.attention.kernels.kernel import Kernel, Scaling
 from metafocus.attention.kernels.tiled import Tiled
 from metafocus.masks.spans import Spans
 
@@ -28,11 +28,11 @@ class Auto:
         self.chosen: Kernel | None = None
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, shape: Shape
+        self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, scaling: Scaling
     ) -> tuple[Tensor, Tensor]:
         """Return the output and the logsumexp of each row; see `Kernel`."""
-        self.chosen = self._choose(q, k, v, spans, shape)
-        return self.chosen.forward(q, k, v, spans, shape)
+        self.chosen = self._choose(q, k, v, spans, scaling)
+        return self.chosen.forward(q, k, v, spans, scaling)
 
     def backward(
         self,
@@ -43,20 +43,20 @@ class Auto:
         o: Tensor,
         lse: Tensor,
         spans: Spans,
-        shape: Shape,
+        scaling: Scaling,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients; see `Kernel`."""
-        kernel = self.chosen or self._choose(q, k, v, spans, shape)
-        return kernel.backward(do, q, k, v, o, lse, spans, shape)
+        kernel = self.chosen or self._choose(q, k, v, spans, scaling)
+        return kernel.backward(do, q, k, v, o, lse, spans, scaling)
 
-    def _choose(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, shape: Shape) -> Kernel:
-        found = prepare(q, k, v, spans, shape)
+    def _choose(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, scaling: Scaling) -> Kernel:
+        found = prepare(q, k, v, spans, scaling)
         served = isinstance(found, Flash)
         log.debug(
             "span_attention %s %s: %s",
             tuple(q.shape),
             q.dtype,
-            f"flash, {len(found.turns)} turns" if served else f"tiled, since {found}",
+            f"flash, {len(found.runs)} runs" if served else f"tiled, since {found}",
         )
         return found if served else Tiled()
 

@@ -10,15 +10,15 @@ from __future__ import annotations
 import warnings
 
 import torch
-from torch import nn
 
-from metafocus.lm.hf import heads
-from metafocus.lm.hf.prefix import fast_layers
-from metafocus.lm.loss import Batch, LMLoss
+from metafocus.lm.hf import prefix
+from metafocus.lm.hf.trial import side_run
+from metafocus.lm.loss import LMLoss
+from metafocus.masks import Batch
 from metafocus.types import Params
 
 
-class Shared:
+class SharedPrefix:
     """Puts the hidden states below the first fast layer into prepared batches.
 
     Where to cut is found at the first call and checked there: a few tokens must come out of the
@@ -44,7 +44,7 @@ class Shared:
         Warns:
             UserWarning: once, with the class of the model and the reason, if the check fails.
         """
-        if _draws(self.loss.model):
+        if prefix.draws_random_numbers(self.loss.model):
             return batch
         if not self.checked and not torch.compiler.is_compiling():
             self.cut, self.checked = self._find(), True
@@ -54,10 +54,10 @@ class Shared:
 
     def _find(self) -> tuple[str, int] | None:
         model = self.loss.model
-        with heads.bystander(model):
+        with side_run(model):
             fast = self.loss.adapter.init(model, torch.Generator().manual_seed(0))
-            cut = fast_layers(model, fast)
-            if cut is None or cut[1] == 0 or _is_elsewhere(model):
+            cut = prefix.fast_layers(model, fast)
+            if cut is None or cut[1] == 0 or prefix.has_own_call(model):
                 return None
             reason = self._difference(cut, fast)
         if reason is None:
@@ -72,7 +72,7 @@ class Shared:
     def _difference(self, cut: tuple[str, int], fast: Params) -> str | None:
         loss, draw = self.loss, torch.Generator().manual_seed(1)
         fast = {name: (torch.rand(x.shape, generator=draw) - 0.5).to(x) for name, x in fast.items()}
-        batch = loss.probe()
+        batch = loss.trial_batch()
         try:
             hidden = loss.hidden_before(cut, {}, batch)
             whole, parts = (
@@ -85,22 +85,3 @@ class Shared:
         if size > 0 and torch.allclose(parts / size, whole / size, rtol=0, atol=eps):
             return None
         return "a few tokens come out in two parts otherwise than they come out whole"
-
-
-def _draws(model: nn.Module) -> bool:
-    """Whether layers draw random numbers, of which each pass must have its own."""
-    if not model.training:
-        return False
-    if any(m.p for m in model.modules() if isinstance(m, nn.Dropout)):
-        return True
-    # Some layers call the function and keep its rate in the configuration.
-    config = vars(model.config.get_text_config())  # pyright: ignore
-    rates = [v for k, v in config.items() if "drop" in k or "jitter" in k]
-    return any(isinstance(rate, float) and rate > 0 for rate in rates)
-
-
-def _is_elsewhere(model: nn.Module) -> bool:
-    """Whether layers are compiled or sharded by their own call, which must not be replaced."""
-    return any(m._compiled_call_impl is not None for m in model.modules()) or any(
-        hasattr(p, "full_tensor") for p in model.parameters()
-    )

@@ -1,4 +1,4 @@
-"""Spans as a list of turns: runs of queries that a fused kernel serves without any mask."""
+"""Spans as runs of queries, each of which a fused kernel serves without any mask."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from metafocus.errors import ProblemError
 from metafocus.masks.spans import Spans
 
 
-class Turn(NamedTuple):
+class QueryRun(NamedTuple):
     """Consecutive queries of one row, and the keys they see, in the terms of flash kernels.
 
-    With `n` queries and `m` keys, query `i` of the turn sees its keys `j` with
+    With `n` queries and `m` keys, query `i` of the run sees its keys `j` with
     `i + m - n - left <= j <= i + m - n + right`, where a negative bound is no bound: aligned at the
     bottom right, as flash kernels do it. So `(left, right)` is
 
@@ -60,34 +60,34 @@ class Turn(NamedTuple):
 
 
 @overload
-def find_turns(spans: Spans, limit: None = None) -> tuple[Turn, ...]: ...
+def find_query_runs(spans: Spans, limit: None = None) -> tuple[QueryRun, ...]: ...
 
 
 @overload
-def find_turns(spans: Spans, limit: int) -> tuple[Turn, ...] | None: ...
+def find_query_runs(spans: Spans, limit: int) -> tuple[QueryRun, ...] | None: ...
 
 
-def find_turns(spans: Spans, limit: int | None = None) -> tuple[Turn, ...] | None:
-    """Return the fewest turns that cover all queries which see a key, or None if over `limit`.
+def find_query_runs(spans: Spans, limit: int | None = None) -> tuple[QueryRun, ...] | None:
+    """Return the fewest runs that cover all queries which see a key, or None if over `limit`.
 
-    One copy of the spans to the host, `O(B S)` vectorised work there, and a loop over turns; the
-    answers to the last few questions are kept. Spans without structure need about one turn per
+    One copy of the spans to the host, `O(B S)` vectorised work there, and a loop over runs; the
+    answers to the last few questions are kept. Spans without structure need about one run per
     query, which no fused kernel serves well: that is what `limit` is for.
 
     Args:
         spans: The intervals, `[B, S]`.
-        limit: The number of turns above which the answer is None.
+        limit: The number of runs above which the answer is None.
 
     Returns:
-        The turns by row, then by query; queries that see nothing belong to none.
+        The runs by row, then by query; queries that see nothing belong to none.
 
     Raises:
         ProblemError: If a span reaches beyond the keys.
 
     Example:
         >>> block_then_answer = Spans(torch.zeros(1, 4).long(), torch.tensor([[2, 2, 3, 4]]))
-        >>> for turn in find_turns(block_then_answer):
-        ...     print(*turn)
+        >>> for run in find_query_runs(block_then_answer):
+        ...     print(*run)
         0 0 2 0 2 -1 -1
         0 2 4 0 4 -1 0
     """
@@ -99,7 +99,7 @@ def find_turns(spans: Spans, limit: int | None = None) -> tuple[Turn, ...] | Non
 
 # Every layer of a model, and every inner step, asks about the same intervals.
 @functools.lru_cache(maxsize=8)
-def _found(content: bytes, length: int, limit: int | None) -> tuple[Turn, ...] | None:
+def _found(content: bytes, length: int, limit: int | None) -> tuple[QueryRun, ...] | None:
     start, stop = torch.frombuffer(bytearray(content), dtype=torch.long).view(2, -1, length)
     beyond = (start < stop) & ((start < 0) | (stop > length))
     if beyond.any():
@@ -110,7 +110,7 @@ def _found(content: bytes, length: int, limit: int | None) -> tuple[Turn, ...] |
             f"{stop[row, query].item()}), beyond the {length} keys; an interval is "
             "start <= key < stop within [0, S)."
         )
-    first, last, step = _runs(start, stop)
+    first, last, step = _equal_steps(start, stop)
     # Two runs that touch share a query: at most every second run can be left without one.
     if limit is not None and len(first) > 2 * limit:
         return None
@@ -124,11 +124,11 @@ def _found(content: bytes, length: int, limit: int | None) -> tuple[Turn, ...] |
         row, query = divmod(i, length)
         moved = key_end - key - (j - i + 1)
         left, right = {0: (-1, -1), 1: (-1, 0), 2: (moved, -1), 3: (moved, 0)}[kind]
-        found.append(Turn(row, query, query + j - i + 1, key, key_end, left, right))
+        found.append(QueryRun(row, query, query + j - i + 1, key, key_end, left, right))
     return tuple(found)
 
 
-def _runs(start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _equal_steps(start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """First and last token (in the flattened batch) and step of every maximal run of equal steps.
 
     The step from a query to the next is 0 if the interval stays, 1 if its end moves by one, 2 if

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metafocus.attention.kernels.kernel import Shape
+from metafocus.attention.kernels.kernel import Scaling
 from metafocus.attention.kernels.tiles import Tile, tiles
 from metafocus.masks.spans import Spans
+from metafocus.params import wide
 
 
 @dataclass(frozen=True)
-class Walk:
+class TiledInputs:
     """Inputs laid out for tiles, in the precision of the computation.
 
     Attributes:
@@ -32,11 +33,11 @@ class Walk:
     softcap: float | None
 
     @classmethod
-    def over(cls, q: Tensor, k: Tensor, v: Tensor, spans: Spans, shape: Shape) -> Walk:
+    def of(cls, q: Tensor, k: Tensor, v: Tensor, spans: Spans, scaling: Scaling) -> TiledInputs:
         """Lay inputs out: half precision is widened to float32, query heads are grouped."""
         q, k, v = (wide(x) for x in (q, k, v))
         q = q.unflatten(1, (k.shape[1], -1))
-        return cls(q * shape.scale, k, v, spans, shape.softcap)
+        return cls(q * scaling.scale, k, v, spans, scaling.softcap)
 
     def tiles(self) -> Iterator[Tile]:
         """Cut the attention matrix into tiles."""
@@ -53,24 +54,19 @@ class Walk:
     def logits(self, tile: Tile) -> tuple[Tensor, Tensor | None]:
         """Return a tile's logits, -inf outside the spans, and the tanh of its soft cap."""
         z = rows(self.q, tile) @ keys(self.k, tile).transpose(-1, -2)
-        bent = None
+        capped = None
         if self.softcap is not None:
-            bent = z.div_(self.softcap).tanh_()
-            z = bent * self.softcap
+            capped = z.div_(self.softcap).tanh_()
+            z = capped * self.softcap
         if tile.allowed is not None:
             # The queries of a group lie behind each other and see the same keys.
             z.unflatten(-2, (self.q.shape[2], -1)).masked_fill_(~tile.allowed, -torch.inf)
-        return z, bent
+        return z, capped
 
     def probabilities(self, tile: Tile, lse: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return a tile's attention probabilities and the tanh of its soft cap."""
-        z, bent = self.logits(tile)
-        return z.sub_(rows(lse, tile)).exp_(), bent
-
-
-def wide(x: Tensor) -> Tensor:
-    """Return half-precision tensors in float32, others as they are."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        z, capped = self.logits(tile)
+        return z.sub_(rows(lse, tile)).exp_(), capped
 
 
 def rows(x: Tensor, tile: Tile) -> Tensor:

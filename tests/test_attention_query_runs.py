@@ -11,8 +11,8 @@ from torch import Tensor
 
 from metafocus import masks
 from metafocus.attention.kernels import flash_cpu, flash_cuda
-from metafocus.attention.kernels.kernel import Shape
-from metafocus.attention.kernels.turns import Turn, find_turns
+from metafocus.attention.kernels.kernel import Scaling
+from metafocus.attention.kernels.query_runs import QueryRun, find_query_runs
 from metafocus.attention.kernels.varlen import Lengths
 from metafocus.masks import Spans
 from metafocus.masks.spans import nonempty
@@ -51,12 +51,14 @@ def spans_of(drawn: list[list[tuple[int, int]]]) -> Spans:
 batches = st.lists(rows() | wild_rows(), min_size=1, max_size=3).map(spans_of)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, spans: Spans, shape: Shape) -> tuple[Tensor, Tensor]:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, spans: Spans, scaling: Scaling
+) -> tuple[Tensor, Tensor]:
     """From the definition, with a mask: the output and the logsumexp, 0 in rows without keys."""
     groups = q.shape[1] // k.shape[1]
-    z = shape.scale * q @ k.repeat_interleave(groups, 1).mT
-    if shape.softcap is not None:
-        z = shape.softcap * torch.tanh(z / shape.softcap)
+    z = scaling.scale * q @ k.repeat_interleave(groups, 1).mT
+    if scaling.softcap is not None:
+        z = scaling.softcap * torch.tanh(z / scaling.softcap)
     allowed = spans.dense()
     some = allowed.any(-1)
     z = torch.where(some.unsqueeze(-1), z.masked_fill(~allowed, -math.inf), 0.0)
@@ -65,10 +67,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, spans: Spans, shape: Shape) -> tu
 
 
 def gradients(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, spans: Spans, shape: Shape
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, spans: Spans, scaling: Scaling
 ) -> tuple[Tensor, ...]:
     inputs = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-    return torch.autograd.grad(attention(*inputs, spans, shape)[0], inputs, do)
+    return torch.autograd.grad(attention(*inputs, spans, scaling)[0], inputs, do)
 
 
 def tensors(batch: int, length: int, heads: int = 4, kv: int = 2, size: int = 8) -> list[Tensor]:
@@ -99,26 +101,26 @@ class Reference:
         return found
 
     @staticmethod
-    def _one(q: Tensor, k: Tensor, v: Tensor, ends: Any, shape: Shape) -> tuple[Tensor, Tensor]:
+    def _one(q: Tensor, k: Tensor, v: Tensor, ends: Any, scaling: Scaling) -> tuple[Tensor, Tensor]:
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))
         k, v = (x.repeat_interleave(len(q) // len(k), 0) for x in (k, v))
-        z = shape.scale * q @ k.mT
-        if shape.softcap is not None:
-            z = shape.softcap * torch.tanh(z / shape.softcap)
+        z = scaling.scale * q @ k.mT
+        if scaling.softcap is not None:
+            z = scaling.softcap * torch.tanh(z / scaling.softcap)
         place = torch.arange(k.shape[1])
         allowed = (ends[0][:, None] <= place) & (place < ends[1][:, None])
         z = z.masked_fill(~allowed, -math.inf)
         return (z.softmax(-1) @ v).transpose(0, 1), z.logsumexp(-1)
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, shape: Shape
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, scaling: Scaling
     ) -> tuple[Tensor, Tensor]:
         assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
         assert lengths.queries.dtype == lengths.keys.dtype == torch.int32
         assert int(lengths.queries[-1]) == len(q) and int(lengths.keys[-1]) == len(k) == len(v)
         self.calls.append(lengths)
         parts = [
-            self._one(q[i], k[j], v[j], ends, shape) for i, j, ends in self._sequences(lengths)
+            self._one(q[i], k[j], v[j], ends, scaling) for i, j, ends in self._sequences(lengths)
         ]
         return torch.cat([o for o, _ in parts]), torch.cat([lse for _, lse in parts], dim=1)
 
@@ -131,12 +133,12 @@ class Reference:
         o: Tensor,
         lse: Tensor,
         lengths: Lengths,
-        shape: Shape,
+        scaling: Scaling,
     ) -> tuple[Tensor, ...]:
         # Kernels rebuild the probabilities from the saved logsumexp; here they must agree.
         with torch.enable_grad():
             inputs = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-            again, again_lse = self.forward(*inputs, lengths, shape)
+            again, again_lse = self.forward(*inputs, lengths, scaling)
             grads = torch.autograd.grad(again, inputs, do)
         torch.testing.assert_close(again.detach(), o)
         assert lse.is_contiguous() and lse.shape == again_lse.shape
@@ -144,10 +146,10 @@ class Reference:
         return grads
 
 
-def seen(turns: tuple[Turn, ...], spans: Spans) -> Spans:
-    """The intervals that the turns stand for, from the definition of `Turn`."""
+def seen(runs: tuple[QueryRun, ...], spans: Spans) -> Spans:
+    """The intervals that the runs stand for, from the definition of `QueryRun`."""
     start, stop = (torch.zeros_like(x) for x in spans)
-    for t in turns:
+    for t in runs:
         for i in range(t.queries):
             place = i + t.keys - t.queries
             low = 0 if t.left < 0 else max(0, place - t.left)
@@ -158,7 +160,7 @@ def seen(turns: tuple[Turn, ...], spans: Spans) -> Spans:
 
 
 def fewest(spans: Spans) -> int:
-    """The least number of turns, by trying: for each prefix of a row, the best last turn."""
+    """The least number of runs, by trying: for each prefix of a row, the best last run."""
     total = 0
     for start, stop in zip(*(x.tolist() for x in spans), strict=True):
         best = [0]
@@ -181,19 +183,19 @@ def fewest(spans: Spans) -> int:
 @settings(deadline=None, max_examples=200)
 @given(batches)
 def test_turns_stand_for_the_spans_and_are_the_fewest(spans):
-    turns = find_turns(spans)
-    assert all(map(torch.equal, seen(turns, spans), spans))
-    assert len(turns) == fewest(spans)
-    assert list(turns) == sorted(turns)
+    runs = find_query_runs(spans)
+    assert all(map(torch.equal, seen(runs, spans), spans))
+    assert len(runs) == fewest(spans)
+    assert list(runs) == sorted(runs)
 
 
 @settings(deadline=None, max_examples=60)
 @given(batches)
 def test_the_limit_is_sharp(spans):
-    turns = find_turns(spans)
-    assert find_turns(spans, len(turns)) == turns
-    if turns:
-        assert find_turns(spans, len(turns) - 1) is None
+    runs = find_query_runs(spans)
+    assert find_query_runs(spans, len(runs)) == runs
+    if runs:
+        assert find_query_runs(spans, len(runs) - 1) is None
 
 
 @settings(deadline=None, max_examples=60)
@@ -201,13 +203,13 @@ def test_the_limit_is_sharp(spans):
 def test_both_planners_equal_dense_attention(spans, repeated):
     batch = len(spans.start)
     do, q, k, v = tensors(batch, LENGTH)
-    shape = Shape(0.4)
-    turns = find_turns(spans)
-    exact, exact_lse = attention(q, k, v, spans, shape)
-    exact_grads = gradients(do, q, k, v, spans, shape)
+    scaling = Scaling(0.4)
+    runs = find_query_runs(spans)
+    exact, exact_lse = attention(q, k, v, spans, scaling)
+    exact_grads = gradients(do, q, k, v, spans, scaling)
     results = (
-        (flash_cpu.forward, flash_cpu.backward, (turns, shape.scale)),
-        (flash_cuda.forward, flash_cuda.backward, (turns, shape, Reference(), repeated)),
+        (flash_cpu.forward, flash_cpu.backward, (runs, scaling.scale)),
+        (flash_cuda.forward, flash_cuda.backward, (runs, scaling, Reference(), repeated)),
     )
     for forward, backward, rest in results:
         o, lse = forward(q, k, v, *rest)
@@ -219,10 +221,10 @@ def test_both_planners_equal_dense_attention(spans, repeated):
 
 
 def chat(padding: str = "none", packed: bool = False) -> dict[str, Tensor]:
-    """Two rows of turns of different lengths, with answers of one token and of many."""
-    turns, answer = [], []
+    """Two rows of runs of different lengths, with answers of one token and of many."""
+    runs, answer = [], []
     for lengths in ([5, 3, 1, 1, 6, 8], [9, 1, 2, 4, 7, 1]):
-        turns.append([i for i, n in enumerate(lengths) for _ in range(n)])
+        runs.append([i for i, n in enumerate(lengths) for _ in range(n)])
         answer.append([i % 2 == 1 for i, n in enumerate(lengths) for _ in range(n)])
     valid = torch.ones(2, LENGTH, dtype=torch.long)
     if padding == "right":
@@ -234,7 +236,7 @@ def chat(padding: str = "none", packed: bool = False) -> dict[str, Tensor]:
     batch = {
         "input_ids": torch.zeros(2, LENGTH, dtype=torch.long),
         "attention_mask": valid,
-        "turn_ids": torch.tensor(turns).masked_fill(valid == 0, -1),
+        "turn_ids": torch.tensor(runs).masked_fill(valid == 0, -1),
         "answer_mask": torch.tensor(answer) & (valid != 0),
     }
     if packed:
@@ -267,23 +269,23 @@ PADDINGS = ("none", "left", "right", "a row")
 @pytest.mark.parametrize("policy", POLICIES)
 def test_policies_through_varlen_calls(policy, padding, packed):
     spans = POLICIES[policy](chat(padding, packed))
-    turns = find_turns(spans)
-    assert all(map(torch.equal, seen(turns, spans), spans))
+    runs = find_query_runs(spans)
+    assert all(map(torch.equal, seen(runs, spans), spans))
     do, q, k, v = tensors(2, LENGTH)
-    shape, varlen = Shape(0.4, softcap=2.0), Reference()
-    o, lse = flash_cuda.forward(q, k, v, turns, shape, varlen)
-    exact, exact_lse = attention(q, k, v, spans, shape)
+    scaling, varlen = Scaling(0.4, softcap=2.0), Reference()
+    o, lse = flash_cuda.forward(q, k, v, runs, scaling, varlen)
+    exact, exact_lse = attention(q, k, v, spans, scaling)
     torch.testing.assert_close(o, exact, rtol=0, atol=1e-12)
     torch.testing.assert_close(lse, exact_lse, rtol=0, atol=1e-12)
-    grads = flash_cuda.backward(do, q, k, v, o, lse, turns, shape, varlen)
-    for got, want in zip(grads, gradients(do, q, k, v, spans, shape), strict=True):
+    grads = flash_cuda.backward(do, q, k, v, o, lse, runs, scaling, varlen)
+    for got, want in zip(grads, gradients(do, q, k, v, spans, scaling), strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(
-    "policy, turns",
+    "policy, runs",
     [
-        # No turn for the answers of one token: they are blocks that see all before them.
+        # No run for the answers of one token: they are blocks that see all before them.
         ("causal", [(0, 24, 0, 24, -1, 0)]),
         ("full", [(0, 24, 0, 24, -1, -1)]),
         ("prefix_lm", [(0, 5, 0, 5, -1, -1), (5, 24, 0, 24, -1, 0)]),
@@ -300,40 +302,40 @@ def test_policies_through_varlen_calls(policy, padding, packed):
         ("sliding_window_5", [(0, 5, 0, 5, -1, 0), (5, 24, 1, 24, 4, 0)]),
     ],
 )
-def test_turns_of_policies(policy, turns):
-    found = find_turns(POLICIES[policy](chat()))
-    assert [turn[1:] for turn in found if turn.row == 0] == turns
+def test_turns_of_policies(policy, runs):
+    found = find_query_runs(POLICIES[policy](chat()))
+    assert [run[1:] for run in found if run.row == 0] == runs
 
 
 def test_spans_changed_in_place_are_other_spans():
     spans = masks.causal({"input_ids": torch.ones(1, 8, dtype=torch.long)})
-    (before,) = find_turns(spans)
+    (before,) = find_query_runs(spans)
     # Without a trace in the version counter.
     spans.stop.data.fill_(8)
-    assert find_turns(spans) == (before._replace(right=-1),)
-    assert find_turns(Spans(*(x.int() for x in spans))) == find_turns(spans)
+    assert find_query_runs(spans) == (before._replace(right=-1),)
+    assert find_query_runs(Spans(*(x.int() for x in spans))) == find_query_runs(spans)
 
 
 def test_spans_without_keys_make_no_turn():
     empty = torch.zeros(2, 5, dtype=torch.long)
-    assert find_turns(Spans(empty, empty)) == ()
-    assert find_turns(Spans(empty, empty), limit=0) == ()
+    assert find_query_runs(Spans(empty, empty)) == ()
+    assert find_query_runs(Spans(empty, empty), limit=0) == ()
     _, q, k, v = tensors(2, 5)
-    o, lse = flash_cuda.forward(q, k, v, (), Shape(1.0), Reference())
+    o, lse = flash_cuda.forward(q, k, v, (), Scaling(1.0), Reference())
     assert not o.any() and not lse.any()
 
 
 def test_a_single_token():
-    assert find_turns(Spans(torch.tensor([[0]]), torch.tensor([[1]]))) == (
-        Turn(0, 0, 1, 0, 1, -1, -1),
+    assert find_query_runs(Spans(torch.tensor([[0]]), torch.tensor([[1]]))) == (
+        QueryRun(0, 0, 1, 0, 1, -1, -1),
     )
 
 
-def focus_turns() -> tuple[Turn, ...]:
-    """Eight context turns and eight answers of 100 tokens."""
+def focus_turns() -> tuple[QueryRun, ...]:
+    """Eight context runs and eight answers of 100 tokens."""
     turn_ids = torch.arange(1600).div(100, rounding_mode="floor").unsqueeze(0)
     batch = {"input_ids": turn_ids, "turn_ids": turn_ids, "answer_mask": turn_ids % 2 == 1}
-    found = find_turns(masks.context_bidirectional(batch))
+    found = find_query_runs(masks.context_bidirectional(batch))
     assert len(found) == 16
     return found
 
@@ -351,11 +353,11 @@ def test_context_turns_are_one_call_and_answers_another():
 
 @pytest.mark.parametrize("repeated", [1, 2, 3])
 def test_a_call_repeats_a_bounded_number_of_keys(repeated):
-    turns = focus_turns()
-    calls = list(flash_cuda.layouts(turns, 1, 1600, torch.device("cpu"), repeated))
+    runs = focus_turns()
+    calls = list(flash_cuda.layouts(runs, 1, 1600, torch.device("cpu"), repeated))
     sizes = [int(call.lengths.keys[-1]) for call in calls]
     assert max(sizes) <= repeated * 1600
-    assert sum(sizes) == sum(turn.keys for turn in turns) == 13600
+    assert sum(sizes) == sum(run.keys for run in runs) == 13600
     assert len(calls) <= 2 * (1 + 13600 // (repeated * 800))
     taken = torch.cat(
         [torch.arange(1600)[c.queries] for c in calls]  # slices and indices alike
@@ -369,6 +371,6 @@ def test_nothing_is_copied_where_turns_lie_together():
         "document_ids": torch.tensor([[0, 0, 0, 1, 1, 1]] * 2),
     }
     for policy in (masks.causal, masks.full):
-        (call,) = flash_cuda.layouts(find_turns(policy(packed)), 2, 6, torch.device("cpu"))
+        (call,) = flash_cuda.layouts(find_query_runs(policy(packed)), 2, 6, torch.device("cpu"))
         assert call.queries == call.keys == slice(0, 12)
         assert call.lengths.keys.tolist() == [0, 3, 6, 9, 12]

@@ -1,73 +1,50 @@
-"""One trial evaluation of the inner loss that finds an ill-posed problem before it goes wrong."""
+"""Names and closures: what a loss asks for, ignores, or takes from elsewhere."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from metafocus import params as pt
-from metafocus import streams
 from metafocus.checks import scalar
 from metafocus.errors import ClosureError, ProblemError
-from metafocus.rng import kept
-from metafocus.solvers import Given
 from metafocus.torch_internals import (
     foreign_leaves,
+    is_batched,
     is_tracked,
-    new_tensors,
     raised_by_functional_call,
-    unused_by,
 )
-from metafocus.types import InnerLoss, Params, Solver
+from metafocus.types import InnerLoss, Params
 
 
-def preflight(
-    inner_loss: InnerLoss,
-    solver: Solver,
-    start: Params,
-    outer: Params,
-    support: Any,
-    *,
-    explicit: bool,
-) -> None:
-    """Evaluate the inner loss, its gradient and one update on detached tensors, and judge them.
-
-    Random numbers used by the trial are given back.
+def refuse_hidden(support: Any, data: Any) -> None:
+    """Raise if a stream gives tensors that an explicit estimator would have to see and cannot.
 
     Args:
-        inner_loss: `(fast, slow, data) -> scalar`.
-        solver: the inner optimiser.
-        start: the fast weights before the first step.
-        outer: the slow weights.
-        support: what the inner loss sees; of a stream, the data of step 0.
-        explicit: whether the estimator differentiates explicit tensors only.
+        support: a stream whose tensors cannot be seen.
+        data: what it gives to step 0.
 
     Raises:
-        ProblemError: if the loss is not a scalar, asks for a name that it is not given, or does
-            not depend on one of the fast weights.
-        ClosureError: with `explicit`, if the loss or the solver still needs a derivative although
-            all arguments are constants: it closes over a tensor that the estimator cannot see.
+        ClosureError: naming the stream.
     """
-    point, slow, data = pt.detach(start), pt.detach(outer), streams.at(support, 0)
-    data = pt.detach(data)
-    with kept(pt.tensors((start, outer))), torch.enable_grad(), new_tensors() as made:
-        value = _evaluated(inner_loss, point, slow, data)
-        if explicit:
-            _refuse_closures("inner_loss", [value], made)
-        # A given solution has no steps and is a constant.
-        if point and not isinstance(solver, Given):
-            if explicit:
-                state = solver.init(point)
-                step = solver.update(point, pt.zeros_like(point), state, 0, slow)
-                _refuse_closures("the solver (its lr?)", pt.tensors(step), made)
-            if getattr(solver, "direction", None) is None:
-                _refuse_ignored(inner_loss, point, slow, data)
+    name = type(getattr(support, "stream", support)).__name__
+    tensors = pt.tensors(data)
+    if any(map(is_tracked, tensors)):
+        why = "depend on something that requires grad: the estimator would lose its derivative"
+    elif any(map(is_batched, tensors)):
+        why = "differ from task to task of a vmap: the estimator cannot see that"
+    else:
+        return
+    raise ClosureError(
+        f"the stream of type {name} gives tensors that {why}. Use mf.PerStep, whose tensors are "
+        "visible, or Unrolled() without recompute."
+    )
 
 
-def _evaluated(inner_loss: InnerLoss, fast: Params, slow: Params, data: Any) -> Tensor:
+def evaluated(inner_loss: InnerLoss, fast: Params, slow: Params, data: Any) -> Tensor:
+    """Return the loss; an error because of a name becomes one that says which names there are."""
     try:
         return scalar(inner_loss(dict(fast), dict(slow), data), "inner_loss")
     except KeyError as error:
@@ -103,13 +80,12 @@ def _asked(inner_loss: InnerLoss, fast: Params, slow: Params, data: Any) -> list
     return missing
 
 
-def _refuse_ignored(inner_loss: InnerLoss, point: Params, slow: Params, data: Any) -> None:
+def refuse_ignored(unused: set[str], point: Params) -> None:
     """Raise for a fast weight that the loss does not depend on.
 
     `torch.func.functional_call` ignores unknown names inside a module. A module without any
     name in use is let through: an expert that no token was routed to looks like this.
     """
-    unused = unused_by(lambda fast: scalar(inner_loss(fast, slow, data), "inner_loss"), point)
     used = {k.rpartition(".")[0] for k in set(point) - unused}
     ignored = sorted(k for k in unused if not used or k.rpartition(".")[0] in used)
     if ignored:
@@ -121,7 +97,17 @@ def _refuse_ignored(inner_loss: InnerLoss, point: Params, slow: Params, data: An
         )
 
 
-def _refuse_closures(who: str, results: Iterable[Tensor], made: list[Tensor]) -> None:
+def refuse_closures(who: str, results: Iterable[Tensor], made: list[Tensor]) -> None:
+    """Raise if results of constants need a derivative: they come from a tensor closed over.
+
+    Args:
+        who: what returned them, for the message.
+        results: what it returned.
+        made: the tensors made while it ran.
+
+    Raises:
+        ClosureError: naming who.
+    """
     for x in results:
         # A loss may build a graph of its own, such as a gradient penalty.
         if is_tracked(x) and (not x.requires_grad or foreign_leaves(x, made)):

@@ -1,4 +1,4 @@
-"""One chunk of positions as plain operators: logits, their cross entropy, its gradients."""
+"""The cross entropy of a chunk of positions as plain operators, and its gradients."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metafocus.params import wide
+
 IGNORED = -100
 """The target of a position that is not scored, as everywhere in torch and transformers."""
 
 
 @dataclass(frozen=True)
-class Tail:
+class LogitHead:
     """What a model does to the output of its head: `softcap * tanh(scale * x / softcap)`.
 
     Args:
@@ -23,7 +25,7 @@ class Tail:
         softcap: bound of their absolute value (Gemma), or None.
 
     Example:
-        >>> Tail(scale=2.0)(torch.tensor([1.0, 3.0]))
+        >>> LogitHead(scale=2.0)(torch.tensor([1.0, 3.0]))
         tensor([2., 6.])
     """
 
@@ -42,11 +44,6 @@ class Tail:
         )
 
 
-def wide(x: Tensor) -> Tensor:
-    """Return `x` in the type of softmax statistics: float32, or float64 if it has that."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def entropies(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the sum of the cross entropies of wide logits, 0 where the target is -100."""
     kept = targets != IGNORED
@@ -55,9 +52,9 @@ def entropies(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.where(kept, losses, 0).sum()
 
 
-def chunk_loss(tail: Tail, h: Tensor, w: Tensor, b: Tensor | None, y: Tensor) -> Tensor:
+def chunk_loss(logit_head: LogitHead, h: Tensor, w: Tensor, b: Tensor | None, y: Tensor) -> Tensor:
     """Return the summed cross entropy of one chunk."""
-    return entropies(tail(wide(F.linear(h, w, b))), y)
+    return entropies(logit_head(wide(F.linear(h, w, b))), y)
 
 
 def _residual(logits: Tensor, y: Tensor) -> Tensor:
@@ -70,16 +67,22 @@ def _residual(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def chunk_grads(
-    tail: Tail, wanted: list[bool], h: Tensor, w: Tensor, b: Tensor | None, y: Tensor, g: Tensor
+    logit_head: LogitHead,
+    wanted: list[bool],
+    h: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    y: Tensor,
+    g: Tensor,
 ) -> list[Tensor]:
     """Return the gradients that are wanted, times `g`."""
-    logits = tail(wide(F.linear(h, w, b)))
-    r = (g * tail.slope(logits) * _residual(logits, y)).to(w.dtype)
+    logits = logit_head(wide(F.linear(h, w, b)))
+    r = (g * logit_head.slope(logits) * _residual(logits, y)).to(w.dtype)
     parts = (lambda: r @ w, lambda: r.mT @ h, lambda: r.sum(0))
     return [part() for part, wants in zip(parts, wanted, strict=True) if wants]
 
 
 def no_autocast(kind: str) -> contextlib.AbstractContextManager[Any]:
-    """Compute in the given types: autocast has done its work before."""
+    """Compute in the given types inside a `with` block: autocast has done its work before."""
     on = torch.is_autocast_enabled(kind)
     return torch.autocast(kind, enabled=False) if on else contextlib.nullcontext()

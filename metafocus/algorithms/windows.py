@@ -17,7 +17,7 @@ from metafocus.checks import whole
 from metafocus.engine import Path, path_weights, weighted
 from metafocus.errors import ProblemError
 from metafocus.preflight import preflight
-from metafocus.problem import Problem, check_finite, check_params
+from metafocus.problem import Problem, check_finite, check_params, constants
 from metafocus.solvers.descent import segment, stacked
 from metafocus.torch_internals import pytree, transforming
 from metafocus.types import Aux, Params, Solver, State
@@ -112,7 +112,7 @@ class Windows:
     def init(self, outer: Params, support: Any = None) -> Window:
         """Return the window before the first step, at `problem.init(outer, support)`."""
         check_params(outer, "outer", "outer parameters")
-        fast = _copied(self.problem.start(pt.detach(outer), pt.detach(support)))
+        fast = _copied(self.problem.start(constants(outer), pt.detach(support)))
         return Window(fast, _copied(self.solver.init(fast)), 0)
 
     def loss(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import time
@@ -13,11 +14,13 @@ import torch
 from torch import Tensor
 
 from metafocus import params as pt
+from metafocus import streams
 from metafocus.comparison.memory import peak_bytes, peak_rss
 from metafocus.engine import MetaLoss, adapt, bilevel, hypergrad
 from metafocus.errors import NonFiniteError
+from metafocus.estimators import FirstOrder
 from metafocus.estimators.attached import Point, gradient_norm
-from metafocus.problem import Problem
+from metafocus.problem import Problem, constants
 from metafocus.types import Episode, MatVec, Params, Solver
 
 
@@ -84,11 +87,10 @@ def examine(
     """Run an estimator for its hypergradients, its memory and its counts."""
     tally = _Tally()
     implicit = hasattr(estimator, "solve")
-    watched = (
-        dataclasses.replace(estimator, solve=tally.watching(estimator.solve))
-        if implicit
-        else estimator
-    )
+    watched = copy.copy(estimator)
+    if implicit:
+        # A user's estimator need not be a dataclass, and this is no setting to be checked.
+        object.__setattr__(watched, "solve", tally.watching(estimator.solve))
     counted = bilevel(tally.counting(problem), solver=solver, estimator=watched)
     plain = bilevel(problem, solver=solver, estimator=estimator)
     try:
@@ -103,6 +105,8 @@ def examine(
     report.linear_residual = tally.residual
     if implicit:
         report.products = tally.products + 1
+    elif isinstance(estimator, FirstOrder):
+        report.products = 0
     elif hasattr(estimator, "last"):
         steps = solver.steps
         report.products = steps if estimator.last is None else min(estimator.last, steps)
@@ -142,9 +146,10 @@ def inner_residual(problem: Problem, outer: Params, episode: Episode, solver: So
         solution = adapt(problem, outer, episode.support, solver=solver)
     except NonFiniteError:
         return math.nan
-    outer = pt.detach(outer)
+    outer = constants(outer)
     support = pt.detach(problem.prepared(outer, episode).support)
     start = pt.detach(problem.start(outer, support))
+    support = streams.at(support, max(solver.steps - 1, 0))
     before, after = (
         gradient_norm(problem.inner_loss, Point(fast, outer, support))
         for fast in (start, solution.params)

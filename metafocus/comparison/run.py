@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metafocus import params as pt
 from metafocus.comparison.observe import Report, examine, flat, inner_residual, observe, timed
 from metafocus.comparison.report import Comparison, environment
 from metafocus.engine import MetaLoss, bilevel, hypergrad
 from metafocus.errors import NotStationaryWarning, ProblemError
 from metafocus.estimators import Estimator
 from metafocus.estimators.attached import STATIONARY
-from metafocus.problem import Problem
+from metafocus.problem import Problem, constants
 from metafocus.types import Episode, Params, Solver
 
 
@@ -88,7 +87,7 @@ def compare(
             f"estimators must be a dict of at least one, such as {{'full': mf.Unrolled()}}, got "
             f"{estimators!r}."
         )
-    outer, others = pt.detach(outer), dict(others or {})
+    outer, others = constants(outer), dict(others or {})
     title = _title(reference, estimators, outer)
     losses: dict[str, MetaLoss] = {
         key: bilevel(problem, solver=solver, estimator=e) for key, e in estimators.items()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -107,9 +106,9 @@ class _OverTasks:
         moving = tuple(k for k, v in outer.items() if v.requires_grad)
         separate = moving and torch.is_grad_enabled() and not transforming()
         if separate and not any(x.requires_grad for x in tensors):
-            running = chunks.begun(outer)
-            if running is not None:
-                loss = _Chunked.apply(running, chunks, outer, moving, *map(outer.get, moving))
+            found = chunks.differentiated(outer, moving)
+            if found is not None:
+                loss = _Chunked.apply(found, chunks, outer, moving, *map(outer.get, moving))
                 return loss, self._checked(chunks.joined())
         loss = torch.stack([share * value for share, value in chunks.values(outer)]).sum()
         return loss, self._checked(chunks.joined())
@@ -199,11 +198,21 @@ class _Chunks:
                 f"task {first} returned other metrics or fast weights than task 0: {spec} and "
                 f"{self.spec}. Return the same names for every task."
             )
-        for room, x in zip(self.leaves, leaves, strict=True):
-            if isinstance(room, Tensor):
-                room[first : first + self.size] = x.detach()
-            else:
+        for i, x in enumerate(leaves):
+            room = self.leaves[i]
+            if isinstance(room, list):
                 room.append(x)
+                continue
+            if x.shape[1:] != room.shape[1:]:
+                raise ProblemError(
+                    f"task {first} returned a metric or fast weight of shape "
+                    f"{list(x.shape[1:])}, task 0 one of {list(room.shape[1:])}. Return the same "
+                    "shapes for every task."
+                )
+            if x.dtype != room.dtype:
+                # A metric may be 0 for one task and 0.5 for the next.
+                room = self.leaves[i] = room.to(torch.promote_types(room.dtype, x.dtype))
+            room[first : first + self.size] = x.detach()
 
     def _room(self, x: Any) -> Any:
         # One tensor for all tasks, written to chunk by chunk; transforms do not allow that.
@@ -221,18 +230,25 @@ class _Chunks:
         ]
         return pytree.tree_unflatten(found, self.spec)
 
-    def begun(self, outer: Params) -> _Running | None:
-        """Run the first chunk at leaves of its own; None if it depends on any other leaf."""
-        leaves = {k: leaf_alias(v, False) if v.requires_grad else v for k, v in outer.items()}
-        values = self.values(leaves)
-        share, loss = next(values)
-        if foreign_leaves(loss, list(leaves.values())):
-            return None
-        return leaves, itertools.chain([(share, loss)], values)
+    def differentiated(
+        self, outer: Params, moving: tuple[str, ...]
+    ) -> tuple[Tensor, list[Tensor | None]] | None:
+        """Return the mean loss and its gradient by the moving parameters, chunk by chunk.
 
-
-_Running = tuple[Params, Iterator[tuple[float, Tensor]]]
-"""Leaves in place of the outer parameters, and the chunks' losses at them, one by one."""
+        None if a chunk depends on any other leaf, which would miss its gradient.
+        """
+        leaves = {k: leaf_alias(v, False) if k in moving else v for k, v in outer.items()}
+        at = [leaves[k] for k in moving]
+        grads: list[Tensor | None] = [None] * len(at)
+        losses = []
+        for share, loss in self.values(leaves):
+            if foreign_leaves(loss, at):
+                return None
+            losses.append(share * loss.detach())
+            if loss.requires_grad:
+                found = torch.autograd.grad(share * loss, at, allow_unused=True)
+                grads = [_sum(a, b) for a, b in zip(grads, found, strict=True)]
+        return torch.stack(losses).sum(), grads
 
 
 class _Chunked(torch.autograd.Function):
@@ -241,23 +257,14 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        running: _Running,
+        found: tuple[Tensor, list[Tensor | None]],
         chunks: _Chunks,
         outer: Params,
         names: tuple[str, ...],
         *moving: Tensor,
     ) -> Tensor:
-        leaves, values = running
-        at = [leaves[k] for k in names]
-        grads: list[Tensor | None] = [None] * len(at)
-        total = moving[0].new_zeros(())
-        with torch.enable_grad():
-            for share, loss in values:
-                total = total + share * loss.detach()
-                if loss.requires_grad:
-                    found = torch.autograd.grad(share * loss, at, allow_unused=True)
-                    grads = [_sum(a, b) for a, b in zip(grads, found, strict=True)]
-        ctx.chunks, ctx.outer, ctx.names, ctx.grads = chunks, outer, names, grads
+        total, ctx.grads = found
+        ctx.chunks, ctx.outer, ctx.names, ctx.total = chunks, outer, names, total.detach()
         ctx.save_for_backward(*moving)
         return total
 
@@ -271,9 +278,21 @@ class _Chunked(torch.autograd.Function):
             outer = {**ctx.outer, **dict(zip(ctx.names, xs, strict=True))}
             with ctx.chunks.drawn.again():
                 values = [share * loss for share, loss in ctx.chunks.values(outer)]
-            return [torch.stack(values).sum()]
+            total = torch.stack(values).sum()
+            _check_same(ctx.total, total.detach())
+            return [total]
 
         return *[None] * 4, *pullback(rebuilt, moving, [cotangent], [True] * len(moving))
+
+
+def _check_same(before: Tensor, again: Tensor) -> None:
+    # Kernels that add in any order differ in the last digits.
+    if not torch.allclose(before, again, rtol=torch.finfo(before.dtype).eps ** 0.5, equal_nan=True):
+        raise ProblemError(
+            f"the tasks gave the loss {before.item()} and, run again for a second derivative, "
+            f"{again.item()}: they draw from a generator of their own, or a stream is not pure. "
+            "Draw beforehand, or use chunk_size=None."
+        )
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -12,11 +12,12 @@ import yaml
 
 from metafocus.__main__ import main
 
-SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 320, "max_length": 64}
+SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 320}
 QUIET = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "dataloader_pin_memory": False}
 SHORT = {
     **{"max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 3e-3},
     **{"lora_rank": 2, "layer_fraction": 0.5, "logging_steps": 1, "save_strategy": "no"},
+    "max_length": 64,
 }
 
 
@@ -51,7 +52,8 @@ def flags(**settings: object) -> list[str]:
 
 def training(data: object, output: Path, **changes: object) -> list[str]:
     """The words of a short `metafocus train`; a setting that is None is left out."""
-    settings = {**SMALL, **QUIET, **SHORT, "train_file": data, "output_dir": output, **changes}
+    small = {} if "model_name_or_path" in changes else SMALL
+    settings = {**small, **QUIET, **SHORT, "train_file": data, "output_dir": output, **changes}
     return ["train", *flags(**{k: v for k, v in settings.items() if v is not None})]
 
 

@@ -12,7 +12,7 @@ import metafocus as mf
 from metafocus.__main__ import main
 from metafocus.cli.parsing import suggestion
 
-SIZES = flags(**{k: v for k, v in SMALL.items() if k != "max_length"})
+SIZES = flags(**SMALL)
 
 
 @pytest.fixture(scope="module")

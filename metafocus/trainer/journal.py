@@ -99,6 +99,7 @@ class Journal:
     def check_gradient(self, norm: float, step: int) -> None:
         """Raise if the norm of a gradient, read from the device, is not finite."""
         if self._raise_on_nan and not math.isfinite(norm):
+            self.check(step)
             raise NonFiniteError(
                 f"the gradient norm is {norm} at step {step}. The model keeps the weights from "
                 "before this step. Lower learning_rate, or look at the data."

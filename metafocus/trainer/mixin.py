@@ -279,9 +279,9 @@ class FocusMixin(Trainer):
         # A model that has just become NaN must not push whole checkpoints out.
         self._journal.check(self.state.global_step)
         place = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            (place / SEAL).unlink(missing_ok=True)
         with saving(place, "the checkpoint"):
+            if self.args.should_save:
+                (place / SEAL).unlink(missing_ok=True)
             super()._save_checkpoint(model, trial)
 
 

@@ -21,6 +21,7 @@ def load(name_or_path: str | Path, **kwargs: Any) -> tuple[PreTrainedModel, Any]
 
     Weights are loaded in float32 unless `dtype` says otherwise: in bfloat16 most updates of a small
     learning rate round to nothing. A tokenizer without a padding token pads with its end token.
+    Code that lies beside a model is never run.
 
     Args:
         name_or_path: a directory with a model and its tokenizer, or a hub id.
@@ -49,13 +50,12 @@ def load(name_or_path: str | Path, **kwargs: Any) -> tuple[PreTrainedModel, Any]
     here = Path(name).is_dir()
     if here and not (Path(name) / "config.json").is_file():
         raise DataError(f"{failed}: there is no config.json in it. {advice}.")
-    # Passed explicitly: otherwise transformers asks at the terminal whether to run code of the hub.
-    settings = {"dtype": torch.float32, "trust_remote_code": False, **kwargs}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, trust_remote_code=settings["trust_remote_code"]
+        # Passed explicitly: otherwise transformers asks at the terminal whether to run hub code.
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            name, trust_remote_code=False, **{"dtype": torch.float32, **kwargs}
         )
-        model = AutoModelForCausalLM.from_pretrained(name, **settings)
     except pickle.UnpicklingError as error:
         raise DataError(
             f"{failed}: its weights are a pickle that holds more than tensors and could run any "

@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
     if args.quick:
         smaller = QUICK if args.model_name_or_path else QUICK | QUICK_MODEL
         vars(args).update({k: v for k, v in smaller.items() if k not in args.given})
-    directory = options.directory(args.output_dir, "--output_dir") if args.output_dir else None
+    directory = options.directory(args.output_dir) if args.output_dir else None
     chosen = [name.strip() for name in args.estimators.split(",") if name.strip()]
     estimators = {name: named("estimators", name, ESTIMATORS)() for name in chosen}
     if not estimators:

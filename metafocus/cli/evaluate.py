@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
     long = args.suite in TASKS
     if args.output_dir is None and not (long and args.export):
         raise DataError(f"--output_dir is missing: name a directory for {REPORT} and {ANSWERS}")
-    output = options.directory(args.output_dir or args.export, "--output_dir")
+    output = options.directory(args.output_dir or args.export)
     if (output / REPORT).exists() and not args.overwrite_output_dir:
         raise DataError(
             f"--output_dir {output} holds {REPORT}: name another directory, or pass "

@@ -173,7 +173,7 @@ def note_unused(args: Any, names: Iterable[str], why: str) -> None:
             print(f"note: --{name} has no effect {why}.", file=sys.stderr)
 
 
-def directory(word: str, flag: str = "--output") -> Path:
+def directory(word: str, flag: str = "--output_dir") -> Path:
     """Return a directory to write to, or raise if it cannot be one; nothing is made yet.
 
     Raises:

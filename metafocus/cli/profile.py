@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
     if not args.adapt:
         names = ("inner_tokens", *options.INNER)
         options.note_unused(args, names, "without --adapt")
-    directory = options.directory(args.output_dir, "--output_dir")
+    directory = options.directory(args.output_dir)
     names = [name.strip() for name in args.mask.split(",") if name.strip()]
     chosen = {name: named("mask", name, MASKS) for name in names}
     cells = len(chosen) * (1 + args.adapt)

@@ -90,7 +90,7 @@ def main(argv: list[str]) -> FocusTrainer:
 
 
 def _output(args: FocusArguments, overwrite: bool) -> Path:
-    output = options.directory(args.output_dir or "", "--output_dir")
+    output = options.directory(args.output_dir or "")
     # Asked by one process: another one may have begun to write there.
     free = args.process_index > 0 or args.resume_from_checkpoint or overwrite
     if not free and output.is_dir() and any(output.iterdir()):

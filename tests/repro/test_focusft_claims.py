@@ -17,7 +17,6 @@ from trainer_script import SAMPLES, tiny, trainer, weights
 
 import metafocus as mf
 from metafocus.masks import causal
-from metafocus.training import evaluate
 from repro.budget import FULL
 
 pytestmark = [
@@ -180,7 +179,6 @@ def test_t25_evaluation_without_labels(tmp_path, claim):
     leaked = leaking({}, mf.Episode(batch, batch))[0].item()
     claim({"eval_loss": told, "by hand": total / count, "adapted on the answers": leaked})
     assert told == pytest.approx(total / count, rel=1e-6)
-    assert told == pytest.approx(evaluate(model, SAMPLES[:6], run.data_collator, mask=causal))
     assert leaked < (1 - 1e-3) * told
 
 

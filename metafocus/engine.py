@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -14,10 +13,12 @@ from metafocus import params as pt
 from metafocus import streams
 from metafocus.autodiff.grad import leaf_alias, reaches_a_users_leaf
 from metafocus.autodiff.safe_operators.swapping import Swapped
+from metafocus.calls import Scoped
 from metafocus.errors import ProblemError
 from metafocus.estimators import Estimator
 from metafocus.preflight import preflight, refuse_ignored_fast_weights
 from metafocus.problem import Problem, check_finite, check_params, constants, moving
+from metafocus.rng import attempt, attempted
 from metafocus.solvers import Given
 from metafocus.solvers.descent import solve_inner
 from metafocus.torch_internals import transforming
@@ -133,7 +134,7 @@ def bilevel(
     return meta_loss
 
 
-_INSIDE: ContextVar[bool] = ContextVar("inside", default=False)
+_INSIDE = Scoped(False)
 
 
 def outermost(evaluate: MetaLoss, outer: Params, episode: Any) -> tuple[Tensor, Any]:
@@ -145,25 +146,24 @@ def outermost(evaluate: MetaLoss, outer: Params, episode: Any) -> tuple[Tensor, 
         ProblemError: with grad mode on and outside transforms, if neither the loss nor anything
             in `outer` or the episode requires grad.
     """
-    if _INSIDE.get():
+    if torch.compiler.is_compiling() or _INSIDE.get():
         return evaluate(outer, episode)
-    token = _INSIDE.set(True)
-    try:
-        loss, aux = evaluate(outer, episode)
-    finally:
-        _INSIDE.reset(token)
-    if (
-        torch.is_grad_enabled()
-        and not transforming()
-        and not any(x.requires_grad for x in pt.tensors((outer, episode)))
-        and not reaches_a_users_leaf(loss)
-    ):
-        raise ProblemError(
-            "nothing in outer requires grad, so loss.backward() would train nothing (state_dict() "
-            "and detached tensors are constants). Pass mf.trainable(model), take the gradient with "
-            "mf.hypergrad(meta_loss), or evaluate under torch.no_grad()."
-        )
-    return loss, aux
+    given = pt.tensors((outer, episode))
+    with attempt(given):
+        with _INSIDE.set(True):
+            loss, aux = evaluate(outer, episode)
+        if (
+            torch.is_grad_enabled()
+            and not transforming()
+            and not any(x.requires_grad for x in given)
+            and not reaches_a_users_leaf(loss)
+        ):
+            raise ProblemError(
+                "nothing in outer requires grad, so loss.backward() would train nothing "
+                "(state_dict() and detached tensors are constants). Pass mf.trainable(model), take "
+                "the gradient with mf.hypergrad(meta_loss), or evaluate under torch.no_grad()."
+            )
+        return loss, aux
 
 
 def _check_parts(problem: Any, solver: Any, estimator: Any) -> None:
@@ -297,6 +297,7 @@ def hypergrad(meta_loss: MetaLoss) -> Callable[[Params, Any], tuple[Params, tupl
         tensor([1.6000])
     """
 
+    @attempted
     def value_and_hypergrad(outer: Params, episode: Any) -> tuple[Params, tuple[Tensor, Aux]]:
         check_params(outer, "outer", "outer parameters")
         free = moving(outer)
@@ -331,6 +332,7 @@ def _on_tape(
     return dict(zip(leaves, grads, strict=True)), loss if track else loss.detach(), aux
 
 
+@attempted
 def adapt(
     problem: Problem, outer: Params, support: Any, *, solver: Solver, path: Sequence[int] = ()
 ) -> Solution:

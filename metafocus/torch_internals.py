@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import re
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from metafocus.calls import undone
 from metafocus.errors import TransformError
 
 __all__ = ["TorchDispatchMode", "pytree"]
@@ -305,11 +306,42 @@ def storage_key(storage: torch.UntypedStorage) -> int:
 # Modules: their own tables, and the hooks in them.
 
 
+@contextlib.contextmanager
 def swapped_weights(
     module: nn.Module, tensors: Mapping[str, Tensor], *, tie_weights: bool = False
-) -> contextlib.AbstractContextManager[None]:
-    """Let a module hold other tensors as parameters and buffers inside a `with` block."""
-    return _reparametrize_module(module, dict(tensors), tie_weights=tie_weights)
+) -> Iterator[None]:
+    """Let a module hold other tensors as parameters and buffers inside a `with` block.
+
+    As in `torch.func.functional_call`, an empty dict changes nothing.
+    """
+    if not tensors:
+        yield
+        return
+    swap = _reparametrize_module(module, dict(tensors), tie_weights=tie_weights)
+    # An interrupt inside torch's own exit would leave the other tensors in the module.
+    guard = contextlib.nullcontext() if torch.compiler.is_compiling() else _guarded(module, tensors)
+    with guard, swap:
+        yield
+
+
+def _guarded(module: nn.Module, names: Collection[str]) -> contextlib.AbstractContextManager[None]:
+    held = [
+        (f"{path}.{name}" if path else name, m, name, value)
+        for path, m in module.named_modules()
+        for name, value in (*parameter_table(m).items(), *m.named_buffers(recurse=False))
+    ]
+    # Tied weights have several names.
+    own = {id(value) for path, _, _, value in held if path in names}
+    places = [place for _, *place in held if id(place[-1]) in own]
+
+    def put_back() -> None:
+        for m, name, value in places:
+            if name in parameter_table(m):
+                parameter_table(m)[name] = value
+            else:
+                setattr(m, name, value)
+
+    return undone(put_back)
 
 
 def parameter_table(module: nn.Module) -> dict[str, Tensor | None]:

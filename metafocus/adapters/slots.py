@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from metafocus.calls import changed, undone
 from metafocus.errors import ProblemError
 from metafocus.torch_internals import forward_hooks, parameter_table
 
@@ -64,10 +65,16 @@ class Slot:
         if self.binding is None:
             return None
         if self.binding.apply is as_parameters:
+            # An interrupt may come between two statements: parameters are on the stack while they
+            # are not in the module.
+            table, stack = parameter_table(module), self.saved_parameters
             if output:
-                parameter_table(module).update(self.saved_parameters.pop())
+                table.update(stack[-1])
+                stack.pop()
             else:
-                self.saved_parameters.append(_exchange(module, self.binding.tensors))
+                tensors = self.binding.tensors
+                stack.append({name: table[name] for name in tensors})
+                table.update(_cast(tensors, stack[-1]))
             return None
         if not output:
             return None
@@ -226,29 +233,27 @@ def rebind(
 
 
 @contextmanager
-def _held(held: Iterable[tuple[nn.Module, Slot, Any]]) -> Iterator[None]:
-    before: list[tuple[nn.Module, Slot, tuple[Any, Any], dict[str, Any]]] = []
-    try:
-        for module, found, binding in held:
-            state = found.binding, found.saved_parameters
-            before.append((module, found, state, dict(parameter_table(module))))
-            found.binding, found.saved_parameters = binding, []
+def _held(held: list[tuple[nn.Module, Slot, Any]]) -> Iterator[None]:
+    places: list[tuple[Any, str, Any]] = []
+    stacks: list[tuple[nn.Module, list[dict[str, Tensor | None]]]] = []
+    for module, found, binding in held:
+        stack: list[dict[str, Tensor | None]] = []
+        places += [(found, "binding", binding), (found, "saved_parameters", stack)]
+        stacks.append((module, stack))
+
+    def put_back() -> None:
+        # An exception may leave a module while its parameters are swapped.
+        for module, stack in stacks:
+            if stack:
+                parameter_table(module).update(stack[0])
+                stack.clear()
+
+    with changed(*places), undone(put_back):
         yield
-    finally:
-        # In reverse order, so that a slot that is named twice gets back its first binding.
-        for module, found, state, own in reversed(before):
-            if found.saved_parameters:
-                # An exception interrupted a call while the module's parameters were swapped.
-                parameter_table(module).update(own)
-            found.binding, found.saved_parameters = state
 
 
-def _exchange(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
-    """Replace parameters by tensors, cast to the parameters' types; return the parameters."""
-    table = parameter_table(module)
-    own: dict[str, Any] = {name: table[name] for name in tensors}
-    table.update({name: tensor.to(own[name].dtype) for name, tensor in tensors.items()})
-    return own
+def _cast(tensors: Mapping[str, Tensor], like: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: tensor.to(like[name].dtype) for name, tensor in tensors.items()}
 
 
 def _find(module: nn.Module) -> Slot | None:

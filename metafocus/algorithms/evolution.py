@@ -13,7 +13,7 @@ from metafocus import params as pt
 from metafocus.checks import positive, scalar, seeded, whole
 from metafocus.errors import NonFiniteError, ProblemError
 from metafocus.problem import check_params, constants, moving
-from metafocus.rng import replayed
+from metafocus.rng import attempted, draws_from, replayed
 from metafocus.torch_internals import transforming
 from metafocus.types import Params
 
@@ -98,7 +98,9 @@ class Evolution:
         grads, _, aux = self._estimate(outer, episode)
         return grads, state, aux
 
+    @attempted
     def _estimate(self, outer: Params, episode: Any) -> tuple[Params, Tensor, Any]:
+        draws_from(self.generator)
         check_params(outer, "outer", "outer parameters")
         if not outer:
             raise ProblemError(

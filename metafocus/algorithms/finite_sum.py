@@ -10,6 +10,7 @@ from torch import Tensor
 from metafocus import params as pt
 from metafocus.errors import ProblemError
 from metafocus.problem import as_episode
+from metafocus.rng import attempted
 from metafocus.types import Episode
 
 
@@ -23,6 +24,7 @@ class Term(NamedTuple):
     data: Any
 
 
+@attempted
 def draw(data: Any, *, generator: torch.Generator) -> Episode:
     """Return one term of the inner and one of the outer sum, independently and uniformly.
 

@@ -19,6 +19,7 @@ from metafocus.algorithms.evolution import (
 from metafocus.algorithms.windows import Window, Windows
 from metafocus.checks import seeded
 from metafocus.problem import as_episode, check_params, constants, moving
+from metafocus.rng import attempted
 from metafocus.types import Params
 
 
@@ -152,10 +153,12 @@ class PES(Particles):
         Vicol, Metz and Sohl-Dickstein, arXiv 2112.13835.
     """
 
+    @attempted
     def init(self, outer: Params, support: Any = None) -> PESState:
         """Return the particles before the first window."""
         return PESState(*self.begin(outer, support))
 
+    @attempted
     def step(
         self, outer: Params, state: PESState, episode: Any, *, generator: torch.Generator
     ) -> tuple[Params, PESState, ParticleAux]:
@@ -219,10 +222,12 @@ class ESSingle(Particles):
         Vicol, arXiv 2304.11153.
     """
 
+    @attempted
     def init(self, outer: Params, support: Any = None) -> ESSingleState:
         """Return the particles before the first window."""
         return ESSingleState(*self.begin(outer, support))
 
+    @attempted
     def step(
         self, outer: Params, state: ESSingleState, episode: Any, *, generator: torch.Generator
     ) -> tuple[Params, ESSingleState, ParticleAux]:

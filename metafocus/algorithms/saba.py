@@ -22,6 +22,7 @@ from metafocus.autodiff.hvp import hvp_reverse
 from metafocus.checks import positive
 from metafocus.errors import ProblemError
 from metafocus.problem import Problem, as_episode, constants
+from metafocus.rng import attempted
 from metafocus.types import HVP, Episode, Params
 
 
@@ -113,6 +114,7 @@ class SABA:
         positive("inner_lr", self.inner_lr)
         positive("v_lr", self.v_lr)
 
+    @attempted
     def init(self, outer: Params, data: Any) -> SABAState:
         """Return the state with `v = 0` and a full memory; one pass over all terms.
 
@@ -141,6 +143,7 @@ class SABA:
                 fast, v, _mapped(inner, support, counts[0]), _mapped(upper, query, counts[1])
             )
 
+    @attempted
     def step(
         self, outer: Params, state: SABAState, episode: Any
     ) -> tuple[Params, SABAState, StepAux]:

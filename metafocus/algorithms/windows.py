@@ -18,6 +18,7 @@ from metafocus.engine import Path, path_weights, weighted
 from metafocus.errors import ProblemError
 from metafocus.preflight import preflight
 from metafocus.problem import Problem, check_finite, check_params, constants
+from metafocus.rng import attempted
 from metafocus.solvers.descent import segment, stacked
 from metafocus.torch_internals import pytree, transforming
 from metafocus.types import Aux, Params, Solver, State
@@ -139,12 +140,14 @@ class Windows:
         if not isinstance(self.recompute, bool):
             whole("recompute", self.recompute)
 
+    @attempted
     def init(self, outer: Params, support: Any = None) -> Window:
         """Return the window before the first step, at `problem.init(outer, support)`."""
         check_params(outer, "outer", "outer parameters")
         fast = _copied(self.problem.start(constants(outer), pt.detach(support)))
         return Window(fast, _held(_copied(self.solver.init(fast))), 0)
 
+    @attempted
     def loss(
         self, outer: Params, window: Window, episode: Any
     ) -> tuple[Tensor, tuple[Window, Aux]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from metafocus import params as pt
 from metafocus.autodiff import grad as derivatives
 from metafocus.autodiff.safe_operators import swapping
+from metafocus.calls import Scoped, current, inside
 from metafocus.rng import Drawn
 from metafocus.torch_internals import (
     foreign_nodes,
@@ -28,24 +28,22 @@ from metafocus.torch_internals import (
 
 Pullback = Callable[[tuple[Any, ...], Any], tuple[Any, ...]]
 
-_FOUND: ContextVar[set[str] | None] = ContextVar("found", default=None)
+_FOUND: Scoped[set[str] | None] = Scoped(None)
 
 
 @contextlib.contextmanager
 def searched() -> Iterator[set[str]]:
     """Collect the names of custom kernels inside recomputed functions, in a `with` block."""
     names: set[str] = set()
-    token = _FOUND.set(names)
-    try:
+    with _FOUND.set(names):
         yield names
-    finally:
-        _FOUND.reset(token)
 
 
 class _Ambient:
     """What the forward pass ran in: to run the same code again in the same surroundings."""
 
     def __init__(self, tensors: Sequence[Tensor]):
+        self.call = current()
         self.drawn = Drawn(tensors)
         self.swapped = swapping.active()
         kinds = {"cpu", *(x.device.type for x in tensors)}
@@ -68,7 +66,7 @@ class _Ambient:
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
         swapped = contextlib.nullcontext() if self.swapped is None else self.swapped
-        with self.drawn.again(), self.first(), swapped:
+        with inside(self.call), self.drawn.again(), self.first(), swapped:
             yield
 
 
@@ -131,7 +129,7 @@ class _Recompute(torch.autograd.Function):
 
     @staticmethod
     def forward(spec: _Spec, *inputs: Tensor) -> tuple[Tensor, ...]:
-        found = _FOUND.get()
+        found = None if torch.compiler.is_compiling() else _FOUND.get()
         with spec.ambient.first():
             if found is None:
                 return spec.flat(*inputs)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from metafocus.calls import evaluating
 from metafocus.checks import whole
 from metafocus.errors import DataError
 from metafocus.evals.items import Count, Item
@@ -68,9 +69,7 @@ def answers(
     order = sorted(range(len(items)), key=lambda i: (items[i].new_tokens, -len(ids[i])))
     ends = _ends(model, tokenizer)
     found: dict[int, str] = {}
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         while len(found) < len(items):
             rest = order[len(found) : len(found) + batch_size]
             new = items[rest[0]].new_tokens
@@ -80,8 +79,6 @@ def answers(
                 found[i] = tokenizer.decode(output, skip_special_tokens=True)  # pyright: ignore
             if progress is not None:
                 progress(len(chosen))
-    finally:
-        model.train(training)
     return [found[i] for i in range(len(items))]
 
 

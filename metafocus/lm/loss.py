@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from metafocus import masks
 from metafocus.adapters.protocol import Adapter
+from metafocus.calls import running
 from metafocus.errors import ProblemError
 from metafocus.lm.cross_entropy import IGNORED
 from metafocus.lm.hf import heads, prefix
@@ -25,6 +26,7 @@ from metafocus.lm.tokens import TokenPolicy, answer_tokens, predicted
 from metafocus.masks import Batch, MaskPolicy
 from metafocus.masks.spans import Spans
 from metafocus.params import wide
+from metafocus.torch_internals import swapped_weights
 from metafocus.types import Params
 
 
@@ -73,7 +75,7 @@ class LMLoss:
         """Return the loss; with `slow={}` the model's own parameters are the slow weights."""
         batch = self.prepare(batch)
         logit_head = logit_head_of(self.model)
-        with self.adapter.bind(self.model, fast), self._running():
+        with self._running(), self.adapter.bind(self.model, fast):
             if logit_head is None:
                 logits = self._run(slow, batch).logits
                 return self._mean(batch, lambda scored: _full_loss(logits, scored))
@@ -111,7 +113,7 @@ class LMLoss:
 
     def final_hidden(self, fast: Params, batch: Batch) -> Tensor:
         """Return what the model's head would see, `[B, S, D]`, of a prepared batch."""
-        with self.adapter.bind(self.model, fast), self._running():
+        with self._running(), self.adapter.bind(self.model, fast):
             return heads.read_hidden(
                 self._head(), lambda: self._run({}, batch), lambda head, hidden: hidden
             )
@@ -122,14 +124,15 @@ class LMLoss:
 
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
-        with attending(self.model), exact_checkpointing(self.model):
+        with running(self.model), attending(self.model), exact_checkpointing(self.model):
             yield
 
     def _run(self, slow: Params, batch: Batch) -> Any:
         inputs = batch["model_inputs"]
-        with prefix.resumed(self.model, batch.get("hidden")):
-            if slow:
-                return torch.func.functional_call(self.model, slow, (), inputs)
+        with (
+            prefix.resumed(self.model, batch.get("hidden")),
+            swapped_weights(self.model, slow, tie_weights=True),
+        ):
             return self.model(**inputs)
 
     def _head(self) -> nn.Module:

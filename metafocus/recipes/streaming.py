@@ -20,6 +20,7 @@ from metafocus.lm import Batch, TokenPolicy
 from metafocus.lm.tokens import predicted
 from metafocus.preflight import preflight
 from metafocus.problem import Problem, as_episode, check_finite
+from metafocus.rng import attempted
 from metafocus.torch_internals import transforming
 from metafocus.types import Aux, Episode, Params, Solver, State
 
@@ -130,6 +131,7 @@ def stream(
         with Swapped(once=True):
             return problem.evaluate(fast, slow, query)[0]
 
+    @attempted
     def meta_loss(outer: Params, episode: Any) -> tuple[Tensor, Aux]:
         whole = as_episode(episode)
         fast = problem.start(outer, whole.support)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from metafocus.attention.hugging_face import IMPLEMENTATIONS, register
+from metafocus.calls import changed
 from metafocus.errors import ProblemError
 from metafocus.masks.spans import Spans, windowed
 
@@ -40,12 +41,8 @@ def attention_as(config: Any, implementation: str) -> Iterator[None]:
         config: The text configuration of a model, which its layers read at every call.
         implementation: Such as "metafocus".
     """
-    before = config._attn_implementation
-    config._attn_implementation = implementation
-    try:
+    with changed((config, "_attn_implementation", implementation)):
         yield
-    finally:
-        config._attn_implementation = before
 
 
 def takes_spans(model: nn.Module) -> bool:

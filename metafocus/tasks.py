@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from metafocus import params as pt
-from metafocus.autodiff.grad import leaf_alias
+from metafocus.autodiff.grad import leaf_alias, reaches_another_leaf
 from metafocus.autodiff.known import with_gradient
 from metafocus.checks import whole
 from metafocus.engine import MetaLoss, outermost
@@ -20,7 +20,7 @@ from metafocus.errors import NonFiniteError, ProblemError
 from metafocus.problem import check_finite
 from metafocus.rng import Drawn
 from metafocus.streams import Shared, is_stream
-from metafocus.torch_internals import foreign_leaves, pytree, transforming
+from metafocus.torch_internals import pytree, transforming
 from metafocus.types import Aux, Params
 
 CHUNK = 200
@@ -265,7 +265,7 @@ class _Chunks:
         grads: list[Tensor | None] = [None] * len(at)
         losses = []
         for share, loss in self.values(leaves):
-            if foreign_leaves(loss, at):
+            if reaches_another_leaf(loss, at):
                 return None
             losses.append(share * loss.detach())
             if loss.requires_grad:

@@ -195,13 +195,13 @@ class Swapped(TorchFunctionMode):
             there, and only what would be silently wrong.
 
     Attributes:
-        statistics: whether a norm that could have running statistics was met.
+        needed: whether an operator was met that needs this block even for a first derivative.
     """
 
     def __init__(self, once: bool = False):
         super().__init__()
         self.once = once
-        self.statistics = False
+        self.needed = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # Every access to a tensor comes here: what is in no table must pass quickly.
@@ -219,7 +219,7 @@ class Swapped(TorchFunctionMode):
         return func(*args, **kwargs) if kwargs else func(*args)
 
     def _composite(self, func: Any) -> Any:
-        self.statistics |= func in _WITH_STATISTICS
+        self.needed |= func in _WITH_STATISTICS or func in _WRONG
         if not self.once and func in _ALWAYS:
             return _ALWAYS[func]
         if func in _WRONG and (not self.once or transforming()):

@@ -175,7 +175,7 @@ def test_replayed_draws_the_same_numbers_each_time_and_takes_none():
     assert torch.equal(first, torch.rand(3))
 
 
-# --- levels -----------------------------------------
+# --- which transforms are active ----------------------
 
 
 def test_transforming_sees_each_transform():

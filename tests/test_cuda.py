@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 import metafocus as mf
 from metafocus.autodiff.recompute import recompute
 from metafocus.lm.token_loss import token_loss
-from metafocus.recipes import _focusft as focusft
+from metafocus.recipes import focusft
 
 DEVICE = "cuda"
 pytestmark = [

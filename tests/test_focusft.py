@@ -12,7 +12,7 @@ from models import NAMES, build, build_exact, chat_batch, grads, relative
 from torch import nn
 
 import metafocus as mf
-from metafocus.recipes import _focusft as focusft
+from metafocus.recipes import focusft
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 

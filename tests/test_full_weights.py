@@ -18,7 +18,7 @@ from metafocus.adapters import slots
 from metafocus.adapters.slots import bound, functions
 from metafocus.errors import PlacementError, ProblemError
 from metafocus.lm.hf.heads import read_hidden
-from metafocus.recipes import _focusft as focusft
+from metafocus.recipes import focusft
 from metafocus.recipes._focusft import focusft_problem
 
 pytestmark = [
@@ -254,7 +254,7 @@ def test_adapt_and_the_start_of_a_problem():
     batch, model = chat_batch(), model_of()
     problem = focusft_problem(model, adapter=MLPS)
     outer = moved(dict(model.named_parameters()), 4)
-    start = problem.start(outer)
+    start = problem.start(outer, batch)
     close(start, {k: outer[k] for k in MLPS.names(model)}, 0)
     solution = mf.adapt(problem, outer, batch, solver=SOLVER)
     assert solution.losses[1] < solution.losses[0]

@@ -14,8 +14,7 @@ from torch.func import functional_call
 import metafocus as mf
 from metafocus.adapters import for_each, one_of
 from metafocus.errors import ProblemError
-from metafocus.recipes import _focusft as focusft
-from metafocus.recipes import export, qttt, ttt_e2e
+from metafocus.recipes import export, focusft, qttt, ttt_e2e
 from metafocus.recipes.streaming import chunks
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")

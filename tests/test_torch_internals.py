@@ -306,6 +306,8 @@ def test_differentiable_level():
 
     at = {"a": torch.ones(2), "b": torch.ones(2)}
     assert ti.unused_by(loss, at) == {"b"}
+    outside = torch.ones(2, requires_grad=True)
+    assert ti.unused_by(lambda at: outside.sum(), at) == {"a", "b"}
     seen = []
     torch.vmap(lambda x: seen.append(ti.unused_by(loss, {**at, "a": x})) or x)(torch.ones(3, 2))
     assert seen == [{"b"}]

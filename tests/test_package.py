@@ -103,7 +103,7 @@ def test_what_the_wheel_holds(tmp_path):
     assert "metafocus/py.typed" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     tops = {name.partition("/")[0] for name in names}
-    assert tops == {"metafocus", meta.partition("/")[0]}
+    assert tops == {"metafocus", "metafocus_claims.py", meta.partition("/")[0]}
     sources = {str(path.relative_to(ROOT)) for path in SOURCES}
     assert sources <= set(names)
     assert not [name for name in names if "test" in Path(name).parts or "__pycache__" in name]

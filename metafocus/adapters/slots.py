@@ -50,7 +50,7 @@ class Slot:
 
     Attributes:
         binding: The current binding or None.
-        saved_parameters: The parameters that the module held before the swap, for each running call.
+        saved_parameters: What the module held before the swap, for each running call.
     """
 
     __slots__ = ("binding", "saved_parameters")

@@ -83,7 +83,7 @@ def compiled(
         if not outer:
             raise ProblemError(
                 "outer={} with compiled: a graph has explicit inputs only. Pass "
-                "dict(model.named_parameters()) as outer (never state_dict(): tied names clash)."
+                "mf.trainable(model) as outer (never state_dict(): tied names clash)."
             )
         outer, episode = pt.detach((outer, episode))
         leaves, spec = pytree.tree_flatten((outer, episode))

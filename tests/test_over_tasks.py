@@ -89,7 +89,9 @@ def second(meta):
         loss**2, list(leaves.values()), create_graph=True, allow_unused=True, materialize_grads=True
     )
     size = sum((g**2).sum() for g in grads) * loss
-    again = torch.autograd.grad(size, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    again = torch.autograd.grad(
+        size, list(leaves.values()), allow_unused=True, materialize_grads=True
+    )
     return [loss.detach(), *(g.detach() for g in grads), *again]
 
 
@@ -118,9 +120,9 @@ def test_the_backward_pass_may_be_run_twice_and_with_any_cotangent():
     first = torch.autograd.grad(loss, leaves["w1"], retain_graph=True)[0]
     other = torch.autograd.grad(loss, leaves["w1"], torch.tensor(-2.0), retain_graph=True)[0]
     assert_close(other, -2 * first, 1e-15)
-    many = torch.autograd.grad(
-        loss, leaves["w1"], torch.tensor([1.0, 3.0]), is_grads_batched=True
-    )[0]
+    many = torch.autograd.grad(loss, leaves["w1"], torch.tensor([1.0, 3.0]), is_grads_batched=True)[
+        0
+    ]
     assert_close(many, torch.stack([first, 3 * first]), 1e-15)
 
 

@@ -630,7 +630,9 @@ def test_new_data_for_each_product_is_stocbio(kind, terms, hvp):
             episode = mf.Episode(stream, tuple(x[0] for x in query))
             object.__setattr__(case_, "episode", lambda i, e=episode: e)
         # Finite differences: u^(2/3) of the third derivative, once for each product.
-        assert_close(differentiate(meta, case_), expected(want, way), 1e-7 if hvp == "finite" else 1e-11)
+        assert_close(
+            differentiate(meta, case_), expected(want, way), 1e-7 if hvp == "finite" else 1e-11
+        )
 
 
 def test_new_data_for_each_product_needs_neumann_and_a_stream():
@@ -667,7 +669,9 @@ def windowed(outer, window, batches, query, first):
         fast = start(slow, None) if first == 0 else window.fast
         velocity = window.solver_state
         for data in batches[first : first + 2]:
-            fast = {k: v if v.requires_grad else v.clone().requires_grad_() for k, v in fast.items()}
+            fast = {
+                k: v if v.requires_grad else v.clone().requires_grad_() for k, v in fast.items()
+            }
             found = torch.autograd.grad(
                 loops.inner(fast, slow, data), list(fast.values()), create_graph=True
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from metafocus import params as pt
+from metafocus import streams
 from metafocus.comparison.agreement import Agreement, agreement, is_finite
 from metafocus.comparison.counting import Tally
 from metafocus.comparison.memory import peak_bytes, peak_rss
@@ -20,7 +21,7 @@ from metafocus.engine import MetaLoss, adapt, bilevel, hypergrad
 from metafocus.errors import NonFiniteError
 from metafocus.estimators import FixedPoint
 from metafocus.estimators.attached import Point, gradient_norm
-from metafocus.problem import Problem
+from metafocus.problem import Problem, constants
 from metafocus.rng import kept
 from metafocus.types import Episode, Params, Solver
 
@@ -54,9 +55,10 @@ def examine(
     """Run an estimator once for its counts and the residuals of its systems."""
     tally = Tally()
     implicit = hasattr(estimator, "solve")
-    watched = estimator
-    if implicit and dataclasses.is_dataclass(estimator):
-        watched = _replaced(estimator, tally)
+    watched = copy.copy(estimator)
+    if implicit:
+        # A user's estimator need not be a dataclass, and this is no setting to be checked.
+        object.__setattr__(watched, "solve", tally.watching(estimator.solve))
     counted = bilevel(tally.counting(problem), solver=solver, estimator=watched)
     residual = inner_residual(problem, outer, episode, solver, estimator)
     try:
@@ -78,14 +80,6 @@ def examine(
         residual=residual,
         implicit=implicit,
     )
-
-
-def _replaced(estimator: Any, tally: Tally) -> Any:
-    solve = tally.watching(estimator.solve)
-    if isinstance(estimator, FixedPoint):
-        # OneStep fixes its linear solver.
-        return FixedPoint(estimator.step, solve, estimator.data)
-    return dataclasses.replace(estimator, solve=solve)
 
 
 def observe(
@@ -144,11 +138,11 @@ def inner_residual(
         solution = adapt(problem, outer, episode.support, solver=solver)
     except NonFiniteError:
         return math.nan
-    outer = pt.detach(outer)
+    outer = constants(outer)
     support = pt.detach(problem.prepared(outer, episode).support)
     start = pt.detach(problem.start(outer, support))
     view = getattr(estimator, "data", None)
-    data = view(support) if callable(view) else support
+    data = view(support) if callable(view) else streams.at(support, max(solver.steps - 1, 0))
 
     def residual(fast: Params) -> Tensor:
         if isinstance(estimator, FixedPoint):

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from metafocus import params as pt
 from metafocus.checks import whole
 from metafocus.comparison.agreement import is_finite
 from metafocus.comparison.observe import Report, examine, first_draw, observe, timed
@@ -18,7 +17,7 @@ from metafocus.engine import MetaLoss, bilevel, hypergrad
 from metafocus.errors import NotStationaryWarning, ProblemError
 from metafocus.estimators import Estimator
 from metafocus.estimators.attached import STATIONARY
-from metafocus.problem import Problem
+from metafocus.problem import Problem, constants
 from metafocus.types import Episode, Params, Solver
 
 DIVERGED = 10.0
@@ -96,7 +95,7 @@ def compare(
             f"estimators must be a dict of at least one, such as {{'full': mf.Unrolled()}}, got "
             f"{estimators!r}."
         )
-    outer, others = pt.detach(outer), dict(others or {})
+    outer, others = constants(outer), dict(others or {})
     title = _title(reference, estimators, outer)
     losses: dict[str, MetaLoss] = {
         key: bilevel(problem, solver=solver, estimator=e) for key, e in estimators.items()

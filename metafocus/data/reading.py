@@ -49,6 +49,39 @@ def read_chats(path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
+def read_dataset(name: str, config: str | None = None) -> dict[str, list[dict[str, Any]]]:
+    """Read the splits of a data set of chats with the package `datasets`, and check each record.
+
+    Args:
+        name: a hub id, or a directory, as `datasets.load_dataset` takes it.
+        config: which of its configurations, if it has several.
+
+    Returns:
+        Records as `read_chats` returns them, by the name of the split.
+
+    Raises:
+        DataError: the package is missing, the data set cannot be loaded, or a record is malformed.
+    """
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        raise DataError(
+            "a data set by name needs the package datasets: pip install datasets"
+        ) from error
+    try:
+        found: Any = datasets.load_dataset(name, config)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise DataError(f"the data set {name!r} cannot be loaded: {reason}") from error
+    return {
+        str(part): [
+            _checked(_without_nulls(row), f"{name}, {part}, row {number}: ")
+            for number, row in enumerate(rows, start=1)
+        ]
+        for part, rows in found.items()
+    }
+
+
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()

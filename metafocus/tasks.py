@@ -71,7 +71,8 @@ def over_tasks(
         >>> maml = mf.Problem(loss, loss)
         >>> meta = mf.bilevel(maml, solver=mf.SGD(0.1, steps=1), estimator=mf.Unrolled())
         >>> data = torch.tensor([[0.0], [2.0]])
-        >>> value, aux = mf.over_tasks(meta)({"w": torch.tensor([1.0])}, mf.Episode(data, data))
+        >>> w = {"w": torch.tensor([1.0], requires_grad=True)}
+        >>> value, aux = mf.over_tasks(meta)(w, mf.Episode(data, data))
         >>> aux.params["w"].shape
         torch.Size([2, 1])
     """

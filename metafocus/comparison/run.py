@@ -82,7 +82,7 @@ def compare(
         ...     estimators={"full": mf.Unrolled(), "first-order": mf.FirstOrder()},
         ...     reference="full")
         >>> [row["verdict"] for row in result.rows]
-        ['exact', 'biased']
+        ['exact', 'right direction, wrong length']
     """
     for name, value in (("repeats", repeats), ("seeds", seeds)):
         whole(name, value, 1)

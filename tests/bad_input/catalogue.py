@@ -37,7 +37,8 @@ class Case(NamedTuple):
         code: the same in Python; of several lines the last one raises.
         error: the name of the exception.
         sees: pieces of its message that say what is wrong.
-        fix: pieces of its message that say what to do.
+        fix: pieces of its message that say what to do; in parentheses an advice of the page,
+            where the message has none.
     """
 
     id: str
@@ -51,6 +52,8 @@ class Case(NamedTuple):
         found = []
         for column in (self.sees, self.fix):
             start = 0
+            if column.startswith("("):
+                continue
             for piece in column.split(" … "):
                 at = text.find(piece, start)
                 found += [piece] if at < 0 else []

@@ -9,14 +9,14 @@ ENGINE = [
         "hypergrad(outer=nn.Linear(2, 2))",
         "ProblemError",
         "outer must be a dict of tensors … got Linear",
-        "mf.trainable(module)",
+        "From a module: mf.trainable(module)",
     ),
     (
         "outer is a list",
         "hypergrad(outer=[torch.ones(2)])",
         "ProblemError",
         "outer must be a dict of tensors … got list",
-        "mf.trainable(module)",
+        "From a module: mf.trainable(module)",
     ),
     (
         "outer holds integers",
@@ -73,7 +73,7 @@ ENGINE = [
         "hypergrad(problem(init=lambda slow, support: None))",
         "ProblemError",
         "init must be a dict of tensors … got NoneType",
-        "mf.trainable(module)",
+        "From a module: mf.trainable(module)",
     ),
     (
         "init returns another name",
@@ -465,10 +465,7 @@ ENGINE = [
     ),
     (
         "batches of a loader",
-        (
-            "mf.Batches.from_dataset(iter([1]), batch_size=1, steps=1, "
-            "generator=torch.Generator())"
-        ),
+        ("mf.Batches.from_dataset(iter([1]), batch_size=1, steps=1, generator=torch.Generator())"),
         "ProblemError",
         "dataset must be map-style",
         "Pass the data set itself, not a DataLoader",
@@ -507,14 +504,14 @@ ENGINE = [
         "mf.over_tasks(meta_loss())(weights, mf.Episode(torch.zeros(3, 2), torch.zeros(4, 2)))",
         "ProblemError",
         "episodes must be stacked on axis 0 … got axis-0 sizes [3, 4]",
-        "mf.stack_episodes(episodes)",
+        "Stack single episodes with mf.stack_episodes(episodes)",
     ),
     (
         "no tasks",
         "mf.over_tasks(meta_loss())(weights, mf.Episode(torch.zeros(0, 2), torch.zeros(0, 2)))",
         "ProblemError",
         "episodes must be stacked on axis 0 … got axis-0 sizes [0, 0]",
-        "mf.stack_episodes(episodes)",
+        "Stack single episodes with mf.stack_episodes(episodes)",
     ),
     (
         "chunks of no tasks",

@@ -31,6 +31,7 @@ def test_a_row_needs_its_pieces_in_order():
     assert case.missing("first, then second; third") == []
     assert case.missing("second, first; third") == ["second"]
     assert case.missing("first, second") == ["third"]
+    assert case._replace(fix="(advice)").missing("first, second") == []
 
 
 def test_there_are_enough_and_no_name_twice():

@@ -77,7 +77,8 @@ class Problem:
                 raise ProblemError(
                     f"{name} must be a function, got {type(getattr(self, name)).__name__}."
                 )
-        if not takes(self.init, 2):
+        # dict, which cannot say what it takes, would copy the slow weights, as from_slow does.
+        if self.init is dict or not takes(self.init, 2):
             raise ProblemError(
                 "init must take two arguments, (slow, support) -> fast: write "
                 "`init=lambda slow, support: ...`. For MAML leave init out."

@@ -244,7 +244,7 @@ def test_zero_gradients_have_finite_derivatives_of_both_orders(name, way):
     def low_rank(fast, slow, x):
         return ((x @ fast["A"].mT @ fast["B"].mT - x * slow["s"] + fast["c"] * 0) ** 2).mean()
 
-    def init(slow, support=None):
+    def init(slow, support):
         return {"A": slow["A"], "B": torch.zeros(3, 2), "c": torch.zeros(3)}
 
     problem = mf.Problem(low_rank, lambda f, s, x: low_rank(f, s, x) + f["c"].sum(), init)

@@ -88,7 +88,7 @@ def compare(
         whole(name, value, 1)
     if not outer:
         raise ProblemError(
-            "compare needs explicit outer parameters, got {}. Pass dict(model.named_parameters())."
+            "compare needs explicit outer parameters, got {}. Pass mf.trainable(model)."
         )
     if not isinstance(estimators, Mapping) or not (estimators or others):
         raise ProblemError(

@@ -15,15 +15,16 @@ import contextlib
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from types import GeneratorType
 from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from metafocus.errors import ProblemError
+from metafocus.torch_internals import parameter_table, swapped_weights
 
 T = TypeVar("T")
 ABSENT: Any = object()
@@ -289,6 +290,45 @@ def _changed(places: tuple[tuple[Any, Any, Any], ...], *, block: Block) -> Itera
 def evaluating(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Return a block in which a model is in evaluation mode, every module of it."""
     return changed(*((module, "training", False) for module in model.modules()))
+
+
+@contextlib.contextmanager
+def holding(
+    module: nn.Module, tensors: Mapping[str, Tensor], *, tie_weights: bool = False
+) -> Iterator[None]:
+    """Let a module hold other tensors as parameters and buffers inside a `with` block.
+
+    Args:
+        module: as for `torch.func.functional_call`.
+        tensors: by name; an empty dict changes nothing.
+        tie_weights: whether tied weights are replaced together.
+    """
+    if not tensors:
+        yield
+        return
+    swap = swapped_weights(module, tensors, tie_weights=tie_weights)
+    if torch.compiler.is_compiling():
+        with swap:
+            yield
+        return
+    held = [
+        (f"{path}.{name}" if path else name, m, name, value)
+        for path, m in module.named_modules()
+        for name, value in (*parameter_table(m).items(), *m.named_buffers(recurse=False))
+    ]
+    # Tied weights have several names.
+    own = {id(value) for path, _, _, value in held if path in tensors}
+    places = [place for _, *place in held if id(place[-1]) in own]
+
+    def put_back() -> None:
+        for m, name, value in places:
+            if name in parameter_table(m):
+                parameter_table(m)[name] = value
+            else:
+                setattr(m, name, value)
+
+    with undone(put_back), swap:
+        yield
 
 
 def undone(undo: Callable[[], object]) -> contextlib.AbstractContextManager[None]:

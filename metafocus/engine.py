@@ -11,14 +11,14 @@ from torch import Tensor
 
 from metafocus import params as pt
 from metafocus import streams
-from metafocus.autodiff.grad import leaf_alias, reaches_a_users_leaf
+from metafocus.attempts import attempt, attempted
+from metafocus.autodiff.grad import leaf_alias, reaches_another_leaf
 from metafocus.autodiff.safe_operators.swapping import Swapped
 from metafocus.calls import Scoped
 from metafocus.errors import ProblemError
 from metafocus.estimators import Estimator
 from metafocus.preflight import preflight, refuse_ignored_fast_weights
 from metafocus.problem import Problem, check_finite, check_params, constants, moving
-from metafocus.rng import attempt, attempted
 from metafocus.solvers import Given
 from metafocus.solvers.descent import solve_inner
 from metafocus.torch_internals import transforming
@@ -148,22 +148,24 @@ def outermost(evaluate: MetaLoss, outer: Params, episode: Any) -> tuple[Tensor, 
     """
     if torch.compiler.is_compiling() or _INSIDE.get():
         return evaluate(outer, episode)
-    given = pt.tensors((outer, episode))
-    with attempt(given):
-        with _INSIDE.set(True):
-            loss, aux = evaluate(outer, episode)
-        if (
-            torch.is_grad_enabled()
-            and not transforming()
-            and not any(x.requires_grad for x in given)
-            and not reaches_a_users_leaf(loss)
-        ):
-            raise ProblemError(
-                "nothing in outer requires grad, so loss.backward() would train nothing "
-                "(state_dict() and detached tensors are constants). Pass mf.trainable(model), take "
-                "the gradient with mf.hypergrad(meta_loss), or evaluate under torch.no_grad()."
-            )
+    with attempt(outer, episode), _INSIDE.set(True):
+        loss, aux = evaluate(outer, episode)
+        _refuse_dead(loss, outer, episode)
         return loss, aux
+
+
+def _refuse_dead(loss: Tensor, outer: Params, episode: Any) -> None:
+    if (
+        torch.is_grad_enabled()
+        and not transforming()
+        and not any(x.requires_grad for x in pt.tensors((outer, episode)))
+        and not reaches_another_leaf(loss)
+    ):
+        raise ProblemError(
+            "nothing in outer requires grad, so loss.backward() would train nothing (state_dict() "
+            "and detached tensors are constants). Pass mf.trainable(model), take the gradient with "
+            "mf.hypergrad(meta_loss), or evaluate under torch.no_grad()."
+        )
 
 
 def _check_parts(problem: Any, solver: Any, estimator: Any) -> None:

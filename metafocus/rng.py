@@ -1,17 +1,13 @@
-"""Random numbers: kept around a trial, drawn again in a rebuild, put back after an error."""
+"""Random numbers: kept as they are around a trial, and drawn again in a rebuild."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from metafocus import params as pt
-from metafocus.calls import Scoped, inside
 
 
 class Drawn:
@@ -72,56 +68,6 @@ def replayed(fn: Callable[..., Any], near: Iterable[Tensor]) -> Callable[..., An
             return fn(*args)
 
     return again
-
-
-_SAVED: Scoped[dict[torch.Generator, Tensor] | None] = Scoped(None)
-
-
-@contextlib.contextmanager
-def attempt(near: Iterable[Tensor], generators: Iterable[torch.Generator] = ()) -> Iterator[None]:
-    """Run a call from outside; after an error random generators are as they were before it.
-
-    An attempt inside another one is a part of it.
-
-    Args:
-        near: tensors whose devices count.
-        generators: from which the call draws.
-    """
-    saved = _SAVED.get()
-    if saved is not None or torch.compiler.is_compiling():
-        for generator in generators:
-            draws_from(generator)
-        yield
-        return
-    before, saved = Drawn(near), {g: g.get_state() for g in generators}
-    with inside(), _SAVED.set(saved):
-        try:
-            yield
-        except BaseException:
-            before.put_back()
-            for generator, state in saved.items():
-                generator.set_state(state)
-            raise
-
-
-def draws_from(generator: torch.Generator) -> None:
-    """Let the attempt that runs put a generator back after an error; call it before a draw."""
-    saved = None if torch.compiler.is_compiling() else _SAVED.get()
-    if saved is not None and generator not in saved:
-        saved[generator] = generator.get_state()
-
-
-def attempted(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function or method that is an `attempt`, near its arguments."""
-
-    @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        given = (*args, *kwargs.values())
-        generators = [x for x in given if isinstance(x, torch.Generator)]
-        with attempt(pt.tensors(given), generators):
-            return function(*args, **kwargs)
-
-    return run
 
 
 def _devices(near: Iterable[Tensor]) -> list[int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import re
 import traceback
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,9 +26,8 @@ from torch.nn import _reduction
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
-from metafocus.calls import undone
 from metafocus.errors import TransformError
 
 __all__ = ["TorchDispatchMode", "pytree"]
@@ -306,42 +305,14 @@ def storage_key(storage: torch.UntypedStorage) -> int:
 # Modules: their own tables, and the hooks in them.
 
 
-@contextlib.contextmanager
 def swapped_weights(
     module: nn.Module, tensors: Mapping[str, Tensor], *, tie_weights: bool = False
-) -> Iterator[None]:
+) -> contextlib.AbstractContextManager[None]:
     """Let a module hold other tensors as parameters and buffers inside a `with` block.
 
-    As in `torch.func.functional_call`, an empty dict changes nothing.
+    An interrupt inside torch's exit leaves them there; `calls.holding` puts that right.
     """
-    if not tensors:
-        yield
-        return
-    swap = _reparametrize_module(module, dict(tensors), tie_weights=tie_weights)
-    # An interrupt inside torch's own exit would leave the other tensors in the module.
-    guard = contextlib.nullcontext() if torch.compiler.is_compiling() else _guarded(module, tensors)
-    with guard, swap:
-        yield
-
-
-def _guarded(module: nn.Module, names: Collection[str]) -> contextlib.AbstractContextManager[None]:
-    held = [
-        (f"{path}.{name}" if path else name, m, name, value)
-        for path, m in module.named_modules()
-        for name, value in (*parameter_table(m).items(), *m.named_buffers(recurse=False))
-    ]
-    # Tied weights have several names.
-    own = {id(value) for path, _, _, value in held if path in names}
-    places = [place for _, *place in held if id(place[-1]) in own]
-
-    def put_back() -> None:
-        for m, name, value in places:
-            if name in parameter_table(m):
-                parameter_table(m)[name] = value
-            else:
-                setattr(m, name, value)
-
-    return undone(put_back)
+    return _reparametrize_module(module, dict(tensors), tie_weights=tie_weights)
 
 
 def parameter_table(module: nn.Module) -> dict[str, Tensor | None]:
@@ -397,6 +368,47 @@ class _Recorded(TorchFunctionMode):
 def function_modes() -> list[TorchFunctionMode]:
     """Return the modes that torch functions pass through, the innermost last."""
     return _get_current_function_mode_stack()
+
+
+_STACKS = (function_modes, _get_current_dispatch_mode_stack)
+
+
+def modes() -> Callable[[], None]:
+    """Return a function that puts the modes of this thread back: gradients, autocast, modes above.
+
+    An interrupt at the end of a `with` block leaves the mode that the block has set.
+    """
+    kinds = [kind for kind in ("cpu", "cuda") if torch.amp.is_autocast_available(kind)]
+
+    def state() -> tuple[Any, ...]:
+        torch.autocast_increment_nesting()
+        return (
+            torch.is_grad_enabled(),
+            torch.autocast_decrement_nesting(),
+            torch.is_autocast_cache_enabled(),
+            *((torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds),
+        )
+
+    before, depths = state(), [len(stack()) for stack in _STACKS]
+
+    def put_back() -> None:
+        for stack, depth in zip(_STACKS, depths, strict=True):
+            while len(stack()) > depth:
+                stack()[-1].__exit__(None, None, None)
+        if state() == before:
+            return
+        grad, nesting, cache, *casts = before
+        torch.set_grad_enabled(grad)
+        torch.autocast_increment_nesting()
+        while torch.autocast_decrement_nesting() > nesting:
+            pass
+        torch.clear_autocast_cache()
+        torch.set_autocast_cache_enabled(cache)
+        for kind, (enabled, dtype) in zip(kinds, casts, strict=True):
+            torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_dtype(kind, dtype)
+
+    return put_back
 
 
 def without_function_modes() -> contextlib.AbstractContextManager[None]:

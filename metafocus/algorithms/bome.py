@@ -16,9 +16,9 @@ from metafocus.algorithms.common import (
     levels,
     start,
 )
+from metafocus.attempts import attempted
 from metafocus.checks import positive, whole
 from metafocus.problem import Problem, constants
-from metafocus.rng import attempted
 from metafocus.types import Params
 
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from metafocus import params as pt
+from metafocus.attempts import attempted, draws_from
 from metafocus.checks import positive, scalar, seeded, whole
 from metafocus.errors import NonFiniteError, ProblemError
 from metafocus.problem import check_params, constants, moving
-from metafocus.rng import attempted, draws_from, replayed
+from metafocus.rng import replayed
 from metafocus.torch_internals import transforming
 from metafocus.types import Params
 

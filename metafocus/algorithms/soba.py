@@ -16,10 +16,10 @@ from metafocus.algorithms.common import (
     levels,
     start,
 )
+from metafocus.attempts import attempted
 from metafocus.autodiff.hvp import hvp_reverse
 from metafocus.checks import positive
 from metafocus.problem import Problem, constants
-from metafocus.rng import attempted
 from metafocus.types import HVP, Params
 
 

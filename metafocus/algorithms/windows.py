@@ -11,6 +11,7 @@ from torch import Tensor
 
 from metafocus import params as pt
 from metafocus import streams
+from metafocus.attempts import attempted
 from metafocus.autodiff.recompute import recompute
 from metafocus.autodiff.safe_operators.swapping import Swapped, differentiable_twice
 from metafocus.checks import whole
@@ -18,7 +19,6 @@ from metafocus.engine import Path, path_weights, weighted
 from metafocus.errors import ProblemError
 from metafocus.preflight import preflight
 from metafocus.problem import Problem, check_finite, check_params, constants
-from metafocus.rng import attempted
 from metafocus.solvers.descent import segment, stacked
 from metafocus.torch_internals import pytree, transforming
 from metafocus.types import Aux, Params, Solver, State

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metafocus.attempts import attempt
 from metafocus.autodiff.grad import pullback
-from metafocus.calls import current, inside
+from metafocus.calls import current
 from metafocus.errors import ProblemError
 
 
@@ -61,7 +62,7 @@ class _Known(torch.autograd.Function):
             _check_same(ctx.value, value.detach())
             return [value]
 
-        with inside(ctx.call):
+        with attempt(call=ctx.call):
             return *[None] * 3, *pullback(again, inputs, [cotangent], [True] * len(inputs))
 
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from metafocus import params as pt
+from metafocus.attempts import attempt
 from metafocus.autodiff import grad as derivatives
 from metafocus.autodiff.safe_operators import swapping
-from metafocus.calls import Scoped, current, inside
+from metafocus.calls import Scoped, current
 from metafocus.rng import Drawn
 from metafocus.torch_internals import (
     foreign_nodes,
@@ -66,7 +67,7 @@ class _Ambient:
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
         swapped = contextlib.nullcontext() if self.swapped is None else self.swapped
-        with inside(self.call), self.drawn.again(), self.first(), swapped:
+        with attempt(call=self.call), self.drawn.again(), self.first(), swapped:
             yield
 
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from metafocus import params as pt
+from metafocus.attempts import attempt
 from metafocus.autodiff.grad import value_and_grad
-from metafocus.calls import current, inside
+from metafocus.calls import current
 from metafocus.errors import NotStationaryWarning, ProblemError, TransformError
 from metafocus.solvers.descent import solve_inner
 from metafocus.streams import is_stream
@@ -154,7 +155,7 @@ class _Attached(torch.autograd.Function):
         count = len(system.names)
         rest = saved[count : len(system.inputs)]
         wanted = ctx.needs_input_grad[1 + count :]
-        with inside(system.call):
+        with attempt(call=system.call):
             found = iter(system.pull(point, right, wanted))
         grads = [
             next(found) if w and pt.is_differentiable(x) else None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from metafocus import masks
 from metafocus.adapters.protocol import Adapter
-from metafocus.calls import running
+from metafocus.calls import holding, running
 from metafocus.errors import ProblemError
 from metafocus.lm.cross_entropy import IGNORED
 from metafocus.lm.hf import heads, prefix
@@ -26,7 +26,6 @@ from metafocus.lm.tokens import TokenPolicy, answer_tokens, predicted
 from metafocus.masks import Batch, MaskPolicy
 from metafocus.masks.spans import Spans
 from metafocus.params import wide
-from metafocus.torch_internals import swapped_weights
 from metafocus.types import Params
 
 
@@ -131,7 +130,7 @@ class LMLoss:
         inputs = batch["model_inputs"]
         with (
             prefix.resumed(self.model, batch.get("hidden")),
-            swapped_weights(self.model, slow, tie_weights=True),
+            holding(self.model, slow, tie_weights=True),
         ):
             return self.model(**inputs)
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from metafocus import masks
 from metafocus.adapters import LoRA, for_each, top_layers
-from metafocus.calls import using
+from metafocus.attempts import attempted, draws_from
+from metafocus.calls import holding, using
 from metafocus.engine import MetaLoss, bilevel
 from metafocus.errors import ProblemError
 from metafocus.estimators import Estimator, FirstOrder
@@ -19,9 +20,7 @@ from metafocus.lm.per_example import PerExampleLoss, PerExampleSolver, mean_loss
 from metafocus.lm.shared_prefix import SharedPrefix
 from metafocus.masks import MaskPolicy
 from metafocus.problem import Problem, as_episode, trainable
-from metafocus.rng import attempted, draws_from
 from metafocus.solvers import SGD, clip_per_tensor
-from metafocus.torch_internals import swapped_weights
 from metafocus.types import Aux, Episode, Params, Solver
 
 PAPER_ADAPTER = LoRA(top_layers(0.35, ("gate_proj", "up_proj", "down_proj")), rank=32, alpha=64.0)
@@ -68,7 +67,7 @@ def focusft_problem(
     def start(slow: Params, support: Any) -> Params:
         # Fast weights that start as copies of slow weights must be copied from `slow`.
         draws_from(generator)
-        with using(model), swapped_weights(model, slow, tie_weights=True):
+        with using(model), holding(model, slow, tie_weights=True):
             fast = adapter.init(model, generator)
         return fast if examples is None else for_each(fast, examples)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from metafocus import params as pt
+from metafocus.attempts import attempted
 from metafocus.autodiff.recompute import recompute
 from metafocus.autodiff.safe_operators.swapping import Swapped, differentiable_once
 from metafocus.checks import whole
@@ -20,7 +21,6 @@ from metafocus.lm import Batch, TokenPolicy
 from metafocus.lm.tokens import predicted
 from metafocus.preflight import preflight
 from metafocus.problem import Problem, as_episode, check_finite
-from metafocus.rng import attempted
 from metafocus.torch_internals import transforming
 from metafocus.types import Aux, Episode, Params, Solver, State
 

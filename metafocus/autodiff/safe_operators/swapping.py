@@ -103,8 +103,9 @@ _WRONG = {
     torch.instance_norm: lambda x, w, b, mean, var, *rest: instance_norm(x, mean, var, w, b, *rest),
     torch.layer_norm: in_float32(layer_norm, ("cuda",)),
 }
-if hasattr(F, "linear_cross_entropy"):  # torch 2.13
-    _WRONG[F.linear_cross_entropy] = _linear_cross_entropy
+_LINEAR_CROSS_ENTROPY = getattr(F, "linear_cross_entropy", None)  # torch 2.13
+if _LINEAR_CROSS_ENTROPY is not None:
+    _WRONG[_LINEAR_CROSS_ENTROPY] = _linear_cross_entropy
 _WRONG_IN_TRANSFORMS = {
     F.embedding: embedding,
     torch.embedding: lambda weight, input, padding_idx=-1, *rest: embedding(
@@ -176,6 +177,19 @@ def _requires_grad(x: Tensor, requires_grad: bool = True) -> Tensor:
         ) from error
 
 
+_RUNNING_MEAN = {F.batch_norm: 1, F.instance_norm: 1, torch.batch_norm: 3, torch.instance_norm: 3}
+"""The place of the running mean among the arguments."""
+
+
+def _needed(func: Any, args: Any, kwargs: Any) -> bool:
+    """Return whether a first derivative needs the block: running statistics, chunked loss."""
+    if func not in _RUNNING_MEAN:
+        return func is _LINEAR_CROSS_ENTROPY
+    place = _RUNNING_MEAN[func]
+    given = args[place] if len(args) > place else (kwargs or {}).get("running_mean")
+    return given is not None
+
+
 def _counts_batches() -> bool:
     """Return whether a batch norm module is counting the batches that it has seen."""
     frame = inspect.currentframe()
@@ -215,11 +229,11 @@ class Swapped(TorchFunctionMode):
             elif func is Tensor.requires_grad_:
                 func = _requires_grad
             else:
+                self.needed |= _needed(func, args, kwargs)
                 func = self._composite(func)
         return func(*args, **kwargs) if kwargs else func(*args)
 
     def _composite(self, func: Any) -> Any:
-        self.needed |= func in _WITH_STATISTICS or func in _WRONG
         if not self.once and func in _ALWAYS:
             return _ALWAYS[func]
         if func in _WRONG and (not self.once or transforming()):

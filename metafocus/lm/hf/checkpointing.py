@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from metafocus.adapters import slots
 from metafocus.autodiff.recompute import recompute
-from metafocus.calls import changed, using
+from metafocus.calls import changed, holding, using
 from metafocus.lm.hf.attention import attention_as
-from metafocus.torch_internals import swapped_weights
 
 
 @contextlib.contextmanager
@@ -80,7 +79,7 @@ def _recomputed(model: nn.Module, layer: nn.Module, forward: Any, args: Any, kwa
         with (
             using(model),
             attention_as(config, implementation),
-            swapped_weights(layer, parameters),
+            holding(layer, parameters),
             slots.rebind(layer, fast, functions),
         ):
             return forward(*args, **kwargs)

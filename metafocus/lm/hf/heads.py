@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from metafocus.adapters import slots
 from metafocus.autodiff.recompute import recompute
-from metafocus.calls import changed
+from metafocus.calls import changed, holding
 from metafocus.errors import ProblemError
 from metafocus.lm.cross_entropy import IGNORED, LogitHead, entropies
 from metafocus.lm.token_loss import token_loss
@@ -23,7 +23,6 @@ from metafocus.torch_internals import (
     forward_hooks,
     has_backward_hooks,
     is_batched,
-    swapped_weights,
     tracing,
 )
 
@@ -121,7 +120,7 @@ def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor, logit_head: Logi
     def loss(
         parameters: dict[str, Tensor], fast: dict[str, Tensor], rows: Tensor, targets: Tensor
     ) -> Tensor:
-        with swapped_weights(head, parameters), slots.rebind(head, fast, functions):
+        with holding(head, parameters), slots.rebind(head, fast, functions):
             return entropies(logit_head(wide(head(rows))), targets)
 
     fast = slots.bound(head)

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from metafocus import params as pt
 from metafocus import streams
-from metafocus.attempts import attempt, attempted
 from metafocus.autodiff.grad import leaf_alias, reaches_another_leaf
 from metafocus.autodiff.safe_operators.swapping import Swapped
-from metafocus.calls import Scoped
+from metafocus.calls import Scoped, attempt, attempted
 from metafocus.errors import ProblemError
 from metafocus.estimators import Estimator
 from metafocus.preflight import preflight, refuse_ignored_fast_weights

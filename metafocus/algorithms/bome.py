@@ -16,7 +16,7 @@ from metafocus.algorithms.common import (
     levels,
     start,
 )
-from metafocus.attempts import attempted
+from metafocus.calls import attempted
 from metafocus.checks import positive, whole
 from metafocus.problem import Problem, constants
 from metafocus.types import Params

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metafocus import params as pt
-from metafocus.attempts import attempted, draws_from
+from metafocus.calls import attempted, draws_from
 from metafocus.checks import positive, scalar, seeded, whole
 from metafocus.errors import NonFiniteError, ProblemError
 from metafocus.problem import check_params, constants, moving

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metafocus import params as pt
-from metafocus.attempts import attempted
+from metafocus.calls import attempted
 from metafocus.errors import ProblemError
 from metafocus.problem import as_episode
 from metafocus.types import Episode

@@ -17,7 +17,7 @@ from metafocus.algorithms.evolution import (
     spread,
 )
 from metafocus.algorithms.windows import Window, Windows
-from metafocus.attempts import attempted
+from metafocus.calls import attempted
 from metafocus.checks import seeded
 from metafocus.problem import as_episode, check_params, constants, moving
 from metafocus.types import Params

@@ -18,8 +18,8 @@ from metafocus.algorithms.common import (
     start,
 )
 from metafocus.algorithms.finite_sum import Term, terms
-from metafocus.attempts import attempted
 from metafocus.autodiff.hvp import hvp_reverse
+from metafocus.calls import attempted
 from metafocus.checks import positive
 from metafocus.errors import ProblemError
 from metafocus.problem import Problem, as_episode, constants

@@ -16,8 +16,8 @@ from metafocus.algorithms.common import (
     levels,
     start,
 )
-from metafocus.attempts import attempted
 from metafocus.autodiff.hvp import hvp_reverse
+from metafocus.calls import attempted
 from metafocus.checks import positive
 from metafocus.problem import Problem, constants
 from metafocus.types import HVP, Params

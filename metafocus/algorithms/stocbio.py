@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from metafocus import params as pt
 from metafocus.algorithms.common import StepAux, start
 from metafocus.algorithms.implicit_steps import ImplicitSteps
-from metafocus.attempts import attempted
+from metafocus.calls import attempted
 from metafocus.types import Params
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from metafocus import params as pt
 from metafocus import streams
-from metafocus.attempts import attempted
 from metafocus.autodiff.recompute import recompute
 from metafocus.autodiff.safe_operators.swapping import Swapped, differentiable_twice
+from metafocus.calls import attempted
 from metafocus.checks import whole
 from metafocus.engine import Path, path_weights, weighted
 from metafocus.errors import ProblemError

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metafocus.attempts import attempt
 from metafocus.autodiff.grad import pullback
-from metafocus.calls import current
+from metafocus.calls import attempt, current
 from metafocus.errors import ProblemError
 
 

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from metafocus import params as pt
-from metafocus.attempts import attempt
 from metafocus.autodiff import grad as derivatives
 from metafocus.autodiff.safe_operators import swapping
-from metafocus.calls import Scoped, current
+from metafocus.calls import Scoped, attempt, current
 from metafocus.rng import Drawn
 from metafocus.torch_internals import (
     foreign_nodes,

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from metafocus import params as pt
-from metafocus.attempts import attempt
 from metafocus.autodiff.grad import value_and_grad
-from metafocus.calls import current
+from metafocus.calls import attempt, current
 from metafocus.errors import NotStationaryWarning, ProblemError, TransformError
 from metafocus.solvers.descent import solve_inner
 from metafocus.streams import is_stream

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from metafocus import params as pt
 from metafocus import streams
-from metafocus.attempts import draws_from
 from metafocus.autodiff.safe_operators.swapping import Swapped
+from metafocus.calls import draws_from
 from metafocus.checks import positive, whole
 from metafocus.estimators.unrolled import tied_to
 from metafocus.solvers.descent import count, solve_inner

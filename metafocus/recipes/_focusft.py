@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from metafocus import masks
 from metafocus.adapters import LoRA, for_each, top_layers
-from metafocus.attempts import attempted, draws_from
-from metafocus.calls import holding, using
+from metafocus.calls import attempted, draws_from, holding, using
 from metafocus.engine import MetaLoss, bilevel
 from metafocus.errors import ProblemError
 from metafocus.estimators import Estimator, FirstOrder

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from metafocus import params as pt
-from metafocus.attempts import attempted
 from metafocus.autodiff.recompute import recompute
 from metafocus.autodiff.safe_operators.swapping import Swapped, differentiable_once
+from metafocus.calls import attempted
 from metafocus.checks import whole
 from metafocus.engine import MetaLoss
 from metafocus.errors import ProblemError

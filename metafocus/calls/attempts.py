@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metafocus.calls import Call, Scoped, inside
+from metafocus.calls.blocks import Scoped
+from metafocus.calls.owners import Call, inside
 from metafocus.rng import Drawn
 from metafocus.torch_internals import modes, pytree
 
@@ -33,10 +34,11 @@ def attempt(*given: Any, call: Call | None = None) -> Iterator[None]:
         return
     leaves = pytree.tree_leaves(given) if given else []
     generators = [x for x in leaves if isinstance(x, torch.Generator)]
-    if _SAVED.get() is not None and call is None:
+    if _SAVED.get() is not None:
         for generator in generators:
             draws_from(generator)
-        yield
+        with inside(call):
+            yield
         return
     drawn, put_back = Drawn(x for x in leaves if isinstance(x, Tensor)), modes()
     saved = {generator: generator.get_state() for generator in generators}

@@ -320,6 +320,11 @@ def parameter_table(module: nn.Module) -> dict[str, Tensor | None]:
     return module._parameters  # pyright: ignore[reportReturnType]
 
 
+def weight_tables(module: nn.Module) -> tuple[dict[str, Tensor | None], ...]:
+    """Return the module's own tables of parameters and of buffers; one without any is left out."""
+    return tuple(table for table in (module._parameters, module._buffers) if table)
+
+
 def forward_hooks(module: nn.Module) -> tuple[Any, ...]:
     """Return the hooks that run before and after a module, in this order."""
     return (*module._forward_pre_hooks.values(), *module._forward_hooks.values())

@@ -234,21 +234,17 @@ def rebind(
 
 @contextmanager
 def _held(held: list[tuple[nn.Module, Slot, Any]]) -> Iterator[None]:
-    places: list[tuple[Any, str, Any]] = []
-    stacks: list[tuple[nn.Module, list[dict[str, Tensor | None]]]] = []
-    for module, found, binding in held:
-        stack: list[dict[str, Tensor | None]] = []
-        places += [(found, "binding", binding), (found, "saved_parameters", stack)]
-        stacks.append((module, stack))
+    before = [(module, found, len(found.saved_parameters)) for module, found, _ in held]
 
     def put_back() -> None:
         # An exception may leave a module while its parameters are swapped.
-        for module, stack in stacks:
-            if stack:
-                parameter_table(module).update(stack[0])
-                stack.clear()
+        for module, found, depth in before:
+            saved = found.saved_parameters
+            if len(saved) > depth:
+                parameter_table(module).update(saved[depth])
+                del saved[depth:]
 
-    with changed(*places), undone(put_back):
+    with changed(*((found, "binding", binding) for _, found, binding in held)), undone(put_back):
         yield
 
 

@@ -13,7 +13,7 @@ from metafocus.calls.blocks import Block, with_block
 from metafocus.calls.owners import current, inside, refuse, using
 from metafocus.calls.undo import LOCK, settle, undone
 from metafocus.errors import ProblemError
-from metafocus.torch_internals import parameter_table, swapped_weights
+from metafocus.torch_internals import swapped_weights, weight_tables
 
 ABSENT: Any = object()
 """The value of an attribute or a key that does not exist."""
@@ -117,24 +117,31 @@ def holding(
         with swap:
             yield
         return
-    held = [
-        (f"{path}.{name}" if path else name, m, name, value)
-        for path, m in module.named_modules()
-        for name, value in (*parameter_table(m).items(), *m.named_buffers(recurse=False))
-    ]
-    # Tied weights have several names.
-    own = {id(value) for path, _, _, value in held if path in tensors}
-    places = [place for _, *place in held if id(place[-1]) in own]
+    tables = [(t, dict(t)) for m in module.modules() for t in weight_tables(m)]
+    failed = True
 
     def put_back() -> None:
-        for m, name, value in places:
-            if name in parameter_table(m):
-                parameter_table(m)[name] = value
-            else:
-                setattr(m, name, value)
+        if failed:
+            _put_back(module, tensors, tables)
 
-    with undone(put_back), swap:
-        yield
+    with undone(put_back):
+        with swap:
+            yield
+        failed = False
+
+
+def _put_back(module: nn.Module, names: Mapping[str, Tensor], tables: list[Any]) -> None:
+    before = {id(table): values for table, values in tables}
+    named = [
+        (f"{path}.{name}" if path else name, value)
+        for path, m in module.named_modules()
+        for table in weight_tables(m)
+        for name, value in before.get(id(table), {}).items()
+    ]
+    # Tied weights have several names.
+    own = {id(value) for name, value in named if name in names}
+    for table, values in tables:
+        table.update({name: value for name, value in values.items() if id(value) in own})
 
 
 class _Change:

@@ -31,7 +31,7 @@ def _undone(undo: Callable[[], object], *, block: Block) -> Iterator[None]:
         with LOCK:
             if mine in _OPEN:
                 # What is newer and was not undone is undone first.
-                settle(_OPEN.index(mine))
+                settle(_OPEN.index(mine) + 1)
                 mine.run()
 
 
@@ -45,7 +45,9 @@ class _Undo:
     def run(self) -> None:
         """Do it, and then forget it."""
         self.undo()
-        _OPEN.remove(self)
+        # The garbage collector may close a block while it is being undone.
+        if self in _OPEN:
+            _OPEN.remove(self)
 
 
 def settle(since: int = 0) -> None:

@@ -41,6 +41,9 @@ def attention_as(config: Any, implementation: str) -> Iterator[None]:
         config: The text configuration of a model, which its layers read at every call.
         implementation: Such as "metafocus".
     """
+    if config._attn_implementation == implementation:
+        yield
+        return
     with changed((config, "_attn_implementation", implementation)):
         yield
 

@@ -17,7 +17,7 @@ from metafocus import params as pt
 from metafocus.closures import captured
 from metafocus.errors import MetafocusError, ProblemError, TransformError
 from metafocus.problem import check_params
-from metafocus.torch_internals import argument_names, fake_tensors, pytree, transforming
+from metafocus.torch_internals import fake_tensors, operator_arguments, pytree, transforming
 from metafocus.types import Aux, Params
 
 Hypergrad = Callable[[Params, Any], tuple[Params, tuple[Tensor, Aux]]]
@@ -185,7 +185,7 @@ def _refuse_random(graph: torch.fx.GraphModule) -> None:
     for node in graph.graph.nodes:
         if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
             continue
-        names = argument_names(node.target)
+        names = [argument.name for argument in operator_arguments(node.target)]
         given = dict(zip(names, node.args, strict=False)) | node.kwargs
         # Attention says that it draws numbers, and does with dropout only.
         if "dropout_p" in names and not given.get("dropout_p"):

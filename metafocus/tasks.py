@@ -13,13 +13,14 @@ from torch import Tensor
 
 from metafocus import params as pt
 from metafocus.autodiff.grad import leaf_alias, pullback
+from metafocus.autodiff.tape import foreign_leaves
 from metafocus.checks import whole
 from metafocus.engine import MetaLoss, outermost
 from metafocus.errors import NonFiniteError, ProblemError
 from metafocus.problem import check_finite
 from metafocus.rng import Drawn
 from metafocus.streams import Shared, is_stream
-from metafocus.torch_internals import foreign_leaves, pytree, transforming
+from metafocus.torch_internals import pytree, transforming
 from metafocus.types import Aux, Params
 
 CHUNK = 200

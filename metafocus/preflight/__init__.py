@@ -17,16 +17,21 @@ from metafocus import streams
 from metafocus.autodiff import recompute
 from metafocus.autodiff.grad import refuse_inference_mode
 from metafocus.autodiff.safe_operators.swapping import Swapped, differentiable_once
+from metafocus.autodiff.tape import foreign_nodes
 from metafocus.errors import ProblemError
 from metafocus.preflight.kernels import refuse_lost_second_derivatives, trust
-from metafocus.preflight.names import evaluated, refuse_closures, refuse_hidden, refuse_ignored
+from metafocus.preflight.names import (
+    evaluated,
+    new_tensors,
+    refuse_closures,
+    refuse_hidden,
+    refuse_ignored,
+)
 from metafocus.preflight.state import refused_writes
 from metafocus.rng import kept
 from metafocus.solvers import Given
 from metafocus.solvers.descent import checked
 from metafocus.torch_internals import (
-    foreign_nodes,
-    new_tensors,
     outside_transforms,
     plain,
     transforming,

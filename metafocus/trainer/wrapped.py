@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from metafocus.errors import ProblemError
+from metafocus.torch_internals import uncompiled
 
 Result = TypeVar("Result")
 
@@ -40,7 +41,7 @@ def through(wrapper: nn.Module, fn: Callable[[Any], Result], argument: Any) -> R
         >>> through(model, lambda x: model(x).shape, torch.ones(3, 2))
         torch.Size([3, 1])
     """
-    wrapper = getattr(wrapper, "_orig_mod", wrapper)
+    wrapper = uncompiled(wrapper)
     if isinstance(wrapper, DataParallel):
         raise ProblemError(
             "torch.nn.DataParallel copies the model at every step, and fast weights do not follow. "

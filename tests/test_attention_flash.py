@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_attention_turns import (
+from test_attention_query_runs import (
     LENGTH,
     PADDINGS,
     POLICIES,

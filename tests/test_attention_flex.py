@@ -4,7 +4,15 @@ import warnings
 
 import pytest
 import torch
-from test_attention_turns import LENGTH, PADDINGS, POLICIES, attention, chat, gradients, tensors
+from test_attention_query_runs import (
+    LENGTH,
+    PADDINGS,
+    POLICIES,
+    attention,
+    chat,
+    gradients,
+    tensors,
+)
 
 from metafocus import masks
 from metafocus.attention.kernels.flex import flex

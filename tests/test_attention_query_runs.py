@@ -342,7 +342,7 @@ def focus_turns() -> tuple[QueryRun, ...]:
 
 def test_context_turns_are_one_call_and_answers_another():
     cpu = torch.device("cpu")
-    calls = list(flash_cuda.layouts(focus_turns(), 1, 1600, cpu, repeated=9))
+    calls = list(flash_cuda.varlen_calls(focus_turns(), 1, 1600, cpu, repeated=9))
     assert [(call.lengths.left, call.lengths.right) for call in calls] == [(-1, -1), (-1, 0)]
     for call, keys in zip(calls, (range(100, 1600, 200), range(200, 1601, 200)), strict=True):
         assert call.lengths.queries.tolist() == list(range(0, 801, 100))
@@ -354,7 +354,7 @@ def test_context_turns_are_one_call_and_answers_another():
 @pytest.mark.parametrize("repeated", [1, 2, 3])
 def test_a_call_repeats_a_bounded_number_of_keys(repeated):
     runs = focus_turns()
-    calls = list(flash_cuda.layouts(runs, 1, 1600, torch.device("cpu"), repeated))
+    calls = list(flash_cuda.varlen_calls(runs, 1, 1600, torch.device("cpu"), repeated))
     sizes = [int(call.lengths.keys[-1]) for call in calls]
     assert max(sizes) <= repeated * 1600
     assert sum(sizes) == sum(run.keys for run in runs) == 13600
@@ -371,6 +371,8 @@ def test_nothing_is_copied_where_turns_lie_together():
         "document_ids": torch.tensor([[0, 0, 0, 1, 1, 1]] * 2),
     }
     for policy in (masks.causal, masks.full):
-        (call,) = flash_cuda.layouts(find_query_runs(policy(packed)), 2, 6, torch.device("cpu"))
+        (call,) = flash_cuda.varlen_calls(
+            find_query_runs(policy(packed)), 2, 6, torch.device("cpu")
+        )
         assert call.queries == call.keys == slice(0, 12)
         assert call.lengths.keys.tolist() == [0, 3, 6, 9, 12]

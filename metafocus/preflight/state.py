@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metafocus.closures import captured
+from metafocus.closures import closures_of
 from metafocus.errors import ProblemError
 from metafocus.torch_internals import (
     TorchDispatchMode,
@@ -64,7 +64,7 @@ def _memory(x: Tensor) -> int:
 
 def _held(owner: Any) -> dict[str, Tensor]:
     """Return the tensors that a function closes over, by name."""
-    found = captured(owner).items()
+    found = closures_of(owner).items()
     return {k: v[0].value for k, v in found if isinstance(v, tuple) and v and _is_tensor(v[0])}
 
 

@@ -15,6 +15,7 @@ from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from metafocus.attention.kernels.kernel import Scaling
@@ -140,7 +141,7 @@ def forward(
         o, total = varlen.forward(*tensors, lengths, scaling)
         out[queries] = o
         lse[queries] = total.mT
-    return _unflat(out, batch), lse.unflatten(0, (batch, length)).transpose(1, 2)
+    return _unflat(out, batch), rearrange(lse, "(b s) h -> b h s", b=batch)
 
 
 def backward(
@@ -173,7 +174,7 @@ def backward(
     """
     batch, _, length, _ = q.shape
     flat_do, flat_q, flat_k, flat_v, flat_o = (_flat(x) for x in (do, q, k, v, o))
-    flat_lse = lse.transpose(1, 2).flatten(0, 1)
+    flat_lse = rearrange(lse, "b h s -> (b s) h")
     dq = torch.zeros_like(flat_q, memory_format=torch.contiguous_format)
     dk, dv = (
         torch.zeros(x.shape, dtype=wide_type(x.dtype), device=x.device) for x in (flat_k, flat_v)
@@ -200,12 +201,12 @@ def backward(
 
 def _flat(x: Tensor) -> Tensor:
     """`[B, H, S, D]` as `[B S, H, D]`, with dense rows: a view where the model made it so."""
-    x = x.transpose(1, 2).flatten(0, 1)
+    x = rearrange(x, "b h s d -> (b s) h d")
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _unflat(x: Tensor, batch: int) -> Tensor:
-    return x.unflatten(0, (batch, -1)).transpose(1, 2)
+    return rearrange(x, "(b s) h d -> b h s d", b=batch)
 
 
 def _take(x: Tensor, tokens: slice | Tensor) -> Tensor:

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from metafocus import checks
-from metafocus import params as pt
+from metafocus import checks, precision
 from metafocus.errors import ProblemError
 
 ROOT = Path(__file__).parent.parent / "metafocus"
@@ -97,5 +96,5 @@ def test_no_other_file_asks_whether_a_number_is_a_bool():
 )
 def test_half_types_become_float32_and_no_other(dtype, expected):
     x = torch.ones(2, dtype=dtype)
-    assert pt.wide(x).dtype == expected
-    assert (pt.wide(x) is x) == (dtype == expected)
+    assert precision.wide(x).dtype == expected
+    assert (precision.wide(x) is x) == (dtype == expected)

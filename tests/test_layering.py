@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent / "metafocus"
 
 # From bottom to top: a file knows its own row's folder and the rows before it.
 ORDER = """
-errors types torch_internals params checks files rng closures
+errors types torch_internals params precision checks files rng closures
 streams problem autodiff linear solvers estimators
 preflight engine tasks algorithms comparison graph
 masks attention adapters lm
@@ -22,7 +22,7 @@ claims trainer cli __main__
 """.split()
 # Usable without the engine: they know the tools at the bottom and each other.
 PARTS = {"masks", "attention", "adapters"}
-TOOLS = {"errors", "checks", "files", "rng", "params", "torch_internals"}
+TOOLS = {"errors", "checks", "files", "rng", "params", "precision", "torch_internals"}
 # Torch and nothing else.
 ENGINE = set(ORDER[: ORDER.index("masks")])
 TOP = {"claims", "trainer", "cli", "__main__"}

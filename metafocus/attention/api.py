@@ -15,6 +15,7 @@ from metafocus.attention.kernels.dense import dense
 from metafocus.attention.kernels.kernel import Scaling
 from metafocus.errors import ProblemError
 from metafocus.masks.spans import Spans
+from metafocus.precision import as_autocast, no_autocast
 from metafocus.torch_internals import without_function_modes
 
 BACKENDS = ("dense", *KERNELS, "flex")
@@ -88,7 +89,7 @@ def _span_attention(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    q, k, v = _autocast(q, k, v)
+    q, k, v = as_autocast(q, k, v)
     spans = _checked(q, k, v, spans, softcap, sinks, backend)
     scaling = Scaling(q.shape[-1] ** -0.5 if scale is None else float(scale), softcap)
     if backend == "flex":
@@ -96,7 +97,7 @@ def _span_attention(
         from metafocus.attention.kernels.flex import flex
 
         return flex(q, k, v, spans, scaling.scale, softcap)
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q.device):
         out, lse = _attend(q, k, v, spans, scaling, backend)
     if sinks is None:
         return out
@@ -113,14 +114,6 @@ def _attend(
     if torch.compiler.is_compiling():
         return attention_operator(q, k, v, spans, scaling, backend)
     return Attention.apply(Call(KERNELS[backend](), scaling), q, k, v, *spans)
-
-
-def _autocast(*inputs: Tensor) -> tuple[Tensor, ...]:
-    device = inputs[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return inputs
-    low = torch.get_autocast_dtype(device)
-    return tuple(x if x.dtype == torch.float64 else x.to(low) for x in inputs)
 
 
 def _checked(

@@ -19,7 +19,7 @@ from metafocus.attention.kernels.kernel import Scaling
 from metafocus.attention.kernels.tiled import Tiled
 from metafocus.errors import TransformError
 from metafocus.masks.spans import Spans
-from metafocus.params import wide_type
+from metafocus.precision import wide_type
 from metafocus.torch_internals import transform_active
 
 

@@ -7,8 +7,6 @@ order of differentiation need not be known when the forward pass chooses a kerne
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +16,7 @@ from metafocus.attention.kernels import tiled
 from metafocus.attention.kernels.kernel import Kernel, Scaling
 from metafocus.errors import TransformError
 from metafocus.masks.spans import Spans
+from metafocus.precision import no_autocast
 from metafocus.torch_internals import is_view, refuse_nested_forward_mode, unwrap_dead
 
 
@@ -26,13 +25,6 @@ class Call(NamedTuple):
 
     kernel: Kernel
     scaling: Scaling
-
-
-@contextlib.contextmanager
-def _raw(x: Tensor) -> Iterator[None]:
-    """Compute in the given types: autocast has done its work before."""
-    with torch.autocast(x.device.type, enabled=False):
-        yield
 
 
 def _own(x: Tensor) -> Tensor:
@@ -81,7 +73,7 @@ class Attention(torch.autograd.Function):
         call: Call, q: Tensor, k: Tensor, v: Tensor, start: Tensor, stop: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Run the kernel."""
-        with _raw(q):
+        with no_autocast(q.device):
             out, lse = call.kernel.forward(q, k, v, Spans(start, stop), call.scaling)
         return _own(out), _own(lse)
 
@@ -135,7 +127,7 @@ class _Backward(torch.autograd.Function):
         dl: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         spans = Spans(start, stop)
-        with _raw(q):
+        with no_autocast(q.device):
             if dl is None:
                 grads = call.kernel.backward(do, q, k, v, o, lse, spans, call.scaling)
             else:
@@ -181,7 +173,7 @@ class _ForwardMode(torch.autograd.Function):
     @staticmethod
     def forward(call: Call, *args: Tensor) -> tuple[Tensor, Tensor]:
         q, k, v, start, stop, _, lse, tq, tk, tv = args
-        with _raw(q):
+        with no_autocast(q.device):
             spans = Spans(start, stop)
             return tiled.forward_mode((q, k, v), lse, (tq, tk, tv), spans, call.scaling)
 
@@ -216,7 +208,7 @@ class _DoubleBackward(torch.autograd.Function):
     @staticmethod
     def forward(call: Call, *args: Any) -> tuple[Tensor, ...]:
         q, k, v, start, stop, o, lse, do, dl, tq, tk, tv = args
-        with _raw(q):
+        with no_autocast(q.device):
             spans = Spans(start, stop)
             return tiled.double_backward(
                 do, dl, (q, k, v), o, lse, (tq, tk, tv), spans, call.scaling

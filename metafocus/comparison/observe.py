@@ -18,6 +18,7 @@ from metafocus.engine import MetaLoss, adapt, bilevel, hypergrad
 from metafocus.errors import NonFiniteError
 from metafocus.estimators.attached import Point, gradient_norm
 from metafocus.problem import Problem
+from metafocus.rng import kept
 from metafocus.types import Episode, MatVec, Params, Solver
 
 
@@ -124,8 +125,7 @@ def observe(
         return flat(gradient(outer, episode)[0])
 
     draws = []
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices):
+    with kept(pt.tensors((outer, episode))):
         try:
             for seed in range(seeds):
                 torch.manual_seed(seed)

@@ -22,6 +22,7 @@ from metafocus.lm.hf import heads
 from metafocus.lm.hf.attention import attention_as, replaceable
 from metafocus.masks import MaskPolicy
 from metafocus.masks.spans import Spans, windowed
+from metafocus.precision import no_autocast
 
 NAME = "metafocus_recorded"
 _PREPARED = ("model_inputs", "scored", "hidden")
@@ -121,7 +122,7 @@ class Recorder:
     ) -> None:
         """Measure one layer; see `attention_sums`."""
         spans = Spans(*(x.expand(len(q), -1) for x in spans))
-        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        with torch.no_grad(), no_autocast(q.device):
             sums = attention_sums(q, k, spans, scaling, sinks, self.tokens)
             found = [summarise(sums, self.tokens, i) for i in range(len(QUERIES))]
         self.layers.append(found)

@@ -24,7 +24,7 @@ from metafocus.lm.hf.trial import two_tokens
 from metafocus.lm.tokens import TokenPolicy, answer_tokens, predicted
 from metafocus.masks import Batch, MaskPolicy
 from metafocus.masks.spans import Spans
-from metafocus.params import wide
+from metafocus.precision import wide
 from metafocus.types import Params
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from metafocus.attention.kernels.kernel import Scaling
 from metafocus.masks.spans import Spans
-from metafocus.params import wide
+from metafocus.precision import wide
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, spans: Spans, scaling: Scaling) -> tuple[Tensor, Tensor]:

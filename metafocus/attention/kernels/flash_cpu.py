@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metafocus.attention.kernels.query_runs import QueryRun
-from metafocus.params import wide_type
+from metafocus.precision import wide_type
 from metafocus.torch_internals import flash_cpu, flash_cpu_backward
 
 WHOLE, LOWER, UPPER = "whole", "lower", "upper"

@@ -21,7 +21,7 @@ from torch import Tensor
 from metafocus.attention.kernels.kernel import Scaling
 from metafocus.attention.kernels.query_runs import QueryRun
 from metafocus.attention.kernels.varlen import Lengths, Varlen
-from metafocus.params import wide_type
+from metafocus.precision import wide_type
 
 REPEATED = 2
 """Keys per call, in units of the tokens of the batch."""

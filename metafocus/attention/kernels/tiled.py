@@ -27,7 +27,7 @@ from metafocus.attention.kernels.kernel import Scaling
 from metafocus.attention.kernels.tiled_inputs import TiledInputs, add_keys, keys, put_rows, rows
 from metafocus.attention.kernels.tiles import Tile
 from metafocus.masks.spans import Spans
-from metafocus.params import wide
+from metafocus.precision import wide
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 """Queries `[B, H, S, D]`, keys `[B, Hkv, S, D]`, values `[B, Hkv, S, Dv]`, or tangents of them."""

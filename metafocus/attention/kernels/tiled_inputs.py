@@ -11,7 +11,7 @@ from torch import Tensor
 from metafocus.attention.kernels.kernel import Scaling
 from metafocus.attention.kernels.tiles import Tile, tiles
 from metafocus.masks.spans import Spans
-from metafocus.params import wide
+from metafocus.precision import wide
 
 
 @dataclass(frozen=True)

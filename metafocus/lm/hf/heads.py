@@ -17,7 +17,7 @@ from metafocus.autodiff.recompute import recompute
 from metafocus.errors import ProblemError
 from metafocus.lm.cross_entropy import IGNORED, LogitHead, entropies
 from metafocus.lm.token_loss import token_loss
-from metafocus.params import wide
+from metafocus.precision import wide
 from metafocus.torch_internals import (
     forward_hooks,
     has_backward_hooks,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from metafocus.attention.kernels import tiled
-from metafocus.attention.kernels.kernel import Kernel, Scaling
+from metafocus.attention.kernels.kernel import QKV, Attended, Kernel, Scaling
 from metafocus.errors import TransformError
 from metafocus.masks.spans import Spans
 from metafocus.precision import no_autocast
@@ -74,7 +74,7 @@ class Attention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """Run the kernel."""
         with no_autocast(q.device):
-            out, lse = call.kernel.forward(q, k, v, Spans(start, stop), call.scaling)
+            out, lse = call.kernel.forward(QKV(q, k, v), Spans(start, stop), call.scaling)
         return _own(out), _own(lse)
 
     @staticmethod
@@ -126,12 +126,12 @@ class _Backward(torch.autograd.Function):
         do: Tensor,
         dl: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        spans = Spans(start, stop)
+        rest = QKV(q, k, v), Attended(o, lse), Spans(start, stop), call.scaling
         with no_autocast(q.device):
             if dl is None:
-                grads = call.kernel.backward(do, q, k, v, o, lse, spans, call.scaling)
+                grads = call.kernel.backward(do, *rest)
             else:
-                grads = tiled.Tiled().backward(do, q, k, v, o, lse, spans, call.scaling, dl)
+                grads = tiled.Tiled().backward(do, *rest, dl)
         dq, dk, dv = (_own(x) for x in grads)
         return dq, dk, dv
 
@@ -171,11 +171,11 @@ class _ForwardMode(torch.autograd.Function):
     """`(q, k, v, start, stop, o, lse, tq, tk, tv) -> (to, tlse)`."""
 
     @staticmethod
-    def forward(call: Call, *args: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(call: Call, *args: Tensor) -> tuple[Tensor, ...]:
         q, k, v, start, stop, _, lse, tq, tk, tv = args
         with no_autocast(q.device):
-            spans = Spans(start, stop)
-            return tiled.forward_mode((q, k, v), lse, (tq, tk, tv), spans, call.scaling)
+            spans, tangents = Spans(start, stop), QKV(tq, tk, tv)
+            return tuple(tiled.forward_mode(QKV(q, k, v), lse, tangents, spans, call.scaling))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -209,10 +209,8 @@ class _DoubleBackward(torch.autograd.Function):
     def forward(call: Call, *args: Any) -> tuple[Tensor, ...]:
         q, k, v, start, stop, o, lse, do, dl, tq, tk, tv = args
         with no_autocast(q.device):
-            spans = Spans(start, stop)
-            return tiled.double_backward(
-                do, dl, (q, k, v), o, lse, (tq, tk, tv), spans, call.scaling
-            )
+            rest = QKV(tq, tk, tv), Spans(start, stop), call.scaling
+            return tiled.double_backward(do, dl, QKV(q, k, v), Attended(o, lse), *rest)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor
 
-from metafocus.attention.kernels.kernel import Scaling
+from metafocus.attention.kernels.kernel import QKV, Scaling
 from metafocus.attention.kernels.tiled_inputs import TiledInputs, put_rows
 from metafocus.attention.kernels.tiles import Tile
 from metafocus.diagnostics.tokens import Tokens, block_size
@@ -53,7 +53,7 @@ def attention_sums(
         tokens: Roles of the tokens.
     """
     # The values play no part: any tensor of the right heads will do.
-    tiled = TiledInputs.of(q, k, k, spans, scaling)
+    tiled = TiledInputs.of(QKV(q, k, k), spans, scaling)
     batch, heads, group, length, _ = tiled.q.shape
     size = block_size(length)
     side = -(-length // size)

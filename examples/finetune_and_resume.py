@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import yaml
+from metafocus.trainer.launch import main as train
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -33,7 +34,6 @@ from metafocus.data import Collator
 from metafocus.masks import causal
 from metafocus.trainer import FocusTrainer
 from metafocus.trainer.checkpoints import resumable
-from metafocus.trainer.launch import main as train
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

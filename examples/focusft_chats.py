@@ -10,13 +10,13 @@ import random
 from pathlib import Path
 
 import torch
+from metafocus.training import Schedule, evaluate, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import metafocus as mf
 from metafocus.cli import options
 from metafocus.data import Collator, encode_chats, read_chats
 from metafocus.models import model_and_tokenizer
-from metafocus.training import Schedule, evaluate, train
 
 THINGS, PLACES = "lamp map key book coin rope".split(), "drawer shelf box bag desk chest".split()
 

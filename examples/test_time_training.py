@@ -7,6 +7,7 @@ next-token loss of the context). The fast weights can be bound, or written as a 
 from pathlib import Path
 
 import torch
+from metafocus.training import Schedule, train
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -15,7 +16,6 @@ from metafocus.cli import options
 from metafocus.data import Collator, encode_chats, stdlib_qa
 from metafocus.models import model_and_tokenizer
 from metafocus.recipes import export
-from metafocus.training import Schedule, train
 
 
 def main(argv=None):

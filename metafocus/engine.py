@@ -17,7 +17,7 @@ from metafocus.autodiff.safe_operators.swapping import Swapped
 from metafocus.errors import ProblemError
 from metafocus.estimators import Estimator
 from metafocus.preflight import preflight, refuse_ignored_fast_weights
-from metafocus.problem import Problem, check_finite, check_params, is_frozen
+from metafocus.problem import Problem, check_finite, check_params, constants, moving
 from metafocus.solvers import Given
 from metafocus.solvers.descent import solve_inner
 from metafocus.torch_internals import transforming
@@ -299,16 +299,15 @@ def hypergrad(meta_loss: MetaLoss) -> Callable[[Params, Any], tuple[Params, tupl
 
     def value_and_hypergrad(outer: Params, episode: Any) -> tuple[Params, tuple[Tensor, Aux]]:
         check_params(outer, "outer", "outer parameters")
-        frozen = {k: v for k, v in outer.items() if is_frozen(v)}
-        moving = {k: v for k, v in outer.items() if k not in frozen}
+        free = moving(outer)
 
         def at(point: Params) -> tuple[Tensor, Aux]:
             return meta_loss({k: point.get(k, v) for k, v in outer.items()}, episode)
 
         if transforming():
-            grads, (loss, aux) = torch.func.grad_and_value(at, has_aux=True)(moving)
+            grads, (loss, aux) = torch.func.grad_and_value(at, has_aux=True)(free)
         else:
-            grads, loss, aux = _on_tape(at, moving)
+            grads, loss, aux = _on_tape(at, free)
         return {k: grads[k] if k in grads else torch.zeros_like(v) for k, v in outer.items()}, (
             loss,
             aux,
@@ -359,8 +358,7 @@ def adapt(
         tensor([1.0000, 0.6400])
     """
     check_params(outer, "outer", "outer parameters")
-    frozen = {k: v for k, v in outer.items() if is_frozen(v)}
-    outer = pt.detach(outer) | frozen
+    outer = constants(outer)
     support = pt.detach(problem.prepared(outer, Episode(support, support)).support)
     start, inner_loss = problem.start(outer, support), problem.inner_loss
     if not transforming():

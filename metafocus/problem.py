@@ -142,6 +142,16 @@ def is_frozen(value: Tensor) -> bool:
     return isinstance(value, nn.Parameter) and not value.requires_grad
 
 
+def moving(outer: Params) -> Params:
+    """Return the outer parameters that are not frozen."""
+    return {k: v for k, v in outer.items() if not is_frozen(v)}
+
+
+def constants(outer: Params) -> Params:
+    """Return the outer parameters detached; frozen ones as they are, so that `init` knows them."""
+    return {k: v if is_frozen(v) else v.detach() for k, v in outer.items()}
+
+
 def trainable(module: nn.Module) -> Params:
     """Return the parameters of a module that require grad, by name: the usual `outer`.
 

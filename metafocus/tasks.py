@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from metafocus import params as pt
-from metafocus.autodiff.grad import leaf_alias, pullback
+from metafocus.autodiff.grad import leaf_alias
+from metafocus.autodiff.known import with_gradient
 from metafocus.autodiff.tape import foreign_leaves
 from metafocus.checks import whole
 from metafocus.engine import MetaLoss, outermost
@@ -51,7 +52,8 @@ def over_tasks(
             chunks of at most 200. One chunk under `randomness="different"` and "auto".
         aux: "all" returns the adapted fast weights of every task in `Aux.params`; "losses" keeps
             none of them.
-        randomness: what random operations do under `vmap`: "error", "same" or "different".
+        randomness: what random operations do under `vmap`: "error", "same" or "different". With
+            "same", chunks and the tasks of a loop draw the same numbers too.
 
     Returns:
         `(outer, episodes) -> (mean loss, Aux)`, the tensors of `Aux` stacked on axis 0. Of an
@@ -111,21 +113,24 @@ class _OverTasks:
         moving = tuple(k for k, v in outer.items() if v.requires_grad)
         separate = moving and torch.is_grad_enabled() and not transforming()
         if separate and not any(x.requires_grad for x in tensors):
-            running = chunks.begun(outer)
-            if running is not None:
-                loss = _Chunked.apply(running, chunks, outer, moving, *map(outer.get, moving))
-                return loss, self._checked(chunks.joined())
-        loss = torch.stack([share * value for share, value in chunks.values(outer)]).sum()
+            found = chunks.differentiated(outer, moving)
+            if found is not None:
+                aux = self._checked(chunks.joined())
+
+                def again(*xs: Tensor) -> Tensor:
+                    with chunks.drawn.again():
+                        return chunks.mean({**outer, **dict(zip(moving, xs, strict=True))})
+
+                return with_gradient(*found, [outer[k] for k in moving], again), aux
+        loss = chunks.mean(outer)
         return loss, self._checked(chunks.joined())
 
     def _size(self, count: int) -> int:
         if self.how == "loop":
             return 1
-        # Random numbers that are the same for all tasks are drawn once.
-        whole_batch = self.randomness == "same" or (
+        if self.chunk_size is None or (
             self.chunk_size == "auto" and self.randomness == "different"
-        )
-        if self.chunk_size is None or whole_batch:
+        ):
             return count
         if self.chunk_size == "auto":
             # Chunks of equal size, as nearly as possible.
@@ -136,11 +141,8 @@ class _OverTasks:
         self, outer: Params, tensors: list[Tensor], rebuild: Callable[[Any], Any]
     ) -> tuple[Tensor, Aux]:
         # Flat, and without what is not batched: vmap walks its arguments several times.
-        same = self.randomness == "same" and isinstance(self.chunk_size, int)
         losses, aux = torch.func.vmap(
-            lambda *xs: self._one(outer, rebuild(xs)),
-            randomness=self.randomness,
-            chunk_size=int(self.chunk_size) if same and self.chunk_size else None,
+            lambda *xs: self._one(outer, rebuild(xs)), randomness=self.randomness
         )(*tensors)
         return losses.mean(), aux
 
@@ -175,14 +177,21 @@ class _Chunks:
         self.drawn = Drawn(tensors)
         self.leaves: list[Any] = []
         self.spec: Any = None
+        self.names: list[str] = []
 
     def values(self, outer: Params) -> Iterator[tuple[float, Tensor]]:
         """Yield the share and the mean loss of each chunk; remember what it returned beside."""
         for first in range(0, self.count, self.size):
             part = [x[first : first + self.size] for x in self.tensors]
-            loss, aux = self._run(outer, part, first)
+            repeat = first and self.tasks.randomness == "same"
+            with self.drawn.again() if repeat else contextlib.nullcontext():
+                loss, aux = self._run(outer, part, first)
             self._store(aux, first)
             yield len(part[0]) / self.count, loss
+
+    def mean(self, outer: Params) -> Tensor:
+        """Return the mean loss, with the graph of all chunks."""
+        return torch.stack([share * loss for share, loss in self.values(outer)]).sum()
 
     def _run(self, outer: Params, part: list[Tensor], first: int) -> tuple[Tensor, Any]:
         if self.tasks.how == "vmap":
@@ -194,20 +203,40 @@ class _Chunks:
         return loss, pytree.tree_map(lambda x: x.unsqueeze(0) if isinstance(x, Tensor) else x, aux)
 
     def _store(self, aux: Any, first: int) -> None:
-        leaves, spec = pytree.tree_flatten(aux)
+        metrics = aux.metrics if isinstance(aux, Aux) else {}
         if first == 0:
-            self.spec = spec
-            self.leaves = [self._room(x) for x in leaves]
-        elif spec != self.spec:
+            self.spec = pytree.tree_structure(aux)
+            self.leaves = [self._room(x) for x in pytree.tree_leaves(aux)]
+            self.names = list(metrics)
+        odd = sorted(set(metrics) ^ set(self.names))
+        if odd:
             raise ProblemError(
-                f"task {first} returned other metrics or fast weights than task 0: {spec} and "
-                f"{self.spec}. Return the same names for every task."
+                f"task {first} and task 0 returned different metrics: {odd[0]!r} is on one side "
+                "only. Return the same names for every task."
             )
-        for room, x in zip(self.leaves, leaves, strict=True):
-            if isinstance(room, Tensor):
-                room[first : first + self.size] = x.detach()
-            else:
+        if metrics:
+            aux = aux._replace(metrics={k: metrics[k] for k in self.names})
+        leaves, spec = pytree.tree_flatten(aux)
+        if spec != self.spec:
+            raise ProblemError(
+                f"task {first} returned other fast weights than task 0: {spec} and {self.spec}. "
+                "Return the same names for every task."
+            )
+        for i, x in enumerate(leaves):
+            room = self.leaves[i]
+            if isinstance(room, list):
                 room.append(x)
+                continue
+            if x.shape[1:] != room.shape[1:]:
+                raise ProblemError(
+                    f"task {first} returned a metric or fast weight of shape "
+                    f"{list(x.shape[1:])}, task 0 one of {list(room.shape[1:])}. Return the same "
+                    "shapes for every task."
+                )
+            if x.dtype != room.dtype:
+                # A metric may be 0 for one task and 0.5 for the next.
+                room = self.leaves[i] = room.to(torch.promote_types(room.dtype, x.dtype))
+            room[first : first + self.size] = x.detach()
 
     def _room(self, x: Any) -> Any:
         # One tensor for all tasks, written to chunk by chunk; transforms do not allow that.
@@ -225,59 +254,25 @@ class _Chunks:
         ]
         return pytree.tree_unflatten(found, self.spec)
 
-    def begun(self, outer: Params) -> _Running | None:
-        """Run the first chunk at leaves of its own; None if it depends on any other leaf."""
-        leaves = {k: leaf_alias(v, False) if v.requires_grad else v for k, v in outer.items()}
-        values = self.values(leaves)
-        share, loss = next(values)
-        if foreign_leaves(loss, list(leaves.values())):
-            return None
-        return leaves, itertools.chain([(share, loss)], values)
+    def differentiated(
+        self, outer: Params, moving: tuple[str, ...]
+    ) -> tuple[Tensor, list[Tensor | None]] | None:
+        """Return the mean loss and its gradient by the moving parameters, chunk by chunk.
 
-
-_Running = tuple[Params, Iterator[tuple[float, Tensor]]]
-"""Leaves in place of the outer parameters, and the chunks' losses at them, one by one."""
-
-
-class _Chunked(torch.autograd.Function):
-    """The mean over chunks, each differentiated by `outer` before the next one begins."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        running: _Running,
-        chunks: _Chunks,
-        outer: Params,
-        names: tuple[str, ...],
-        *moving: Tensor,
-    ) -> Tensor:
-        leaves, values = running
-        at = [leaves[k] for k in names]
+        None if a chunk depends on any other leaf, which would miss its gradient.
+        """
+        leaves = {k: leaf_alias(v, False) if k in moving else v for k, v in outer.items()}
+        at = [leaves[k] for k in moving]
         grads: list[Tensor | None] = [None] * len(at)
-        total = moving[0].new_zeros(())
-        with torch.enable_grad():
-            for share, loss in values:
-                total = total + share * loss.detach()
-                if loss.requires_grad:
-                    found = torch.autograd.grad(share * loss, at, allow_unused=True)
-                    grads = [_sum(a, b) for a, b in zip(grads, found, strict=True)]
-        ctx.chunks, ctx.outer, ctx.names, ctx.grads = chunks, outer, names, grads
-        ctx.save_for_backward(*moving)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> Any:
-        if not torch.is_grad_enabled():
-            return *[None] * 4, *(None if g is None else cotangent * g for g in ctx.grads)
-        moving = ctx.saved_tensors
-
-        def rebuilt(*xs: Tensor) -> list[Tensor]:
-            outer = {**ctx.outer, **dict(zip(ctx.names, xs, strict=True))}
-            with ctx.chunks.drawn.again():
-                values = [share * loss for share, loss in ctx.chunks.values(outer)]
-            return [torch.stack(values).sum()]
-
-        return *[None] * 4, *pullback(rebuilt, moving, [cotangent], [True] * len(moving))
+        losses = []
+        for share, loss in self.values(leaves):
+            if foreign_leaves(loss, at):
+                return None
+            losses.append(share * loss.detach())
+            if loss.requires_grad:
+                found = torch.autograd.grad(share * loss, at, allow_unused=True)
+                grads = [_sum(a, b) for a, b in zip(grads, found, strict=True)]
+        return torch.stack(losses).sum(), grads
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

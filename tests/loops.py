@@ -113,8 +113,10 @@ def by_hand(first, outer, batches: Sequence[Any], last: int | None = None, loss:
             fast, slow, velocity = tied(fast, first), outer, constants(velocity)
         if t < head:
             fast = {k: v.detach().requires_grad_() for k, v in fast.items()}
-        value = loss(fast, slow, data)
-        found = torch.autograd.grad(value, list(fast.values()), create_graph=True)
+        # Copies: the first fast weights may be the slow ones, which the data may depend on.
+        at = {k: v.clone() for k, v in fast.items()}
+        value = loss(at, slow, data)
+        found = torch.autograd.grad(value, list(at.values()), create_graph=True)
         velocity = {k: MOMENTUM * velocity[k] + g for k, g in zip(fast, found, strict=True)}
         fast = {k: v - rate(slow) * velocity[k] for k, v in fast.items()}
         path.append(tied(fast, first) if t < head else fast)

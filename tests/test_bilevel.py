@@ -456,7 +456,8 @@ def test_arguments_are_keyword_only():
 def test_one_meta_loss_serves_changing_shapes():
     meta = build(
         problem=mf.Problem(
-            lambda f, s, x: ((f["w"] * x) ** 2).mean(), lambda f, s, x: (f["w"] * x).sum())
+            lambda f, s, x: ((f["w"] * x) ** 2).mean(), lambda f, s, x: (f["w"] * x).sum()
+        )
     )
     for n in (1, 5, 2):
         x = torch.ones(n, 2)

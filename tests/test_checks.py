@@ -22,10 +22,11 @@ OTHER_TYPES = {
     "estimators/unrolled.py": "recompute is True, False or a number",
     "algorithms/windows.py": "recompute is True, False or a number",
     "claims/page.py": "a truth value is printed as a word",
+    "claims/marker.py": "whether a claim is asserted is a truth value, and so may a figure be",
 }
 """Files in which a bool is a value of its own, not a wrong integer."""
 
-FOREIGN = {"linear/vectors.py", "training.py", "trainer/profiling.py"}
+FOREIGN = {"linear/vectors.py"}
 """Not moved to `checks` yet."""
 
 

@@ -41,9 +41,7 @@ def wanted(last, kind):
 @pytest.mark.parametrize("name", UNROLLED)
 def test_learned_weights(name, way):
     estimator, last = UNROLLED[name]
-    meta = mf.bilevel(
-        PROBLEM, solver=loops.solver(), estimator=estimator, path=loops.learned_path
-    )
+    meta = mf.bilevel(PROBLEM, solver=loops.solver(), estimator=estimator, path=loops.learned_path)
     assert_close(WAYS[way](meta, CASE), expected(wanted(last, "learned"), way), tolerance(name))
 
 
@@ -267,9 +265,7 @@ def test_a_function_without_the_keyword_is_refused_by_name_and_works_without_a_p
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("estimator", [with_path, with_anything])
 def test_a_function_with_the_keyword_stands_where_a_class_does(estimator, way):
-    meta = mf.bilevel(
-        PROBLEM, solver=loops.solver(), estimator=estimator, path=loops.learned_path
-    )
+    meta = mf.bilevel(PROBLEM, solver=loops.solver(), estimator=estimator, path=loops.learned_path)
     assert_close(WAYS[way](meta, CASE), expected(wanted(0, "learned"), way), 1e-11)
 
 

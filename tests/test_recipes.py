@@ -191,7 +191,7 @@ def test_chunks_cover_every_token_once():
 
 def test_what_ttt_e2e_refuses():
     batch, both = sequence(), chat_batch()
-    with pytest.raises(ProblemError, match=r"chunk=0 and window=1"):
+    with pytest.raises(ProblemError, match=r"chunk must be an integer >= 1, got 0"):
         ttt_e2e(model_of(), chunk=0, window=1)
     with pytest.raises(ProblemError, match="2 sequences"):
         ttt_e2e(model_of())({}, mf.Episode(both, both))

@@ -14,8 +14,8 @@ import torch
 from models import build
 
 from metafocus.__main__ import main
+from metafocus.cli import config_file
 from metafocus.data.tokenizer import train_tokenizer
-from metafocus.trainer import config_file
 from metafocus.trainer.checkpoints import damage
 
 ROOT = Path(__file__).parent.parent / "metafocus"
@@ -122,7 +122,7 @@ def test_a_pickle_beside_a_model_is_not_run(tmp_path, capsys):
     train_tokenizer(["hello"], 270).save_pretrained(folder)
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(mark), protocol=2))
-    assert main(["compare", "--quick", "--model", str(folder)]) == 2
+    assert main(["compare", "--quick", "--model_name_or_path", str(folder)]) == 2
     assert "could run any code" in capsys.readouterr().err
     assert not mark.exists()
 
@@ -137,10 +137,10 @@ def test_code_beside_a_model_is_not_run(tmp_path, capsys):
         '"AutoModelForCausalLM": "strange.Model"}}'
     )
     (folder / "strange.py").write_text(f"import os\nos.mkdir({str(mark)!r})\n")
-    assert main(["compare", "--quick", "--model", str(folder)]) == 2
+    assert main(["compare", "--quick", "--model_name_or_path", str(folder)]) == 2
     error = capsys.readouterr().err
     last = error.strip().splitlines()[-1]
-    assert last.startswith("metafocus: error: --model") and "cannot be loaded" in last
+    assert last.startswith("metafocus: error: name_or_path=") and "cannot be loaded" in last
     assert "[y/N]" not in error
     assert not mark.exists()
 

@@ -27,8 +27,7 @@ from metafocus.adapters import LoRA, top_layers
 from metafocus.data import Collator
 from metafocus.recipes._focusft import PAPER_SOLVER
 from metafocus.trainer import FocusArguments, FocusTrainer
-from metafocus.trainer.sharded import focusft_sharded
-from metafocus.trainer.wrapped import through
+from metafocus.trainer.distributed import focusft_sharded, through
 
 VOCAB = 37
 COLLATOR = Collator(pad_token_id=0)
@@ -114,6 +113,26 @@ def trainer(model, folder, *, samples=SAMPLES, heldout=None, callbacks=None, kep
 
 def weights(model) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@torch.no_grad()
+def mean_answer_loss(model, samples, mask=None) -> float:
+    """The mean over answer tokens, from log probabilities of one sequence at a time.
+
+    Args:
+        model: any causal model of transformers.
+        samples: of one document each.
+        mask: a function of the length, `[S, S]` boolean; None: causal.
+    """
+    model.eval()
+    losses = []
+    for one in samples:
+        ids, answers = one["input_ids"], one["answer_mask"].bool()
+        seen = None if mask is None else mask(len(ids))[None, None]
+        logits = model(input_ids=ids[None], attention_mask=seen, use_cache=False).logits[0]
+        table = logits.double().log_softmax(-1)
+        losses += [-table[i - 1, ids[i]].item() for i in range(1, len(ids)) if answers[i]]
+    return sum(losses) / len(losses)
 
 
 # --- killed processes ------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Checks of what every adapter is given: a placement, the modules it names, fast weights."""
+"""Checks of the arguments of every adapter: a placement, its modules, and fast weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def check_where(adapter: str, where: Any) -> None:
     """Raise unless `where` is a function.
 
     Raises:
-        PlacementError: If it is not, such as a name or a tuple of names.
+        PlacementError: If it is not a function, such as a name or a tuple of names.
 
     Example:
         >>> check_where("LoRA", "up_proj")
@@ -60,7 +60,7 @@ def check_fast(adapter: str, fast: Any, expected: Collection[str]) -> None:
     """Raise unless `fast` is a mapping from the expected names to floating-point tensors.
 
     Raises:
-        ProblemError: If it is not.
+        ProblemError: If it is not such a mapping.
 
     Example:
         >>> check_fast("LoRA", {}, ())

@@ -17,7 +17,7 @@ from metafocus.algorithms.common import (
     start,
 )
 from metafocus.checks import positive, whole
-from metafocus.problem import Problem
+from metafocus.problem import Problem, constants
 from metafocus.types import Params
 
 
@@ -98,7 +98,7 @@ class BOME:
         Raises:
             NonFiniteError: outside transforms, if the inner gradient is NaN or infinite.
         """
-        outer, fast = pt.detach(outer), pt.detach(state.fast)
+        outer, fast = constants(outer), pt.detach(state.fast)
         inner, upper = levels(self.problem, episode)
         with torch.no_grad():
             best = fast

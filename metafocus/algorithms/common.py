@@ -13,7 +13,7 @@ from metafocus.autodiff.grad import value_and_grad
 from metafocus.autodiff.safe_operators.swapping import Swapped, differentiable_twice
 from metafocus.checks import scalar
 from metafocus.errors import NonFiniteError, ProblemError
-from metafocus.problem import Problem, check_params
+from metafocus.problem import Problem, check_params, constants, is_frozen
 from metafocus.streams import is_stream
 from metafocus.torch_internals import transforming
 from metafocus.types import Params
@@ -72,11 +72,13 @@ def gradients(level: Level, fast: Params, outer: Params) -> tuple[Tensor, Params
 
     at = {"fast " + k: v for k, v in fast.items()} | {"outer " + k: v for k, v in outer.items()}
     value, grads = value_and_grad(joined, at, differentiable=False)
-    return (
-        value,
-        {k: grads["fast " + k] for k in fast},
-        {k: grads["outer " + k] for k in outer},
-    )
+    by_outer = {k: grads["outer " + k] for k in outer}
+    return value, {k: grads["fast " + k] for k in fast}, free(outer, by_outer)
+
+
+def free(outer: Params, grads: Params) -> Params:
+    """Return the gradient by the outer parameters, with zeros for what is frozen."""
+    return {k: torch.zeros_like(g) if is_frozen(outer[k]) else g for k, g in grads.items()}
 
 
 def fast_gradient(level: Level, fast: Params, outer: Params) -> tuple[Tensor, Params]:
@@ -95,7 +97,7 @@ def start(problem: Problem, outer: Params, support: Any) -> Params:
             "outer={} with a single-loop algorithm: it differentiates explicit tensors only. "
             "Pass mf.trainable(model) as outer."
         )
-    first = problem.start(pt.detach(outer), pt.detach(support))
+    first = problem.start(constants(outer), pt.detach(support))
     return {k: v.detach().clone() for k, v in first.items()}
 
 

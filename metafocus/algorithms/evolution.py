@@ -12,7 +12,7 @@ from torch import Tensor
 from metafocus import params as pt
 from metafocus.checks import positive, scalar, seeded, whole
 from metafocus.errors import NonFiniteError, ProblemError
-from metafocus.problem import check_params
+from metafocus.problem import check_params, constants, moving
 from metafocus.rng import replayed
 from metafocus.torch_internals import transforming
 from metafocus.types import Params
@@ -84,8 +84,8 @@ class Evolution:
     def __call__(self, outer: Params, episode: Any) -> tuple[Tensor, Any]:
         """Return the loss at `outer`, with the estimate as its derivative, and aux."""
         grads, value, aux = self._estimate(outer, episode)
-        moved = pt.dot(pt.detach(grads), pt.sub(outer, pt.detach(outer)))
-        return value + moved.to(value.dtype), aux
+        shift = pt.dot(pt.detach(grads), pt.sub(outer, pt.detach(outer)))
+        return value + shift.to(value.dtype), aux
 
     def init(self, outer: Params, support: Any = None) -> EvolutionState:
         """Return the state before the first step: nothing."""
@@ -105,12 +105,13 @@ class Evolution:
                 "outer={} with Evolution: it perturbs explicit tensors only. Pass "
                 "mf.trainable(model) as outer."
             )
-        centre = pt.detach(outer)
+        outer = constants(outer)
+        centre = moving(outer)
         grads = pt.zeros_like(centre)
         size = self.pairs if self.chunk_size is None else self.chunk_size
         with torch.no_grad():
-            losses_at = replayed(_losses_at(self.meta_loss), pt.tensors((centre, episode)))
-            value, aux = self.meta_loss(centre, episode)
+            losses_at = replayed(_losses_at(self.meta_loss, outer), pt.tensors((centre, episode)))
+            value, aux = self.meta_loss(outer, episode)
             value = scalar(value, "meta_loss").detach()
             for first in range(0, self.pairs, size):
                 count = min(size, self.pairs - first)
@@ -120,7 +121,7 @@ class Evolution:
                 losses = losses_at(spread(centre, noise, self.sigma), episode)
                 check_losses(losses)
                 grads = pt.add(grads, contract(losses, noise, self.sigma * self.pairs))
-        return grads, value, aux
+        return pt.zeros_like(outer) | grads, value, aux
 
 
 def normal(like: Params, pairs: int, generator: torch.Generator) -> Params:
@@ -165,11 +166,12 @@ def check_losses(losses: Tensor) -> None:
 
 
 def _losses_at(
-    meta_loss: Callable[[Params, Any], tuple[Tensor, Any]],
+    meta_loss: Callable[[Params, Any], tuple[Tensor, Any]], outer: Params
 ) -> Callable[[Params, Any], Tensor]:
     def losses_at(points: Params, episode: Any) -> Tensor:
         def one(point: Params) -> Tensor:
-            return scalar(meta_loss(point, episode)[0], "meta_loss")
+            at = {k: point.get(k, v) for k, v in outer.items()}
+            return scalar(meta_loss(at, episode)[0], "meta_loss")
 
         # Both halves in one vmap, so that "same" makes their random numbers common.
         return torch.func.vmap(one, randomness="same")(points).reshape(2, -1)

@@ -18,7 +18,7 @@ from metafocus.algorithms.common import (
     start,
 )
 from metafocus.checks import positive, whole
-from metafocus.problem import Problem
+from metafocus.problem import Problem, constants
 from metafocus.types import Params
 
 
@@ -106,7 +106,7 @@ class F2SA:
         Raises:
             NonFiniteError: outside transforms, if the inner gradient is NaN or infinite.
         """
-        outer, (fast, nudged, strength) = pt.detach(outer), pt.detach(state)
+        outer, (fast, nudged, strength) = constants(outer), pt.detach(state)
         inner, upper = levels(self.problem, episode)
         slope = pull = pt.zeros_like(fast)
         with torch.no_grad():

@@ -13,6 +13,7 @@ from metafocus.algorithms.common import (
     StepAux,
     check_stationarity,
     fast_gradient,
+    free,
     gradients,
     levels,
     select,
@@ -20,7 +21,7 @@ from metafocus.algorithms.common import (
 from metafocus.autodiff.hvp import hvp_reverse
 from metafocus.checks import positive, whole
 from metafocus.errors import ProblemError
-from metafocus.problem import Problem, as_episode
+from metafocus.problem import Problem, as_episode, constants
 from metafocus.types import HVP, Episode, Params
 
 
@@ -46,7 +47,7 @@ class ImplicitSteps:
         self, outer: Params, fast: Params, v: Params, episode: Any
     ) -> tuple[Params, Params, Params, StepAux]:
         """Return the outer gradient, `fast`, `v` and aux, all detached."""
-        outer, fast, v = pt.detach(outer), pt.detach(fast), pt.detach(v)
+        outer, fast, v = constants(outer), pt.detach(fast), pt.detach(v)
         support, query = as_episode(episode)
         inner_steps, v_steps = self.inner_steps, self.v_steps
         self._check_batches(support)
@@ -75,7 +76,7 @@ class ImplicitSteps:
                 _, product = linearised(inner_steps + v_steps)
             aux = StepAux(loss, pt.norm(gradient), pt.norm(slope))
             check_stationarity(aux.stationarity)
-            return pt.add(direct, product(v)[1]), fast, v, aux
+            return pt.add(direct, free(outer, product(v)[1])), fast, v, aux
 
     def _check_batches(self, support: Any) -> None:
         batches = self.inner_steps + self.v_steps + 1

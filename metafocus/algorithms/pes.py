@@ -18,7 +18,7 @@ from metafocus.algorithms.evolution import (
 )
 from metafocus.algorithms.windows import Window, Windows
 from metafocus.checks import seeded
-from metafocus.problem import as_episode, check_params
+from metafocus.problem import as_episode, check_params, constants, moving
 from metafocus.types import Params
 
 
@@ -72,22 +72,24 @@ class Particles:
         """Return unperturbed particles, which the first window replaces, and zero perturbations."""
         inputs, rebuild = pt.partition(self.windows.init(outer, support))
         stack = rebuild([x.expand(2 * self.pairs, *x.shape).clone() for x in inputs])
-        zeros = {k: v.new_zeros((self.pairs, *v.shape)) for k, v in pt.detach(outer).items()}
+        zeros = {k: v.new_zeros((self.pairs, *v.shape)) for k, v in moving(outer).items()}
         return stack, zeros
 
     def drawn(self, outer: Params, generator: torch.Generator) -> Params:
         """Return a perturbation for each pair, `[pairs, ...]`."""
-        return pt.scale(normal(outer, self.pairs, generator), self.sigma)
+        return pt.scale(normal(moving(outer), self.pairs, generator), self.sigma)
 
     def advance(
         self, outer: Params, noise: Params, window: Window, episode: Any
     ) -> tuple[Tensor, Window]:
         """Return the losses `[2, pairs]` of one window and where the particles stand after it."""
         check_params(outer, "outer", "outer parameters")
-        points = spread(pt.detach(outer), noise, 1.0)
+        outer = constants(outer)
+        points = spread(moving(outer), noise, 1.0)
         support = as_episode(episode).support
 
         def one(point: Params, at: Window) -> tuple[Tensor, Window]:
+            point = {k: point.get(k, v) for k, v in outer.items()}
             # The start is the outer parameters' work too: it takes part in the first perturbation.
             at = self.windows.init(point, support) if at.step == 0 else at
             loss, (after, _) = self.windows.loss(point, at, episode)
@@ -101,9 +103,9 @@ class Particles:
         check_losses(losses)
         return losses, after
 
-    def gradient(self, losses: Tensor, noise: Params) -> Params:
-        """Return `1 / (2 sigma^2 pairs) sum_i (L_i+ - L_i-) noise_i`."""
-        return contract(losses, noise, self.sigma**2 * self.pairs)
+    def gradient(self, outer: Params, losses: Tensor, noise: Params) -> Params:
+        """Return `1 / (2 sigma^2 pairs) sum_i (L_i+ - L_i-) noise_i`; zeros for what is frozen."""
+        return pt.zeros_like(outer) | contract(losses, noise, self.sigma**2 * self.pairs)
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,7 @@ class PES(Particles):
         noise = self.drawn(outer, generator)
         losses, window = self.advance(outer, noise, state.window, episode)
         accumulated = pt.add(state.accumulated, noise)
-        grads = self.gradient(losses, accumulated)
+        grads = self.gradient(outer, losses, accumulated)
         return grads, PESState(window, accumulated), ParticleAux(losses.mean(), losses)
 
 
@@ -233,5 +235,5 @@ class ESSingle(Particles):
         if state.window.step == 0:
             noise = self.drawn(outer, generator)
         losses, window = self.advance(outer, noise, state.window, episode)
-        grads = self.gradient(losses, noise)
+        grads = self.gradient(outer, losses, noise)
         return grads, ESSingleState(window, noise), ParticleAux(losses.mean(), losses)

@@ -12,6 +12,7 @@ from metafocus import params as pt
 from metafocus.algorithms.common import (
     StepAux,
     check_stationarity,
+    free,
     gradients,
     levels,
     start,
@@ -20,7 +21,7 @@ from metafocus.algorithms.finite_sum import Term, terms
 from metafocus.autodiff.hvp import hvp_reverse
 from metafocus.checks import positive
 from metafocus.errors import ProblemError
-from metafocus.problem import Problem, as_episode
+from metafocus.problem import Problem, as_episode, constants
 from metafocus.types import HVP, Episode, Params
 
 
@@ -123,7 +124,7 @@ class SABA:
             ProblemError: if the tensors of one half disagree about the number of terms.
         """
         support, query = as_episode(data)
-        fast, outer = start(self.problem, outer, support), pt.detach(outer)
+        fast, outer = start(self.problem, outer, support), constants(outer)
         v = pt.zeros_like(fast)
         counts = terms(support, "support"), terms(query, "query")
         # `prepare` may look at both halves: each inner term goes with the first outer term.
@@ -161,7 +162,7 @@ class SABA:
                 f"{type(support).__name__} and {type(query).__name__}. Draw them by "
                 "mf.algorithms.draw(data, generator=...)."
             )
-        outer, (fast, v, inner, upper) = pt.detach(outer), pt.detach(state)
+        outer, (fast, v, inner, upper) = constants(outer), pt.detach(state)
         data = Episode(support.data, query.data)
         with torch.no_grad():
             loss, fresh = self._outer(fast, outer, data)
@@ -182,7 +183,7 @@ class SABA:
         inner, _ = levels(self.problem, episode)
         gradient, product = self.hvp(inner, fast, outer)
         curvature, mixed = product(v)
-        return InnerTerms(gradient, curvature, mixed)
+        return InnerTerms(gradient, curvature, free(outer, mixed))
 
     def _outer(self, fast: Params, outer: Params, episode: Episode) -> tuple[Tensor, OuterTerms]:
         _, upper = levels(self.problem, episode)

@@ -11,13 +11,14 @@ from metafocus import params as pt
 from metafocus.algorithms.common import (
     StepAux,
     check_stationarity,
+    free,
     gradients,
     levels,
     start,
 )
 from metafocus.autodiff.hvp import hvp_reverse
 from metafocus.checks import positive
-from metafocus.problem import Problem
+from metafocus.problem import Problem, constants
 from metafocus.types import HVP, Params
 
 
@@ -93,7 +94,7 @@ class SOBA:
         Raises:
             NonFiniteError: outside transforms, if the inner gradient is NaN or infinite.
         """
-        outer, (fast, v) = pt.detach(outer), pt.detach(state)
+        outer, (fast, v) = constants(outer), pt.detach(state)
         inner, upper = levels(self.problem, episode)
         with torch.no_grad():
             gradient, product = self.hvp(inner, fast, outer)
@@ -103,4 +104,4 @@ class SOBA:
             aux = StepAux(loss, pt.norm(gradient), pt.norm(slope))
             check_stationarity(aux.stationarity)
             after = SOBAState(pt.add(fast, gradient, -self.inner_lr), pt.add(v, slope, -self.v_lr))
-            return pt.add(direct, mixed), after, aux
+            return pt.add(direct, free(outer, mixed)), after, aux

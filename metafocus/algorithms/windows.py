@@ -17,7 +17,7 @@ from metafocus.checks import whole
 from metafocus.engine import Path, path_weights, weighted
 from metafocus.errors import ProblemError
 from metafocus.preflight import preflight
-from metafocus.problem import Problem, check_finite, check_params
+from metafocus.problem import Problem, check_finite, check_params, constants
 from metafocus.solvers.descent import segment, stacked
 from metafocus.torch_internals import pytree, transforming
 from metafocus.types import Aux, Params, Solver, State
@@ -32,13 +32,43 @@ class Window:
 
     Attributes:
         fast: the fast weights.
-        solver_state: velocities, moments, whatever the solver carries.
+        solver_state: velocities, moments, whatever the solver carries; what is no tensor is held
+            in a `Static`.
         step: how many inner steps have been taken.
     """
 
     fast: Params
     solver_state: State
     step: int
+
+
+@dataclass(frozen=True)
+class Static:
+    """A part of a solver's state that is no tensor, such as None: a pytree without leaves."""
+
+    value: Any
+
+
+pytree.register_pytree_node(
+    Static,
+    lambda static: ([], static.value),
+    lambda _, value: Static(value),
+    serialized_type_name="metafocus.Static",
+)
+
+
+def _held(state: State) -> State:
+    """Return the state with every part that is no tensor in a `Static`."""
+    return pytree.tree_map(lambda x: x if isinstance(x, Tensor) else Static(x), state)
+
+
+def _released(state: State) -> State:
+    """Return the state as the solver knows it."""
+
+    def release(x: Any) -> Any:
+        return x.value if isinstance(x, Static) else x
+
+    return pytree.tree_map(release, state, is_leaf=lambda x: isinstance(x, Static))
 
 
 def _flatten(window: Window) -> tuple[list[Any], int]:
@@ -112,8 +142,8 @@ class Windows:
     def init(self, outer: Params, support: Any = None) -> Window:
         """Return the window before the first step, at `problem.init(outer, support)`."""
         check_params(outer, "outer", "outer parameters")
-        fast = _copied(self.problem.start(pt.detach(outer), pt.detach(support)))
-        return Window(fast, _copied(self.solver.init(fast)), 0)
+        fast = _copied(self.problem.start(constants(outer), pt.detach(support)))
+        return Window(fast, _held(_copied(self.solver.init(fast))), 0)
 
     def loss(
         self, outer: Params, window: Window, episode: Any
@@ -140,7 +170,7 @@ class Windows:
                 "windows.init(outer, support) and go on with the window that loss returns."
             )
         support, query = self.problem.prepared(outer, episode)
-        fast, state = pt.detach(window.fast), pt.detach(window.solver_state)
+        fast, state = pt.detach(window.fast), _released(pt.detach(window.solver_state))
         if window.step == 0:
             start = self.problem.start(outer, support)
             if not torch.compiler.is_compiling():
@@ -167,7 +197,7 @@ class Windows:
             ends = zip(weights, kept, (streams.at(query, t) for t in steps), strict=True)
         with Swapped(once=True):
             loss, metrics = weighted(self.problem, ends, outer)
-        fast, state = pt.detach(fast), pt.detach(state)
+        fast, state = pt.detach(fast), _held(pt.detach(state))
         return loss, (Window(fast, state, steps.stop), Aux(fast, inner_losses, metrics))
 
     def _steps(

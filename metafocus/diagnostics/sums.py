@@ -1,4 +1,4 @@
-"""One pass over an attention matrix, tile by tile: what every query and every key adds up to."""
+"""One pass over an attention matrix, tile by tile, with sums for every query and every key."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from metafocus.diagnostics.tokens import Tokens, block_size
 from metafocus.masks.spans import Spans
 
 FIRST, FEW, CONTEXT, NEEDLE, ENTROPY, EFFECTIVE = range(6)
-"""The columns of `Sums.rows`; the first four are those of `Tokens.keys`."""
+"""The columns of `Sums.rows`. The first four are those of `Tokens.keys`."""
 
 LOWEST = -1e4
-"""A log-probability whose exponential is 0 in every type, unlike that of -inf times 0."""
+"""A log-probability whose exponential is 0 in every type. Unlike -inf, its product with 0 is 0."""
 
 
 class Sums(NamedTuple):
-    """The sums over the attention matrix `p` of a layer; no part of it is of size `S x S`.
+    """The sums over the attention matrix `p` of a layer. No tensor has the size `S x S`.
 
     Attributes:
-        rows: `[B, H, S, 6]`: of each query, the mass on four sets of keys, the entropy and the
+        rows: `[B, H, S, 6]`: for each query the mass on four sets of keys, the entropy, and the
             effective number of keys.
-        columns: `[B, H, 3, S]`: of each key, the mass that the members of each set of queries put
+        columns: `[B, H, 3, S]`: for each key the mass that the members of each set of queries put
             on it.
-        cells: `[B, n, n]`: mass from a block of queries to a block of keys, mean over the heads
-            and over the block's queries; NaN where a block has padding only.
+        cells: `[B, n, n]`: the mass from a block of queries to a block of keys, as a mean over
+            heads and over the queries of the block. NaN if a block has only padding.
     """
 
     rows: Tensor
@@ -42,17 +42,17 @@ class Sums(NamedTuple):
 def attention_sums(
     q: Tensor, k: Tensor, spans: Spans, scaling: Scaling, sinks: Tensor | None, tokens: Tokens
 ) -> Sums:
-    """Recompute the probabilities from `q` and `k`, a block of queries at a time, and sum them up.
+    """Compute the probabilities from `q` and `k`, one block of queries at a time, and sum them up.
 
     Args:
         q: `[B, H, S, D]`.
         k: `[B, Hkv, S, D]`.
         spans: `[B, S]`.
-        scaling: Scale and soft cap.
-        sinks: `[H]`, logits without a key that the model has learned, or None.
-        tokens: Roles of the tokens.
+        scaling: The scale and the soft cap.
+        sinks: `[H]`, learned logits that belong to no key, or None.
+        tokens: The roles of the tokens.
     """
-    # The values play no part: any tensor of the right heads will do.
+    # The values are not used: any tensor with the right number of heads will do.
     tiled = TiledInputs.of(QKV(q, k, k), spans, scaling)
     batch, heads, group, length, _ = tiled.q.shape
     size = block_size(length)
@@ -77,21 +77,21 @@ def attention_sums(
 
 
 def _probabilities(tiled: TiledInputs, tile: Tile, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Probabilities `[B, Hkv, G, queries, keys]` and the entropy of each row `[..., 1]`."""
+    """Return probabilities `[B, Hkv, G, queries, keys]` and the entropy of each row `[..., 1]`."""
     group = tiled.q.shape[2]
     z = rearrange(tiled.logits(tile)[0], "b kv (g q) k -> b kv g q k", g=group)
     total = torch.logsumexp(z, -1, keepdim=True)
     if sinks is not None:
         learned = rearrange(sinks.to(z.dtype), "(kv g) -> kv g 1 1", g=group)
         total = torch.logaddexp(total, learned[tile.heads])
-    # A query without keys has no mass anywhere.
+    # A query without keys puts no mass anywhere.
     logp = z.sub_(total.masked_fill(total == -torch.inf, 0.0))
     p = logp.exp()
     return p, logp.clamp_(min=LOWEST).mul_(p).sum(-1, keepdim=True).neg_()
 
 
 def _to_itself(p: Tensor, tile: Tile, weight: Tensor) -> Tensor:
-    """The mass that each query puts on itself, where its own key counts, `[..., queries]`."""
+    """Return the mass that each query puts on itself, if its own key counts, `[..., queries]`."""
     here = torch.arange(tile.queries.start, tile.queries.stop, device=p.device) - tile.keys.start
     seen = (here >= 0) & (here < p.shape[-1])
     index = here.clamp(0, p.shape[-1] - 1).expand(p.shape[:-1]).unsqueeze(-1)

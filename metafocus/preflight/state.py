@@ -11,13 +11,7 @@ from torch import Tensor
 
 from metafocus.closures import closures_of
 from metafocus.errors import ProblemError
-from metafocus.torch_internals import (
-    TorchDispatchMode,
-    innermost,
-    operator_arguments,
-    pytree,
-    storage_key,
-)
+from metafocus.torch_internals import TorchDispatchMode, operator_arguments, pytree, storage_key
 
 
 @contextlib.contextmanager
@@ -34,7 +28,10 @@ def refused_writes(who: str, given: list[tuple[str, Tensor]], owner: Any) -> Ite
     """
     before = _held(owner)
     with Writes() as writes:
-        yield
+        try:
+            yield
+        finally:
+            _undo(writes)
     after = _held(owner)
     changed = [k for k in before if before[k] is not after.get(k)]
     if not writes.saved and not changed:
@@ -42,9 +39,6 @@ def refused_writes(who: str, given: list[tuple[str, Tensor]], owner: Any) -> Ite
     storages = {_memory(x) for x, _ in writes.saved}
     names = [k for k, x in given if _memory(x) in storages]
     hidden = [k for k, x in before.items() if _memory(x) in storages]
-    with torch.no_grad():
-        for x, value in reversed(writes.saved):
-            x.copy_(value)
     if names:
         raise ProblemError(
             f"{who} changes {names[0]} in place. Losses and solvers are pure functions here: "
@@ -58,8 +52,14 @@ def refused_writes(who: str, given: list[tuple[str, Tensor]], owner: Any) -> Ite
     )
 
 
+def _undo(writes: Writes) -> None:
+    with torch.no_grad():
+        for x, value in reversed(writes.saved):
+            x.copy_(value)
+
+
 def _memory(x: Tensor) -> int:
-    return storage_key(innermost(x).untyped_storage())
+    return storage_key(x.untyped_storage())
 
 
 def _held(owner: Any) -> dict[str, Tensor]:

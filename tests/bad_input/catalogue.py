@@ -136,11 +136,11 @@ def names(folder: Path) -> dict[str, Any]:
         raise Refused(line.removeprefix("metafocus: error: ").rstrip("\n"))
 
     def config(text: str | bytes, name: str = "run.yaml") -> Any:
-        from metafocus.trainer import launch
+        from metafocus.cli.settings import parse
 
         basic = "" if name.endswith("json") else "output_dir: run\nuse_cpu: true\n"
         content = text if isinstance(text, bytes) else basic + text
-        return launch.parse([str(write(name, content))])
+        return parse([str(write(name, content)), "--train_file", "chats.jsonl"])
 
     def batch(**changes: Any) -> dict[str, Any]:
         return {**chat_batch(length=12), **changes}

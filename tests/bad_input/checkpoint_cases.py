@@ -133,16 +133,12 @@ CHECKPOINTS = [
         (
             'write("file", "")\n'
             'write("c.jsonl", (line + "\\n") * 4)\n'
-            'write("run.yaml", f"output_dir: {folder}/file/run\\ndata: '
-            "{folder}/c.jsonl\\nuse_cpu: true\\nreport_to: none\\nvocab_size: 300\\nhidden_size: "
-            '64\\n")\n'
+            'write("run.yaml", f"output_dir: {folder}/file/run\\ntrain_file: '
+            '{folder}/c.jsonl\\nuse_cpu: true\\n")\n'
             'command("train {folder}/run.yaml")'
         ),
         "Refused",
-        (
-            "output_dir='FOLDER/file/run' cannot be written to: Not a directory. Name "
-            "another directory."
-        ),
+        "--output_dir FOLDER/file/run: FOLDER/file is a file. Name a directory.",
     ),
     (
         "a model whose weights were cut off",
@@ -151,11 +147,11 @@ CHECKPOINTS = [
             'tokenizer().save_pretrained(folder / "m")\n'
             'path = folder / "m" / "model.safetensors"\n'
             "path.write_bytes(path.read_bytes()[:-8])\n"
-            'command("compare --quick --model {folder}/m")'
+            'command("compare --quick --model_name_or_path {folder}/m")'
         ),
         "Refused",
         (
-            "--model 'FOLDER/m' cannot be loaded: Error while deserializing header: "
+            "name_or_path='FOLDER/m' cannot be loaded: Error while deserializing header: "
             "incomplete metadata, file not fully covered. Give a directory with a model and "
             "its tokenizer, or a hub id."
         ),
@@ -168,11 +164,11 @@ CHECKPOINTS = [
             '(folder / "m" / "model.safetensors").unlink()\n'
             "import pickle\n"
             '(folder / "m" / "pytorch_model.bin").write_bytes(pickle.dumps(print, protocol=2))\n'
-            'command("compare --quick --model {folder}/m")'
+            'command("compare --quick --model_name_or_path {folder}/m")'
         ),
         "Refused",
         (
-            "--model 'FOLDER/m' cannot be loaded: its weights are a pickle that holds more "
+            "name_or_path='FOLDER/m' cannot be loaded: its weights are a pickle that holds more "
             "than tensors and could run any code. Save the model as safetensors."
         ),
     ),

@@ -41,15 +41,15 @@ CONFIGURATION = [
         'config("inner_stepz: 2\\nlearning_rat: 1")',
         "DataError",
         (
-            "FOLDER/run.yaml: unknown settings ['inner_stepz', 'learning_rat']; --help lists "
-            "the known ones."
+            "FOLDER/run.yaml: unknown setting inner_stepz, did you mean inner_steps?; unknown "
+            "setting learning_rat, did you mean learning_rate? (see metafocus train --help)"
         ),
     ),
     (
         "a setting that is a number",
         'config("7: 8")',
         "DataError",
-        "FOLDER/run.yaml: unknown settings [7]; --help lists the known ones.",
+        "FOLDER/run.yaml: unknown setting 7 (see metafocus train --help)",
     ),
     (
         "a setting that stands twice",
@@ -65,23 +65,23 @@ CONFIGURATION = [
     ),
     (
         "YAML that makes objects",
-        'config("""data: !!python/object/apply:os.system ["touch gone"]""")',
+        'config("""train_file: !!python/object/apply:os.system ["touch gone"]""")',
         "DataError",
         (
             "FOLDER/run.yaml is not YAML: could not determine a constructor for the tag "
             "'tag:yaml.org,2002:python/object/apply:os.system' in \"<unicode string>\", line "
-            "3, column 7: data: !!python/object/apply:os.system ... ^"
+            "3, column 13: train_file: !!python/object/apply:os.system ... ^"
         ),
     ),
     (
         "YAML that doubles at every line",
-        'config("data: &a [x, x]\\nmodel: [*a, *a]")',
+        'config("train_file: &a [x, x]\\nseed: [*a, *a]")',
         "DataError",
         "FOLDER/run.yaml: *a is an alias: write the value out.",
     ),
     (
         "YAML nested ten thousand times",
-        'config("data: " + "[" * 10_000)',
+        'config("train_file: " + "[" * 10_000)',
         "DataError",
         "FOLDER/run.yaml is nested too deeply.",
     ),
@@ -103,8 +103,7 @@ CONFIGURATION = [
         "DataError",
         (
             "argument --packing: Truthy value expected: got maybe but expected one of "
-            "yes/no, true/false, t/f, y/n, 1/0 (case insensitive).; --help lists the known "
-            "settings."
+            "yes/no, true/false, t/f, y/n, 1/0 (case insensitive). (see metafocus train --help)"
         ),
     ),
     (
@@ -135,10 +134,7 @@ CONFIGURATION = [
         "a whole number that is a word",
         'config("inner_steps: two")',
         "DataError",
-        (
-            "argument --inner_steps/--inner-steps: invalid int value: 'two'; --help lists "
-            "the known settings."
-        ),
+        "argument --inner_steps: invalid int value: 'two' (see metafocus train --help)",
     ),
     (
         "a whole number that is too large",
@@ -160,21 +156,21 @@ CONFIGURATION = [
     ),
     (
         "a text that is a number",
-        'config("data: 3")',
+        'config("validation_file: 3")',
         "DataError",
-        "FOLDER/run.yaml: data must be text, got 3.",
+        "FOLDER/run.yaml: validation_file must be text or null, got 3.",
     ),
     (
         "a text that is null",
-        'config("target_modules: null")',
+        'config("lora_modules: null")',
         "DataError",
-        "FOLDER/run.yaml: target_modules must be text, got null.",
+        "FOLDER/run.yaml: lora_modules must be text, got null.",
     ),
     (
         "a text that is a list",
-        'config("target_modules: [up_proj]")',
+        'config("lora_modules: [up_proj]")',
         "DataError",
-        "FOLDER/run.yaml: target_modules must be text, got a list.",
+        "FOLDER/run.yaml: lora_modules must be text, got a list.",
     ),
     (
         "inner steps below zero",
@@ -190,7 +186,7 @@ CONFIGURATION = [
     ),
     (
         "an inner learning rate that is NaN",
-        'config(b\'{"inner_lr": NaN}\', "run.json")',
+        'config(b\'{"output_dir": "run", "inner_lr": NaN}\', "run.json")',
         "ProblemError",
         "inner_lr must be finite and >= 0, got nan.",
     ),
@@ -246,7 +242,7 @@ CONFIGURATION = [
         "a rank of zero in a file",
         'config("lora_rank: 0")',
         "ProblemError",
-        "LoRA: rank must be an integer >= 1, got 0.",
+        "lora_rank must be finite and >= 1, got 0.",
     ),
     (
         "samples of one token",
@@ -262,9 +258,9 @@ CONFIGURATION = [
     ),
     (
         "an attention that takes no mask",
-        'config("attn: flash_attention_2")',
+        'config("attn_implementation: flash_attention_2")',
         "DataError",
-        "attn='flash_attention_2' is unknown: use one of sdpa, eager.",
+        "attn_implementation='flash_attention_2' is unknown: use one of sdpa, eager.",
     ),
     (
         "failures below zero",
@@ -292,8 +288,8 @@ CONFIGURATION = [
     ),
     (
         "a flag cut short",
-        'command("train --trainer --output_dir run --inner_step 3")',
+        'command("train --output_dir run --inner_step 3")',
         "Refused",
-        "unknown arguments ['--inner_step', '3']; --help lists the known ones.",
+        "unknown flag --inner_step, did you mean --inner_steps? (see metafocus train --help)",
     ),
 ]

@@ -155,21 +155,18 @@ MODELS = [
         ),
     ),
     (
-        "a schedule of no steps",
-        ("from metafocus.training import Schedule\nSchedule(steps=0)"),
-        "ValueError",
-        "steps must be a whole number >= 1, got 0.",
+        "a small model of an odd width",
+        'mf.models.small(["hello there"], hidden_size=100)',
+        "DataError",
+        "hidden_size=100 must be a multiple of 64.",
     ),
     (
-        "a schedule of half a step",
-        ("from metafocus.training import Schedule\nSchedule(steps=1.5)"),
-        "ValueError",
-        "steps must be a whole number >= 1, got 1.5.",
-    ),
-    (
-        "a schedule with an infinite rate",
-        ("from metafocus.training import Schedule\nSchedule(steps=1, lr=math.inf)"),
-        "ValueError",
-        "lr must be positive and finite, got inf.",
+        "a sequence longer than the model",
+        (
+            "from metafocus.models import check_fits\n"
+            "check_fits(model(), tokenizer(), max_length=1000)"
+        ),
+        "DataError",
+        "max_length=1000 is more than the 64 positions of the model: use at most 64.",
     ),
 ]

@@ -93,8 +93,6 @@ _ALWAYS = {
     F.ctc_loss: _no_ctc_loss,
     F.cross_entropy: cross_entropy,
 }
-if hasattr(F, "linear_cross_entropy"):  # torch 2.13
-    _ALWAYS[F.linear_cross_entropy] = _linear_cross_entropy
 _WRONG = {
     F.batch_norm: batch_norm,
     F.instance_norm: instance_norm,
@@ -105,6 +103,8 @@ _WRONG = {
     torch.instance_norm: lambda x, w, b, mean, var, *rest: instance_norm(x, mean, var, w, b, *rest),
     torch.layer_norm: in_float32(layer_norm, ("cuda",)),
 }
+if hasattr(F, "linear_cross_entropy"):  # torch 2.13
+    _WRONG[F.linear_cross_entropy] = _linear_cross_entropy
 _WRONG_IN_TRANSFORMS = {
     F.embedding: embedding,
     torch.embedding: lambda weight, input, padding_idx=-1, *rest: embedding(
@@ -120,7 +120,7 @@ _IN_FORWARD_MODE = {
     F.soft_margin_loss: in_float32(soft_margin_loss),
 }
 
-_TABLES = frozenset({Tensor.add_, Tensor.requires_grad_}).union(
+_TABLES = frozenset({Tensor.add_, Tensor.__float__, Tensor.requires_grad_}).union(
     _ALWAYS, _WRONG, _WRONG_IN_TRANSFORMS, _IN_FORWARD_MODE
 )
 
@@ -195,13 +195,13 @@ class Swapped(TorchFunctionMode):
             there, and only what would be silently wrong.
 
     Attributes:
-        statistics: whether a norm that could have running statistics was met.
+        needed: whether an operator was met that needs this block even for a first derivative.
     """
 
     def __init__(self, once: bool = False):
         super().__init__()
         self.once = once
-        self.statistics = False
+        self.needed = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # Every access to a tensor comes here: what is in no table must pass quickly.
@@ -209,6 +209,9 @@ class Swapped(TorchFunctionMode):
             if func is Tensor.add_:
                 if _counts_batches():
                     return args[0]
+            elif func is Tensor.__float__:
+                # A cumulative average divides by the number of batches, which was not counted.
+                return float(args[0].item() + _counts_batches())
             elif func is Tensor.requires_grad_:
                 func = _requires_grad
             else:
@@ -216,7 +219,7 @@ class Swapped(TorchFunctionMode):
         return func(*args, **kwargs) if kwargs else func(*args)
 
     def _composite(self, func: Any) -> Any:
-        self.statistics |= func in _WITH_STATISTICS
+        self.needed |= func in _WITH_STATISTICS or func in _WRONG
         if not self.once and func in _ALWAYS:
             return _ALWAYS[func]
         if func in _WRONG and (not self.once or transforming()):

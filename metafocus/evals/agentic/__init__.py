@@ -1,4 +1,4 @@
-"""Multiple-choice science with a Python tool: episodes, a bounded subprocess, unbiased pass@k."""
+"""Multiple-choice science with a Python tool: chats, a limited subprocess, unbiased pass@k."""
 
 from metafocus.evals.agentic._science import science
 from metafocus.evals.agentic.endpoints import Endpoint, HTTPEndpoint, LocalEndpoint

@@ -1,4 +1,4 @@
-"""A built-in set of small science questions, made by code: nothing to download, nothing gated."""
+"""A built-in set of small science questions that are made by code, without any download."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from metafocus.evals.agentic.topics import TOPICS, Problem
 
 MAKERS = {maker.__name__: (field, maker) for field, row in TOPICS.items() for maker in row}
 _DRAWS, _WRONG = 200, 3
-_APART = 0.03  # choices differ by 3 % at least: more than rounding to three digits
+_APART = 0.03  # choices differ by at least 3 %, which is more than rounding to three digits
 
 
 def science(n: int, seed: int = 0) -> list[Choice]:
     """Make n questions of physics, chemistry and biology, with four choices each.
 
-    Wrong choices are the results of typical mistakes: a forgotten factor, a wrong unit, the other
-    logarithm. Topics take turns, and question i depends on the seed and i alone. They are easier
-    than GPQA's: what they show is that the episodes, the tool and the scores work, and whether a
-    model calculates; not what it knows.
+    Wrong choices are the results of typical mistakes: a forgotten factor, a wrong unit, the wrong
+    logarithm. Topics alternate, and question i depends only on the seed and i. The questions are
+    easier than GPQA's. They show that the chats, the tool and the scores work, and whether a model
+    can calculate. They do not test knowledge.
 
     Raises:
-        DataError: fewer than one question.
+        DataError: if `n` is below 1.
 
     Example:
         >>> from metafocus.evals.agentic import science
@@ -52,7 +52,7 @@ def _question(name: str, rng: random.Random) -> Choice:
 
 
 def _apart(problem: Problem) -> list[float]:
-    """The mistakes that cannot be taken for the right value or for each other."""
+    """Return the mistakes that differ enough from the right value and from each other."""
     kept = [problem.value]
     for value in problem.mistakes:
         if value > 0 and all(abs(value - old) > _APART * max(value, old) for old in kept):

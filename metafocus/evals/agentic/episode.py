@@ -1,4 +1,4 @@
-"""One try at a question: replies and calls of the tool, until an answer or a limit."""
+"""One trial at a question: replies and calls of the tool, until an answer or a limit."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ _REMIND = f"I found no answer. {_FORM}"
 
 @dataclass(frozen=True)
 class Episode:
-    """What came of one try.
+    """The result of one trial.
 
     Attributes:
-        answer: the letter given, None if none was.
-        correct: whether it is the right one.
-        calls: how often the tool was called, calls that could not be run included.
-        ended: "answered", "no answer" or "too long", if the chat outgrew the model.
-        messages: the whole chat. A reply is cut where its first block of code ends: what follows
-            was written without knowing the output.
-        runs: how each call went: exit status, limit that stopped it, seconds; None if it could
-            not be run.
+        answer: the letter of the answer; None without an answer.
+        correct: whether the answer is right.
+        calls: how often the tool was called, including calls that could not be run.
+        ended: "answered", "no answer", or "too long" if the chat became too long for the model.
+        messages: the whole chat. A reply is cut where its first block of code ends, because the
+            text after it was written without the output.
+        runs: the result of each call: exit status, the limit that stopped it, seconds. None if
+            it could not be run.
     """
 
     answer: str | None
@@ -54,20 +54,20 @@ class Episode:
 def play(
     endpoint: Endpoint, question: Choice, *, tool: Tool | None = None, calls: int = 5, seed: int = 0
 ) -> Episode:
-    """Ask a question; run the code of each reply, until one without code gives an answer.
+    """Ask a question and run the code of each reply, until a reply without code has an answer.
 
-    A reply without answer or code is asked for once more. After the last call the next reply
-    counts, whatever is in it: there are at most `calls + 2` replies.
+    If a reply has neither code nor an answer, the model is asked once more. After the last call
+    the next reply counts in any case, so there are at most `calls + 2` replies.
 
     Args:
-        endpoint: who is asked.
-        question: what.
-        tool: such as `run_python`; None for a chat without it.
-        calls: the most calls of the tool.
-        seed: of this try; each reply gets its own.
+        endpoint: the endpoint that replies.
+        question: the question.
+        tool: such as `run_python`; None for a chat without a tool.
+        calls: the largest number of calls of the tool.
+        seed: the seed of this trial; each reply gets a seed of its own.
 
     Raises:
-        DataError: fewer than 0 calls.
+        DataError: if `calls` is negative.
 
     Example:
         >>> from metafocus.evals.agentic import Choice, play

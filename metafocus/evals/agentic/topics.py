@@ -1,4 +1,4 @@
-"""Questions with numbers: what is asked, the right value, and the values of typical mistakes."""
+"""Questions with numbers: the text, the right value, and the values of typical mistakes."""
 
 from __future__ import annotations
 

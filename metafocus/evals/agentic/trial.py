@@ -1,4 +1,4 @@
-"""Many tries at many questions: pass@k with intervals, and everything that they depend on."""
+"""Many trials at many questions: pass@k with intervals."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from metafocus.evals.intervals import wilson
 class PassRate:
     """Mean pass@k over the questions, from 0 to 1, with its 95 % Wilson interval.
 
-    The interval is over questions: it says how far another set of as many questions may be from
-    this one. For k < n a question's pass@k may lie between 0 and 1, and the interval is then too
+    The interval is over questions: it shows how much the mean may differ for another set of as many
+    questions. For k < n the pass@k of a question may be between 0 and 1. The interval is then too
     wide rather than too narrow.
     """
 
@@ -32,13 +32,13 @@ class PassRate:
 
 @dataclass(frozen=True)
 class Trial:
-    """`episodes[i]` are the tries at question i."""
+    """The results; `episodes[i]` has the trials at question i."""
 
     rates: tuple[PassRate, ...]
     episodes: tuple[tuple[Episode, ...], ...]
 
     def summary(self) -> dict[str, object]:
-        """Return the rates, how tries ended, and how often the tool was called, for JSON."""
+        """Return the rates, how trials ended, and how often the tool was called, for JSON."""
         every = [episode for row in self.episodes for episode in row]
         ends = [episode.ended for episode in every]
         runs = [run for episode in every for run in episode.runs]
@@ -65,23 +65,24 @@ def evaluate(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Trial:
-    """Try each question `samples` times, and estimate pass@k without bias.
+    """Ask each question `samples` times, and estimate pass@k without bias.
 
-    Try j at question i has a seed of its own, which depends on neither the number of questions
-    nor of samples.
+    Trial j at question i has a seed of its own, which depends neither on the number of questions
+    nor on the number of samples.
 
     Args:
-        endpoint: who is asked.
-        questions: what.
-        samples: tries at each question.
-        ks: for which pass@k is estimated; at most `samples`.
-        tool: such as `run_python`; None for none.
-        calls: of the tool in one try, at most.
-        seed: of all tries.
-        progress: called with 1 after each try.
+        endpoint: the endpoint that replies.
+        questions: the questions.
+        samples: the number of trials at each question.
+        ks: the values of k, at most `samples`.
+        tool: such as `run_python`; None for no tool.
+        calls: the largest number of calls of the tool in one trial.
+        seed: the seed of all trials.
+        progress: called with 1 after each trial.
 
     Raises:
-        DataError: no questions, fewer than one sample, or a k that is not in 1..samples.
+        DataError: if there are no questions, if `samples` is below 1, or if a k is not in
+            1..samples.
 
     Example:
         >>> from metafocus.evals.agentic import evaluate, science

@@ -1,6 +1,6 @@
-"""Words of command lines and configuration files, and the objects they stand for.
+"""Names in command lines and configuration files, and the objects that they stand for.
 
-Here alone a word stands for an object. In Python objects are passed, and need no name.
+Only here does a name stand for an object. In Python, objects are passed and need no name.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 from metafocus import masks
 from metafocus.autodiff.hvp import hvp_finite, hvp_forward
-from metafocus.errors import DataError
+from metafocus.errors import ProblemError
 from metafocus.estimators import Estimator, FirstOrder, Implicit, Unrolled
 from metafocus.linear import CG
 from metafocus.lm import all_tokens, answer_tokens, context_tokens
@@ -35,18 +35,23 @@ ESTIMATORS: dict[str, Callable[[], Estimator]] = {
 TOKENS = {"answer": answer_tokens, "context": context_tokens, "all": all_tokens}
 
 
-def choice(table: Mapping[str, Any], word: str, option: str) -> Any:
-    """Return the object for a word, or raise an error that lists the words.
+def named(setting: str, name: Any, table: Mapping[str, Any]) -> Any:
+    """Return the object that a name stands for.
+
+    Args:
+        setting: what the name was given for, to appear in the error.
+        name: the name.
+        table: objects by name.
 
     Raises:
-        DataError: for a word that is not in the table.
+        ProblemError: for a name that is not in the table.
 
     Example:
-        >>> choice(MASKS, "diagonal", "--mask")
+        >>> named("mask", "diagonal", MASKS)
         Traceback (most recent call last):
-        metafocus.errors.DataError: --mask 'diagonal' is unknown: use one of causal, prefix-lm, \
+        metafocus.errors.ProblemError: mask='diagonal' is unknown: use one of causal, prefix-lm, \
 context-bidirectional, full.
     """
-    if word not in table:
-        raise DataError(f"{option} {word!r} is unknown: use one of {', '.join(table)}.")
-    return table[word]
+    if not isinstance(name, str) or name not in table:
+        raise ProblemError(f"{setting}={name!r} is unknown: use one of {', '.join(table)}.")
+    return table[name]

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from metafocus.cli.parsing import unknown
 from metafocus.errors import DataError
 
 _SCALARS = (bool, int, float, str)
@@ -44,11 +45,9 @@ def read(path: Path, kinds: Iterable[type]) -> dict[str, Any]:
         for f in dataclasses.fields(kind)  # pyright: ignore[reportArgumentType]
         if f.init
     }
-    odd = sorted(f"{name!r:.40}" for name in values if name not in types_of)
+    odd = sorted(str(name) for name in values if name not in types_of)
     if odd:
-        raise DataError(
-            f"{path}: unknown settings [{', '.join(odd)}]; --help lists the known ones."
-        )
+        raise DataError(f"{path}: {unknown('setting', odd, types_of)} (see metafocus train --help)")
     return {name: _checked(path, name, value, types_of[name]) for name, value in values.items()}
 
 

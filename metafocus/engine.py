@@ -12,7 +12,7 @@ from torch import Tensor
 
 from metafocus import params as pt
 from metafocus import streams
-from metafocus.autodiff.grad import leaf_alias, reaches_a_users_leaf
+from metafocus.autodiff.grad import leaf_alias, reaches_another_leaf
 from metafocus.autodiff.safe_operators.swapping import Swapped
 from metafocus.errors import ProblemError
 from metafocus.estimators import Estimator
@@ -156,7 +156,7 @@ def outermost(evaluate: MetaLoss, outer: Params, episode: Any) -> tuple[Tensor, 
         torch.is_grad_enabled()
         and not transforming()
         and not any(x.requires_grad for x in pt.tensors((outer, episode)))
-        and not reaches_a_users_leaf(loss)
+        and not reaches_another_leaf(loss)
     ):
         raise ProblemError(
             "nothing in outer requires grad, so loss.backward() would train nothing (state_dict() "

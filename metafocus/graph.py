@@ -83,7 +83,7 @@ def compiled(
         if not outer:
             raise ProblemError(
                 "outer={} with compiled: a graph has explicit inputs only. Pass "
-                "dict(model.named_parameters()) as outer (never state_dict(): tied names clash)."
+                "mf.trainable(model) as outer (never state_dict(): tied names clash)."
             )
         outer, episode = pt.detach((outer, episode))
         leaves, spec = pytree.tree_flatten((outer, episode))
@@ -122,7 +122,8 @@ def _compile(
     mode: str | None,
     options: dict[str, Any] | None,
 ) -> tuple[Callable[..., Any], pytree.TreeSpec]:
-    eager = hypergradient(outer, episode)
+    with torch.no_grad():
+        eager = hypergradient(outer, episode)
     if not (isinstance(eager, tuple) and isinstance(eager[0], dict)):
         raise ProblemError(
             "compiled wants mf.hypergrad(meta_loss), not the meta loss: the derivative is taken "

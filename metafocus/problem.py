@@ -77,7 +77,8 @@ class Problem:
                 raise ProblemError(
                     f"{name} must be a function, got {type(getattr(self, name)).__name__}."
                 )
-        if not takes(self.init, 2):
+        # dict, which cannot say what it takes, would copy the slow weights, as from_slow does.
+        if self.init is dict or not takes(self.init, 2):
             raise ProblemError(
                 "init must take two arguments, (slow, support) -> fast: write "
                 "`init=lambda slow, support: ...`. For MAML leave init out."
@@ -195,13 +196,23 @@ def stack_episodes(episodes: Sequence[Any]) -> Episode:
 
 
 def _stacked(*leaves: Any) -> Any:
-    if isinstance(leaves[0], Tensor):
+    if all(isinstance(x, Tensor) for x in leaves):
         return torch.stack(leaves)
-    if any(x is not leaves[0] and x != leaves[0] for x in leaves):
+    if not all(_alike(x, leaves[0]) for x in leaves):
         raise ProblemError(
             f"episodes hold different constants ({leaves[0]!r} in the first): make them tensors."
         )
     return leaves[0]
+
+
+def _alike(a: Any, b: Any) -> bool:
+    if a is b or type(a) is not type(b):
+        return a is b
+    try:
+        return bool(a == b)
+    except (ValueError, RuntimeError):
+        # Arrays have no single answer.
+        return False
 
 
 def as_episode(value: Any, source: str = "episode") -> Episode:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from metafocus import params as pt
-from metafocus.autodiff.grad import leaf_alias
+from metafocus.autodiff.grad import leaf_alias, reaches_another_leaf
 from metafocus.autodiff.known import with_gradient
 from metafocus.autodiff.tape import foreign_leaves
 from metafocus.checks import whole
@@ -72,7 +72,8 @@ def over_tasks(
         >>> maml = mf.Problem(loss, loss)
         >>> meta = mf.bilevel(maml, solver=mf.SGD(0.1, steps=1), estimator=mf.Unrolled())
         >>> data = torch.tensor([[0.0], [2.0]])
-        >>> value, aux = mf.over_tasks(meta)({"w": torch.tensor([1.0])}, mf.Episode(data, data))
+        >>> w = {"w": torch.tensor([1.0], requires_grad=True)}
+        >>> value, aux = mf.over_tasks(meta)(w, mf.Episode(data, data))
         >>> aux.params["w"].shape
         torch.Size([2, 1])
     """
@@ -266,7 +267,7 @@ class _Chunks:
         grads: list[Tensor | None] = [None] * len(at)
         losses = []
         for share, loss in self.values(leaves):
-            if foreign_leaves(loss, at):
+            if reaches_another_leaf(loss, at):
                 return None
             losses.append(share * loss.detach())
             if loss.requires_grad:

@@ -7,6 +7,7 @@ Everything is float64.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -130,3 +131,52 @@ def hypergradient(outer, value) -> dict[str, Tensor]:
         value(leaves), list(leaves.values()), allow_unused=True, materialize_grads=True
     )
     return dict(zip(leaves, found, strict=True))
+
+
+def value(outer, batches, query, last: int | None = None) -> Tensor:
+    """The outer loss after the steps on these batches, by hand."""
+    return upper(by_hand(start(outer, None), outer, batches, last)[-1], outer, query)
+
+
+# --- what the engine is given ----------------------------------------------------------------
+
+
+def meta_of(estimator, **options):
+    return mf.bilevel(PROBLEM, solver=solver(), estimator=estimator, **options)
+
+
+@dataclass(frozen=True)
+class Single(Case):
+    """A case with one episode, which need not consist of tensors."""
+
+    def episode(self, i: int = 0) -> mf.Episode:
+        return self.episodes
+
+
+class Own:
+    """A user's stream: any object with `.at(step)`."""
+
+    def __init__(self, parts: list[Any]):
+        self.parts = parts
+
+    def at(self, step: int) -> Any:
+        return self.parts[step]
+
+
+def batches_of(parts: list[Any]) -> mf.Batches:
+    """The same data, fetched step by step: new tensors at every call."""
+    return mf.Batches(lambda step: tuple(x.clone() for x in parts[step]), len(parts))
+
+
+def stream_of(kind: str, support: mf.PerStep) -> Any:
+    """The data of a `PerStep` as another kind of stream."""
+    parts = slices(support)
+    return {
+        "PerStep": lambda: support,
+        "Batches": lambda: batches_of(parts),
+        "own": lambda: Own(parts),
+        "shared": lambda: mf.shared(support),
+    }[kind]()
+
+
+STREAMS = ("PerStep", "Batches", "own", "shared")

@@ -36,7 +36,7 @@ def normed(fast, slow, batch):
     return ((F.silu(hidden) @ fast["v"] - y) ** 2).mean()
 
 
-def start(slow, support=None):
+def start(slow, support):
     return dict(slow)
 
 

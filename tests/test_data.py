@@ -175,7 +175,7 @@ def test_encoding_errors_name_the_record(tokenizer):
         )
     with pytest.raises(DataError, match="record 0: messages is None"):
         encode_chats([{"text": "a"}], tokenizer)
-    with pytest.raises(DataError, match="max_length=0"):
+    with pytest.raises(DataError, match="max_length must be .* got 0"):
         encode_chats([{"messages": CHAT}], tokenizer, max_length=0)
 
 
@@ -256,7 +256,7 @@ def test_collate_errors():
         collate([A], pad_token_id=0, side="top")
     with pytest.raises(DataError, match=r"pad_token_id=None: set tokenizer\.pad_token"):
         collate([A], pad_token_id=None)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(DataError, match="pad_to_multiple_of=0"):
+    with pytest.raises(DataError, match="pad_to_multiple_of must be .* got 0"):
         collate([A], pad_token_id=0, pad_to_multiple_of=0)
 
 

@@ -309,7 +309,14 @@ def test_given_checks_what_it_is_given():
 
 @pytest.mark.parametrize(
     "estimator",
-    [mf.Unrolled(), mf.FirstOrder(), mf.Unrolled(last=1), mf.Unrolled(recompute=True)],
+    [
+        mf.FirstOrder(),
+        mf.Unrolled(),
+        mf.Unrolled(last=0),
+        mf.Unrolled(last=1),
+        mf.Unrolled(recompute=True),
+        mf.Unrolled(hvp=mf.hvp_finite()),
+    ],
     ids=str,
 )
 def test_unrolled_refuses_a_given_solution(estimator):
@@ -323,7 +330,8 @@ def test_implicit_warns_about_a_given_solution_that_is_none():
     case = RIDGE.case()
     solver = mf.Given(lambda slow, data: {"w": torch.ones(4)})
     meta = mf.bilevel(case.problem, solver=solver, estimator=mf.Implicit())
-    with pytest.warns(mf.errors.NotStationaryWarning, match="Implicit: the inner gradient norm"):
+    warned = pytest.warns(mf.errors.NotStationaryWarning, match="Implicit: the inner gradient norm")
+    with torch.no_grad(), warned:
         meta(case.outer, case.episode(0))
 
 
@@ -368,9 +376,9 @@ def test_only_what_is_asked_for_is_differentiated(wants):
         case.problem, solver=SOLVERS["Given"], estimator=mf.Implicit(mf.CG(4), hvp=spy)
     )
     support, query = case.episode(0)
-    floats = [x.clone().requires_grad_(wants) for x in mf.tree.tensors(support)]
+    floats = [x.clone().requires_grad_(wants) for x in mf.params.tensors(support)]
     leaves = case.leaves()
-    _, rebuild = mf.tree.partition(support)
+    _, rebuild = mf.params.partition(support)
     meta(leaves, (rebuild(floats), query))[0].backward()
     assert max(asked) == len(leaves) + wants * len(floats)
     assert all((x.grad is not None) == wants for x in floats)
@@ -499,7 +507,7 @@ def test_evograd_in_the_mean_is_a_step_of_gradient_descent():
     copies, sigma, temperature = 2000, 0.02, 1.0
     estimator = mf.EvoGrad(sigma, copies, temperature)
     solver = mf.SGD(0.1, 0)
-    start = quadratic.start(case.outer)
+    start = quadratic.start(case.outer, None)
     problem = mf.Problem(quadratic.inner, quadratic.outer_loss, lambda slow, support: start)
     meta = mf.bilevel(problem, solver=solver, estimator=estimator)
     got = mf.hypergrad(meta)(case.outer, case.episode(0))[0]["phi"] - 2 * quadratic.phi

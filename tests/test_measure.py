@@ -160,7 +160,7 @@ def wide_problem() -> mf.Problem:
         hidden = torch.tanh(torch.outer(fast["w"], x)).sum(0)
         return (torch.tanh(hidden * slow["s"]) - 0.5).square().mean()
 
-    def init(slow, support=None):
+    def init(slow, support):
         return {"w": torch.zeros(2, dtype=torch.float64)}
 
     return mf.Problem(loss, loss, init=init)

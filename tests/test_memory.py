@@ -128,7 +128,8 @@ def _peak(estimator, steps, way="backward"):
     meta = mf.bilevel(problem, solver=mf.SGD(0.01, steps), estimator=estimator)
     w = torch.randn(WIDTH, WIDTH) / WIDTH**0.5
     x = torch.randn(ROWS, WIDTH)
-    meta({"w": w}, (x, x))
+    with torch.no_grad():
+        meta({"w": w}, (x, x))  # the first call, with its trial
     leaf = {"w": w.clone().requires_grad_()}
     with Live() as live:
         if way == "backward":

@@ -126,7 +126,7 @@ def test_the_backward_pass_may_be_run_twice_and_with_any_cotangent():
     assert_close(many, torch.stack([first, 3 * first]), 1e-15)
 
 
-# --- memory ---------------------------------------------------------------------------------------
+# --- memory -------------------------------------------------------------------------------------
 
 NET = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 1))
 
@@ -215,7 +215,7 @@ def test_all_adapted_weights_are_kept_once():
     assert 32 * size <= extra < 1.2 * 32 * size
 
 
-# --- what comes beside the loss -----------------------------------------------------------------------
+# --- what comes beside the loss -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", HOWS)
@@ -270,7 +270,7 @@ def metrics_by_task(*by_task):
 def test_other_metrics_of_another_task_are_refused():
     episodes = mf.stack_episodes([CASE.episode(0), CASE.episode(1)])
     for other in ({"b": 1.0}, {}, {"a": 1.0, "b": 2.0}):
-        with pytest.raises(mf.errors.ProblemError, match="task 1 and task 0.*different metrics"):
+        with pytest.raises(mf.errors.ProblemError, match=r"task 1 and task 0.*different metrics"):
             metrics_by_task({"a": 0.5}, other)(CASE.outer, episodes)
     with pytest.raises(mf.errors.ProblemError, match=r"task 1.*shape \[3\].*task 0.*\[2\]"):
         metrics_by_task({"a": torch.zeros(2)}, {"a": torch.zeros(3)})(CASE.outer, episodes)
@@ -302,7 +302,7 @@ def test_any_auxiliary_output_of_a_meta_loss_is_stacked():
     assert_close(outer["w"].grad, x.mean(0), 1e-6)  # float32
 
 
-# --- where something besides outer needs a gradient --------------------------------------------------
+# --- where something besides outer needs a gradient ---------------------------------------------
 
 
 @pytest.mark.parametrize("how", HOWS)
@@ -383,7 +383,7 @@ def test_outer_may_be_empty(how):
         return [p.grad.clone() for p in module.parameters()]
 
     assert_close(run(**HOWS[how]), run(**WHOLE), 1e-12)
-    with pytest.raises(mf.errors.ProblemError, match="outer={}"):
+    with pytest.raises(mf.errors.ProblemError, match=r"outer=\{\}"):
         explicit = mf.bilevel(
             mf.Problem(inner, inner, init),
             solver=mf.SGD(0.1, 2),
@@ -430,7 +430,7 @@ def test_frozen_parameters_do_not_adapt_and_get_no_gradient(how):
             assert_close(v.grad, grads[k], 1e-13)
 
 
-# --- random numbers --------------------------------------------------------------------------------------
+# --- random numbers -----------------------------------------------------------------------------
 
 
 def noisy(fast, slow, data):
@@ -525,7 +525,7 @@ def test_a_generator_of_its_own_is_found_where_it_would_be_lost():
     leaves = {k: v.clone().requires_grad_() for k, v in CASE.outer.items()}
     loss, _ = meta(leaves, CASE.episodes)
     torch.autograd.grad(loss, leaves["w1"], retain_graph=True)
-    with pytest.raises(mf.errors.ProblemError, match="run again.*generator"):
+    with pytest.raises(mf.errors.ProblemError, match=r"run again.*generator"):
         torch.autograd.grad(loss, leaves["w1"], create_graph=True)
 
 
@@ -539,7 +539,7 @@ def test_the_global_state_moves_on_as_if_there_were_no_chunks():
     assert torch.equal(states[0], states[1]) and torch.equal(states[0], states[2])
 
 
-# --- bad input -------------------------------------------------------------------------------------------
+# --- bad input ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

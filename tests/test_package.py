@@ -70,9 +70,9 @@ def test_importing_stays_within_its_budget():
 SOURCES = sorted((ROOT / "metafocus").rglob("*.py"))
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_the_oldest_python_can_read_it(path):
-    ast.parse(path.read_text(), feature_version=LEAST)
+def test_the_oldest_python_can_read_every_file():
+    for path in SOURCES:
+        ast.parse(path.read_text(), filename=str(path), feature_version=LEAST)
 
 
 # --- wheel and sdist ---------------------------------------------------------------------------

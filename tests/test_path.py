@@ -113,7 +113,7 @@ def test_the_start_of_the_path_is_tied_where_init_depends_on_the_support(name):
         assert_close(ONE[way](meta, CASE), want, tolerance(name))
 
 
-# --- EvoGrad ---------------------------------------------------------------------------------
+# --- EvoGrad ------------------------------------------------------------------------------------
 
 
 def evolved(first, outer, episode, weights, generator, sigma=0.3, temperature=0.5):
@@ -147,14 +147,14 @@ def test_evograd_judges_the_copies_of_each_step_on_its_own_data(way):
     found = [
         hypergradient(
             CASE.outer,
-            lambda o, e=CASE.episode(i): evolved(start(o, None), o, e, FIXED, generator),
+            lambda o, i=i: evolved(start(o, None), o, CASE.episode(i), FIXED, generator),
         )
         for i in range(tasks)
     ]
     assert_close(WAYS[way](meta, CASE), expected(found, way), 1e-11)
 
 
-# --- adapt and Solution.path -------------------------------------------------------------------
+# --- adapt and Solution.path --------------------------------------------------------------------
 
 PATHS = [(), (0,), (STEPS - 1,), (0, 2), tuple(range(STEPS))]
 
@@ -203,7 +203,7 @@ def test_steps_that_the_loop_does_not_take_are_refused(path):
         mf.adapt(PROBLEM, CASE.outer, episode.support, solver=loops.solver(), path=path)
 
 
-# --- what is refused ---------------------------------------------------------------------------
+# --- what is refused ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_an_estimator_without_a_path_is_refused_by_name(name):
 
 def test_a_given_solution_has_no_path():
     solver = mf.Given(lambda slow, support: {})
-    with pytest.raises(mf.errors.ProblemError, match="path= needs inner steps.*Given"):
+    with pytest.raises(mf.errors.ProblemError, match=r"path= needs inner steps.*Given"):
         mf.bilevel(PROBLEM, solver=solver, estimator=mf.EvoGrad(0.1), path=[1.0])
 
 
@@ -255,7 +255,7 @@ def forgetful(inner_loss, solver, start, outer, support, *, path=()):
 
 
 def test_a_function_without_the_keyword_is_refused_by_name_and_works_without_a_path():
-    with pytest.raises(mf.errors.ProblemError, match="path= needs.*without.*no keyword path"):
+    with pytest.raises(mf.errors.ProblemError, match=r"path= needs.*without.*no keyword path"):
         mf.bilevel(PROBLEM, solver=loops.solver(), estimator=without, path=FIXED)
     meta = mf.bilevel(PROBLEM, solver=loops.solver(), estimator=without)
     plain = mf.bilevel(PROBLEM, solver=loops.solver(), estimator=mf.FirstOrder())
@@ -271,7 +271,7 @@ def test_a_function_with_the_keyword_stands_where_a_class_does(estimator, way):
 
 def test_a_path_of_another_length_than_asked_for_is_refused():
     meta = mf.bilevel(PROBLEM, solver=loops.solver(), estimator=forgetful, path=FIXED)
-    with pytest.raises(mf.errors.ProblemError, match="forgetful.*4 steps.*path of 3"):
+    with pytest.raises(mf.errors.ProblemError, match=r"forgetful.*4 steps.*path of 3"):
         meta(CASE.outer, CASE.episode())
 
 
@@ -284,7 +284,7 @@ def test_a_path_where_nothing_adapts_is_refused(name):
         meta({"w": torch.ones(())}, mf.Episode(torch.ones(2), torch.ones(2)))
 
 
-# --- windows -----------------------------------------------------------------------------------
+# --- windows ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("recompute", [False, True, 2, 3, 9])

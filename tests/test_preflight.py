@@ -379,7 +379,7 @@ def test_random_numbers_of_the_trial_are_given_back(estimator):
 def test_a_random_init_is_drawn_once_per_call(estimator):
     calls = []
 
-    def init(slow, support=None):
+    def init(slow, support):
         calls.append(1)
         return {"w": slow["w"] + torch.rand(2)}
 

@@ -61,15 +61,18 @@ def faults(source: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_file_of_the_package_runs_what_it_reads(path):
-    allowed = ALLOWED.get(str(path.relative_to(ROOT)), set())
-    assert [x for x in faults(path.read_text()) if x.partition(": ")[2] not in allowed] == []
+def test_no_file_of_the_package_runs_what_it_reads():
+    found = [
+        f"{name}:{fault}"
+        for name, path in ((path.relative_to(ROOT).as_posix(), path) for path in FILES)
+        for fault in faults(path.read_text())
+        if fault.partition(": ")[2] not in ALLOWED.get(name, set())
+    ]
+    assert found == []
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
+def test_the_reviewer_sees_it():
+    sources = (
         "import pickle\npickle.loads(x)",
         "torch.load(path)",
         "torch.load(path, weights_only=False)",
@@ -82,10 +85,8 @@ def test_no_file_of_the_package_runs_what_it_reads(path):
         "AutoModel.from_pretrained(name)",
         "AutoModel.from_pretrained(name, trust_remote_code=True)",
         "AutoModel.from_pretrained(name, trust_remote_code=args.trust)",
-    ],
-)
-def test_the_reviewer_sees_it(source):
-    assert len(faults(source)) == 1
+    )
+    assert [source for source in sources if len(faults(source)) != 1] == []
 
 
 def test_no_word_of_the_package_offers_to_trust_a_stranger():

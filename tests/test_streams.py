@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 
 import loops
 import pytest
 import torch
-from loops import PROBLEM, by_hand, hypergradient, slices, start, upper
-from problems import assert_close
+from loops import (
+    PROBLEM,
+    STREAMS,
+    Single,
+    batches_of,
+    by_hand,
+    hypergradient,
+    meta_of,
+    slices,
+    start,
+    stream_of,
+    upper,
+    value,
+)
+from problems import Case, assert_close
 from ways import MANY, ONE, STEPS, UNROLLED, WAYS, expected, tolerance
 
 import metafocus as mf
 
 CASE = loops.case()
-
-
-def value(outer, batches, query, last=None):
-    """The outer loss after the steps on these batches, by hand."""
-    return upper(by_hand(start(outer, None), outer, batches, last)[-1], outer, query)
 
 
 @functools.cache
@@ -33,11 +40,7 @@ def wanted(last):
     return [hypergradient(CASE.outer, lambda o, e=e: one(o, e)) for e in episodes]
 
 
-def meta_of(estimator, **options):
-    return mf.bilevel(PROBLEM, solver=loops.solver(), estimator=estimator, **options)
-
-
-# --- PerStep -----------------------------------------------------------------------------------
+# --- PerStep ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -144,41 +147,16 @@ def test_data_that_require_grad_get_their_gradient(name, way):
         assert_close(got, torch.stack(parts), tolerance(name))
 
 
-# --- streams that are functions ------------------------------------------------------------------
-
-
-def batches_of(episode) -> mf.Batches:
-    """The same data, fetched step by step: a new tensor at every call."""
-    parts = slices(episode.support)
-    return mf.Batches(lambda step: tuple(x.clone() for x in parts[step]), STEPS)
-
-
-class Own:
-    """A user's stream: any object with `.at(step)`."""
-
-    def __init__(self, episode):
-        self.parts = slices(episode.support)
-
-    def at(self, step):
-        return self.parts[step]
-
-
-STREAMS = {
-    "Batches": batches_of,
-    "own": Own,
-    "shared": lambda episode: mf.shared(episode.support),
-}
+# --- streams that are functions -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("way", ONE)
-@pytest.mark.parametrize("kind", STREAMS)
+@pytest.mark.parametrize("kind", STREAMS[1:])
 @pytest.mark.parametrize("name", UNROLLED)
 def test_other_streams_are_asked_step_by_step(name, kind, way):
     estimator, last = UNROLLED[name]
     whole = CASE.episode()
-    one = loops.Case(PROBLEM, CASE.outer, CASE.episodes)
-    episode = mf.Episode(STREAMS[kind](whole), whole.query)
-    object.__setattr__(one, "episode", lambda i: episode)
+    one = Single(PROBLEM, CASE.outer, mf.Episode(stream_of(kind, whole.support), whole.query))
     assert_close(ONE[way](meta_of(estimator), one), wanted(last)[0], tolerance(name))
 
 
@@ -189,7 +167,7 @@ SHARED_WAYS = ("grad(vmap)", "backward(vmap)", "backward(chunks)", "backward(loo
 @pytest.mark.parametrize("name", UNROLLED)
 def test_a_shared_stream_is_the_same_for_all_tasks(name, way):
     estimator, last = UNROLLED[name]
-    stream = batches_of(CASE.episode(0))
+    stream = batches_of(slices(CASE.episode(0).support))
     episodes = mf.Episode(mf.shared(stream), CASE.episodes.query)
     want = [
         hypergradient(
@@ -200,7 +178,7 @@ def test_a_shared_stream_is_the_same_for_all_tasks(name, way):
         )
         for i in range(CASE.tasks)
     ]
-    got = MANY[way](meta_of(estimator), loops.Case(PROBLEM, CASE.outer, episodes))
+    got = MANY[way](meta_of(estimator), Case(PROBLEM, CASE.outer, episodes))
     assert_close(got, expected(want, way), tolerance(name))
 
 
@@ -215,14 +193,14 @@ def test_a_shared_query():
         for i in range(CASE.tasks)
     ]
     for way in SHARED_WAYS:
-        got = MANY[way](meta_of(mf.Unrolled()), loops.Case(PROBLEM, CASE.outer, episodes))
+        got = MANY[way](meta_of(mf.Unrolled()), Case(PROBLEM, CASE.outer, episodes))
         assert_close(got, expected(want, way), 1e-11)
 
 
 @pytest.mark.parametrize("kind", ["Batches", "own"])
 @pytest.mark.parametrize("how", ["vmap", "loop"])
 def test_tasks_refuse_a_stream_that_is_not_shared(kind, how):
-    episodes = mf.Episode(STREAMS[kind](CASE.episode()), CASE.episodes.query)
+    episodes = mf.Episode(stream_of(kind, CASE.episode().support), CASE.episodes.query)
     meta = mf.over_tasks(meta_of(mf.Unrolled()), how=how)
     name = {"Batches": "Batches", "own": "Own"}[kind]
     with pytest.raises(mf.errors.ProblemError, match=rf"{name} cannot be stacked.*mf\.shared"):
@@ -241,13 +219,14 @@ def test_stacked_episodes_keep_streams():
     parts = [CASE.episode(i) for i in range(CASE.tasks)]
     got = mf.stack_episodes(parts)
     assert isinstance(got.support, mf.PerStep) and isinstance(got.query, mf.PerStep)
-    assert all(torch.equal(a, b) for a, b in zip(got.support.tree, CASE.episodes.support.tree))
-    stream = mf.shared(batches_of(parts[0]))
+    pairs = zip(got.support.tree, CASE.episodes.support.tree, strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    stream = mf.shared(batches_of(slices(parts[0].support)))
     both = mf.stack_episodes([mf.Episode(stream, e.query) for e in parts])
     assert both.support is stream
 
 
-# --- init, prepare and adapt see the stream itself -------------------------------------------------
+# --- init, prepare and adapt see the stream itself ----------------------------------------------
 
 
 def test_init_and_prepare_see_the_stream():
@@ -267,10 +246,10 @@ def test_init_and_prepare_see_the_stream():
     assert seen == [("prepare", mf.PerStep), ("init", mf.PerStep)]
 
 
-@pytest.mark.parametrize("kind", ["PerStep", *STREAMS])
+@pytest.mark.parametrize("kind", STREAMS)
 def test_adapt_takes_a_stream(kind):
     episode = CASE.episode()
-    support = episode.support if kind == "PerStep" else STREAMS[kind](episode)
+    support = stream_of(kind, episode.support)
     got = mf.adapt(PROBLEM, CASE.outer, support, solver=loops.solver())
     leaves = {k: v.clone().requires_grad_() for k, v in CASE.outer.items()}
     want = by_hand(start(leaves, None), leaves, slices(episode.support))[-1]
@@ -301,7 +280,7 @@ def test_a_prepared_stream_that_depends_on_outer(name):
         assert_close(differentiate(meta, CASE), expected(want, way), tolerance(name))
 
 
-# --- what a stream hides -------------------------------------------------------------------------
+# --- what a stream hides ------------------------------------------------------------------------
 
 EXPLICIT = {k: v for k, (v, _) in UNROLLED.items() if v.explicit}
 REBUILD = EXPLICIT | {
@@ -350,7 +329,7 @@ def test_on_the_tape_a_stream_over_a_tensor_that_requires_grad_is_right():
     assert_close(x.grad, again.grad, 1e-11)
 
 
-# --- streams that are not pure ----------------------------------------------------------------------
+# --- streams that are not pure ------------------------------------------------------------------
 
 
 def impure(change):
@@ -377,9 +356,8 @@ def test_an_impure_stream_is_found_at_the_first_rebuilt_batch(name, change):
     if EXPLICIT[name].recompute and EXPLICIT[name].recompute > STEPS:
         pytest.skip("one segment, which keeps its graph: nothing is rebuilt")
     for way in ONE.values():
-        one = loops.Case(PROBLEM, CASE.outer, CASE.episodes)
         episode = mf.Episode(impure(CHANGES[change]), CASE.episode().query)
-        object.__setattr__(one, "episode", lambda i, e=episode: e)
+        one = Single(PROBLEM, CASE.outer, episode)
         with pytest.raises(mf.errors.ProblemError, match=r"step \d.*\.at\(step\) must be pure"):
             way(meta_of(EXPLICIT[name]), one)
 
@@ -447,7 +425,7 @@ def test_a_rebuild_of_the_tasks_is_compared_too():
         torch.autograd.grad(loss, list(leaves.values()), create_graph=True, allow_unused=True)
 
 
-# --- too few steps ---------------------------------------------------------------------------------
+# --- too few steps ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", UNROLLED)
@@ -481,458 +459,3 @@ def test_adapt_refuses_a_short_stream():
     short = loops.case(steps=STEPS - 1).episode()
     with pytest.raises(mf.errors.ProblemError, match="PerStep has no data"):
         mf.adapt(PROBLEM, CASE.outer, short.support, solver=loops.solver())
-
-
-# --- estimators of the solution ------------------------------------------------------------------
-
-
-def descended(fast, slow, data):
-    """A map with the same fixed point as descent on the inner loss."""
-    gradient = torch.func.grad(lambda f: loops.inner(f, slow, data))(fast)
-    return {k: v - 0.1 * gradient[k] for k, v in fast.items()}
-
-
-def first_batch(stream):
-    return stream.at(0)
-
-
-WITHOUT = {
-    "Implicit": lambda **data: mf.Implicit(mf.CG(3), **data),
-    "FixedPoint": lambda **data: mf.FixedPoint(descended, mf.Neumann(3, 1.0), **data),
-    "OneStep": lambda **data: mf.OneStep(descended, **data),
-    "Penalty": lambda **data: mf.Penalty(100.0, **data),
-}
-ANY_STREAM = {"PerStep": lambda episode: episode.support} | STREAMS
-
-
-@pytest.mark.parametrize("kind", ANY_STREAM)
-@pytest.mark.parametrize("name", WITHOUT)
-def test_estimators_of_the_solution_refuse_a_stream_by_name(name, kind):
-    episode = mf.Episode(ANY_STREAM[kind](CASE.episode()), CASE.episode().query)
-    with pytest.raises(mf.errors.ProblemError, match=rf"{name} .*stream.*Pass data="):
-        meta_of(WITHOUT[name]())(CASE.outer, episode)
-
-
-@pytest.mark.filterwarnings("ignore::metafocus.errors.NotStationaryWarning")
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", WITHOUT)
-def test_with_data_they_differentiate_on_what_it_returns(name, way):
-    """The same derivative as of the problem with this one batch, at the same solution.
-
-    `mf.Given` brings the solution, so that both problems have it.
-    """
-    loss = mf.proximal(loops.inner, 1.0)
-
-    def solution(slow, stream):
-        return {k: slow[k] + 0.1 for k in ("w1", "w2")}
-
-    problem = mf.Problem(loss, upper, start)
-    nudging = {"solver": mf.SGD(0.1, 20)} if name == "Penalty" else {}
-    metas = [
-        mf.bilevel(problem, solver=mf.Given(solution), estimator=WITHOUT[name](**nudging, **data))
-        for data in ({"data": first_batch}, {})
-    ]
-    if name == "Penalty":
-        # The nudged problem goes down the stream; one batch for all of its steps.
-        still = CASE.episodes.support.tree
-        many = tuple(x[:, :1].expand(-1, 20, *x.shape[2:]) for x in still)
-    else:
-        many = CASE.episodes.support.tree
-    query = mf.Episode(None, tuple(x[:, 0] for x in CASE.episodes.query.tree)).query
-    streamed = loops.Case(problem, CASE.outer, mf.Episode(mf.PerStep(many), query))
-    single = tuple(x[:, 0] for x in CASE.episodes.support.tree)
-    plain = loops.Case(problem, CASE.outer, mf.Episode(single, query))
-    got, want = WAYS[way](metas[0], streamed), WAYS[way](metas[1], plain)
-    # The same operations on the same numbers; Penalty enlarges rounding by its strength.
-    assert_close(got, want, 1e-10 if name == "Penalty" else 1e-13)
-
-
-def test_data_may_be_any_function_of_the_stream():
-    def everything(stream):
-        return tuple(x.flatten(0, 1) for x in stream.tree)
-
-    episode = CASE.episode()
-    meta = meta_of(mf.Implicit(mf.CG(3), data=everything))
-    with pytest.warns(mf.errors.NotStationaryWarning):
-        got = mf.hypergrad(meta)(CASE.outer, episode)[0]
-    leaves = {k: v.clone().requires_grad_() for k, v in CASE.outer.items()}
-    fast = by_hand(start(leaves, None), leaves, slices(episode.support))[-1]
-    fast = {k: v.detach() for k, v in fast.items()}
-    plain = mf.bilevel(
-        PROBLEM, solver=mf.Given(lambda slow, s: fast), estimator=mf.Implicit(mf.CG(3))
-    )
-    last = mf.Episode(everything(episode.support), slices(episode.query)[-1])
-    with pytest.warns(mf.errors.NotStationaryWarning):
-        assert_close(got, mf.hypergrad(plain)(CASE.outer, last)[0], 1e-12)
-
-
-# --- stocBiO ---------------------------------------------------------------------------------------
-
-
-def stocbio(outer, batches, query, scale, terms):
-    """`direct - M' x` with `x = scale sum_q prod_(j<q) (I - scale H_j) v`, by hand.
-
-    Every product has the data of its own step, of those after the inner ones; the last of them is
-    that of the mixed product.
-    """
-    leaves = {k: v.clone().requires_grad_() for k, v in outer.items()}
-    fast = by_hand(start(leaves, None), leaves, batches[:STEPS])[-1]
-    fast = {k: v.detach().requires_grad_() for k, v in fast.items()}
-    names = list(fast)
-    loss = upper(fast, leaves, query)
-    both = torch.autograd.grad(
-        loss, [*fast.values(), *leaves.values()], allow_unused=True, materialize_grads=True
-    )
-    right, direct = dict(zip(names, both, strict=False)), both[len(names) :]
-
-    def gradient(step):
-        value = loops.inner(fast, leaves, batches[step])
-        return torch.autograd.grad(value, list(fast.values()), create_graph=True)
-
-    x = {k: scale * v for k, v in right.items()}
-    step = STEPS
-    for _ in range(terms - 1):
-        product = torch.autograd.grad(gradient(step), list(fast.values()), list(x.values()))
-        x = {k: x[k] + scale * (right[k] - p) for k, p in zip(names, product, strict=True)}
-        step += 1
-    mixed = torch.autograd.grad(
-        gradient(step),
-        list(leaves.values()),
-        list(x.values()),
-        allow_unused=True,
-        materialize_grads=True,
-    )
-    return {k: d - m for k, d, m in zip(leaves, direct, mixed, strict=True)}
-
-
-@pytest.mark.parametrize("hvp", ["reverse", "forward", "finite"])
-@pytest.mark.parametrize("terms", [1, 2, 4])
-@pytest.mark.parametrize("kind", ["PerStep", "Batches"])
-def test_new_data_for_each_product_is_stocbio(kind, terms, hvp):
-    from ways import HVPS
-
-    case = loops.case(tasks=3, steps=STEPS + 4)
-    estimator = mf.Implicit(mf.Neumann(terms, 0.2), HVPS[hvp], data="each product")
-    meta = mf.bilevel(PROBLEM, solver=loops.solver(), estimator=estimator)
-    query = tuple(x[:, 0] for x in case.episodes.query.tree)
-    supports = [slices(case.episode(i).support) for i in range(case.tasks)]
-    want = [
-        stocbio(case.outer, batches, tuple(x[i] for x in query), 0.2, terms)
-        for i, batches in enumerate(supports)
-    ]
-    ways = WAYS if kind == "PerStep" else ONE
-    for way in ways.values():
-        pass
-    for way, differentiate in ways.items():
-        case_ = loops.Case(PROBLEM, case.outer, mf.Episode(case.episodes.support, query))
-        if kind == "Batches":
-            stream = mf.Batches(lambda step: supports[0][step], STEPS + 4)
-            episode = mf.Episode(stream, tuple(x[0] for x in query))
-            object.__setattr__(case_, "episode", lambda i, e=episode: e)
-        # Finite differences: u^(2/3) of the third derivative, once for each product.
-        assert_close(
-            differentiate(meta, case_), expected(want, way), 1e-7 if hvp == "finite" else 1e-11
-        )
-
-
-def test_new_data_for_each_product_needs_neumann_and_a_stream():
-    with pytest.raises(ValueError, match=r"each product.*only Neumann.*CG"):
-        mf.Implicit(mf.CG(3), data="each product")
-    with pytest.raises(ValueError, match=r"data must be.*'every one'"):
-        mf.Implicit(mf.Neumann(2, 0.1), data="every one")
-    meta = meta_of(mf.Implicit(mf.Neumann(2, 0.1), data="each product"))
-    with pytest.raises(mf.errors.ProblemError, match=r"each product.*must be a stream.*tuple"):
-        meta(CASE.outer, mf.Episode(slices(CASE.episode().support)[0], CASE.episode().query))
-
-
-def test_new_data_for_each_product_refuses_what_it_does_not_have():
-    case = loops.case(steps=STEPS + 4)
-    meta = meta_of(mf.Implicit(mf.Neumann(2, 0.1), data="each product"))
-    leaves = {k: v.clone().requires_grad_() for k, v in case.outer.items()}
-    loss, _ = meta(leaves, case.episode())
-    first = torch.autograd.grad(loss, leaves["w1"], create_graph=True)[0]
-    with pytest.raises(mf.errors.TransformError, match="each product.*first derivatives"):
-        torch.autograd.grad(first.sum(), leaves["w1"])
-    with pytest.raises(mf.errors.TransformError, match="each product.*first derivatives"):
-        torch.func.jvp(
-            lambda o: meta(o, case.episode())[0], (case.outer,), (copy.deepcopy(case.outer),)
-        )
-
-
-# --- windows and PES: global steps -------------------------------------------------------------------
-
-
-def windowed(outer, window, batches, query, first):
-    """The loss of a window by hand, and its derivative, from where it begins."""
-
-    def loss(slow):
-        fast = start(slow, None) if first == 0 else window.fast
-        velocity = window.solver_state
-        for data in batches[first : first + 2]:
-            fast = {
-                k: v if v.requires_grad else v.clone().requires_grad_() for k, v in fast.items()
-            }
-            found = torch.autograd.grad(
-                loops.inner(fast, slow, data), list(fast.values()), create_graph=True
-            )
-            pairs = zip(fast, found, strict=True)
-            velocity = {k: loops.MOMENTUM * velocity[k] + g for k, g in pairs}
-            fast = {k: v - loops.rate(slow) * velocity[k] for k, v in fast.items()}
-        return upper(fast, slow, query[first + 1])
-
-    return hypergradient(outer, loss)
-
-
-@pytest.mark.parametrize("recompute", [False, True, 2])
-@pytest.mark.parametrize("kind", ANY_STREAM)
-def test_windows_go_on_in_the_stream(kind, recompute):
-    case = loops.case(tasks=1, steps=6)
-    whole = case.episode()
-    parts = slices(whole.support)
-    support = {
-        "PerStep": lambda: whole.support,
-        "Batches": lambda: mf.Batches(lambda step: parts[step], 6),
-        "own": lambda: Own(whole),
-        "shared": lambda: mf.shared(whole.support),
-    }[kind]()
-    episode = mf.Episode(support, whole.query)
-    windows = mf.algorithms.Windows(PROBLEM, solver=loops.solver(2), recompute=recompute)
-    window = windows.init(case.outer, support)
-    for first in (0, 2, 4):
-        leaves = {k: v.clone().requires_grad_() for k, v in case.outer.items()}
-        loss, (after, _) = windows.loss(leaves, window, episode)
-        got = torch.autograd.grad(
-            loss, list(leaves.values()), allow_unused=True, materialize_grads=True
-        )
-        want = windowed(case.outer, window, parts, slices(whole.query), first)
-        assert_close(dict(zip(leaves, got, strict=True)), want, 1e-11)
-        window = after
-    with pytest.raises((mf.errors.ProblemError, IndexError)):
-        windows.loss(case.outer, window, episode)
-
-
-@pytest.mark.parametrize("kind", ANY_STREAM)
-@pytest.mark.parametrize("algorithm", ["PES", "ESSingle"])
-def test_particles_go_on_in_the_stream(algorithm, kind):
-    """Every particle's loss is that of the inner loop by hand at its perturbed parameters."""
-    case, pairs, sigma = loops.case(tasks=1, steps=6), 2, 0.1
-    whole = case.episode()
-    parts, queries = slices(whole.support), slices(whole.query)
-    support = mf.Batches(lambda step: parts[step], 6) if kind == "Batches" else None
-    support = support or (Own(whole) if kind == "own" else whole.support)
-    support = mf.shared(whole.support) if kind == "shared" else support
-    windows = mf.algorithms.Windows(PROBLEM, solver=loops.solver(2))
-    strategy = getattr(mf.algorithms, algorithm)(windows, sigma=sigma, pairs=pairs)
-    generator, again = (torch.Generator().manual_seed(3) for _ in range(2))
-    state = strategy.init(case.outer, support)
-    particles, total, fixed = [None] * 2 * pairs, None, None
-    for first in (0, 2, 4):
-        episode = mf.Episode(support, whole.query)
-        grads, state, aux = strategy.step(case.outer, state, episode, generator=generator)
-        noise = {
-            k: sigma * torch.randn(pairs, *v.shape, generator=again, dtype=v.dtype)
-            for k, v in case.outer.items()
-        }
-        if algorithm == "ESSingle":
-            fixed = noise = fixed or noise
-            total = noise
-        else:
-            total = noise if total is None else {k: total[k] + v for k, v in noise.items()}
-        losses = torch.zeros(2, pairs, dtype=torch.float64)
-        for sign in (0, 1):
-            for i in range(pairs):
-                slow = {k: v + (1 - 2 * sign) * noise[k][i] for k, v in case.outer.items()}
-                at = particles[sign * pairs + i]
-                if at is None:
-                    fast = start(slow, None)
-                    at = (fast, {k: torch.zeros_like(v) for k, v in fast.items()})
-                fast, velocity = at
-                for data in parts[first : first + 2]:
-                    leaf = {k: v.detach().requires_grad_() for k, v in fast.items()}
-                    found = torch.autograd.grad(loops.inner(leaf, slow, data), list(leaf.values()))
-                    velocity = {
-                        k: loops.MOMENTUM * velocity[k] + g
-                        for k, g in zip(leaf, found, strict=True)
-                    }
-                    fast = {k: v.detach() - loops.rate(slow) * velocity[k] for k, v in leaf.items()}
-                particles[sign * pairs + i] = (fast, velocity)
-                losses[sign, i] = upper(fast, slow, queries[first + 1])
-        assert_close(aux.losses, losses, 1e-12)
-        gains = (losses[0] - losses[1]) / (2 * sigma**2 * pairs)
-        want = {k: torch.tensordot(gains, v, 1) for k, v in total.items()}
-        assert_close(grads, want, 1e-9)  # a difference of losses that agree to two digits
-
-
-def test_single_loop_algorithms_refuse_a_stream_by_name():
-    algorithms = mf.algorithms
-    episode = CASE.episode()
-    for one in (
-        algorithms.SOBA(PROBLEM, inner_lr=0.1, v_lr=0.1),
-        algorithms.AmIGO(PROBLEM, inner_lr=0.1, v_lr=0.1),
-        algorithms.StocBiO(PROBLEM, inner_lr=0.1, v_lr=0.1),
-        algorithms.BOME(PROBLEM, inner_lr=0.1, fast_lr=0.1),
-        algorithms.F2SA(PROBLEM, inner_lr=0.1, strength=10.0),
-    ):
-        state = one.init(CASE.outer, slices(episode.support)[0])
-        with pytest.raises(mf.errors.ProblemError, match=r"stream.*one batch"):
-            one.step(CASE.outer, state, episode)
-
-
-# --- Batches.from_dataset ----------------------------------------------------------------------------
-
-
-class Squares(torch.utils.data.Dataset):
-    """A map-style data set of dicts."""
-
-    def __len__(self):
-        return 7
-
-    def __getitem__(self, i):
-        return {"x": torch.tensor(float(i)), "y": torch.tensor(float(i * i))}
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def test_rows_that_are_dicts_gain_their_index():
-    stream = mf.Batches.from_dataset(Squares(), batch_size=3, steps=2, generator=seeded())
-    for step in range(2):
-        batch = stream.at(step)
-        assert sorted(batch) == ["index", "x", "y"] and batch["index"].shape == (3,)
-        assert torch.equal(batch["x"], batch["index"].float())
-        assert torch.equal(batch["y"], batch["index"].float() ** 2)
-    assert "index" not in Squares()[0]
-
-
-ROWS = {
-    "tensors": torch.arange(7.0),
-    "pairs": torch.utils.data.TensorDataset(torch.arange(7.0), torch.arange(7.0) ** 2),
-    "list": [float(i) for i in range(7)],
-}
-
-
-@pytest.mark.parametrize("kind", ROWS)
-def test_other_rows_become_pairs_with_their_index(kind):
-    stream = mf.Batches.from_dataset(ROWS[kind], batch_size=4, steps=3, generator=seeded())
-    for step in range(3):
-        index, row = stream.at(step)
-        x = row[0] if kind == "pairs" else row
-        assert torch.equal(index.double(), x.double())
-
-
-@pytest.mark.parametrize(("size", "steps"), [(3, 2), (7, 1), (4, 7), (10, 5), (1, 14)])
-def test_every_epoch_is_one_permutation(size, steps):
-    stream = mf.Batches.from_dataset(Squares(), batch_size=size, steps=steps, generator=seeded())
-    rows = torch.cat([stream.at(t)["index"] for t in range(steps)])
-    assert len(rows) == size * steps
-    for epoch in rows.split(7):
-        assert len(set(epoch.tolist())) == len(epoch)
-    assert rows[:7].tolist() != list(range(7))
-    if size * steps >= 14:
-        assert rows[:7].tolist() != rows[7:14].tolist()
-
-
-def test_the_order_is_drawn_once_at_construction():
-    generator = seeded()
-    stream = mf.Batches.from_dataset(Squares(), batch_size=3, steps=4, generator=generator)
-    before = generator.get_state()
-    first = [stream.at(t)["index"].tolist() for t in range(4)]
-    assert torch.equal(generator.get_state(), before)
-    torch.manual_seed(5)
-    assert [stream.at(t)["index"].tolist() for t in reversed(range(4))][::-1] == first
-    again = mf.Batches.from_dataset(Squares(), batch_size=3, steps=4, generator=seeded())
-    assert [again.at(t)["index"].tolist() for t in range(4)] == first
-    other = mf.Batches.from_dataset(Squares(), batch_size=3, steps=4, generator=seeded(1))
-    assert [other.at(t)["index"].tolist() for t in range(4)] != first
-    # The generator goes on: a second stream of it is another one.
-    second = mf.Batches.from_dataset(Squares(), batch_size=3, steps=4, generator=generator)
-    assert [second.at(t)["index"].tolist() for t in range(4)] != first
-
-
-def test_own_collate():
-    stream = mf.Batches.from_dataset(
-        [[1, 2], [3], [4, 5, 6]],
-        batch_size=2,
-        steps=1,
-        generator=seeded(),
-        collate=lambda rows: [len(row) + 10 * index for index, row in rows],
-    )
-    assert set(stream.at(0)) <= {2, 11, 23}
-
-
-def test_from_dataset_refuses_what_it_cannot_draw_from():
-    good = {"batch_size": 2, "steps": 2, "generator": seeded()}
-    loader = torch.utils.data.DataLoader(Squares())
-    with pytest.raises(mf.errors.ProblemError, match="map-style.*DataLoader"):
-        mf.Batches.from_dataset(loader, **good)
-    with pytest.raises(mf.errors.ProblemError, match="map-style"):
-        mf.Batches.from_dataset(iter([1, 2]), **good)
-    with pytest.raises(mf.errors.ProblemError, match="dataset is empty"):
-        mf.Batches.from_dataset([], **good)
-    for name in ("batch_size", "steps"):
-        for bad in (0, -1, 1.5, True):
-            with pytest.raises(ValueError, match=f"{name} must be an integer"):
-                mf.Batches.from_dataset(Squares(), **{**good, name: bad})
-    with pytest.raises(ValueError, match="generator must be a torch.Generator"):
-        mf.Batches.from_dataset(Squares(), **{**good, "generator": None})
-
-
-@pytest.mark.parametrize("name", [n for n, (_, last) in UNROLLED.items() if last is None])
-def test_weights_of_samples_are_looked_up_by_their_index(name):
-    """A training run of minibatches, two epochs long: the weight of each sample is learned."""
-    g = torch.Generator().manual_seed(1)
-    rows = [
-        {
-            "x": torch.randn(3, generator=g, dtype=torch.float64),
-            "y": torch.randn((), generator=g, dtype=torch.float64),
-        }
-        for _ in range(loops.SAMPLES)
-    ]
-    stream = mf.Batches.from_dataset(rows, batch_size=5, steps=5, generator=seeded())
-
-    def loss(fast, slow, batch):
-        return loops.inner(fast, slow, (batch["x"], batch["y"], batch["index"]))
-
-    meta = mf.bilevel(
-        mf.Problem(loss, upper, start), solver=loops.solver(5), estimator=UNROLLED[name][0]
-    )
-    query = slices(CASE.episode().query)[0]
-    got = mf.hypergrad(meta)(CASE.outer, mf.Episode(stream, query))[0]
-    permutations = seeded()
-    order = torch.cat([torch.randperm(loops.SAMPLES, generator=permutations) for _ in range(3)])
-    batches = [
-        (torch.stack([rows[i]["x"] for i in part]), torch.stack([rows[i]["y"] for i in part]), part)
-        for part in order[:25].split(5)
-    ]
-    want = hypergradient(CASE.outer, lambda o: value(o, batches, query))
-    assert_close(got, want, tolerance(name))
-
-
-# --- single values -----------------------------------------------------------------------------------
-
-
-def test_per_step_is_a_pytree_and_keeps_its_numbers():
-    stream = mf.PerStep({"x": torch.arange(12).reshape(4, 3)})
-    leaves, spec = torch.utils._pytree.tree_flatten(stream)
-    assert len(leaves) == 1
-    assert torch.utils._pytree.tree_unflatten(leaves, spec).at(1)["x"].tolist() == [3, 4, 5]
-    part = stream.part(range(1, 3))
-    assert part.tree["x"].shape == (2, 3) and part.at(2)["x"].tolist() == [6, 7, 8]
-    for step in (0, 3):
-        with pytest.raises(mf.errors.ProblemError, match=rf"PerStep has no data.*step {step}"):
-            part.at(step)
-
-
-@pytest.mark.parametrize("steps", [0, -1, 2.0, True, None])
-def test_batches_checks_its_steps(steps):
-    with pytest.raises(ValueError, match="steps must be an integer"):
-        mf.Batches(lambda step: None, steps)
-
-
-def test_batches_refuses_steps_that_it_does_not_hold():
-    stream = mf.Batches(lambda step: step, 3)
-    assert [stream.at(t) for t in range(3)] == [0, 1, 2]
-    for step in (-1, 3):
-        with pytest.raises(mf.errors.ProblemError, match=f"holds 3 steps.*step {step}"):
-            stream.at(step)

@@ -53,9 +53,9 @@ def leaf_alias(x: Tensor, track: bool) -> Tensor:
     return leaf
 
 
-def reaches_a_users_leaf(value: Tensor) -> bool:
-    """Return whether a value of the tape depends on a leaf that the engine did not make."""
-    return any(not hasattr(x, "engine_leaf") for x in foreign_leaves(value, ()))
+def reaches_another_leaf(value: Tensor, own: Sequence[Tensor] = ()) -> bool:
+    """Return whether a value depends on a leaf that is not in `own` nor made by the engine."""
+    return any(not hasattr(x, "engine_leaf") for x in foreign_leaves(value, own))
 
 
 def value_and_grad(

@@ -81,7 +81,8 @@ class Recorder:
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Say which claims are about to run."""
         # pytest calls this after errors of the collection too.
-        if not self.selected or session.testsfailed:
+        broken = session.testsfailed and not self.config.option.continue_on_collection_errors
+        if not self.selected or broken:
             return
         cases = {item.nodeid: _case(item) for item in session.items if claims_of(item)}
         worker, path = _worker(self.config), self.config.option.claims_list
@@ -152,7 +153,8 @@ class Reporter:
         """Tell a worker of pytest-xdist where to write which tests it collected."""
         if self.scratch is None:
             self.scratch = tempfile.TemporaryDirectory()
-        node.workerinput["claims_cases"] = str(Path(self.scratch.name) / "cases.json")
+        path = Path(self.scratch.name) / f"{node.workerinput['workerid']}.json"
+        node.workerinput["claims_cases"] = str(path)
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, node: Any) -> None:
@@ -169,7 +171,8 @@ class Reporter:
             return
         # pytest-xdist makes a report of its own for the test in which a worker died.
         died = ("error", str(report.longrepr), 0.0, {})
-        case.add(*getattr(report, "claim_phase", died))
+        phase: Any = getattr(report, "claim_phase", died)
+        case.add(*phase)
         case.ended = report.when == "teardown"
         if case.ended:
             self.report().write(self.path)

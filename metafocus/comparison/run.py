@@ -82,13 +82,13 @@ def compare(
         ...     estimators={"full": mf.Unrolled(), "first-order": mf.FirstOrder()},
         ...     reference="full")
         >>> [row["verdict"] for row in result.rows]
-        ['exact', 'biased']
+        ['exact', 'right direction, wrong length']
     """
     for name, value in (("repeats", repeats), ("seeds", seeds)):
         whole(name, value, 1)
     if not outer:
         raise ProblemError(
-            "compare needs explicit outer parameters, got {}. Pass dict(model.named_parameters())."
+            "compare needs explicit outer parameters, got {}. Pass mf.trainable(model)."
         )
     if not isinstance(estimators, Mapping) or not (estimators or others):
         raise ProblemError(

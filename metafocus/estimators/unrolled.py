@@ -15,6 +15,7 @@ from metafocus.autodiff.grad import pullback
 from metafocus.autodiff.hvp import evaluated_for, hvp_reverse
 from metafocus.autodiff.recompute import recompute
 from metafocus.checks import whole
+from metafocus.solvers import Given
 from metafocus.solvers.descent import (
     count,
     descend,
@@ -35,6 +36,9 @@ class FirstOrder(Estimator):
     loss by the fast weights. First-order MAML (arXiv 1703.03400, section 5.2) and the official
     FocuSFT. With a `path`, every iterate is tied to the start in this way.
 
+    Raises:
+        ProblemError: at the call, for `mf.Given`: its solution does not depend on the start.
+
     Example:
         >>> FirstOrder()
         FirstOrder()
@@ -51,6 +55,8 @@ class FirstOrder(Estimator):
         path: tuple[int, ...] = (),
     ) -> Solution:
         """Run the inner loop without a graph; tie what it reaches to the start."""
+        if isinstance(solver, Given):
+            raise solver.without_steps()
         found = solve_inner(inner_loss, solver, start, outer, support, path)
         tied = tuple(tied_to(start, fast) for fast in found.path)
         return Solution(tied_to(start, found.params), found.losses, tied)

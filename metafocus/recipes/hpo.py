@@ -58,7 +58,8 @@ def log_l2(loss: Loss, start: Start) -> Problem:
         >>> problem = log_l2(loss, lambda: {"w": torch.ones(1)})
         >>> meta = mf.bilevel(problem, solver=mf.SGD(0.5, 60), estimator=mf.Implicit(mf.CG(1)))
         >>> data = mf.Episode(torch.tensor([1.0]), torch.tensor([0.5]))
-        >>> loss, aux = meta({"log_l2.w": torch.tensor(0.0)}, data)
+        >>> outer = {"log_l2.w": torch.tensor(0.0, requires_grad=True)}
+        >>> loss, aux = meta(outer, data)
         >>> aux.params
         {'w': tensor([0.5000])}
     """

@@ -35,8 +35,8 @@ class Adam:
         ValueError: for an argument out of its range.
 
     Example:
-        >>> Adam(1e-3, steps=5) == AdamW(1e-3, steps=5, weight_decay=0.0)
-        True
+        >>> Adam(1e-3, steps=5).weight_decay
+        0.0
 
     Adam (arXiv 1412.6980), decoupled decay (arXiv 1711.05101).
     """
@@ -71,15 +71,9 @@ class Adam:
         return {k: moved(p, -rate[k], direction[k]) for k, p in params.items()}, state
 
 
-def AdamW(
-    lr: Rate,
-    steps: int,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.01,
-    clip: Clip | None = None,
-) -> Adam:
-    """Return `Adam` with the default weight decay of `torch.optim.AdamW`.
+@dataclass(frozen=True)
+class AdamW(Adam):
+    """`Adam` with the default weight decay of `torch.optim.AdamW`.
 
     `p = p (1 - lr * weight_decay) - lr * m / (1-b1^t) / (sqrt(v / (1-b2^t)) + eps)`.
 
@@ -100,7 +94,8 @@ def AdamW(
 
     Decoupled weight decay regularization (arXiv 1711.05101).
     """
-    return Adam(lr, steps, betas, eps, weight_decay, clip)
+
+    weight_decay: float = 0.01
 
 
 def adam_direction(

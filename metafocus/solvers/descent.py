@@ -75,6 +75,13 @@ def checked(result: Any, params: Params) -> tuple[Tensor, Params]:
             f"direction must return one entry for each fast weight; {odd[0]!r} is on one side "
             f"only. Fast weights: {sorted(params)}."
         )
+    for k, v in direction.items():
+        if not isinstance(v, Tensor) or v.shape != params[k].shape:
+            got = list(v.shape) if isinstance(v, Tensor) else type(v).__name__
+            raise ProblemError(
+                f"direction must return the shapes of the fast weights: {k!r} has "
+                f"{list(params[k].shape)}, its entry {got}."
+            )
     return scalar(value, "direction").detach(), direction
 
 

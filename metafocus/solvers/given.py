@@ -71,7 +71,11 @@ class Given:
         self, params: Params, grads: Params, state: State, step: int, outer: Params
     ) -> tuple[Params, State]:
         """Refuse: there are no steps."""
-        raise ProblemError(
+        raise self.without_steps()
+
+    def without_steps(self) -> ProblemError:
+        """Return the error of an estimator or a method that needs inner steps."""
+        return ProblemError(
             f"{self} has no inner steps to differentiate or to run one by one. Use Implicit, "
             "FixedPoint or Penalty, or a solver such as SGD."
         )

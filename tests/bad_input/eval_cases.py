@@ -1,4 +1,4 @@
-"""Bad input, one table: see catalogue.py."""
+"""Bad input, one table: see catalogue.py for what the columns mean."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ EVALUATION = [
             '--output_dir {folder}/run")'
         ),
         "Refused",
-        "--lengths '4x': '4x' is not a length such as 4k or 500.",
+        "--lengths '4x'",
+        "a length such as 4k or 500",
     ),
     (
         "an unknown task",
@@ -19,7 +20,8 @@ EVALUATION = [
             '--output_dir {folder}/run")'
         ),
         "Refused",
-        "tasks='qa99' is unknown: use one of qa1, qa2, qa3, qa4, qa5.",
+        "tasks='qa99' is unknown",
+        "use one of qa1, qa2, qa3, qa4, qa5",
     ),
     (
         "no tasks to do",
@@ -28,7 +30,8 @@ EVALUATION = [
             '--output_dir {folder}/run")'
         ),
         "Refused",
-        "--tasks is empty: use some of qa1, qa2, qa3, qa4, qa5.",
+        "--tasks is empty",
+        "use some of qa1, qa2, qa3, qa4, qa5",
     ),
     (
         "a haystack of nothing",
@@ -37,7 +40,8 @@ EVALUATION = [
             '--output_dir {folder}/run")'
         ),
         "Refused",
-        "--lengths '0k': 0k is for BABILong only, RULER needs a haystack.",
+        "--lengths '0k'",
+        "0k is for BABILong only, RULER needs a haystack",
     ),
     (
         "questions without a file",
@@ -46,7 +50,8 @@ EVALUATION = [
             '--output_dir {folder}/run")'
         ),
         "Refused",
-        "--tasks qa needs --questions FILE: .jsonl, SQuAD or HotpotQA.",
+        "--tasks qa",
+        "needs --questions FILE: .jsonl, SQuAD or HotpotQA",
     ),
     (
         "an evaluation into a file",
@@ -56,7 +61,8 @@ EVALUATION = [
             '--output_dir {folder}/out")'
         ),
         "Refused",
-        "--output_dir FOLDER/out: FOLDER/out is a file. Name a directory.",
+        "--output_dir FOLDER/out: FOLDER/out is a file",
+        "Name a directory",
     ),
     (
         "no samples to ask",
@@ -65,6 +71,7 @@ EVALUATION = [
             '--output_dir {folder}/run")'
         ),
         "Refused",
-        "argument --n: must be a whole number >= 1, got 0 (see metafocus eval --help)",
+        "argument --n: … got 0",
+        "must be a whole number >= 1",
     ),
 ]

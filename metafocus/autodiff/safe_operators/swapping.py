@@ -103,8 +103,9 @@ _WRONG = {
     torch.instance_norm: lambda x, w, b, mean, var, *rest: instance_norm(x, mean, var, w, b, *rest),
     torch.layer_norm: in_float32(layer_norm, ("cuda",)),
 }
-if hasattr(F, "linear_cross_entropy"):  # torch 2.13
-    _WRONG[F.linear_cross_entropy] = _linear_cross_entropy
+_LINEAR_CROSS_ENTROPY = getattr(F, "linear_cross_entropy", None)  # torch 2.13
+if _LINEAR_CROSS_ENTROPY is not None:
+    _WRONG[_LINEAR_CROSS_ENTROPY] = _linear_cross_entropy
 _WRONG_IN_TRANSFORMS = {
     F.embedding: embedding,
     torch.embedding: lambda weight, input, padding_idx=-1, *rest: embedding(
@@ -176,6 +177,10 @@ def _requires_grad(x: Tensor, requires_grad: bool = True) -> Tensor:
         ) from error
 
 
+_FIRST_ORDER_TOO = frozenset({*_WITH_STATISTICS, _LINEAR_CROSS_ENTROPY})
+"""What needs this block for a first derivative: a norm's statistics, chunks inside transforms."""
+
+
 def _counts_batches() -> bool:
     """Return whether a batch norm module is counting the batches that it has seen."""
     frame = inspect.currentframe()
@@ -219,7 +224,7 @@ class Swapped(TorchFunctionMode):
         return func(*args, **kwargs) if kwargs else func(*args)
 
     def _composite(self, func: Any) -> Any:
-        self.needed |= func in _WITH_STATISTICS or func in _WRONG
+        self.needed |= func in _FIRST_ORDER_TOO
         if not self.once and func in _ALWAYS:
             return _ALWAYS[func]
         if func in _WRONG and (not self.once or transforming()):

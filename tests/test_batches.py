@@ -1,0 +1,174 @@
+"""`mf.Batches` and `mf.PerStep` by themselves, and batches of a data set."""
+
+from __future__ import annotations
+
+import loops
+import pytest
+import torch
+from loops import hypergradient, slices, start, upper, value
+from problems import assert_close
+from ways import UNROLLED, tolerance
+
+import metafocus as mf
+
+CASE = loops.case()
+
+
+# --- Batches.from_dataset -----------------------------------------------------------------------
+
+
+class Squares(torch.utils.data.Dataset):
+    """A map-style data set of dicts."""
+
+    def __len__(self):
+        return 7
+
+    def __getitem__(self, i):
+        return {"x": torch.tensor(float(i)), "y": torch.tensor(float(i * i))}
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_rows_that_are_dicts_gain_their_index():
+    stream = mf.Batches.from_dataset(Squares(), batch_size=3, steps=2, generator=seeded())
+    for step in range(2):
+        batch = stream.at(step)
+        assert sorted(batch) == ["index", "x", "y"] and batch["index"].shape == (3,)
+        assert torch.equal(batch["x"], batch["index"].float())
+        assert torch.equal(batch["y"], batch["index"].float() ** 2)
+    assert "index" not in Squares()[0]
+
+
+ROWS = {
+    "tensors": torch.arange(7.0),
+    "pairs": torch.utils.data.TensorDataset(torch.arange(7.0), torch.arange(7.0) ** 2),
+    "list": [float(i) for i in range(7)],
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_other_rows_become_pairs_with_their_index(kind):
+    stream = mf.Batches.from_dataset(ROWS[kind], batch_size=4, steps=3, generator=seeded())
+    for step in range(3):
+        index, row = stream.at(step)
+        x = row[0] if kind == "pairs" else row
+        assert torch.equal(index.double(), x.double())
+
+
+@pytest.mark.parametrize(("size", "steps"), [(3, 2), (7, 1), (4, 7), (10, 5), (1, 14)])
+def test_every_epoch_is_one_permutation(size, steps):
+    stream = mf.Batches.from_dataset(Squares(), batch_size=size, steps=steps, generator=seeded())
+    rows = torch.cat([stream.at(t)["index"] for t in range(steps)])
+    assert len(rows) == size * steps
+    for epoch in rows.split(7):
+        assert len(set(epoch.tolist())) == len(epoch)
+    assert rows[:7].tolist() != list(range(7))
+    if size * steps >= 14:
+        assert rows[:7].tolist() != rows[7:14].tolist()
+
+
+def test_the_order_is_drawn_once_at_construction():
+    generator = seeded()
+    stream = mf.Batches.from_dataset(Squares(), batch_size=3, steps=4, generator=generator)
+    before = generator.get_state()
+    first = [stream.at(t)["index"].tolist() for t in range(4)]
+    assert torch.equal(generator.get_state(), before)
+    torch.manual_seed(5)
+    assert [stream.at(t)["index"].tolist() for t in reversed(range(4))][::-1] == first
+    again = mf.Batches.from_dataset(Squares(), batch_size=3, steps=4, generator=seeded())
+    assert [again.at(t)["index"].tolist() for t in range(4)] == first
+    other = mf.Batches.from_dataset(Squares(), batch_size=3, steps=4, generator=seeded(1))
+    assert [other.at(t)["index"].tolist() for t in range(4)] != first
+    # The generator goes on: a second stream of it is another one.
+    second = mf.Batches.from_dataset(Squares(), batch_size=3, steps=4, generator=generator)
+    assert [second.at(t)["index"].tolist() for t in range(4)] != first
+
+
+def test_own_collate():
+    stream = mf.Batches.from_dataset(
+        [[1, 2], [3], [4, 5, 6]],
+        batch_size=2,
+        steps=1,
+        generator=seeded(),
+        collate=lambda rows: [len(row) + 10 * index for index, row in rows],
+    )
+    assert set(stream.at(0)) <= {2, 11, 23}
+
+
+def test_from_dataset_refuses_what_it_cannot_draw_from():
+    good = {"batch_size": 2, "steps": 2, "generator": seeded()}
+    loader = torch.utils.data.DataLoader(Squares())
+    with pytest.raises(mf.errors.ProblemError, match=r"map-style.*DataLoader"):
+        mf.Batches.from_dataset(loader, **good)
+    with pytest.raises(mf.errors.ProblemError, match="map-style"):
+        mf.Batches.from_dataset(iter([1, 2]), **good)
+    with pytest.raises(mf.errors.ProblemError, match="dataset is empty"):
+        mf.Batches.from_dataset([], **good)
+    for name in ("batch_size", "steps"):
+        for bad in (0, -1, 1.5, True):
+            with pytest.raises(ValueError, match=f"{name} must be an integer"):
+                mf.Batches.from_dataset(Squares(), **{**good, name: bad})
+    with pytest.raises(ValueError, match=r"generator must be a torch\.Generator"):
+        mf.Batches.from_dataset(Squares(), **{**good, "generator": None})
+
+
+@pytest.mark.parametrize("name", [n for n, (_, last) in UNROLLED.items() if last is None])
+def test_weights_of_samples_are_looked_up_by_their_index(name):
+    """A training run of minibatches, two epochs long: the weight of each sample is learned."""
+    g = torch.Generator().manual_seed(1)
+    rows = [
+        {
+            "x": torch.randn(3, generator=g, dtype=torch.float64),
+            "y": torch.randn((), generator=g, dtype=torch.float64),
+        }
+        for _ in range(loops.SAMPLES)
+    ]
+    stream = mf.Batches.from_dataset(rows, batch_size=5, steps=5, generator=seeded())
+
+    def loss(fast, slow, batch):
+        return loops.inner(fast, slow, (batch["x"], batch["y"], batch["index"]))
+
+    meta = mf.bilevel(
+        mf.Problem(loss, upper, start), solver=loops.solver(5), estimator=UNROLLED[name][0]
+    )
+    query = slices(CASE.episode().query)[0]
+    got = mf.hypergrad(meta)(CASE.outer, mf.Episode(stream, query))[0]
+    permutations = seeded()
+    order = torch.cat([torch.randperm(loops.SAMPLES, generator=permutations) for _ in range(3)])
+    batches = [
+        (torch.stack([rows[i]["x"] for i in part]), torch.stack([rows[i]["y"] for i in part]), part)
+        for part in order[:25].split(5)
+    ]
+    want = hypergradient(CASE.outer, lambda o: value(o, batches, query))
+    assert_close(got, want, tolerance(name))
+
+
+# --- single values ------------------------------------------------------------------------------
+
+
+def test_per_step_is_a_pytree_and_keeps_its_numbers():
+    stream = mf.PerStep({"x": torch.arange(12).reshape(4, 3)})
+    leaves, spec = torch.utils._pytree.tree_flatten(stream)
+    assert len(leaves) == 1
+    assert torch.utils._pytree.tree_unflatten(leaves, spec).at(1)["x"].tolist() == [3, 4, 5]
+    part = stream.part(range(1, 3))
+    assert part.tree["x"].shape == (2, 3) and part.at(2)["x"].tolist() == [6, 7, 8]
+    for step in (0, 3):
+        with pytest.raises(mf.errors.ProblemError, match=rf"PerStep has no data.*step {step}"):
+            part.at(step)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 2.0, True, None])
+def test_batches_checks_its_steps(steps):
+    with pytest.raises(ValueError, match="steps must be an integer"):
+        mf.Batches(lambda step: None, steps)
+
+
+def test_batches_refuses_steps_that_it_does_not_hold():
+    stream = mf.Batches(lambda step: step, 3)
+    assert [stream.at(t) for t in range(3)] == [0, 1, 2]
+    for step in (-1, 3):
+        with pytest.raises(mf.errors.ProblemError, match=f"holds 3 steps.*step {step}"):
+            stream.at(step)

@@ -96,7 +96,7 @@ def attention_profile(
             # The model runs up to its head only. The logits of a long context would take more
             # memory than everything else.
             heads.read_hidden(
-                model.get_output_embeddings(),  # pyright: ignore
+                heads.output_head(model),
                 lambda: model(**inputs, attention_recorder=recorder),
                 lambda head, hidden: hidden[:, :1],
             )

@@ -32,6 +32,11 @@ Reader = Callable[[nn.Module, Tensor], Tensor]
 _ROWS = 256
 
 
+def output_head(model: nn.Module) -> nn.Module:
+    """Return the module that makes logits of the final hidden states."""
+    return model.get_output_embeddings()  # pyright: ignore
+
+
 class HeadHook:
     """A hook before a head: hands its input to a reader, and one position of it to the head.
 

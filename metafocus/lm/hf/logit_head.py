@@ -40,7 +40,7 @@ def logit_head_of(model: nn.Module) -> LogitHead | None:
     Warns:
         UserWarning: once, with the class of the model and the reason, if it cannot.
     """
-    head = model.get_output_embeddings()  # pyright: ignore
+    head: nn.Module | None = heads.output_head(model)
     expected = from_config(model.config.get_text_config())  # pyright: ignore
     key = (type(model), expected)
     hook = None if head is None else heads.find_hook(head)

@@ -17,6 +17,7 @@ from metafocus.adapters import checks, low_rank, peft_format, slots
 from metafocus.adapters.placement import Placement, adaptable
 from metafocus.checks import number, whole
 from metafocus.errors import PlacementError, ProblemError
+from metafocus.precision import wide_type
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -127,7 +128,7 @@ class LoRA:
             inputs, outputs = low_rank.sizes(module)
             weight = module.weight
             assert isinstance(weight, Tensor)
-            dtype = torch.promote_types(weight.dtype, torch.float32)
+            dtype = wide_type(weight.dtype)
             # Draw in float32 for all types, so that a test in float64 starts from equal values.
             unit = torch.rand(
                 self.rank,

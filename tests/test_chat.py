@@ -475,7 +475,9 @@ def test_bad_messages(tokenizer, text):
 
 
 def test_bad_settings(tokenizer):
-    with pytest.raises(DataError, match="max_length must be .* a token is predicted from another one, got 1"):
+    with pytest.raises(
+        DataError, match="max_length must be .* a token is predicted from another one, got 1"
+    ):
         encode_chat([user("a")], tokenizer, max_length=1)
     tokenizer.chat_template = None
     with pytest.raises(DataError, match=r"no chat template: .*tokenizer\.chat_template"):

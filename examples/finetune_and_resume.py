@@ -30,6 +30,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import metafocus as mf
+from metafocus.cli.train import main as train
 from metafocus.data import Collator
 from metafocus.masks import causal
 from metafocus.trainer import FocusTrainer
@@ -69,11 +70,11 @@ def write_config(folder: Path, method: str, steps: int, quick: bool) -> Path:
         "method": method,
         "output_dir": str(folder / "run"),
         "resume_from_checkpoint": "true",
-        "data": "stdlib",
-        "samples": 24 if quick else 400,
+        "train_file": "stdlib",
+        "max_train_samples": 24 if quick else 400,
         "vocab_size": 512 if quick else 2048,
         "hidden_size": 64,
-        "layers": 2 if quick else 4,
+        "num_hidden_layers": 2 if quick else 4,
         "max_length": 256,
         "max_steps": steps,
         "per_device_train_batch_size": 2 if quick else 4,
@@ -85,7 +86,6 @@ def write_config(folder: Path, method: str, steps: int, quick: bool) -> Path:
         "use_cpu": True,
         "report_to": "none",
         "disable_tqdm": True,
-        "dataloader_pin_memory": False,
     }
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(settings))

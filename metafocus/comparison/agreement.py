@@ -47,7 +47,9 @@ def agreement(draws: Iterable[Params], exact: Params) -> Agreement:
         if first is None:
             length = _norm(draw)
             inner = _dot(draw, exact)
+            # Rounding may leave the interval.
             cosine = inner / (size * length) if length > 0 and size > 0 else 0.0
+            cosine = min(max(cosine, -1.0), 1.0)
             first = Agreement(_over(gap, size), cosine, _over(length, size))
         squares, count = squares + gap**2, count + 1
         wide = {k: v.double() for k, v in draw.items()}

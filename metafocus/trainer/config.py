@@ -194,6 +194,9 @@ class FocusArguments(FocusOptions, TrainingArguments):
             if getattr(self, name) < 1:
                 raise ProblemError(f"{name} must be >= 1, got {getattr(self, name)}.")
         super().__post_init__()
+        if self.device.type == "cpu":
+            # torch warns that it does nothing there.
+            self.dataloader_pin_memory = False
         if self.remove_unused_columns:
             raise ProblemError(
                 "remove_unused_columns=True would drop answer_mask and turn_ids from every sample: "

@@ -168,8 +168,6 @@ def meant(name: str, place: str, before: dict[str, Any], new: Any) -> str | None
     if name.startswith("over tasks") and place in ("backward/grads", "wrapped"):
         if new == before["hypergrad/grads"]:
             return "all ways add gradients chunk by chunk, as hypergrad alone did"
-    if name.startswith("operators, first order") and place != "hypergrad":
-        return "batch norm of first-order inner loops keeps its statistics, by the exact composite"
     if name.startswith("compare"):
         if place.endswith("verdict"):
             return "the words for verdicts are new"

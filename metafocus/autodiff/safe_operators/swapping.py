@@ -177,8 +177,17 @@ def _requires_grad(x: Tensor, requires_grad: bool = True) -> Tensor:
         ) from error
 
 
-_FIRST_ORDER_TOO = frozenset({*_WITH_STATISTICS, _LINEAR_CROSS_ENTROPY})
-"""What needs this block for a first derivative: a norm's statistics, chunks inside transforms."""
+_RUNNING_MEAN = {F.batch_norm: 1, F.instance_norm: 1, torch.batch_norm: 3, torch.instance_norm: 3}
+"""The place of the running mean among the arguments."""
+
+
+def _needed(func: Any, args: Any, kwargs: Any) -> bool:
+    """Return whether a first derivative needs the block: running statistics, chunked loss."""
+    if func not in _RUNNING_MEAN:
+        return func is _LINEAR_CROSS_ENTROPY
+    place = _RUNNING_MEAN[func]
+    given = args[place] if len(args) > place else (kwargs or {}).get("running_mean")
+    return given is not None
 
 
 def _counts_batches() -> bool:
@@ -220,11 +229,11 @@ class Swapped(TorchFunctionMode):
             elif func is Tensor.requires_grad_:
                 func = _requires_grad
             else:
+                self.needed |= _needed(func, args, kwargs)
                 func = self._composite(func)
         return func(*args, **kwargs) if kwargs else func(*args)
 
     def _composite(self, func: Any) -> Any:
-        self.needed |= func in _FIRST_ORDER_TOO
         if not self.once and func in _ALWAYS:
             return _ALWAYS[func]
         if func in _WRONG and (not self.once or transforming()):

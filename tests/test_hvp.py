@@ -220,3 +220,15 @@ def test_forward_mode_takes_an_expanded_start():
         for product in (mf.hvp_reverse, mf.hvp_forward)
     )
     torch.testing.assert_close(forward, reverse, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("eps", [None, 1e-3])
+@pytest.mark.parametrize("scale", [1e-36, 1e-24, 1e24, 1e36])
+def test_finite_differences_at_any_scale_of_the_direction(scale, eps):
+    x = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float32)
+    _, product = mf.hvp_finite(eps)(lambda p: (p["x"] ** 2).sum(), {"x": x})
+    got = product({"x": scale * x})[0]["x"]
+    # u / h, with u = 6e-8 and h = 1e-3; the square of the direction alone is 1e-72 or 1e72.
+    assert_close((got / scale).double(), 2 * x.double(), 1e-3)
+    assert not product({"x": 0 * x})[0]["x"].any()
+    assert product({"x": x * torch.nan})[0]["x"].isnan().all()

@@ -107,9 +107,11 @@ class Nystrom:
         square = columns.index_select(-2, places)
         basis, triangle = torch.linalg.qr(columns)
         inside = basis.mT @ right
-        outside = right - basis @ inside
-        # Twice: divided by the damping, rounding along the basis would be large.
-        outside = outside - basis @ (basis.mT @ outside)
+        outside = torch.zeros_like(right)
+        if rank < len(right):
+            outside = right - basis @ inside
+            # Twice: divided by the damping, rounding along the basis would be large.
+            outside = outside - basis @ (basis.mT @ outside)
         # With x = basis p + outside / damping and w = W^-1 C' x this is linear in (p, w), where
         # W is not inverted and no product is squared. Columns that depend on each other leave w
         # undetermined and p as it is; the shift, of the size of rounding, then chooses w.
@@ -118,8 +120,6 @@ class Nystrom:
         upper = torch.cat([damping * eye, triangle], -1)
         lower = torch.cat([triangle.mT, -shifted], -1)
         both = direct(torch.cat([upper, lower], -2), torch.cat([inside, torch.zeros_like(inside)]))
-        if rank == len(right):
-            outside = torch.zeros_like(outside)
         return (basis @ both[:rank] + outside / damping) / scale
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from problems import assert_close, central_difference, flat
+from torch.utils import _pytree as pytree
 
 from metafocus.autodiff.safe_operators import swapping
 from metafocus.autodiff.safe_operators.swapping import differentiable_twice
@@ -423,6 +424,24 @@ def autocast_calls(device):
         "mish": (F.mish, (x,)),
         "hardsigmoid": (F.hardsigmoid, (x,)),
     }
+
+
+def test_autocast_leaves_float64_alone():
+    """As it does for the operators: a composite in half precision would lose 13 digits."""
+    tables = {**swapping._ALWAYS, **swapping._WRONG, **swapping._IN_FORWARD_MODE}
+    calls = autocast_calls("cpu")
+    q, k, v = torch.randn(3, 1, 2, 5, 4).bfloat16()
+    calls["attention"] = (F.scaled_dot_product_attention, (q, k, v))
+    calls["cross_entropy"] = (F.cross_entropy, (q[0, 0], torch.tensor([0, 3, 1, 1, 2])))
+    for name, (operator, inputs) in calls.items():
+        inputs = pytree.tree_map_only(
+            torch.Tensor, lambda x: x.double() if x.is_floating_point() else x, inputs
+        )
+        with torch.autocast("cpu", torch.bfloat16):
+            want, got = operator(*inputs), tables[operator](*inputs)
+        assert got.dtype == want.dtype == torch.float64, name
+        # The same sums in another order, of a few dozen terms.
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
 
 
 def check_autocast(name, device):

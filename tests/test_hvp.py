@@ -204,6 +204,26 @@ def test_the_absolute_step_is_the_length_of_the_displacement():
         assert abs((x - start).norm() - 0.25) < 1e-15
 
 
+@pytest.mark.parametrize("size", [1e-3, 0.5, 1.0, 8.0])
+def test_the_relative_step_is_never_shorter_than_that_of_weights_of_norm_one(size):
+    """The step `u^(1/3) max(|fast|, 1)`: small weights do not make a step of nothing but noise."""
+    seen = []
+
+    def loss(f):
+        seen.append(f["w"].detach().clone())
+        return (f["w"] ** 2).sum()
+
+    start = size * torch.tensor([0.6, 0.8])
+    _, product = mf.hvp_finite()(loss, {"w": start})
+    seen.clear()
+    product({"w": torch.tensor([3.0, 4.0])})
+    want = 2.0 ** (-52 / 3) * max(size, 1.0)
+    assert len(seen) == 2
+    for x in seen:
+        # The difference of two weights is rounded as the weights are: u |fast| / want <= 4e-11.
+        assert abs((x - start).norm() - want) < 1e-10 * want + 2.0**-52 * size
+
+
 def test_forward_mode_takes_an_expanded_start():
     """A start whose elements lie in one place in memory: the same gradient as by reverse mode."""
 

@@ -27,7 +27,10 @@ def attention(
     device = query.device.type
     if torch.is_autocast_enabled(device):
         low = torch.get_autocast_dtype(device)
-        query, key, value = query.to(low), key.to(low), value.to(low)
+        # As for the operator: autocast leaves float64 alone.
+        query, key, value = (
+            x if x.dtype == torch.float64 else x.to(low) for x in (query, key, value)
+        )
     with torch.autocast(device, enabled=False):
         return _attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa

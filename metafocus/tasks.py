@@ -14,7 +14,6 @@ from torch import Tensor
 from metafocus import params as pt
 from metafocus.autodiff.grad import leaf_alias, reaches_another_leaf
 from metafocus.autodiff.known import with_gradient
-from metafocus.autodiff.tape import foreign_leaves
 from metafocus.checks import whole
 from metafocus.engine import MetaLoss, outermost
 from metafocus.errors import NonFiniteError, ProblemError

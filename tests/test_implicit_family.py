@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from problems import F64, Quadratic, Ridge, assert_close, grads_of, maml, relative_error
@@ -467,6 +469,29 @@ def test_implicit_warns_about_a_given_solution_that_is_none():
     warned = pytest.warns(mf.errors.NotStationaryWarning, match="Implicit: the inner gradient norm")
     with torch.no_grad(), warned:
         meta(case.outer, case.episode(0))
+
+
+@pytest.mark.parametrize(("left", "warned"), [(0.0098, False), (0.0102, True)])
+@pytest.mark.parametrize("name", ["Implicit", "FixedPoint"])
+def test_the_warning_begins_at_a_hundredth_of_the_first_residual(name, left, warned):
+    """One step of 1 - left on a quadratic of curvature 1 leaves this part of every residual."""
+    estimator = {
+        "Implicit": mf.Implicit(mf.Dense()),
+        "FixedPoint": mf.FixedPoint(
+            lambda fast, slow, x: {"w": fast["w"] / 2 + slow["p"] / 2}, mf.Neumann(60, 1.0)
+        ),
+    }[name]
+    problem = mf.Problem(
+        lambda fast, slow, x: 0.5 * ((fast["w"] - slow["p"]) ** 2).sum(),
+        lambda fast, slow, x: (fast["w"] ** 2).sum(),
+        lambda slow, support: {"w": torch.zeros(2)},
+    )
+    meta = mf.bilevel(problem, solver=mf.SGD(1 - left, 1), estimator=estimator)
+    outer, episode = {"p": torch.tensor([1.0, -2.0])}, mf.Episode(None, None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        mf.hypergrad(meta)(outer, episode)
+    assert [w.category for w in caught] == [mf.errors.NotStationaryWarning] * warned
 
 
 def test_on_the_tape_the_warning_comes_with_the_derivative_and_costs_no_gradient():

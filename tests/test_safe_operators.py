@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from problems import assert_close, central_difference, flat
 from torch import nn
+from torch.utils import _pytree as pytree
 
 import metafocus as mf
 from metafocus.autodiff.safe_operators import swapping

@@ -1,10 +1,11 @@
 """Write an estimator of your own: an unbiased truncation of back-propagation, in ten lines.
 
 An estimator is any function `(inner_loss, solver, start, outer, support) -> mf.Solution`. It
-returns the adapted fast weights, and their dependence on `outer` *is* the hypergradient. So estimators
-can be added: with `D_k` that of `mf.Unrolled(last=k)`, the telescope `D_0 + (D_1 - D_0) + ... ` is exact,
-and one of its differences, drawn at random and divided by its probability, is exact on average
-(randomised telescopes, arXiv 1905.07006). All `D_k` have the same values, so the loss is exact.
+returns the adapted fast weights, and their dependence on `outer` *is* the hypergradient. So
+estimators can be added: with `D_k` that of `mf.Unrolled(last=k)`, the telescope
+`D_0 + (D_1 - D_0) + ... ` is exact, and one of its differences, drawn at random and divided by its
+probability, is exact on average (randomised telescopes, arXiv 1905.07006). All `D_k` have the same
+values, so the loss is exact.
 """
 
 import argparse

@@ -29,10 +29,11 @@ demo: $(VENV)/.installed
 	$(TUNE) --method focusft --lora_rank 8 --output_dir $(DEMO)/focusft
 	$(BIN)/python examples/demo_report.py $(DEMO)/base $(DEMO)/sft $(DEMO)/focusft
 
-# The quick tier: what a change is checked with. test-all adds the slow tests and the claims.
+# The quick tier: under 15 minutes on two cores. What is marked slow or repro is in test-all only.
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not repro"
 
+# Everything: also real models, several processes, notebooks, and the published claims in short.
 test-all: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 

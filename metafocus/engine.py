@@ -110,7 +110,8 @@ def bilevel(
             ends = [(None, solution.params, streams.at(query, last))]
         else:
             weights = path_weights(path, outer, solver.steps)
-            solution = estimator(*args, path=tuple(range(solver.steps)))
+            with_path: Any = estimator
+            solution = with_path(*args, path=tuple(range(solver.steps)))
             _check_solution(solution, start, estimator)
             data = [streams.at(query, step) for step in range(solver.steps)]
             if len(solution.path) != len(data):

@@ -584,7 +584,9 @@ class Stateless:
         return {k: v - loops.rate(outer) * grads[k] for k, v in params.items()}, state
 
 
-@pytest.mark.parametrize("state", [None, 3, "text", (), {}, [None, ("a", 1.5)], object()], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize(
+    "state", [None, 3, "text", (), {}, [None, ("a", 1.5)], object()], ids=lambda s: type(s).__name__
+)
 @pytest.mark.parametrize("name", UNROLLED)
 def test_no_state(name, state):
     plain = mf.SGD(loops.rate, STEPS)

@@ -515,3 +515,9 @@ def test_implicit_still_refuses_weight_decay():
         meta = mf.bilevel(PROBLEM, solver=solver, estimator=mf.Implicit())
         with pytest.raises(mf.errors.ProblemError, match="weight_decay"):
             meta(case.outer, case.episode())
+
+
+def test_muon_keeps_no_moments_of_matrices():
+    means, moments = mf.Muon(0.1, 1).init({"w": torch.ones(2, 2), "b": torch.ones(2)})
+    assert set(means) == {"w"}
+    assert [set(m) for m in moments] == [{"b"}, {"b"}]

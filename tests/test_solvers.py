@@ -11,6 +11,7 @@ from problems import FAST, SOLVERS, assert_close, flat, grads_of, maml, network,
 
 import metafocus as mf
 from metafocus.autodiff.guarded import safe_sqrt
+from metafocus.solvers.descent import checked
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -368,3 +369,18 @@ def test_grads_of_is_what_the_tests_compare():
     leaf.sum().backward()
     assert torch.equal(grads_of({"a": leaf})["a"], torch.ones(2))
     assert network({k: maml().outer[k] for k in FAST}, torch.zeros(3, 1)).shape == (3, 1)
+
+
+@pytest.mark.parametrize(
+    "result", [None, {"w": 0.0}, (0.0,), (0.0, [1.0]), [0.0, {"w": 0.0}], (0.0, {"w": 0.0}, None)]
+)
+def test_a_direction_of_another_form_is_refused(result):
+    with pytest.raises(mf.errors.ProblemError, match=r"direction must return \(loss, direction\)"):
+        checked(result, {"w": torch.ones(1)})
+
+
+def test_a_direction_of_the_right_form_is_detached():
+    w = torch.ones(1, requires_grad=True)
+    value, direction = checked((2 * w.sum(), {"w": 3 * w}), {"w": torch.ones(1)})
+    assert not value.requires_grad and not direction["w"].requires_grad
+    assert (value.item(), direction["w"].item()) == (2.0, 3.0)

@@ -92,7 +92,8 @@ class Nystrom:
         rank = min(self.rank, size)
         if not rank:
             return b
-        places = torch.tensor(_chosen(self.seed, size, rank), device=right.device)
+        chosen = sorted(random.Random(self.seed).sample(range(size), rank))
+        places = torch.tensor(chosen, device=right.device)
         units = torch.zeros(rank, size, dtype=right.dtype, device=right.device)
         units[torch.arange(rank, device=right.device), places] = 1.0
         # One after the other: memory and kernels of a single product.
@@ -121,11 +122,6 @@ class Nystrom:
         lower = torch.cat([triangle.mT, -shifted], -1)
         both = direct(torch.cat([upper, lower], -2), torch.cat([inside, torch.zeros_like(inside)]))
         return (basis @ both[:rank] + outside / damping) / scale
-
-
-@torch.compiler.assume_constant_result
-def _chosen(seed: int, size: int, rank: int) -> list[int]:
-    return sorted(random.Random(seed).sample(range(size), rank))
 
 
 def direct(matrix: Tensor, right: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metafocus.checks import not_negative, positive, whole
 from metafocus.linear.vectors import no_autocast, posed, unit
-from metafocus.torch_internals import transforming
+from metafocus.torch_internals import constant_when_compiled, transforming
 from metafocus.types import MatVec, Params
 
 
@@ -92,8 +92,7 @@ class Nystrom:
         rank = min(self.rank, size)
         if not rank:
             return b
-        chosen = sorted(random.Random(self.seed).sample(range(size), rank))
-        places = torch.tensor(chosen, device=right.device)
+        places = torch.tensor(_chosen(self.seed, size, rank), device=right.device)
         units = torch.zeros(rank, size, dtype=right.dtype, device=right.device)
         units[torch.arange(rank, device=right.device), places] = 1.0
         # One after the other: memory and kernels of a single product.
@@ -122,6 +121,11 @@ class Nystrom:
         lower = torch.cat([triangle.mT, -shifted], -1)
         both = direct(torch.cat([upper, lower], -2), torch.cat([inside, torch.zeros_like(inside)]))
         return (basis @ both[:rank] + outside / damping) / scale
+
+
+@constant_when_compiled
+def _chosen(seed: int, size: int, rank: int) -> list[int]:
+    return sorted(random.Random(seed).sample(range(size), rank))
 
 
 def direct(matrix: Tensor, right: Tensor) -> Tensor:

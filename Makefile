@@ -10,7 +10,7 @@ TUNE := $(TRAIN) --model_name_or_path $(DEMO)/base --max_steps 60 --learning_rat
 # One thread: on a machine that others use too, two threads wait for each other.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint docs reproduce benchmarks clean
+.PHONY: demo test test-all lint docs reproduce benchmarks clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,7 +29,12 @@ demo: $(VENV)/.installed
 	$(TUNE) --method focusft --lora_rank 8 --output_dir $(DEMO)/focusft
 	$(BIN)/python examples/demo_report.py $(DEMO)/base $(DEMO)/sft $(DEMO)/focusft
 
+# The quick tier: under 15 minutes on two cores. What is marked slow or repro is in test-all only.
 test: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not repro"
+
+# Everything: also real models, several processes, notebooks, and the published claims in short.
+test-all: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: $(VENV)/.dev

@@ -27,8 +27,8 @@ def whole(
     """Raise unless `value` is an integer of at least `least`; True and False are none.
 
     Args:
-        name: of the argument.
-        value: of the argument.
+        name: the name of the argument.
+        value: its value.
         least: the smallest value that is allowed.
         note: what the message adds to the bound.
         error: what is raised.

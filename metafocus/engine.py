@@ -85,9 +85,10 @@ def bilevel(
     explicit = getattr(estimator, "explicit", False)
     twice = getattr(estimator, "twice", True)
     inner_loss: InnerLoss | None = None
+    outer_tried = False
 
     def evaluate(outer: Params, episode: Any) -> tuple[Tensor, Aux]:
-        nonlocal inner_loss
+        nonlocal inner_loss, outer_tried
         check_params(outer, "outer", "outer parameters")
         if explicit and not outer:
             raise ProblemError(
@@ -109,7 +110,8 @@ def bilevel(
             ends = [(None, solution.params, streams.at(query, last))]
         else:
             weights = path_weights(path, outer, solver.steps)
-            solution = estimator(*args, path=tuple(range(solver.steps)))
+            with_path: Any = estimator
+            solution = with_path(*args, path=tuple(range(solver.steps)))
             _check_solution(solution, start, estimator)
             data = [streams.at(query, step) for step in range(solver.steps)]
             if len(solution.path) != len(data):
@@ -121,8 +123,11 @@ def bilevel(
         if not transforming():
             check_finite(solution.losses)
         if first:
-            _check_outer(problem, ends[-1], outer)
             inner_loss = found
+        # Under no_grad an outer loss may be a metric without a derivative.
+        if not outer_tried and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            _check_outer(problem, ends[-1], outer)
+            outer_tried = True
         with Swapped(once=True):
             loss, metrics = weighted(problem, ends, outer)
         return loss, Aux(pt.detach(solution.params), solution.losses.detach(), metrics)

@@ -143,6 +143,17 @@ def test_hypergrad_gives_zeros_where_nothing_depends():
         mf.hypergrad(build(problem=constant))(W, EPISODE)
 
 
+def test_an_outer_loss_is_tried_at_the_first_call_that_takes_gradients():
+    constant = mf.Problem(loss, lambda fast, slow, x: (slow["w"] ** 2).sum())
+    meta = build(problem=constant)
+    # Under no_grad it may be a metric without a derivative.
+    with torch.no_grad():
+        assert meta(W, EPISODE)[0] == (W["w"] ** 2).sum()
+    for _ in range(2):
+        with pytest.raises(mf.errors.ProblemError, match="depends on none of the fast weights"):
+            mf.hypergrad(meta)(W, EPISODE)
+
+
 def test_hypergrad_of_a_partly_trainable_outer():
     outer = {"w": W["w"].detach().clone().requires_grad_(), "c": torch.tensor(2.0)}
     problem = mf.Problem(

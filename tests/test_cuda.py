@@ -12,7 +12,7 @@ import ways
 from commands import chat, report, training, write
 from models import build, build_exact, chat_batch
 from problems import Case, Quadratic, maml, rate_each, scalar_rate
-from test_composites import autocast_calls, check_autocast
+from test_safe_operators import autocast_calls, check_autocast
 from torch.utils import _pytree as pytree
 
 import metafocus as mf

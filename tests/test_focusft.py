@@ -161,7 +161,7 @@ def test_graph_unroll_with_checkpointing(checkpointing):
 
 
 def test_sixteen_inner_steps_recomputed_equal_the_graph():
-    """The form whose memory is flat (test_memory_lm.py), where it matters."""
+    """The form whose memory is flat (test_memory.py), where it matters."""
     found = []
     for estimator in (mf.Unrolled(), mf.Unrolled(recompute=True)):
         model = build_exact()

@@ -16,6 +16,7 @@ from metafocus.adapters.placement import Placement
 from metafocus.calls import using
 from metafocus.errors import PlacementError, ProblemError
 from metafocus.files import read_tensors, write_tensors
+from metafocus.precision import wide_type
 from metafocus.torch_internals import parameter_table
 
 FILE = "fast_weights.safetensors"
@@ -117,7 +118,7 @@ class FullWeights:
                     f"FullWeights: {name!r} is of type {own.dtype}, which cannot be adapted; use "
                     "LoRA on a quantised model"
                 )
-            fast[name] = own.to(torch.promote_types(own.dtype, torch.float32), copy=True)
+            fast[name] = own.to(wide_type(own.dtype), copy=True)
         return fast
 
     @contextmanager

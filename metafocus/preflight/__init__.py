@@ -84,7 +84,7 @@ def refuse_ignored_fast_weights(outer_loss: Any, fast: Params) -> None:
         ProblemError: the inner loop would change nothing.
     """
     point = pt.detach(fast)
-    if not point or not torch.is_grad_enabled():
+    if not point:
         return
     with kept(point.values()), Swapped(once=True):
         unused = unused_by(outer_loss, point)

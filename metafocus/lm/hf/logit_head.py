@@ -13,14 +13,14 @@ from metafocus.calls import undone
 from metafocus.lm.cross_entropy import LogitHead
 from metafocus.lm.hf import heads
 from metafocus.lm.hf.trial import side_run, two_tokens
-from metafocus.params import wide
+from metafocus.precision import wide
 
 _SCALES = (("logit_scale", 1), ("lm_head_multiplier", 1), ("logits_scaling", -1))
 _CAPS = ("final_logit_softcapping", "logits_soft_cap")
 
 
 def from_config(config: Any) -> LogitHead:
-    """Return what a configuration says about the way from the head's output to the logits."""
+    """Return what a configuration says that a model does to the output of its head."""
     scale = 1.0
     for name, power in _SCALES:
         value = getattr(config, name, None)
@@ -41,7 +41,7 @@ def logit_head_of(model: nn.Module) -> LogitHead | None:
     Warns:
         UserWarning: once, with the class of the model and the reason, if it cannot.
     """
-    head = model.get_output_embeddings()  # pyright: ignore
+    head: nn.Module | None = heads.output_head(model)
     expected = from_config(model.config.get_text_config())  # pyright: ignore
     key = (type(model), expected)
     hook = None if head is None else heads.find_hook(head)

@@ -278,45 +278,9 @@ def function_modes() -> list[TorchFunctionMode]:
     return _get_current_function_mode_stack()
 
 
-_STACKS = (function_modes, _get_current_dispatch_mode_stack)
-
-
-def modes() -> Callable[[], None]:
-    """Return a function that puts the modes of this thread back: gradients, autocast, modes above.
-
-    An interrupt at the end of a `with` block leaves the mode that the block has set.
-    """
-    kinds = [kind for kind in ("cpu", "cuda") if torch.amp.is_autocast_available(kind)]
-
-    def state() -> tuple[Any, ...]:
-        torch.autocast_increment_nesting()
-        return (
-            torch.is_grad_enabled(),
-            torch.autocast_decrement_nesting(),
-            torch.is_autocast_cache_enabled(),
-            *((torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds),
-        )
-
-    before, depths = state(), [len(stack()) for stack in _STACKS]
-
-    def put_back() -> None:
-        for stack, depth in zip(_STACKS, depths, strict=True):
-            while len(stack()) > depth:
-                stack()[-1].__exit__(None, None, None)
-        if state() == before:
-            return
-        grad, nesting, cache, *casts = before
-        torch.set_grad_enabled(grad)
-        torch.autocast_increment_nesting()
-        while torch.autocast_decrement_nesting() > nesting:
-            pass
-        torch.clear_autocast_cache()
-        torch.set_autocast_cache_enabled(cache)
-        for kind, (enabled, dtype) in zip(kinds, casts, strict=True):
-            torch.set_autocast_enabled(kind, enabled)
-            torch.set_autocast_dtype(kind, dtype)
-
-    return put_back
+def dispatch_modes() -> list[TorchDispatchMode]:
+    """Return the modes that operators pass through, the innermost last."""
+    return _get_current_dispatch_mode_stack()
 
 
 def without_function_modes() -> contextlib.AbstractContextManager[None]:

@@ -392,6 +392,15 @@ def test_reparametrize_module():
         assert model[1].weight.tolist() == [[0.0, 0.0]]
 
 
+def test_buffers_of_a_module():
+    """`_buffers`: weights that an interrupted exit has left swapped are put back in this table."""
+    norm = nn.BatchNorm1d(1, affine=False)
+    (table,) = ti.weight_tables(norm)
+    table["running_mean"] = torch.ones(1)
+    assert norm.running_mean.tolist() == [1.0]
+    assert ti.weight_tables(nn.Tanh()) == ()
+
+
 def test_parameters_of_a_module():
     """`_parameters`: full fast weights stand in for parameters by an exchange in this table."""
     layer = nn.Linear(2, 1, bias=False)
@@ -472,6 +481,14 @@ def test_disable_torch_function():
         with ti.without_function_modes():
             seen = x + 0
     assert (plain.item(), seen.item()) == (2.0, 1.0)
+
+
+def test_dispatch_mode_stack():
+    """`_get_current_dispatch_mode_stack`: an interrupted trial leaves its mode, which is popped."""
+    depth = len(ti.dispatch_modes())
+    with ti.TorchDispatchMode() as mode:
+        assert ti.dispatch_modes()[-1] is mode
+    assert len(ti.dispatch_modes()) == depth
 
 
 def test_dispatch_modes():

@@ -4,43 +4,44 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from metafocus import params as pt
 from metafocus.calls.blocks import Scoped
 from metafocus.calls.owners import Call, inside
 from metafocus.rng import Drawn
-from metafocus.torch_internals import modes, pytree
+from metafocus.torch_internals import dispatch_modes, function_modes
 
 _SAVED: Scoped[dict[torch.Generator, Tensor] | None] = Scoped(None)
 
 
 @contextlib.contextmanager
-def attempt(*given: Any, call: Call | None = None) -> Iterator[None]:
+def attempt(
+    *given: Any, generators: Iterable[torch.Generator] = (), call: Call | None = None
+) -> Iterator[None]:
     """Run a call from outside; after an error, generators and modes are as they were before it.
 
     An attempt inside another one is a part of it.
 
     Args:
-        given: what the call is given; the generators in it, and those of the devices of its
-            tensors, are put back.
+        given: what the call is given; the random state of its tensors' devices is put back.
+        generators: further ones that it draws from.
         call: the call that made a graph, while this graph is differentiated.
     """
     if torch.compiler.is_compiling():
         yield
         return
-    leaves = pytree.tree_leaves(given) if given else []
-    generators = [x for x in leaves if isinstance(x, torch.Generator)]
     if _SAVED.get() is not None:
         for generator in generators:
             draws_from(generator)
         with inside(call):
             yield
         return
-    drawn, put_back = Drawn(x for x in leaves if isinstance(x, Tensor)), modes()
+    drawn, put_back = Drawn(pt.tensors(given)), _modes()
     saved = {generator: generator.get_state() for generator in generators}
     with inside(call), _SAVED.set(saved):
         try:
@@ -58,7 +59,9 @@ def attempted(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        with attempt(args, kwargs):
+        given = (*args, *kwargs.values())
+        generators = [x for x in given if isinstance(x, torch.Generator)]
+        with attempt(given, generators=generators):
             return function(*args, **kwargs)
 
     return run
@@ -69,3 +72,42 @@ def draws_from(generator: torch.Generator) -> None:
     saved = None if torch.compiler.is_compiling() else _SAVED.get()
     if saved is not None and generator not in saved:
         saved[generator] = generator.get_state()
+
+
+def _modes() -> Callable[[], None]:
+    """Return a function that puts the modes of this thread back, as far as they are left set.
+
+    An interrupt at the end of a `with` block leaves the mode that the block has set.
+    """
+    kinds = [kind for kind in ("cpu", "cuda") if torch.amp.is_autocast_available(kind)]
+
+    def state() -> tuple[Any, ...]:
+        torch.autocast_increment_nesting()
+        return (
+            torch.is_grad_enabled(),
+            torch.autocast_decrement_nesting(),
+            torch.is_autocast_cache_enabled(),
+            *((torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds),
+        )
+
+    stacks = function_modes, dispatch_modes
+    before, depths = state(), [len(stack()) for stack in stacks]
+
+    def put_back() -> None:
+        for stack, depth in zip(stacks, depths, strict=True):
+            while len(stack()) > depth:
+                stack()[-1].__exit__(None, None, None)
+        if state() == before:
+            return
+        grad, nesting, cache, *casts = before
+        torch.set_grad_enabled(grad)
+        torch.autocast_increment_nesting()
+        while torch.autocast_decrement_nesting() > nesting:
+            pass
+        torch.clear_autocast_cache()
+        torch.set_autocast_cache_enabled(cache)
+        for kind, (enabled, dtype) in zip(kinds, casts, strict=True):
+            torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_dtype(kind, dtype)
+
+    return put_back

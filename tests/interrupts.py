@@ -67,14 +67,22 @@ class Interrupt:
         at: number of the line.
         error: what is raised.
         exits: raise where a block is entered or left, instead of everywhere else.
+        function: raise in functions of this name only.
 
     Attributes:
         count: the lines so far.
         where: the line where it was raised, or None.
     """
 
-    def __init__(self, at: int | None, error: type = KeyboardInterrupt, *, exits: bool = False):
-        self.at, self.error, self.exits = at, error, exits
+    def __init__(
+        self,
+        at: int | None,
+        error: type = KeyboardInterrupt,
+        *,
+        exits: bool = False,
+        function: str | None = None,
+    ):
+        self.at, self.error, self.exits, self.function = at, error, exits, function
         self.count = 0
         self.where: str | None = None
 
@@ -90,20 +98,23 @@ class Interrupt:
         return self._line if is_own(frame) else None
 
     def _line(self, frame, event, arg):
-        if event != "line" or (self.exits and not self._is_exit(frame)):
+        if event != "line" or not self._counts(frame):
             return self._line
         self.count += 1
         if self.at is None or self.where is not None or self.count < self.at:
             return self._line
-        if self.exits or not inside_a_block(frame):
+        if self.exits or self.function or not inside_a_block(frame):
             name = frame.f_code.co_filename.removeprefix(ROOT)
             self.where = f"{name}:{frame.f_lineno} {frame.f_code.co_name}"
             raise self.error(f"on purpose at {self.where}")
         return self._line
 
-    def _is_exit(self, frame) -> bool:
+    def _counts(self, frame) -> bool:
+        name = frame.f_code.co_name
+        if self.function is not None:
+            return name == self.function
         # Popped transforms cannot be pushed back after those around them have ended.
-        return of_a_block(frame) and frame.f_code.co_name != "outside_transforms"
+        return not self.exits or (of_a_block(frame) and name != "outside_transforms")
 
 
 def everything(model, *generators) -> dict:

@@ -1,10 +1,11 @@
 """Write an estimator of your own: an unbiased truncation of back-propagation, in ten lines.
 
-An estimator is any function `(inner_loss, solver, start, outer, support) -> mf.Solution`. It returns the
-adapted fast weights, and their dependence on `outer` *is* the hypergradient. So estimators can be
-added: with `D_k` that of `mf.Unrolled(last=k)`, the telescope `D_0 + (D_1 - D_0) + ... ` is exact,
-and one of its differences, drawn at random and divided by its probability, is exact on average
-(randomised telescopes, arXiv 1905.07006). All `D_k` have the same values, so the loss is exact.
+An estimator is any function `(inner_loss, solver, start, outer, support) -> mf.Solution`. It
+returns the adapted fast weights, and their dependence on `outer` *is* the hypergradient. So
+estimators can be added. If `D_k` is that of `mf.Unrolled(last=k)`, the telescope
+`D_0 + (D_1 - D_0) + ...` is exact, and one of its differences, drawn at random and divided by its
+probability, is exact on average (randomised telescopes, arXiv 1905.07006). All `D_k` have the same
+values, so the loss is exact.
 """
 
 import argparse
@@ -17,12 +18,12 @@ import metafocus as mf
 
 
 @dataclass(frozen=True)
-class Telescope:
+class Telescope(mf.Estimator):
     """Differentiate a random number of the last steps, without bias."""
 
     decay: float = 0.7
 
-    def __call__(self, problem, solver, outer, support):
+    def __call__(self, inner_loss, solver, start, outer, support):
         chance = self.decay ** torch.arange(1, solver.steps + 1.0)
         chance = chance / chance.sum()
         k = int(torch.multinomial(chance, 1)) + 1
@@ -52,7 +53,7 @@ def main(argv=None):
     episode = mf.Episode(*((torch.randn(16, 4), torch.randn(16)) for _ in range(2)))
     problem, solver = mf.Problem(loss, loss), mf.SGD(0.1, steps=12)
 
-    # It stands where the built-in ones stand, and is judged beside them over many draws.
+    # It is used like the built-in ones, and compared with them over many draws.
     estimators = {"exact": mf.Unrolled(), "last 3 steps": mf.Unrolled(last=3)}
     estimators = {**estimators, "first order": mf.FirstOrder(), "telescope": Telescope()}
     comparison = mf.compare(
@@ -62,7 +63,7 @@ def main(argv=None):
     args.output.mkdir(parents=True, exist_ok=True)
     comparison.to_json(args.output / "own_estimator.json")
 
-    # Biased estimates stay wrong when they are averaged; an unbiased one does not.
+    # The mean of a biased estimate stays wrong; that of an unbiased one becomes right.
     means = {}
     for name, estimator in estimators.items():
         gradient = mf.hypergrad(mf.bilevel(problem, solver=solver, estimator=estimator))

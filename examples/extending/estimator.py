@@ -1,8 +1,10 @@
 """An estimator of your own: part first-order, part exact.
 
-An estimator is any callable `(inner_loss, solver, start, outer, support) -> Solution`. It returns adapted
-fast weights; how they depend on `outer` is the hypergradient. Estimators whose fast weights have
-equal values can be added: here `(1 - share)` of one derivative and `share` of another.
+An estimator is any function `(inner_loss, solver, start, outer, support) -> Solution`, or an object
+of a subclass of `mf.Estimator`. It returns adapted fast weights, and their dependence on `outer` is
+the hypergradient.
+Estimators whose fast weights have equal values can be added: here `(1 - share)` of one derivative
+and `share` of another. With the keyword `path`, the class works with `mf.bilevel(..., path=)` too.
 """
 
 from __future__ import annotations
@@ -15,18 +17,21 @@ import metafocus as mf
 
 
 @dataclass(frozen=True)
-class Mix:
+class Mix(mf.Estimator):
     """Fast weights as `left` finds them; `(1 - share)` of its derivative, `share` of the other."""
 
     share: float
     left: mf.Estimator = mf.FirstOrder()  # noqa: RUF009 - frozen, so it can be shared
     right: mf.Estimator = mf.Unrolled()  # noqa: RUF009
 
-    def __call__(self, problem, solver, outer, support):
-        left = self.left(inner_loss, solver, start, outer, support)
-        right = self.right(inner_loss, solver, start, outer, support)
-        mixed = {k: v + self.share * (right.params[k] - v) for k, v in left.params.items()}
-        return mf.Solution(mixed, left.losses)
+    def __call__(self, inner_loss, solver, start, outer, support, *, path=()):
+        args = (inner_loss, solver, start, outer, support)
+        left, right = self.left(*args, path=path), self.right(*args, path=path)
+        mixed = tuple(map(self.mixed, left.path, right.path))
+        return mf.Solution(self.mixed(left.params, right.params), left.losses, mixed)
+
+    def mixed(self, left, right):
+        return {k: v + self.share * (right[k] - v) for k, v in left.items()}
 
 
 def main() -> mf.Comparison:
@@ -41,7 +46,7 @@ def main() -> mf.Comparison:
     episode = mf.Episode((x[0], x[0].sin()), (x[1], x[1].sin()))
     result = mf.compare(
         mf.Problem(loss, loss),
-        dict(net.named_parameters()),
+        mf.trainable(net),
         episode,
         solver=mf.SGD(0.1, steps=5),
         estimators={

@@ -1,9 +1,10 @@
 """An inner objective of your own: adapt to inputs without labels.
 
-The inner loss is any function `(fast, slow, support) -> scalar`; it need not be the outer one. Here
-the inner loop lowers the entropy of the predictions on unlabelled inputs, and the outer loss asks
-whether that helped on labelled ones: the slow weights are trained for being adapted this way.
-For language models the inner objective is a *token policy*, `batch -> [B, S]` booleans.
+The inner loss is any function `(fast, slow, support) -> scalar`, and it may differ from the outer
+one. Here the inner loop lowers the entropy of the predictions on unlabelled inputs, and the outer
+loss is the error on labelled ones, so the slow weights learn to be adapted in this way. For
+language models the inner objective is given by a *token policy*: a function from a batch to
+booleans `[B, S]`.
 """
 
 from __future__ import annotations

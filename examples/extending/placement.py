@@ -1,7 +1,7 @@
 """A placement of your own: fast weights in every second layer.
 
-A placement is any function from a model to module paths. Where nothing matches, raise: an inner
-loop without fast weights would be silent.
+A placement is any function from a model to module paths. It should raise an error if nothing
+matches, since an inner loop without fast weights would run without a word.
 """
 
 from __future__ import annotations

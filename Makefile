@@ -3,12 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
-TRAIN := $(BIN)/metafocus train --data stdlib --samples 480 --max-length 320 --overwrite
-TUNE := $(TRAIN) --model $(DEMO)/base --steps 60 --lr 5e-4 --seed 1234
+TRAIN := $(BIN)/metafocus train --train_file stdlib --max_train_samples 480 --max_length 320 \
+	--per_device_train_batch_size 4 --lr_scheduler_type cosine --warmup_steps 0.1 \
+	--save_strategy no --overwrite_output_dir
+TUNE := $(TRAIN) --model_name_or_path $(DEMO)/base --max_steps 60 --learning_rate 5e-4 --seed 1234
 # One thread: on a machine that others use too, two threads wait for each other.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint docs reproduce benchmarks clean
+.PHONY: demo test test-all lint docs reproduce benchmarks clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,14 +22,19 @@ $(VENV)/.dev: $(VENV)/.installed
 	touch $@
 
 demo: $(VENV)/.installed
-	$(BIN)/metafocus compare --inner-steps 4 --output $(DEMO)
-	@echo "--- a small base model, from nothing; then the same steps on it by two methods"
-	$(TRAIN) --method sft --steps 200 --lr 3e-3 --seed 1 --output $(DEMO)/base
-	$(TUNE) --method sft --output $(DEMO)/sft
-	$(TUNE) --method focusft --rank 8 --output $(DEMO)/focusft
+	$(BIN)/metafocus compare --inner_steps 4 --output_dir $(DEMO)
+	@echo "--- a small base model, made from scratch; then the same steps on it by two methods"
+	$(TRAIN) --method sft --max_steps 200 --learning_rate 3e-3 --seed 1 --output_dir $(DEMO)/base
+	$(TUNE) --method sft --output_dir $(DEMO)/sft
+	$(TUNE) --method focusft --lora_rank 8 --output_dir $(DEMO)/focusft
 	$(BIN)/python examples/demo_report.py $(DEMO)/base $(DEMO)/sft $(DEMO)/focusft
 
+# The quick tier: under 15 minutes on two cores. What is marked slow or repro is in test-all only.
 test: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not repro"
+
+# Everything: also real models, several processes, notebooks, and the published claims in short.
+test-all: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: $(VENV)/.dev

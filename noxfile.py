@@ -16,8 +16,9 @@ TORCHES = ("oldest", "newest", "pinned")
 OLDEST = "torch==2.11.*"
 EPOCH = {"SOURCE_DATE_EPOCH": "1700000000"}
 TRAIN = (
-    *("--data", "stdlib", "--samples", "16", "--max-length", "256", "--steps", "2"),
-    *("--hidden-size", "64", "--layers", "2", "--rank", "4", "--vocab-size", "400"),
+    *("--train_file", "stdlib", "--max_train_samples", "16", "--max_length", "256"),
+    *("--hidden_size", "64", "--num_hidden_layers", "2", "--vocab_size", "400"),
+    *("--max_steps", "2", "--lora_rank", "4", "--overwrite_output_dir"),
 )
 
 nox.options.sessions = ["lint", "tests"]
@@ -87,7 +88,7 @@ def wheel(session: nox.Session) -> None:
     for words in (
         (python, "-W", "error", "-c", "import metafocus"),
         (metafocus, "--help"),
-        (metafocus, "compare", "--quick", "--output", "compare"),
-        (metafocus, "train", *TRAIN, "--output", "trained", "--overwrite"),
+        (metafocus, "compare", "--quick", "--output_dir", "compare"),
+        (metafocus, "train", *TRAIN, "--output_dir", "trained"),
     ):
         session.run(*words, env=quiet, external=True)

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 import metafocus as mf
-from metafocus.training import plain_sft
 
 NAMES = ("gate_proj", "up_proj", "down_proj")
 FRACTION = 0.35
@@ -175,7 +174,8 @@ def ours(size: Size, checkpointing: bool, start: Mapping[str, Tensor]) -> Any:
 
 def plain(size: Size, checkpointing: bool) -> Any:
     model, batch = build(size, checkpointing), data(size)
-    meta = plain_sft(model, mf.masks.context_bidirectional)
+    nothing, mask = mf.NoAdapter(), mf.masks.context_bidirectional
+    meta = mf.recipes.focusft(model, adapter=nothing, mask=mask)
 
     def step() -> Tensor:
         meta({}, mf.Episode(batch, batch))[0].backward()

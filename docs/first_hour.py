@@ -1,4 +1,4 @@
-"""Write docs/first-hour.md: a newcomer's commands, run in a fresh clone, with what they printed.
+"""Write docs/first-hour.md: the commands of a newcomer, run in a fresh clone, with their output.
 
 python docs/first_hour.py [--source REPOSITORY]
 """
@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
-HEAD, TAIL = 12, 25  # lines that are kept of a long output
+HEAD, TAIL = 12, 25  # lines kept at the start and at the end of a long output
 
 OWN = '''\
 """An estimator of my own: half of the exact hypergradient, half of the first-order one."""
@@ -26,8 +26,8 @@ import metafocus as mf
 
 
 @dataclass(frozen=True)
-class Half:
-    def __call__(self, problem, solver, outer, support):
+class Half(mf.Estimator):
+    def __call__(self, inner_loss, solver, start, outer, support):
         exact = mf.Unrolled()(inner_loss, solver, start, outer, support)
         first = mf.FirstOrder()(inner_loss, solver, start, outer, support)
         fast = {k: (v + first.params[k]) / 2 for k, v in exact.params.items()}
@@ -55,28 +55,28 @@ print(found.table())
 
 STEPS: list[tuple[str, str]] = [
     (
-        "Clone, and run the demonstration. It installs into its own `.venv` first.",
+        "Run the demonstration. It first installs into a `.venv` of its own.",
         "make demo",
     ),
     (
-        "Which estimators are there, and what do they cost? On a small language model:",
-        ".venv/bin/metafocus compare --quick --output out/compare",
+        "Compare the estimators and their costs on a small language model:",
+        ".venv/bin/metafocus compare --quick --output_dir out/compare",
     ),
     (
-        "Learning to learn, the classic way: a network that fits a sinusoid after one step.",
+        "Run MAML: it learns a network that fits a sinusoid after one step.",
         ".venv/bin/python examples/maml_sinusoid.py --quick",
     ),
-    ("Now an estimator of one's own. The file:", "cat my_estimator.py"),
+    ("Write an estimator of your own. This is the file:", "cat my_estimator.py"),
     (
-        "Beside the built-in ones. It shares a half of first order's bias, as it should:",
+        "Compare it with the built-in ones. It has half of the bias of first order, as expected:",
         ".venv/bin/python my_estimator.py",
     ),
     (
-        "A better one, unbiased, and a check that it is:",
+        "Run an unbiased estimator, and a check that it is unbiased:",
         ".venv/bin/python examples/own_estimator.py --quick",
     ),
     (
-        "FocuSFT on chats of one's own, to a checkpoint that plain transformers loads:",
+        "Run FocuSFT on chats of your own, to a checkpoint that plain transformers loads:",
         ".venv/bin/python examples/focusft_chats.py --quick",
     ),
 ]
@@ -85,15 +85,15 @@ STEPS: list[tuple[str, str]] = [
 def main() -> None:
     """Run every command and write the page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--source", default=str(HERE.parent), help="what to clone")
+    parser.add_argument("--source", default=str(HERE.parent), help="the repository to clone")
     args = parser.parse_args()
     lines = [
         "# The first hour",
         "",
-        "From a clone to an estimator of one's own, compared with the built-in ones: every "
-        "command and what it printed, written by `docs/first_hour.py` in a fresh clone. Of long "
-        "outputs the middle is left out. Times are those of a machine with 2 busy cores and no "
-        "GPU; figures in outputs are of that run.",
+        "This page goes from a clone to an estimator of your own that is compared with the "
+        "built-in ones. `docs/first_hour.py` ran every command in a fresh clone and wrote this "
+        "page with their output. The middle of long outputs is left out. The times are from a "
+        "machine with 2 busy cores and no GPU, and the numbers in the outputs are from that run.",
         "",
         "```",
         "git clone URL metafocus && cd metafocus",
@@ -109,10 +109,10 @@ def main() -> None:
             if run.returncode:
                 raise SystemExit(f"{command} failed:\n{run.stdout}\n{run.stderr}")
             minutes = (time.time() - started) / 60
-            told = "" if command.startswith("cat") else f" ({minutes:.1f} minutes)"
+            taken = "" if command.startswith("cat") else f" ({minutes:.1f} minutes)"
             language = "python" if command.startswith("cat") else "text"
             output = run.stdout.rstrip() if command.startswith("cat") else shortened(run.stdout)
-            lines += ["", f"{text}{told}", "", "```", f"$ {command}", "```", ""]
+            lines += ["", f"{text}{taken}", "", "```", f"$ {command}", "```", ""]
             lines += [f"```{language}", output, "```"]
     (HERE / "first-hour.md").write_text("\n".join(lines) + "\n")
 

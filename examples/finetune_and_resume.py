@@ -29,11 +29,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import metafocus as mf
+from metafocus.cli.train import main as train
 from metafocus.data import Collator
 from metafocus.masks import causal
 from metafocus.trainer import FocusTrainer
 from metafocus.trainer.checkpoints import resumable
-from metafocus.trainer.launch import main as train
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -69,11 +69,11 @@ def write_config(folder: Path, method: str, steps: int, quick: bool) -> Path:
         "method": method,
         "output_dir": str(folder / "run"),
         "resume_from_checkpoint": "true",
-        "data": "stdlib",
-        "samples": 24 if quick else 400,
+        "train_file": "stdlib",
+        "max_train_samples": 24 if quick else 400,
         "vocab_size": 512 if quick else 2048,
         "hidden_size": 64,
-        "layers": 2 if quick else 4,
+        "num_hidden_layers": 2 if quick else 4,
         "max_length": 256,
         "max_steps": steps,
         "per_device_train_batch_size": 2 if quick else 4,
@@ -85,7 +85,6 @@ def write_config(folder: Path, method: str, steps: int, quick: bool) -> Path:
         "use_cpu": True,
         "report_to": "none",
         "disable_tqdm": True,
-        "dataloader_pin_memory": False,
     }
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(settings))
@@ -99,20 +98,20 @@ def killed_and_resumed(
     config: Path, steps: int, kills: int, chance: random.Random
 ) -> tuple[FocusTrainer, dict[str, Any]]:
     """Train to the end in spite of `kills` deaths; check that no step came out differently."""
-    run, told, deaths, again = config.parent / "run", {}, [], 0
+    run, seen, deaths, again = config.parent / "run", {}, [], 0
     for i in range(kills):
         aim = chance.randint(1 + i * steps // kills, (i + 1) * steps // kills - 1)
         leg, code = leg_until(config, aim)
         if code != -signal.SIGKILL:
             raise AssertionError(f"the process was to be killed, and ended by itself with {code}.")
-        again += _same(told, leg)
+        again += _same(seen, leg)
         deaths.append((max(leg), _newest(run)))
     trainer = train([str(config)])
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     # The history holds what was logged by dead processes before their last checkpoint, too.
     last = {int(entry["step"]): _printed(entry) for entry in logs}
-    _same(told, last)
-    again += len([step for step in told if deaths and deaths[-1][1] < step <= deaths[-1][0]])
+    _same(seen, last)
+    again += len([step for step in seen if deaths and deaths[-1][1] < step <= deaths[-1][0]])
     if sorted(last) != list(range(1, steps + 1)):
         raise AssertionError(f"steps are missing from the history: {sorted(last)}.")
     name = "plain fine-tuning" if trainer.focus.method == "sft" else "FocuSFT"
@@ -127,8 +126,8 @@ def killed_and_resumed(
 
 
 def leg_until(config: Path, aim: int) -> tuple[dict[int, dict[str, Any]], int]:
-    """Run the command and kill it once it has told of step `aim`; return what it told."""
-    told, step = {}, _newest(config.parent / "run")
+    """Run the command and kill it once it has logged step `aim`; return what it logged."""
+    seen, step = {}, _newest(config.parent / "run")
     command = [sys.executable, "-m", "metafocus", "train", str(config)]
     with (config.parent / "errors.txt").open("w") as errors:
         process = subprocess.Popen(
@@ -140,10 +139,10 @@ def leg_until(config: Path, aim: int) -> tuple[dict[int, dict[str, Any]], int]:
             if not line.startswith("{'loss'"):
                 continue
             step += 1
-            told[step] = _printed(ast.literal_eval(line))
+            seen[step] = _printed(ast.literal_eval(line))
             if step == aim:
                 process.kill()
-        return told, process.wait()
+        return seen, process.wait()
 
 
 def _newest(run: Path) -> int:
@@ -161,12 +160,12 @@ def _printed(entry: dict[str, Any]) -> dict[str, Any]:
     return {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in kept.items()}
 
 
-def _same(told: dict[int, dict], later: dict[int, dict]) -> int:
-    """Check that steps told of twice came out the same; return how many; remember the new ones."""
-    twice = len(told.keys() & later.keys())
+def _same(seen: dict[int, dict], later: dict[int, dict]) -> int:
+    """Check that steps logged twice came out the same; return how many; remember the new ones."""
+    twice = len(seen.keys() & later.keys())
     for step, entry in later.items():
-        if told.setdefault(step, entry) != entry:
-            raise AssertionError(f"step {step} differs: {told[step]} before, {entry} after.")
+        if seen.setdefault(step, entry) != entry:
+            raise AssertionError(f"step {step} differs: {seen[step]} before, {entry} after.")
     return twice
 
 

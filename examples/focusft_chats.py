@@ -1,10 +1,10 @@
 """FocuSFT on chats of your own: from a JSONL file to a checkpoint that plain transformers loads.
 
-With a model and chats of yours: --model DIR --lr 1e-5 --data chats.jsonl, one chat a line:
-{"messages": [{"role": "user", "content": "..."}, ...]}. Without, chats are invented and a small
-Qwen2 is made. The trained model is a plain one: fast weights are thrown away after each step.
+With a model and chats of yours: --model_name_or_path DIR --train_file chats.jsonl. Without, chats
+are invented and a small Qwen2 is made. As a command this is `metafocus train`.
 """
 
+import argparse
 import json
 import random
 from pathlib import Path
@@ -13,10 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import metafocus as mf
-from metafocus.cli import options
-from metafocus.data import Collator, encode_chats, read_chats
-from metafocus.models import model_and_tokenizer
-from metafocus.training import Schedule, evaluate, train
+from metafocus.data import encode_chats, read_chats
 
 THINGS, PLACES = "lamp map key book coin rope".split(), "drawer shelf box bag desk chest".split()
 
@@ -28,42 +25,45 @@ def invent(path, count, seed):
         notes = dict(zip(rng.sample(THINGS, 4), rng.sample(PLACES, 4), strict=True))
         thing = rng.choice(list(notes))
         text = " ".join(f"The {a} is in the {b}." for a, b in notes.items())
-        user = {"role": "user", "content": f"{text} Where is the {thing}?"}
-        answer = {"role": "assistant", "content": f"In the {notes[thing]}."}
-        lines.append(json.dumps({"messages": [user, answer]}))
+        said = {"user": f"{text} Where is the {thing}?", "assistant": f"In the {notes[thing]}."}
+        messages = [{"role": role, "content": content} for role, content in said.items()]
+        lines.append(json.dumps({"messages": messages}))
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n")
     return path
 
 
 def main(argv=None):
-    parser = options.Parser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--model_name_or_path", dest="name")
+    parser.add_argument("--train_file", type=Path)
     parser.add_argument("--output", type=Path, default=Path("out/focusft_chats"))
-    options.add_model(parser)  # --model, --device, --seed, ...
+    parser.add_argument("--seed", type=int, default=42)
     args = parser.parse_args(argv)
-    args.output.mkdir(parents=True, exist_ok=True)
 
     # Chats become tokens, with the answers marked; a tenth of them is held out.
-    records = read_chats(args.data or invent(args.output / "chats.jsonl", 240, args.seed))
+    records = read_chats(args.train_file or invent(args.output / "chats.jsonl", 240, args.seed))
     texts = [message["content"] for record in records for message in record["messages"]]
-    model, tokenizer = model_and_tokenizer(args, lambda: texts, 256)
+    torch.manual_seed(args.seed)
+    model, tokenizer = mf.models.load(args.name) if args.name else mf.models.small(texts)
     samples = encode_chats(records, tokenizer, max_length=256).samples
     held, samples = samples[: len(samples) // 10], samples[len(samples) // 10 :]
-    collator = Collator(pad_token_id=tokenizer.pad_token_id)
 
-    # Before each step fresh LoRA weights adapt to the batch; the step is conditioned on them.
-    meta = mf.recipes.focusft(model)
-    before = evaluate(model, held, collator, mask=mf.masks.causal)
-    schedule = Schedule(60 if args.quick else 600, lr=args.lr)
-    train(model, meta, samples, collator, schedule, progress=not args.quick)
-    after = evaluate(model, held, collator, mask=mf.masks.causal)
+    # Before each step new LoRA weights adapt to the batch; the step is conditioned on them.
+    run = mf.FocusArguments(
+        str(args.output), max_steps=60 if args.quick else 600, per_device_train_batch_size=4,
+        learning_rate=1e-5 if args.name else 3e-3, seed=args.seed, save_strategy="no",
+    )  # fmt: skip
+    data = {"train_dataset": samples, "eval_dataset": held}
+    trainer = mf.FocusTrainer(model, run, **data, processing_class=tokenizer)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    after = trainer.evaluate()["eval_loss"]
     print(f"held-out answer loss, as deployed: {before:.3f} before, {after:.3f} after")
 
     # The checkpoint is a plain one: transformers alone loads it, with the same logits.
-    model.save_pretrained(args.output / "model")
-    tokenizer.save_pretrained(args.output / "model")
+    trainer.save_model(str(args.output / "model"))
     loaded = AutoModelForCausalLM.from_pretrained(args.output / "model").eval()
     words = AutoTokenizer.from_pretrained(args.output / "model")
     *chat, expected = records[0]["messages"]

@@ -5,6 +5,7 @@ depend on the model through every inner step, and `mf.Unrolled(recompute=True)` 
 dependence too. Moving the model along a direction shows which of the two is the derivative.
 """
 
+import argparse
 import json
 import time
 from pathlib import Path
@@ -13,26 +14,25 @@ import torch
 
 import metafocus as mf
 from metafocus import params as pt
-from metafocus.cli import options
 from metafocus.data import Collator, encode_chats, stdlib_qa
-from metafocus.models import model_and_tokenizer
 
 ESTIMATORS = {"first order": mf.FirstOrder(), "exact": mf.Unrolled(recompute=True)}
 
 
 def main(argv=None):
-    parser = options.Parser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--output", type=Path, default=Path("out/focusft_second_order"))
-    options.add_model(parser)  # --model, --device, --seed, ...
+    parser.add_argument("--model_name_or_path")
+    parser.add_argument("--seed", type=int, default=1234)
     args = parser.parse_args(argv)
-    length = 256 if args.quick else 1024
-    model, tokenizer = model_and_tokenizer(args, stdlib_qa.texts, length)
-    model = model.double()  # for differences of two losses
+    length, name = 256 if args.quick else 1024, args.model_name_or_path
+    torch.manual_seed(args.seed)
+    made = mf.models.load(name) if name else mf.models.small(stdlib_qa.texts(), max_length=length)
+    model, tokenizer = made[0].double(), made[1]  # double: for differences of two losses
     chats = stdlib_qa.generate(tokenizer, n=2, context_tokens=length - 96, seed=args.seed)
     samples = encode_chats(chats, tokenizer, max_length=length).samples
     batch = Collator(pad_token_id=tokenizer.pad_token_id)(samples)
-    batch = {k: v.to(args.device) for k, v in batch.items()}
 
     def meta(estimator, steps):
         # A new generator, so that each call begins with the same fast weights.

@@ -2,8 +2,8 @@
 
 An estimator is any function `(inner_loss, solver, start, outer, support) -> mf.Solution`. It
 returns the adapted fast weights, and their dependence on `outer` *is* the hypergradient. So
-estimators can be added. If `D_k` is that of `mf.Unrolled(last=k)`, the telescope
-`D_0 + (D_1 - D_0) + ...` is exact, and one of its differences, drawn at random and divided by its
+estimators can be added: with `D_k` that of `mf.Unrolled(last=k)`, the telescope
+`D_0 + (D_1 - D_0) + ... ` is exact, and one of its differences, drawn at random and divided by its
 probability, is exact on average (randomised telescopes, arXiv 1905.07006). All `D_k` have the same
 values, so the loss is exact.
 """
@@ -18,7 +18,7 @@ import metafocus as mf
 
 
 @dataclass(frozen=True)
-class Telescope(mf.Estimator):
+class Telescope:
     """Differentiate a random number of the last steps, without bias."""
 
     decay: float = 0.7
@@ -53,7 +53,7 @@ def main(argv=None):
     episode = mf.Episode(*((torch.randn(16, 4), torch.randn(16)) for _ in range(2)))
     problem, solver = mf.Problem(loss, loss), mf.SGD(0.1, steps=12)
 
-    # It is used like the built-in ones, and compared with them over many draws.
+    # It stands where the built-in ones stand, and is judged beside them over many draws.
     estimators = {"exact": mf.Unrolled(), "last 3 steps": mf.Unrolled(last=3)}
     estimators = {**estimators, "first order": mf.FirstOrder(), "telescope": Telescope()}
     comparison = mf.compare(
@@ -63,7 +63,7 @@ def main(argv=None):
     args.output.mkdir(parents=True, exist_ok=True)
     comparison.to_json(args.output / "own_estimator.json")
 
-    # The mean of a biased estimate stays wrong; that of an unbiased one becomes right.
+    # Biased estimates stay wrong when they are averaged; an unbiased one does not.
     means = {}
     for name, estimator in estimators.items():
         gradient = mf.hypergrad(mf.bilevel(problem, solver=solver, estimator=estimator))

@@ -4,6 +4,8 @@ Before it answers, the model takes steps on its prompt (`mf.recipes.qttt`: LoRA 
 next-token loss of the context). The fast weights can be bound, or written as a PEFT adapter.
 """
 
+import argparse
+import random
 from pathlib import Path
 
 import torch
@@ -11,20 +13,20 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import metafocus as mf
-from metafocus.cli import options
 from metafocus.data import Collator, encode_chats, stdlib_qa
-from metafocus.models import model_and_tokenizer
 from metafocus.recipes import export
-from metafocus.training import Schedule, train
 
 
 def main(argv=None):
-    parser = options.Parser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--output", type=Path, default=Path("out/test_time_training"))
-    options.add_model(parser)  # --model, --device, --seed, ...
+    parser.add_argument("--model_name_or_path")
+    parser.add_argument("--seed", type=int, default=1234)
     args = parser.parse_args(argv)
-    model, tokenizer = model_and_tokenizer(args, stdlib_qa.texts, 256)
+    torch.manual_seed(args.seed)
+    name, texts = args.model_name_or_path, stdlib_qa.texts()
+    model, tokenizer = mf.models.load(name) if name else mf.models.small(texts, max_length=256)
     collator = Collator(pad_token_id=tokenizer.pad_token_id)
 
     def chats(split, n):
@@ -32,18 +34,19 @@ def main(argv=None):
         return encode_chats(made, tokenizer, max_length=256).samples
 
     # A model made on the spot knows nothing: teach it to read. No fast weights, all tokens.
-    if args.model is None:
-        nothing = mf.LoRA(mf.top_layers(0.0, ("q_proj",)))
-        read = mf.lm_loss(model, adapter=nothing, mask=mf.masks.causal, tokens=mf.all_tokens)
-        schedule = Schedule(60 if args.quick else 1000, lr=3e-3)
-
-        def plain(_, episode):
-            return read({}, {}, episode.query), mf.Aux({}, torch.zeros(0))
-
-        train(model, plain, chats("train", 100), collator, schedule, progress=not args.quick)
+    if name is None:
+        kinds = {"mask": mf.masks.causal, "tokens": mf.all_tokens}
+        read = mf.lm_loss(model, adapter=mf.NoAdapter(), **kinds)
+        samples, rng = chats("train", 100), random.Random(args.seed)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        for _ in range(60 if args.quick else 1000):
+            read({}, {}, collator(rng.sample(samples, 4))).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
     # Inference: each of two prompts gets fast weights of its own.
     model.eval()
-    batch = {k: v.to(args.device) for k, v in collator(chats("heldout", 2)).items()}
+    batch = collator(chats("heldout", 2))
     queries = mf.LoRA(mf.top_layers(1.0, ("q_proj",)), rank=8, alpha=16.0)
     solver = mf.SGD(2.0, steps=16, clip=mf.clip_per_tensor(1.0))
     adapt = mf.recipes.qttt(model, adapter=queries, solver=solver)
@@ -59,19 +62,17 @@ def main(argv=None):
     differences = []
     for row, folder in enumerate(folders):
         length = int(batch["attention_mask"][row].sum())
-        prompt = batch["input_ids"][row : row + 1, :length].cpu()
-        fast = {k: v[row].cpu() for k, v in aux.params.items()}
+        prompt = batch["input_ids"][row : row + 1, :length]
+        fast = {k: v[row] for k, v in aux.params.items()}
         base = AutoModelForCausalLM.from_pretrained(args.output / "model").eval()
         loaded = PeftModel.from_pretrained(base, folder).eval()
-        with torch.no_grad(), queries.bind(model.cpu(), fast):
+        with torch.no_grad(), queries.bind(model, fast):
             bound = model(prompt).logits
         with torch.no_grad():
             error = (loaded(prompt).logits - bound).abs().max().item()
             moved = (model(prompt).logits - bound).abs().max().item()
         differences.append((error, moved))
-        print(
-            f"{folder}: PEFT's logits differ by {error:.1e} at most; adaptation moved {moved:.2f}"
-        )
+        print(f"{folder}: PEFT's logits differ by {error:.1e} at most; adapting moved {moved:.2f}")
     return {"losses": losses, "differences": differences}
 
 

@@ -65,7 +65,7 @@ def main(steps: int = 3) -> FocusSFTTrainer:
         trainer = FocusSFTTrainer(
             model,
             args,
-            focus=FocusOptions(layer_fraction=0.5, lora_rank=4, lora_alpha=8.0),
+            focus=FocusOptions(layer_fraction=0.5, lora_rank=4),
             train_dataset=Dataset.from_list(chats),
             eval_dataset=Dataset.from_list(chats[:4]),
             processing_class=tokenizer,

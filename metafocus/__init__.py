@@ -48,6 +48,7 @@ from metafocus.graph import compiled
 from metafocus.linear import CG, GMRES, Dense, Identity, Neumann, Nystrom, WarmStart
 from metafocus.lm import TokenPolicy, all_tokens, answer_tokens, context_tokens, lm_loss
 from metafocus.masks import MaskPolicy, Spans
+from metafocus.preflight import trust
 from metafocus.problem import Problem, from_slow, proximal, stack_episodes, trainable
 from metafocus.solvers import (
     SGD,
@@ -165,6 +166,7 @@ __all__ = [
     "stack_episodes",
     "top_layers",
     "trainable",
+    "trust",
 ]
 
 

@@ -6,29 +6,34 @@ import sys
 from collections.abc import Sequence
 
 import metafocus
-from metafocus.cli import compare, evaluate, options, profile, reproduce, train
+from metafocus.cli import compare, evaluate, profile, reproduce
+from metafocus.cli.parsing import Parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; return its code: 2 after an error of the user's, told in one line."""
-    parser = options.Parser(prog="metafocus", description=metafocus.__doc__)
+    """Run a command; return its exit code: 2 after a mistake of the user, printed in one line."""
+    parser = Parser(prog="metafocus", description=metafocus.__doc__)
     parser.add_argument("--version", action="version", version=metafocus.__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (compare, train, profile, evaluate, reproduce):
+    compare.add_parser(commands)
+    # Listed only: its settings are those of Hugging Face's Trainer, which takes seconds to import.
+    commands.add_parser("train", help="fine-tune a model on chats, plainly or with FocuSFT")
+    for command in (profile, evaluate, reproduce):
         command.add_parser(commands)
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        if words[:1] == ["train"] and train.wants_trainer(words[1:]):
-            train.run_trainer(words[1:])
-        else:
-            args = parser.parse_args(words)
-            # Only a command that judges something has a code of its own.
-            return args.run(args) or 0
+        if words[:1] == ["train"]:
+            from metafocus.cli import train
+
+            train.main(words[1:])
+            return 0
+        args = parser.parse_args(words)
+        # Only a command that judges something returns a code of its own.
+        return args.run(args) or 0
     except (ValueError, OSError) as error:
         # Ours are subclasses of the first; the second is a file or a disk.
         print("metafocus: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

@@ -11,8 +11,27 @@ from torch import Tensor
 from metafocus.errors import NonFiniteError, ProblemError
 
 
-def whole(name: str, value: Any, least: int = 0, *, note: str = "") -> None:
+def is_number(value: Any) -> bool:
+    """Return whether a value is an integer or a float; True and False are neither."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_whole(value: Any, least: float = -math.inf) -> bool:
+    """Return whether a value is an integer of at least `least`; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def whole(
+    name: str, value: Any, least: int = 0, *, note: str = "", error: type[ValueError] = ValueError
+) -> None:
     """Raise unless `value` is an integer of at least `least`; True and False are none.
+
+    Args:
+        name: the name of the argument.
+        value: its value.
+        least: the smallest value that is allowed.
+        note: what the message adds to the bound.
+        error: what is raised.
 
     Raises:
         ValueError: naming the argument, its value and the bound.
@@ -20,11 +39,24 @@ def whole(name: str, value: Any, least: int = 0, *, note: str = "") -> None:
     Example:
         >>> whole("steps", 3)
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an integer >= {least}{note}, got {value!r}.")
+    if not is_whole(value, least):
+        raise error(f"{name} must be an integer >= {least}{note}, got {value!r}.")
 
 
-def positive(name: str, value: Any) -> None:
+def number(name: str, value: Any, *, error: type[ValueError] = ValueError) -> None:
+    """Raise unless `value` is a finite number; True and False are none.
+
+    Raises:
+        ValueError: naming the argument and its value.
+
+    Example:
+        >>> number("alpha", 64)
+    """
+    if not is_number(value) or not math.isfinite(value):
+        raise error(f"{name} must be a finite number, got {value!r}.")
+
+
+def positive(name: str, value: Any, *, error: type[ValueError] = ValueError) -> None:
     """Raise unless `value` is a number above zero and finite.
 
     Raises:
@@ -34,7 +66,7 @@ def positive(name: str, value: Any) -> None:
         >>> positive("sigma", 0.1)
     """
     if not value > 0 or math.isinf(value):
-        raise ValueError(f"{name} must be {'finite' if value > 0 else 'positive'}, got {value}.")
+        raise error(f"{name} must be {'finite' if value > 0 else 'positive'}, got {value}.")
 
 
 def not_negative(name: str, value: Any) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metafocus.torch_internals import forward_hooks
+
 LONG = 256
 """Containers with more entries are seen by identity and length only."""
 
@@ -35,7 +37,7 @@ class _Same:
         return f"{type(self.value).__name__} object"
 
 
-def captured(fn: Any) -> dict[str, Any]:
+def closures_of(fn: Any) -> dict[str, Any]:
     """Return what a function reads besides its arguments, by name: `{"loss.scale": 0.5}`.
 
     Seen are closures, defaults, attributes of objects and of modules with the mode they are in,
@@ -46,7 +48,7 @@ def captured(fn: Any) -> dict[str, Any]:
         >>> scale = [0.5]
         >>> def make(scale):
         ...     return lambda x: scale[0] * x
-        >>> [value for value in captured(make(scale)).values() if isinstance(value, float)]
+        >>> [value for value in closures_of(make(scale)).values() if isinstance(value, float)]
         [0.5]
     """
     found: dict[str, Any] = {}
@@ -128,11 +130,10 @@ def _module(module: nn.Module, name: str) -> Iterator[tuple[str, Any]]:
     for k, v in vars(module).items():
         if isinstance(v, _PLAIN):
             yield f"{name}.{k}", v
-    for k, v in (*module._parameters.items(), *module._buffers.items()):
-        if v is not None:
-            yield f"{name}.{k}", (_Same(v), v.shape, v.dtype, v.device)
-    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-    yield f"{name} hooks", tuple(map(_Same, hooks))
+    own: dict[str, Any] = {"recurse": False, "remove_duplicate": False}
+    for k, v in (*module.named_parameters(**own), *module.named_buffers(**own)):
+        yield f"{name}.{k}", (_Same(v), v.shape, v.dtype, v.device)
+    yield f"{name} hooks", tuple(map(_Same, forward_hooks(module)))
 
 
 def _foreign(module: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -11,17 +12,17 @@ from torch import Tensor
 
 from metafocus import params as pt
 from metafocus import streams
-from metafocus.autodiff.grad import leaf_alias
+from metafocus.autodiff.grad import leaf_alias, reaches_another_leaf
 from metafocus.autodiff.safe_operators.swapping import Swapped
 from metafocus.checks import check_finite
 from metafocus.errors import ProblemError
 from metafocus.estimators import Estimator
-from metafocus.preflight import preflight
+from metafocus.preflight import preflight, refuse_ignored_fast_weights
 from metafocus.problem import Problem, check_params, constants, moving
 from metafocus.solvers import Given
 from metafocus.solvers.descent import solve_inner
 from metafocus.torch_internals import transforming
-from metafocus.types import Aux, Episode, Params, Solution, Solver
+from metafocus.types import Aux, Episode, InnerLoss, Params, Solution, Solver
 
 MetaLoss = Callable[[Params, Any], tuple[Tensor, Aux]]
 """`meta_loss(outer, episode) -> (loss, Aux)`."""
@@ -79,13 +80,16 @@ def bilevel(
         >>> w["w"].grad
         tensor([1.2800])
     """
+    _check_parts(problem, solver, estimator)
     if path is not None:
         _refuse_path(estimator, solver)
-    checked = False
     explicit = getattr(estimator, "explicit", False)
+    twice = getattr(estimator, "twice", True)
+    inner_loss: InnerLoss | None = None
+    outer_tried = False
 
-    def meta_loss(outer: Params, episode: Any) -> tuple[Tensor, Aux]:
-        nonlocal checked
+    def evaluate(outer: Params, episode: Any) -> tuple[Tensor, Aux]:
+        nonlocal inner_loss, outer_tried
         check_params(outer, "outer", "outer parameters")
         if explicit and not outer:
             raise ProblemError(
@@ -95,17 +99,21 @@ def bilevel(
             )
         support, query = problem.prepared(outer, episode)
         start = problem.start(outer, support)
-        if not checked and not torch.compiler.is_compiling():
-            preflight(problem.inner_loss, solver, start, outer, support, explicit=explicit)
-            checked = True
-        args = (problem.inner_loss, solver, start, outer, support)
+        first = inner_loss is None and not torch.compiler.is_compiling()
+        found = problem.inner_loss if inner_loss is None else inner_loss
+        if first:
+            found = preflight(found, solver, start, outer, support, explicit=explicit, twice=twice)
+        args = (found, solver, start, outer, support)
         if path is None:
             solution = estimator(*args)
+            _check_solution(solution, start, estimator)
             last = max(solver.steps - 1, 0)
             ends = [(None, solution.params, streams.at(query, last))]
         else:
             weights = path_weights(path, outer, solver.steps)
-            solution = estimator(*args, path=tuple(range(solver.steps)))
+            with_path: Any = estimator
+            solution = with_path(*args, path=tuple(range(solver.steps)))
+            _check_solution(solution, start, estimator)
             data = [streams.at(query, step) for step in range(solver.steps)]
             if len(solution.path) != len(data):
                 raise ProblemError(
@@ -115,11 +123,100 @@ def bilevel(
             ends = list(zip(weights, solution.path, data, strict=True))
         if not transforming():
             check_finite(solution.losses)
+        if first:
+            inner_loss = found
+        # Under no_grad an outer loss may be a metric without a derivative.
+        if not outer_tried and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            _check_outer(problem, ends[-1], outer)
+            outer_tried = True
         with Swapped(once=True):
             loss, metrics = weighted(problem, ends, outer)
         return loss, Aux(pt.detach(solution.params), solution.losses.detach(), metrics)
 
+    def meta_loss(outer: Params, episode: Any) -> tuple[Tensor, Aux]:
+        return outermost(evaluate, outer, episode)
+
     return meta_loss
+
+
+_INSIDE: ContextVar[bool] = ContextVar("inside", default=False)
+
+
+def outermost(evaluate: MetaLoss, outer: Params, episode: Any) -> tuple[Tensor, Any]:
+    """Return `evaluate(outer, episode)`; refuse a loss that no gradient can flow from.
+
+    A meta loss inside another one, as with three levels, is not judged.
+
+    Raises:
+        ProblemError: with grad mode on and outside transforms, if neither the loss nor anything
+            in `outer` or the episode requires grad.
+    """
+    if _INSIDE.get():
+        return evaluate(outer, episode)
+    token = _INSIDE.set(True)
+    try:
+        loss, aux = evaluate(outer, episode)
+    finally:
+        _INSIDE.reset(token)
+    if (
+        torch.is_grad_enabled()
+        and not transforming()
+        and not any(x.requires_grad for x in pt.tensors((outer, episode)))
+        and not reaches_another_leaf(loss)
+    ):
+        raise ProblemError(
+            "nothing in outer requires grad, so loss.backward() would train nothing (state_dict() "
+            "and detached tensors are constants). Pass mf.trainable(model), take the gradient with "
+            "mf.hypergrad(meta_loss), or evaluate under torch.no_grad()."
+        )
+    return loss, aux
+
+
+def _check_parts(problem: Any, solver: Any, estimator: Any) -> None:
+    """Raise unless the three parts are what they should be."""
+    if not isinstance(problem, Problem):
+        raise ProblemError(
+            f"problem must be an mf.Problem(inner_loss, outer_loss), got {type(problem).__name__}."
+        )
+    for name, part, example in (
+        ("solver", solver, "mf.SGD(0.1, steps=5)"),
+        ("estimator", estimator, "mf.Unrolled()"),
+    ):
+        if isinstance(part, type):
+            raise ProblemError(
+                f"{name} must be an object, got the class {part.__name__}: write {example}."
+            )
+    if not all(hasattr(solver, name) for name in ("steps", "init", "update")):
+        raise ProblemError(
+            f"solver must have steps, init and update, as {'mf.SGD(0.1, steps=5)'} has, got "
+            f"{type(solver).__name__}. Optimisers of torch.optim work in place and cannot be "
+            "differentiated; mf.SGD, mf.Adam, mf.AdamW, mf.Muon have their formulas."
+        )
+    if not callable(estimator):
+        raise ProblemError(
+            "estimator must be a function (inner_loss, solver, start, outer, support) -> "
+            f"mf.Solution, such as mf.Unrolled(), got {estimator!r}."
+        )
+
+
+def _check_solution(solution: Any, start: Params, estimator: Any) -> None:
+    """Raise unless an estimator returned a solution with every fast weight."""
+    name = getattr(estimator, "__name__", type(estimator).__name__)
+    if not isinstance(solution, Solution):
+        raise ProblemError(
+            f"{name} must return mf.Solution(params, losses), got {type(solution).__name__}."
+        )
+    if not isinstance(solution.params, dict) or set(solution.params) != set(start):
+        got = sorted(solution.params) if isinstance(solution.params, dict) else solution.params
+        raise ProblemError(
+            f"{name} must return every fast weight that the start holds, {sorted(start)}, got "
+            f"{got}."
+        )
+
+
+def _check_outer(problem: Problem, end: tuple[Any, Params, Any], outer: Params) -> None:
+    _, fast, query = end
+    refuse_ignored_fast_weights(lambda f: problem.evaluate(f, pt.detach(outer), query)[0], fast)
 
 
 def weighted(
@@ -233,7 +330,7 @@ def _on_tape(
         leaves = {k: leaf_alias(v, track) for k, v in outer.items()}
         loss, aux = meta_loss(dict(leaves))
         if not loss.requires_grad or not leaves:
-            return pt.zeros_like(pt.detach(leaves)), loss, aux
+            return pt.zeros_like(pt.detach(leaves)), loss if track else loss.detach(), aux
         grads = torch.autograd.grad(
             loss, list(leaves.values()), create_graph=track, materialize_grads=True
         )
@@ -269,10 +366,10 @@ def adapt(
     check_params(outer, "outer", "outer parameters")
     outer = constants(outer)
     support = pt.detach(problem.prepared(outer, Episode(support, support)).support)
-    start = problem.start(outer, support)
+    start, inner_loss = problem.start(outer, support), problem.inner_loss
     if not transforming():
-        preflight(problem.inner_loss, solver, start, outer, support, explicit=False)
-    solution = solve_inner(problem.inner_loss, solver, start, outer, support, path)
+        inner_loss = preflight(inner_loss, solver, start, outer, support)
+    solution = solve_inner(inner_loss, solver, start, outer, support, path)
     if not transforming():
         check_finite(solution.losses)
     return solution

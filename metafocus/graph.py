@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from metafocus import params as pt
-from metafocus.closures import captured
+from metafocus.closures import closures_of
 from metafocus.errors import MetafocusError, ProblemError, TransformError
 from metafocus.problem import check_params
-from metafocus.torch_internals import transforming
+from metafocus.torch_internals import fake_tensors, operator_arguments, pytree, transforming
 from metafocus.types import Aux, Params
 
 Hypergrad = Callable[[Params, Any], tuple[Params, tuple[Tensor, Aux]]]
@@ -46,10 +45,10 @@ def compiled(
 
     Args:
         hypergradient: `mf.hypergrad(meta_loss)`, of any estimator, also over tasks.
-        backend: of `torch.compile`. "inductor" needs a C++ compiler for the CPU; "aot_eager" and
-            "eager" run the same graph without one, and without the gain.
-        mode: of `torch.compile`.
-        options: of `torch.compile`.
+        backend: the `backend` of `torch.compile`. "inductor" needs a C++ compiler for the CPU;
+            "aot_eager" and "eager" run the same graph without one, and without the gain.
+        mode: the `mode` of `torch.compile`.
+        options: the `options` of `torch.compile`.
 
     Returns:
         A function like `hypergradient`.
@@ -84,23 +83,23 @@ def compiled(
         if not outer:
             raise ProblemError(
                 "outer={} with compiled: a graph has explicit inputs only. Pass "
-                "dict(model.named_parameters()) as outer (never state_dict(): tied names clash)."
+                "mf.trainable(model) as outer (never state_dict(): tied names clash)."
             )
         outer, episode = pt.detach((outer, episode))
         leaves, spec = pytree.tree_flatten((outer, episode))
         key = (spec, *map(_kind, leaves), *_ambient(leaves))
-        trace, now = traces.get(key), captured(hypergradient)
-        if trace is None or trace.captured != now:
+        trace, now = traces.get(key), closures_of(hypergradient)
+        if trace is None or trace.closures != now:
             count = 0 if trace is None else trace.retraces + 1
             if trace is not None and count > RETRACES:
                 raise TransformError(
-                    f"compiled: {_changed(trace.captured, now)} changes from call to call, and "
+                    f"compiled: {_changed(trace.closures, now)} changes from call to call, and "
                     "each change is compiled anew. Pass it in outer or in the episode, as a tensor."
                 )
             traces.pop(key, None)
             run, out_spec = _compile(hypergradient, outer, episode, backend, mode, options)
             # The eager call has left its traces, such as what was probed.
-            trace = traces[key] = _Trace(run, out_spec, captured(hypergradient), count)
+            trace = traces[key] = _Trace(run, out_spec, closures_of(hypergradient), count)
         with torch.no_grad():
             outputs = trace.run(*pt.tensors(leaves))
         return pytree.tree_unflatten(outputs, trace.out_spec)
@@ -111,7 +110,7 @@ def compiled(
 class _Trace(NamedTuple):
     run: Callable[..., Any]
     out_spec: pytree.TreeSpec
-    captured: dict[str, Any]
+    closures: dict[str, Any]
     retraces: int
 
 
@@ -123,7 +122,8 @@ def _compile(
     mode: str | None,
     options: dict[str, Any] | None,
 ) -> tuple[Callable[..., Any], pytree.TreeSpec]:
-    eager = hypergradient(outer, episode)
+    with torch.no_grad():
+        eager = hypergradient(outer, episode)
     if not (isinstance(eager, tuple) and isinstance(eager[0], dict)):
         raise ProblemError(
             "compiled wants mf.hypergrad(meta_loss), not the meta loss: the derivative is taken "
@@ -147,7 +147,6 @@ def _compile(
 
 
 def _graph(hypergradient: Hypergrad, outer: Params, episode: Any) -> torch.fx.GraphModule:
-    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
 
     inputs, rebuild = pt.partition((outer, episode))
@@ -156,7 +155,7 @@ def _graph(hypergradient: Hypergrad, outer: Params, episode: Any) -> torch.fx.Gr
         return pt.tensors(hypergradient(*rebuild(tensors)))
 
     # Tensors without values and without symbols: what depends on a value raises.
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    fake = fake_tensors()
     try:
         with torch.no_grad():
             unreal = [fake.from_tensor(x, static_shapes=True) for x in inputs]
@@ -187,7 +186,7 @@ def _refuse_random(graph: torch.fx.GraphModule) -> None:
     for node in graph.graph.nodes:
         if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
             continue
-        names = [a.name for a in node.target._schema.arguments]
+        names = [argument.name for argument in operator_arguments(node.target)]
         given = dict(zip(names, node.args, strict=False)) | node.kwargs
         # Attention says that it draws numbers, and does with dropout only.
         if "dropout_p" in names and not given.get("dropout_p"):

@@ -78,7 +78,8 @@ class Problem:
                 raise ProblemError(
                     f"{name} must be a function, got {type(getattr(self, name)).__name__}."
                 )
-        if not takes(self.init, 2):
+        # dict, which cannot say what it takes, would copy the slow weights, as from_slow does.
+        if self.init is dict or not takes(self.init, 2):
             raise ProblemError(
                 "init must take two arguments, (slow, support) -> fast: write "
                 "`init=lambda slow, support: ...`. For MAML leave init out."
@@ -234,6 +235,11 @@ def as_episode(value: Any, source: str = "episode") -> Episode:
         >>> as_episode((1, 2))
         Episode(support=1, query=2)
     """
+    if isinstance(value, list) and value and all(isinstance(e, Episode) for e in value):
+        raise ProblemError(
+            f"{source} is a list of {len(value)} episodes: stack them with mf.stack_episodes and "
+            "use mf.over_tasks, or take one at a time."
+        )
     if not isinstance(value, tuple | list) or len(value) != 2:
         size = f" of {len(value)}" if hasattr(value, "__len__") else ""
         got = type(value).__name__ + size

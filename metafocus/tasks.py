@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from metafocus import params as pt
-from metafocus.autodiff.grad import leaf_alias
+from metafocus.autodiff.grad import leaf_alias, reaches_another_leaf
 from metafocus.autodiff.known import with_gradient
 from metafocus.checks import check_finite, whole
-from metafocus.engine import MetaLoss
+from metafocus.engine import MetaLoss, outermost
 from metafocus.errors import NonFiniteError, ProblemError
 from metafocus.rng import Drawn
 from metafocus.streams import Shared, is_stream
-from metafocus.torch_internals import foreign_leaves, pytree, transforming
+from metafocus.torch_internals import pytree, transforming
 from metafocus.types import Aux, Params
 
 CHUNK = 200
@@ -70,7 +70,8 @@ def over_tasks(
         >>> maml = mf.Problem(loss, loss)
         >>> meta = mf.bilevel(maml, solver=mf.SGD(0.1, steps=1), estimator=mf.Unrolled())
         >>> data = torch.tensor([[0.0], [2.0]])
-        >>> value, aux = mf.over_tasks(meta)({"w": torch.tensor([1.0])}, mf.Episode(data, data))
+        >>> w = {"w": torch.tensor([1.0], requires_grad=True)}
+        >>> value, aux = mf.over_tasks(meta)(w, mf.Episode(data, data))
         >>> aux.params["w"].shape
         torch.Size([2, 1])
     """
@@ -97,6 +98,9 @@ class _OverTasks:
     randomness: str
 
     def __call__(self, outer: Params, episodes: Any) -> tuple[Tensor, Aux]:
+        return outermost(self._mean, outer, episodes)
+
+    def _mean(self, outer: Params, episodes: Any) -> tuple[Tensor, Aux]:
         _refuse_unshared(episodes)
         tensors, rebuild = pt.partition(episodes)
         count = _task_count(tensors)
@@ -261,7 +265,7 @@ class _Chunks:
         grads: list[Tensor | None] = [None] * len(at)
         losses = []
         for share, loss in self.values(leaves):
-            if foreign_leaves(loss, at):
+            if reaches_another_leaf(loss, at):
                 return None
             losses.append(share * loss.detach())
             if loss.requires_grad:

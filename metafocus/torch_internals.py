@@ -1,24 +1,40 @@
-"""The one file that touches private parts of torch."""
+"""The one file that touches private parts of torch.
+
+Each private name is used in one small function of a public meaning, and has a test in
+`tests/test_torch_internals.py` that says what depends on it. Where a new release of torch moves a
+name, that test fails, and this file is the only one to change.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch._functorch.eager_transforms import _create_differentiable, grad_increment_nesting
-from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
-from torch.overrides import TorchFunctionMode
+from torch._functorch.pyfunctorch import (
+    retrieve_current_functorch_interpreter,
+    temporarily_pop_interpreter_stack,
+)
+from torch.nn import _reduction
+from torch.nn.utils.stateless import _reparametrize_module
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from metafocus.errors import TransformError
 
+__all__ = ["TorchDispatchMode", "pytree"]
+
 _PROXY = torch._C._TorchDispatchModeKey.PROXY  # pyright: ignore[reportAttributeAccessIssue]
+
+
+# Which transforms and compilers are active.
 
 
 def tracing() -> bool:
@@ -34,19 +50,23 @@ def transforming() -> bool:
 
     A plain `forward_ad.dual_level` counts: gradients of the tape lose tangents there.
     """
-    return (
-        tracing()
-        or _functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-    )
+    return tracing() or transform_active()
+
+
+def transform_active() -> bool:
+    """Return whether a transform is active, in a form that `torch.compile` can fold."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def forward_levels() -> int:
     """Return how many forward-mode transforms (jvp, jacfwd, linearize) are active."""
     if torch.compiler.is_compiling():
         return 0
-    stack = _functorch.get_interpreter_stack() or []
-    return sum(level.key() == _functorch.TransformType.Jvp for level in stack)
+    return sum(level.key() == _functorch.TransformType.Jvp for level in _transforms())
+
+
+def _transforms() -> list[Any]:
+    return _functorch.get_interpreter_stack() or []
 
 
 def refuse_nested_forward_mode(name: str) -> None:
@@ -56,6 +76,49 @@ def refuse_nested_forward_mode(name: str) -> None:
             f"{name} inside two nested torch.func.jvp / jacfwd: torch returns a wrong second "
             "derivative there without an error. Use jacfwd(jacrev(f)) or jacrev(jacrev(f))."
         )
+
+
+@contextlib.contextmanager
+def outside_transforms() -> Iterator[None]:
+    """Compute on the side, as if no transform were active, inside a `with` block."""
+    with contextlib.ExitStack() as stack:
+        for _ in _transforms():
+            stack.enter_context(temporarily_pop_interpreter_stack())
+        yield
+
+
+class VmapLevel(NamedTuple):
+    """A `vmap` over the plain tape, with functions that take tensors out of it and into it.
+
+    Attributes:
+        level: number of the transform.
+        size: how many tasks are mapped.
+    """
+
+    level: int
+    size: int
+
+    def outside(self, x: Tensor) -> Tensor:
+        """Return the plain tensor of all tasks, `[size, ...]`."""
+        return _functorch._remove_batch_dim(x, self.level, self.size, 0)
+
+    def inside(self, x: Tensor) -> Tensor:
+        """Return a plain tensor `[size, ...]` as one task sees it."""
+        return _functorch._add_batch_dim(x, 0, self.level)
+
+
+def sole_vmap() -> VmapLevel | None:
+    """Return the one `vmap` over the plain tape, if that is all that is active."""
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+        return None
+    stack = _transforms()
+    if len(stack) != 1 or stack[0].key() != _functorch.TransformType.Vmap:
+        return None
+    vmap: Any = retrieve_current_functorch_interpreter()
+    return VmapLevel(vmap.level(), vmap.batch_size())
+
+
+# Tensors under transforms, and the graph behind them.
 
 
 def unwrap_dead(tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -80,7 +143,7 @@ def is_tracked(x: Tensor) -> bool:
         return False
     with contextlib.ExitStack() as stack:
         # A tangent can only be looked at from its own level.
-        for _ in _functorch.get_interpreter_stack()[_functorch.maybe_get_level(x) - 1 :]:
+        for _ in _transforms()[_functorch.maybe_get_level(x) - 1 :]:
             stack.enter_context(temporarily_pop_interpreter_stack())
         return is_tracked(_functorch.get_unwrapped(x))
 
@@ -101,41 +164,16 @@ def is_batched(x: Tensor) -> bool:
     return False
 
 
-@contextlib.contextmanager
-def new_tensors() -> Iterator[list[Tensor]]:
-    """Collect the tensors that torch functions return inside a `with` block."""
-    with _Recorded() as recorded:
-        yield recorded.made
-
-
-class _Recorded(TorchFunctionMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.made: list[Tensor] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.made += [x for x in pytree.tree_leaves(out) if isinstance(x, Tensor)]
-        return out
-
-
-def foreign_leaves(result: Tensor, own: Sequence[Tensor]) -> list[Tensor]:
-    """Return the leaves that a tensor of the tape depends on and that are not among `own`."""
-    mine = {id(x) for x in own}
-    if result.grad_fn is None:
-        return [] if not result.requires_grad or id(result) in mine else [result]
-    found, seen, pending = [], set(), [result.grad_fn]
-    while pending:
-        node = pending.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        # Only the node of a leaf has a variable.
-        leaf = getattr(node, "variable", None)
-        if leaf is not None and id(leaf) not in mine:
-            found.append(leaf)
-        pending += [parent for parent, _ in node.next_functions if parent is not None]
-    return found
+def plain(x: Tensor) -> Tensor:
+    """Return a tensor as it is outside all transforms; of a batch that `vmap` maps, the first."""
+    batched = []
+    while _functorch.is_functorch_wrapped_tensor(x):
+        if _functorch.is_batchedtensor(x):
+            batched.append(_functorch.maybe_get_bdim(x))
+        x = _functorch.get_unwrapped(x)
+    for axis in reversed(batched):
+        x = x.select(axis, 0)
+    return x
 
 
 def unused_by(loss: Callable[[dict[str, Tensor]], Tensor], at: dict[str, Tensor]) -> set[str]:
@@ -143,17 +181,76 @@ def unused_by(loss: Callable[[dict[str, Tensor]], Tensor], at: dict[str, Tensor]
     if not transforming():
         # The tape accepts what a transform refuses: batch norm that counts its batches, a loss
         # that builds a graph of its own, custom Functions of the old form.
-        return _unused({k: v.detach().requires_grad_() for k, v in at.items()}, loss)
+        return _unused({k: v.detach().requires_grad_() for k, v in at.items()}, loss, -1)
     with grad_increment_nesting() as level:
-        return _unused({k: _create_differentiable(v.detach(), level) for k, v in at.items()}, loss)
+        leaves = {k: _create_differentiable(v.detach(), level) for k, v in at.items()}
+        return _unused(leaves, loss, level)
 
 
-def _unused(leaves: dict[str, Tensor], loss: Callable[[dict[str, Tensor]], Tensor]) -> set[str]:
+def _unused(
+    leaves: dict[str, Tensor], loss: Callable[[dict[str, Tensor]], Tensor], level: int
+) -> set[str]:
     value = loss(dict(leaves))
-    if not is_tracked(value):
+    # A value of another level depends on what is closed over, and not on these leaves.
+    if _functorch.maybe_get_level(value) != level or not value.requires_grad:
         return set(leaves)
     found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
     return {k for k, g in zip(leaves, found, strict=True) if g is None}
+
+
+def forward_class(node: Any) -> type | None:
+    """Return the custom Function that a node of the tape belongs to; None for a node of ATen."""
+    return getattr(type(node), "_forward_cls", None)
+
+
+def is_view(x: Tensor) -> bool:
+    """Return whether autograd knows a tensor as a view of another one."""
+    return x._is_view()
+
+
+def version(x: Tensor) -> int | None:
+    """Return a number that grows when a tensor is written to; None for inference tensors."""
+    return None if x.is_inference() else x._version
+
+
+def storage_key(storage: torch.UntypedStorage) -> int:
+    """Return what identifies the memory of a tensor, under however many names it is known."""
+    return storage._cdata
+
+
+# Modules: their own tables, and the hooks in them.
+
+
+def swapped_weights(
+    module: nn.Module, tensors: Mapping[str, Tensor], *, tie_weights: bool = False
+) -> contextlib.AbstractContextManager[None]:
+    """Let a module hold other tensors as parameters and buffers inside a `with` block."""
+    return _reparametrize_module(module, dict(tensors), tie_weights=tie_weights)
+
+
+def parameter_table(module: nn.Module) -> dict[str, Tensor | None]:
+    """Return the module's own table of its parameters: a write changes the module."""
+    return module._parameters  # pyright: ignore[reportReturnType]
+
+
+def forward_hooks(module: nn.Module) -> tuple[Any, ...]:
+    """Return the hooks that run before and after a module, in this order."""
+    return (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+
+
+def has_backward_hooks(module: nn.Module) -> bool:
+    """Return whether a module has hooks on its gradients."""
+    return bool(module._backward_hooks or module._backward_pre_hooks)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether `module.compile()` has replaced the call of a module."""
+    return module._compiled_call_impl is not None
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """Return the module that `torch.compile(module)` has wrapped, or the module itself."""
+    return getattr(module, "_orig_mod", module)
 
 
 def raised_by_functional_call(error: BaseException) -> bool:
@@ -165,10 +262,51 @@ def raised_by_functional_call(error: BaseException) -> bool:
     )
 
 
-@contextlib.contextmanager
-def outside_transforms() -> Iterator[None]:
-    """Compute on the side, as if no transform were active, inside a `with` block."""
-    with contextlib.ExitStack() as stack:
-        for _ in _functorch.get_interpreter_stack() or []:
-            stack.enter_context(temporarily_pop_interpreter_stack())
-        yield
+# Modes: what torch functions and operators pass through.
+
+
+def function_modes() -> list[TorchFunctionMode]:
+    """Return the modes that torch functions pass through, the innermost last."""
+    return _get_current_function_mode_stack()
+
+
+def without_function_modes() -> contextlib.AbstractContextManager[None]:
+    """Compute without any of these modes and overrides inside a `with` block."""
+    return torch._C.DisableTorchFunction()  # pyright: ignore[reportReturnType]
+
+
+def fake_tensors() -> Any:
+    """Return a mode whose `from_tensor` makes tensors without values, for tracing.
+
+    Imported at the call: it loads much of the compiler.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+# Operators that torch keeps to itself.
+
+weight_norm = torch._weight_norm  # pyright: ignore[reportPrivateImportUsage]
+"""What `torch.nn.utils.weight_norm` calls: `v g / |v|`."""
+
+_ATEN = torch.ops.aten
+flash_cpu = _ATEN._scaled_dot_product_flash_attention_for_cpu.default
+flash_cpu_backward = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default
+flash_varlen = _ATEN._flash_attention_forward
+flash_varlen_backward = _ATEN._flash_attention_backward
+
+
+def assert_later(condition: Tensor, message: str) -> None:
+    """Stop the program if a tensor is False, without waiting for its device."""
+    torch._assert_async(condition, message)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def reduction_of(size_average: bool | None, reduce: bool | None) -> str:
+    """Return "mean", "sum" or "none" for the arguments that `reduction` has replaced in torch."""
+    return _reduction.legacy_get_string(size_average, reduce)
+
+
+def operator_arguments(operator: Any) -> Sequence[Any]:
+    """Return the arguments of an operator: each has a name, and says whether it is written to."""
+    return operator._schema.arguments

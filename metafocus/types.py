@@ -99,9 +99,12 @@ class Estimator:
     Attributes:
         explicit: whether derivatives flow through explicit tensors only, as in a custom Function.
             The engine then refuses losses that close over tensors which would be missed.
+        twice: whether the gradient of the inner loss is differentiated. The engine then refuses
+            kernels without a second derivative. A function is taken to do so.
     """
 
     explicit: bool = False
+    twice: bool = False
 
     def __call__(
         self, inner_loss: InnerLoss, solver: Solver, start: Params, outer: Params, support: Any

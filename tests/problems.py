@@ -82,7 +82,7 @@ class Quadratic:
         e = self.join(fast) - query
         return 0.5 * e @ self.Q @ e + slow["phi"] @ slow["phi"]
 
-    def start(self, slow, support=None):
+    def start(self, slow, support):
         return self.split(self.A @ slow["phi"])
 
     def case(self) -> Case:
@@ -352,7 +352,9 @@ def naive_meta(
     last: int | None = None,
 ) -> Tensor:
     """The outer loss after `naive_adapt`, on the tape."""
-    fast = naive_adapt(inner, init(outer), outer, episode.support, recipe, steps, last)
+    fast = naive_adapt(
+        inner, init(outer, episode.support), outer, episode.support, recipe, steps, last
+    )
     return outer_loss(fast, outer, episode.query)
 
 

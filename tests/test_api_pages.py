@@ -29,7 +29,7 @@ PACKAGES = (
     "metafocus.evals.agentic",
     "metafocus.evals.babilong",
     "metafocus.evals.ruler",
-    "metafocus.trainer.trainer",
+    "metafocus.trainer",
     "metafocus.linear",
     "metafocus.lm",
     "metafocus.masks",
@@ -83,7 +83,7 @@ def test_every_public_name_is_shown(package):
 
 def test_public_modules_have_a_page():
     modules = {name for name in mf.__all__ if isinstance(getattr(mf, name), ModuleType)}
-    assert modules == {"attention", "diagnostics", "errors", "masks", "recipes", "single_loop"}
+    assert modules >= {"algorithms", "attention", "data", "errors", "masks", "params", "recipes"}
     assert modules <= {page.stem for page in DOCS.glob("*.md")}
 
 

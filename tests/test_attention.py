@@ -66,7 +66,7 @@ def policies(length=72):
     return {
         "causal": mf.masks.causal(batch),
         "prefix": mf.masks.prefix_lm(batch),
-        "turns": block,
+        "runs": block,
         "full": mf.masks.full(batch),
         "window": mf.masks.sliding_window(7)(batch),
         "packed": mf.masks.causal({k: packed[k] for k in ("input_ids", "document_ids")}),
@@ -267,7 +267,7 @@ def test_half_precision(backend, dtype, bits):
     output that enters them and, in fused kernels, of the probabilities: four roundings in all.
     """
     args = inputs(0, 72, dtype, width=D)
-    spans = policies()["turns"]
+    spans = policies()["runs"]
     wide = tuple(x.double() for x in args)
     out = span_attention(*args, spans, backend=backend)
     assert out.dtype == dtype
@@ -286,7 +286,7 @@ def test_half_precision(backend, dtype, bits):
 
 def test_autocast():
     args = inputs(0, 72, torch.float32, width=D)
-    spans = policies()["turns"]
+    spans = policies()["runs"]
     with torch.autocast("cpu", torch.bfloat16):
         for backend in ("auto", "dense", "tiled"):
             out = span_attention(*args, spans, backend=backend)
@@ -294,6 +294,19 @@ def test_autocast():
             low = [x.bfloat16() for x in args]
             expected = span_attention(*(x.double() for x in low), spans, backend="dense")
             assert relative(out.double(), expected) < 2 * 2.0**-8
+
+
+def test_autocast_leaves_float64_alone():
+    """As torch does; half precision would be wrong in the third digit."""
+    args = inputs(0, 72, torch.float64, width=D)
+    spans = policies()["runs"]
+    want = span_attention(*args, spans, backend="dense")
+    with torch.autocast("cpu", torch.bfloat16):
+        for backend in ("auto", "dense", "tiled"):
+            out = span_attention(*args, spans, backend=backend)
+            assert out.dtype == torch.float64
+            # Sums over 72 keys in another order.
+            assert relative(out, want) < 1e-13
 
 
 def test_one_row_of_spans_serves_all():
@@ -308,7 +321,7 @@ def test_one_row_of_spans_serves_all():
 def test_auto_says_what_it_chose(caplog):
     args = inputs(0, 72, width=D)
     with caplog.at_level(logging.DEBUG, "metafocus.attention"):
-        span_attention(*args, policies()["turns"])
+        span_attention(*args, policies()["runs"])
         span_attention(*args, policies()["random"])
     assert "flash, " in caplog.messages[0] and "tiled, since " in caplog.messages[1]
 
@@ -316,7 +329,7 @@ def test_auto_says_what_it_chose(caplog):
 def test_the_third_derivative():
     """Refused by all that would need it by hand, and there for the dense form."""
     q, k, v = inputs(0, 72, width=D)
-    spans = policies()["turns"]
+    spans = policies()["runs"]
     small = (q[:1, :1, :3, :2], k[:1, :1, :3, :2], v[:1, :1, :3, :2])
     few = Spans(torch.zeros(1, 3).long(), torch.tensor([[1, 2, 3]]))
     third = hessian(lambda x: grad(lambda y: loss(few, "dense")(y, *small[1:]))(x).sum())(small[0])
@@ -330,7 +343,7 @@ def test_the_third_derivative():
 
 def test_forward_mode_in_forward_mode():
     q, k, v = inputs(0, 72, width=D)
-    f = loss(policies()["turns"], "tiled")
+    f = loss(policies()["runs"], "tiled")
     inner = lambda x: jvp(lambda y: f(y, k, v), (x,), (q,))[1]  # noqa: E731
     with pytest.raises(TransformError, match="two nested"):
         jvp(inner, (q,), (q,))

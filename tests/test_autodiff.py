@@ -1,18 +1,31 @@
-"""The two back ends for first derivatives agree, and the levels of differentiation are seen."""
+"""Derivatives: first ones by two back ends, products with second ones, hypergradients once more."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
-from problems import assert_close
+from problems import (
+    FAST,
+    PULL,
+    Ridge,
+    assert_close,
+    central_difference,
+    flat,
+    maml,
+    regression,
+)
+from ways import SECOND, tape_grad
 
 import metafocus as mf
+from metafocus import torch_internals
 from metafocus.autodiff import grad as derivatives
+from metafocus.rng import replayed
 
 pytestmark = pytest.mark.usefixtures("float64")
 
 
+# --- first derivatives: the tape and torch.func agree ------------------------------------------
 def cubic(p):
     return (p["x"] ** 3).sum() + (p["y"] * p["x"].sum()).sum()
 
@@ -111,18 +124,15 @@ def test_inference_mode_is_refused():
         derivatives.value_and_grad(cubic, POINT, differentiable=False)
 
 
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
+def test_scalar_refuses():
+    for value, message in (
         (1.0, "inner_loss must return a scalar tensor, got float"),
         (torch.ones(2), r"inner_loss must return a scalar, got shape \[2\]. Reduce it: .mean()"),
         (torch.ones(1), r"got shape \[1\]"),
         (torch.tensor(1), r"must return a floating-point scalar, got torch.int64"),
-    ],
-)
-def test_scalar_refuses(value, message):
-    with pytest.raises(mf.errors.ProblemError, match=message):
-        derivatives.scalar(value, "inner_loss")
+    ):
+        with pytest.raises(mf.errors.ProblemError, match=message):
+            derivatives.scalar(value, "inner_loss")
 
 
 @pytest.mark.parametrize("transform", [False, True])
@@ -165,7 +175,7 @@ def test_pullback_of_complex_inputs():
 
 
 def test_replayed_draws_the_same_numbers_each_time_and_takes_none():
-    noise = derivatives.replayed(lambda n: torch.rand(n), ())
+    noise = replayed(lambda n: torch.rand(n), ())
     before = torch.get_rng_state()
     first, second = noise(3), noise(3)
     assert torch.equal(first, second)
@@ -173,15 +183,13 @@ def test_replayed_draws_the_same_numbers_each_time_and_takes_none():
     assert torch.equal(first, torch.rand(3))
 
 
-# --- levels -----------------------------------------
-
-
+# --- which transforms are active ---------------------------------------------------------------
 def test_transforming_sees_each_transform():
     seen = {}
 
     def look(name):
         def f(x):
-            seen[name] = levels.transforming()
+            seen[name] = torch_internals.transforming()
             return x.sum()
 
         return f
@@ -209,7 +217,7 @@ def test_forward_levels_are_counted():
     counts = []
 
     def f(x):
-        counts.append(levels.forward_levels())
+        counts.append(torch_internals.forward_levels())
         return x
 
     torch.func.jvp(f, (one,), (one,))
@@ -224,7 +232,7 @@ def test_is_tracked_at_each_level():
     found = {}
 
     def note(name, value):
-        found[name] = levels.is_tracked(value)
+        found[name] = torch_internals.is_tracked(value)
         return value
 
     leaf = torch.ones((), requires_grad=True)
@@ -267,3 +275,420 @@ def test_is_tracked_at_each_level():
         "jvp in vmap": True,
         "dual": True,
     }
+
+
+# --- products with second derivatives against the dense matrices -------------------------------
+PRODUCTS = {
+    "reverse": (mf.hvp_reverse, 1e-13),
+    "forward": (mf.hvp_forward, 1e-13),
+    # u^(2/3) = 4e-11 relative to the third derivative and to |g|.
+    "finite": (mf.hvp_finite(), 1e-8),
+    # h^2 / 6 times the third derivative, at h = 1e-3; 1e-16 / 1e-3 of rounding.
+    "finite(1e-3)": (mf.hvp_finite(1e-3), 1e-5),
+}
+
+
+def loss(fast, slow, xs):
+    h = torch.tanh(xs[0] @ fast["w"] * slow["s"])
+    return ((h + fast["b"]) ** 2).sum() + (fast["b"] ** 4).sum() * xs[1].sum()
+
+
+def point():
+    g = torch.Generator().manual_seed(1)
+
+    def r(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    fast = {"w": r(3, 2), "b": r(2)}
+    return fast, {"s": r(2), "unused": r(1)}, [r(4, 3), r(2)], {"w": r(3, 2), "b": r(2)}
+
+
+def dense(fast, slow, xs, direction):
+    """<grad_fast loss, direction> derived by every argument: the definition."""
+
+    def along(fast, slow, xs):
+        grads = torch.func.grad(loss)(fast, slow, xs)
+        return sum((grads[k] * direction[k]).sum() for k in grads)
+
+    return torch.func.grad(along, argnums=(0, 1, 2))(fast, slow, xs)
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize("transform", ["none", "vmap", "grad", "no_grad"])
+def test_gradient_and_products(name, transform):
+    hvp, tolerance = PRODUCTS[name]
+    fast, slow, xs, direction = point()
+
+    def run(fast, slow, xs):
+        grads, product = hvp(loss, fast, slow, xs)
+        # Twice the same and once half: a linear map that can be used again.
+        return grads, product(direction), product({k: v / 2 for k, v in direction.items()})
+
+    if transform == "vmap":
+        stacked = torch.utils._pytree.tree_map(lambda x: x[None], (fast, slow, xs))
+        result = torch.func.vmap(run)(*stacked)
+        grads, full, half = torch.utils._pytree.tree_map(lambda x: x[0], result)
+    elif transform == "grad":
+        kept = []
+
+        def outer(s):
+            kept.extend(torch.utils._pytree.tree_map(lambda x: x.detach(), run(fast, slow, xs)))
+            return s
+
+        torch.func.grad(outer)(torch.ones(()))
+        grads, full, half = kept
+    elif transform == "no_grad":
+        with torch.no_grad():
+            grads, full, half = run(fast, slow, xs)
+    else:
+        grads, full, half = run(fast, slow, xs)
+    want = dense(fast, slow, xs, direction)
+    assert_close(grads, torch.func.grad(loss)(fast, slow, xs), 1e-14)
+    assert_close(full[0], want[0], tolerance)
+    assert_close(full[1]["s"], want[1]["s"], tolerance)
+    assert_close(full[2], want[2], tolerance)
+    assert not full[1]["unused"].any()
+    assert_close(half[0], {k: v / 2 for k, v in want[0].items()}, tolerance)
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_a_linear_loss_has_no_curvature(name):
+    hvp, _ = PRODUCTS[name]
+    fast = {"w": torch.ones(2)}
+    grads, product = hvp(lambda f: (3 * f["w"]).sum(), fast)
+    assert grads["w"].tolist() == [3.0, 3.0]
+    assert not product({"w": torch.ones(2)})[0]["w"].any()
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_the_zero_direction_and_the_zero_point(name):
+    hvp, tolerance = PRODUCTS[name]
+    _, slow, xs, direction = point()
+    zero = {k: torch.zeros_like(v) for k, v in direction.items()}
+    _, product = hvp(loss, zero, slow, xs)
+    assert all(not v.any() for v in product(zero)[0].values())
+    want = dense(zero, slow, xs, direction)
+    assert_close(product(direction)[0], want[0], tolerance)
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize("start", ["somewhere", "zero"])
+def test_products_can_be_differentiated_again(name, start):
+    hvp, tolerance = PRODUCTS[name]
+    fast, slow, xs, direction = point()
+    if start == "zero":
+        fast = {k: torch.zeros_like(v) for k, v in fast.items()}
+
+    names, sizes = list(fast), [v.numel() for v in fast.values()]
+    at = torch.cat([slow["s"], *(v.reshape(-1) for v in fast.values())])
+
+    def split(v):
+        s, *parts = v.split([2, *sizes])
+        moved = zip(names, parts, strict=True)
+        return {k: p.reshape(fast[k].shape) for k, p in moved}, {**slow, "s": s}
+
+    def total(v):
+        f, s = split(v)
+        _, product = hvp(loss, f, s, xs)
+        moved, mixed, _ = product(direction)
+        return (moved["w"] ** 2).sum() + mixed["s"].sum()
+
+    def exact(v):
+        f, s = split(v)
+        moved, mixed, _ = dense(f, s, xs, direction)
+        return (moved["w"] ** 2).sum() + mixed["s"].sum()
+
+    want = torch.func.grad(exact)(at)
+    got = torch.func.grad(total)(at)
+    assert got.isfinite().all()
+    # The derivative of a central difference is a central difference of derivatives.
+    assert_close(got, want, tolerance * 100)
+    leaf = at.clone().requires_grad_()
+    (tape,) = torch.autograd.grad(total(leaf), leaf)
+    assert_close(tape, want, tolerance * 100)
+
+
+@pytest.mark.parametrize("name", ["reverse", "forward", "finite"])
+def test_dropout_has_one_mask_for_the_gradient_and_all_products(name):
+    hvp, tolerance = PRODUCTS[name]
+    fast = {"w": torch.linspace(1, 2, 12)}
+
+    def dropped(f):
+        return (torch.nn.functional.dropout(f["w"] ** 3, 0.5)).sum()
+
+    grads, product = hvp(dropped, fast)
+    alive = grads["w"] != 0
+    assert 0 < alive.sum() < 12
+    ones = {"w": torch.ones(12)}
+    # Dropout doubles what it keeps: 2 * 6 w where the gradient is alive.
+    want = torch.where(alive, 12 * fast["w"], 0.0)
+    for _ in range(2):
+        assert_close(product(ones)[0]["w"], want, max(tolerance, 1e-8 if name == "finite" else 0))
+
+
+def test_finite_needs_first_derivatives_only():
+    def fused(f):
+        q = f["w"].reshape(1, 1, 3, 2)
+        return (torch.nn.functional.scaled_dot_product_attention(q, q, q) ** 2).sum()
+
+    def plain(f):
+        q = f["w"].reshape(1, 1, 3, 2)
+        weights = (q @ q.mT / 2**0.5).softmax(-1)
+        return ((weights @ q) ** 2).sum()
+
+    fast, ones = {"w": torch.randn(6)}, {"w": torch.ones(6)}
+    _, product = mf.hvp_finite()(fused, fast)
+    _, exact = mf.hvp_reverse(plain, fast)
+    # u^(2/3) = 4e-11 and the third derivative.
+    assert_close(product(ones)[0], exact(ones)[0], 1e-8)
+    with pytest.raises(RuntimeError, match="not implemented"):
+        mf.hvp_reverse(fused, fast)[1](ones)
+
+
+def test_finite_refuses_a_step_that_is_none():
+    for eps in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match=f"eps must be positive, got {eps}"):
+            mf.hvp_finite(eps)
+
+
+def test_finite_says_its_step_and_compares():
+    assert mf.hvp_finite(0.01) == mf.hvp_finite(0.01)
+    assert mf.hvp_finite(0.01) != mf.hvp_finite()
+
+
+def test_the_absolute_step_is_the_length_of_the_displacement():
+    seen = []
+
+    def loss(f):
+        seen.append(f["w"].detach().clone())
+        return (f["w"] ** 2).sum()
+
+    start = torch.tensor([10.0, 0.0])
+    _, product = mf.hvp_finite(0.25)(loss, {"w": start})
+    seen.clear()
+    product({"w": torch.tensor([3.0, 4.0])})
+    for x in seen:
+        # One square root and one division.
+        assert abs((x - start).norm() - 0.25) < 1e-15
+
+
+def test_forward_mode_takes_an_expanded_start():
+    """A start whose elements lie in one place in memory: the same gradient as by reverse mode."""
+
+    def loss(fast, slow, x):
+        return ((fast["w"] * slow["w"]).sin() - x).square().sum()
+
+    problem = mf.Problem(loss, loss, lambda slow, support: {"w": slow["w"][:1].expand(3)})
+    outer = {"w": torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)}
+    episode = mf.Episode(torch.ones(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64))
+    reverse, forward = (
+        mf.hypergrad(
+            mf.bilevel(problem, solver=mf.SGD(0.1, 2), estimator=mf.Unrolled(hvp=product))
+        )(outer, episode)[0]["w"]
+        for product in (mf.hvp_reverse, mf.hvp_forward)
+    )
+    torch.testing.assert_close(forward, reverse, rtol=1e-13, atol=0)
+
+
+# --- derivatives of hypergradients -------------------------------------------------------------
+
+# A truncated hypergradient is the derivative of no function.
+EXACT = [name for name in SECOND if name not in ("FirstOrder", "last=2")]
+
+
+def _vector_problem(name):
+    """The meta loss of the network as a function of one vector, for central differences."""
+    case = maml()
+    pull, solver = PULL, mf.SGD(0.05, 3, momentum=0.5)
+    if name.startswith("Implicit"):
+        # Converged, for only there does the implicit gradient have the derivative of itself.
+        pull, solver = 20.0, mf.SGD(0.05, 150)
+    problem = mf.Problem(mf.proximal(regression, pull), regression, case.problem.init)
+    meta = mf.bilevel(problem, solver=solver, estimator=SECOND[name])
+    names = list(FAST)
+    sizes = [case.outer[k].numel() for k in names]
+
+    def loss(vector):
+        parts = vector.split(sizes)
+        outer = {k: p.reshape(case.outer[k].shape) for k, p in zip(names, parts, strict=True)}
+        return meta(outer, case.episode(0))[0]
+
+    return loss, flat({k: case.outer[k] for k in names})
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_second_derivatives_are_those_of_the_first(name):
+    loss, x = _vector_problem(name)
+    direction = torch.randn_like(x)
+    want = central_difference(tape_grad(loss), x, direction)
+
+    leaf = x.clone().requires_grad_()
+    (g,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
+    (tape,) = torch.autograd.grad(g @ direction, leaf)
+    # Central differences of the first derivative: 1e-16 / 1e-5 of rounding, times the condition.
+    # A first derivative that is itself a central difference is noisy at 1e-10, over 1e-5.
+    limit = 1e-4 if name == "finite" else 1e-7
+    assert_close(tape, want, limit)
+
+    grad = torch.func.grad(loss)
+    reverse = torch.func.grad(lambda v: grad(v) @ direction)(x)
+    assert_close(reverse, want, limit)
+    _, forward = torch.func.jvp(grad, (x,), (direction,))
+    assert_close(forward, want, limit)
+    transposed = torch.func.grad(lambda v: torch.func.jvp(loss, (v,), (direction,))[1])(x)
+    assert_close(transposed, want, limit)
+
+
+@pytest.mark.parametrize("mode", ["reverse", "forward"])
+def test_second_derivative_of_first_order_holds_the_adaptation_constant(mode):
+    loss, x = _vector_problem("FirstOrder")
+    case = maml()
+    solver = mf.SGD(0.05, 3, momentum=0.5)
+    adapted = mf.adapt(case.problem, case.outer, case.episode(0).support, solver=solver).params
+    sizes = [adapted[k].numel() for k in FAST]
+
+    def query_loss(v):
+        parts = zip(FAST, v.split(sizes), strict=True)
+        return regression(
+            {k: p.reshape(adapted[k].shape) for k, p in parts}, None, case.episode(0).query
+        )
+
+    direction = torch.randn_like(x)
+    want = torch.func.hessian(query_loss)(flat(adapted)) @ direction
+    if mode == "reverse":
+        got = torch.func.grad(lambda v: torch.func.grad(loss)(v) @ direction)(x)
+    else:
+        got = torch.func.jvp(torch.func.grad(loss), (x,), (direction,))[1]
+    # The same Hessian by another order of differentiation.
+    assert_close(got, want, 1e-12)
+
+
+def test_second_derivative_of_implicit_where_the_outer_gradient_is_zero():
+    problem = mf.Problem(
+        lambda fast, slow, x: ((fast["v"] - slow["w"]) ** 2).sum(),
+        lambda fast, slow, x: ((fast["v"] - x) ** 2).sum(),
+        lambda slow, support: {"v": torch.zeros(2)},
+    )
+    meta = mf.bilevel(problem, solver=mf.SGD(0.5, 2), estimator=mf.Implicit(mf.CG(3)))
+    w = torch.tensor([1.0, 2.0])
+    hessian = torch.func.hessian(lambda v: meta({"w": v}, (torch.zeros(2), w))[0])(w)
+    # v* = w, so the meta loss is |w - x|^2.
+    assert_close(hessian, 2 * torch.eye(2), 1e-12)
+
+
+@pytest.mark.parametrize("name", SECOND)
+def test_jvp_of_the_meta_loss_is_the_hypergradient_along_the_direction(name):
+    loss, x = _vector_problem(name)
+    direction = torch.randn_like(x)
+    want = torch.func.grad(loss)(x) @ direction
+    value, got = torch.func.jvp(loss, (x,), (direction,))
+    # Forward mode is exact also where the pullback is a central difference (1e-9).
+    assert abs(got - want) <= (1e-7 if name == "finite" else 1e-11) * abs(want)
+    with torch.no_grad():
+        assert torch.equal(value, loss(x))
+    many = torch.stack([direction, -2 * direction])
+    batched = torch.func.vmap(lambda d: torch.func.jvp(loss, (x,), (d,))[1])(many)
+    assert_close(batched, torch.stack([got, -2 * got]), 1e-11)
+
+
+@pytest.mark.parametrize("name", ["graph", "recompute", "Implicit(CG)"])
+def test_hessian_of_the_meta_loss(name):
+    loss, x = _vector_problem(name)
+    hessian = torch.func.hessian(loss)(x)
+    columns = torch.stack(
+        [central_difference(tape_grad(loss), x, e) for e in torch.eye(len(x))], dim=1
+    )
+    # As in the test above.
+    assert_close(hessian, columns, 1e-7)
+    assert_close(hessian, hessian.T, 1e-9)
+
+
+def test_second_derivatives_of_implicit_ridge_are_the_closed_form():
+    ridge = Ridge()
+    case = ridge.case()
+    meta = mf.bilevel(
+        case.problem,
+        solver=mf.SGD(0.2, 150, momentum=0.5),
+        estimator=mf.Implicit(mf.CG(4)),
+    )
+    x = case.outer["log_l2"]
+    want = torch.func.jacrev(torch.func.jacrev(lambda v: ridge.meta(v, 0)))(x)
+
+    def loss(v):
+        return meta({"log_l2": v}, case.episode(0))[0]
+
+    # Four unknowns, so CG(4) is exact up to rounding times the condition number.
+    assert_close(torch.func.hessian(loss)(x), want, 1e-9)
+    assert_close(torch.func.jacrev(torch.func.jacrev(loss))(x), want, 1e-9)
+    leaf = x.clone().requires_grad_()
+    grads, _ = mf.hypergrad(meta)({"log_l2": leaf}, case.episode(0))
+    (row,) = torch.autograd.grad(grads["log_l2"][2], leaf)
+    assert_close(row, want[2], 1e-9)
+
+
+@pytest.mark.parametrize("steps", [4, 12, 40])
+def test_second_derivatives_survive_more_cg_steps_than_unknowns(steps):
+    # After convergence the residual is rounding noise, and CG divides noise by noise.
+    ridge = Ridge()
+    case = ridge.case()
+    meta = mf.bilevel(
+        case.problem,
+        solver=mf.SGD(0.2, 150, momentum=0.5),
+        estimator=mf.Implicit(mf.CG(steps)),
+    )
+    x = case.outer["log_l2"]
+    want = torch.func.jacrev(torch.func.jacrev(lambda v: ridge.meta(v, 0)))(x)
+    got = torch.func.hessian(lambda v: meta({"log_l2": v}, case.episode(0))[0])(x)
+    assert_close(got, want, 1e-9)
+
+
+@pytest.mark.parametrize("name", ["recompute", "recompute=2", "forward", "Implicit(CG)"])
+def test_nested_forward_mode_is_refused(name):
+    loss, x = _vector_problem(name)
+    d = torch.ones_like(x)
+    with pytest.raises(mf.errors.TransformError, match=r"two nested .*jacfwd\(jacrev\(f\)\)"):
+        torch.func.jvp(lambda v: torch.func.jvp(loss, (v,), (d,))[1], (x,), (d,))
+    with pytest.raises(mf.errors.TransformError, match="nested"):
+        torch.func.jacfwd(torch.func.jacfwd(loss))(x)
+
+
+@pytest.mark.parametrize("name", ["FirstOrder", "graph", "last=2"])
+def test_nested_forward_mode_is_right_on_the_tape(name):
+    loss, x = _vector_problem(name)
+    d = torch.randn_like(x)
+    _, got = torch.func.jvp(lambda v: torch.func.jvp(loss, (v,), (d,))[1], (x,), (d,))
+    _, want = torch.func.jvp(torch.func.grad(loss), (x,), (d,))
+    # The same number by two orders of differentiation.
+    assert abs(got - want @ d) <= 1e-9 * abs(want @ d)
+
+
+@pytest.mark.parametrize("eps", [None, 1e-3])
+@pytest.mark.parametrize("scale", [1e-36, 1e-24, 1e24, 1e36])
+def test_finite_differences_at_any_scale_of_the_direction(scale, eps):
+    x = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float32)
+    _, product = mf.hvp_finite(eps)(lambda p: (p["x"] ** 2).sum(), {"x": x})
+    got = product({"x": scale * x})[0]["x"]
+    # u / h, with u = 6e-8 and h = 1e-3; the square of the direction alone is 1e-72 or 1e72.
+    assert_close((got / scale).double(), 2 * x.double(), 1e-3)
+    assert not product({"x": 0 * x})[0]["x"].any()
+    assert product({"x": x * torch.nan})[0]["x"].isnan().all()
+
+
+@pytest.mark.parametrize("size", [1e-3, 0.5, 1.0, 8.0])
+def test_the_relative_step_is_never_shorter_than_that_of_weights_of_norm_one(size):
+    """The step `u^(1/3) max(|fast|, 1)`: small weights do not make a step of nothing but noise."""
+    seen = []
+
+    def loss(f):
+        seen.append(f["w"].detach().clone())
+        return (f["w"] ** 2).sum()
+
+    start = size * torch.tensor([0.6, 0.8])
+    _, product = mf.hvp_finite()(loss, {"w": start})
+    seen.clear()
+    product({"w": torch.tensor([3.0, 4.0])})
+    want = 2.0 ** (-52 / 3) * max(size, 1.0)
+    assert len(seen) == 2
+    for x in seen:
+        # The difference of two weights is rounded as the weights are: u |fast| / want <= 4e-11.
+        assert abs((x - start).norm() - want) < 1e-10 * want + 2.0**-52 * size

@@ -7,8 +7,17 @@ import re
 
 import pytest
 import torch
-from test_launch import chats, settings, written
-from trainer_script import ADAPTER, COLLATOR, SAMPLES, sample, tiny, trainer, weights
+from commands import chat, settings, write, written
+from trainer_script import (
+    ADAPTER,
+    COLLATOR,
+    SAMPLES,
+    mean_answer_loss,
+    sample,
+    tiny,
+    trainer,
+    weights,
+)
 from transformers import Qwen2ForCausalLM
 
 import metafocus as mf
@@ -17,12 +26,11 @@ from metafocus.errors import DataError, NonFiniteError, ProblemError
 from metafocus.masks import context_bidirectional
 from metafocus.trainer.checkpoints import damage, resumable
 from metafocus.trainer.inner import start_seed
-from metafocus.training import evaluate
 
 SAVING = {"save_strategy": "steps", "save_steps": 1}
 
 
-def told(run, key: str) -> list[float]:
+def logged(run, key: str) -> list[float]:
     return [entry[key] for entry in run.state.log_history if key in entry]
 
 
@@ -45,7 +53,7 @@ def test_an_inner_loop_that_explodes_is_a_step_of_plain_training(tmp_path, estim
     plain.train()
     expected = weights(plain.model)
     assert (weights(run.model) - expected).norm() < 1e-12 * expected.norm()
-    assert told(run, "skipped_adaptations") == [1.0, 2.0, 3.0, 4.0]
+    assert logged(run, "skipped_adaptations") == [1.0, 2.0, 3.0, 4.0]
 
 
 def test_too_many_explosions_stop_the_run_and_leave_its_checkpoints(tmp_path):
@@ -60,7 +68,7 @@ def test_too_many_explosions_stop_the_run_and_leave_its_checkpoints(tmp_path):
     calm = trainer(tiny(torch.float32), tmp_path, **SAVING)
     calm.train(resume_from_checkpoint=True)
     assert calm.state.global_step == 4
-    assert told(calm, "skipped_adaptations") == [1.0, 2.0, 0.0, 0.0]
+    assert logged(calm, "skipped_adaptations") == [1.0, 2.0, 0.0, 0.0]
 
 
 class Cliff:
@@ -78,6 +86,13 @@ class Cliff:
         norm = torch.stack([g.square().sum() for g in grads.values()]).sum().sqrt()
         rate = torch.where(norm > self.limit, torch.nan, 1.0)
         return {k: v - rate * grads[k] for k, v in params.items()}, state
+
+
+def seen_by(one, length: int) -> torch.Tensor:
+    """Which keys a token sees: the context all of itself, answers what comes before."""
+    context = one["turn_ids"] == 0
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    return causal | (context[:, None] & context[None, :])
 
 
 def test_per_example_only_the_example_that_fails_is_left_out(tmp_path):
@@ -101,11 +116,11 @@ def test_per_example_only_the_example_that_fails_is_left_out(tmp_path):
         train_sampling_strategy="sequential", kept={"recipe": {"solver": cliff}},
     )  # fmt: skip
     run.train()
-    assert told(run, "skipped_adaptations") == [1.0]
-    unadapted = evaluate(tiny(), [data[wild]], COLLATOR, mask=context_bidirectional)
+    assert logged(run, "skipped_adaptations") == [1.0]
+    unadapted = mean_answer_loss(tiny(), [data[wild]], lambda n: seen_by(data[wild], n))
     counts = [fact[2] for fact in facts]
     total = facts[calm][1] * counts[calm] + unadapted * counts[wild]
-    assert told(run, "loss") == pytest.approx([total / sum(counts)], rel=1e-6)
+    assert logged(run, "loss") == pytest.approx([total / sum(counts)], rel=1e-6)
 
 
 # --- batches and samples -----------------------------------------------------------------------
@@ -119,8 +134,8 @@ def test_a_batch_without_answers_among_others(tmp_path):
         optim="sgd", learning_rate=0.1, lr_scheduler_type="constant", max_grad_norm=0.0,
     )  # fmt: skip
     run.train()
-    assert told(run, "loss")[0] > 0 and told(run, "loss")[1] == 0.0
-    assert told(run, "skipped_adaptations") == [0.0, 0.0]
+    assert logged(run, "loss")[0] > 0 and logged(run, "loss")[1] == 0.0
+    assert logged(run, "skipped_adaptations") == [0.0, 0.0]
     after = [
         Qwen2ForCausalLM.from_pretrained(tmp_path / f"checkpoint-{i}", dtype=torch.float64)
         for i in (1, 2)
@@ -209,7 +224,7 @@ def test_an_output_directory_that_cannot_be_written_to(tmp_path):
 def test_a_directory_that_stops_being_writable_leaves_the_checkpoints_before(tmp_path):
     (tmp_path / "checkpoint-3").write_text("a file where the third checkpoint should go")
     run = trainer(tiny(torch.float32), tmp_path, **SAVING)
-    with pytest.raises(OSError, match="checkpoint-3"):
+    with pytest.raises(DataError, match=r"checkpoint-3: Not a directory\. What lies there is"):
         run.train()
     assert resumable(tmp_path) == tmp_path / "checkpoint-2"
     (tmp_path / "checkpoint-3").unlink()
@@ -269,13 +284,12 @@ def refused(folder, capsys, **changes) -> str:
     [
         (
             {"inner_stepz": 2, "learning_rat": 1},
-            "{folder}/config.yaml: unknown settings ['inner_stepz', 'learning_rat']; --help lists "
-            "the known ones.",
+            "{folder}/config.yaml: unknown setting inner_stepz, did you mean inner_steps?; unknown "
+            "setting learning_rat, did you mean learning_rate? (see metafocus train --help)",
         ),
         (
             {"learning_rate": "fast"},
-            "argument --learning_rate/--learning-rate: invalid float value: 'fast'; --help lists "
-            "the known settings.",
+            "argument --learning_rate: invalid float value: 'fast' (see metafocus train --help)",
         ),
         (
             {"evaluate_on": "labels"},
@@ -283,8 +297,8 @@ def refused(folder, capsys, **changes) -> str:
         ),
         (
             {"output_dir": "{folder}/train.jsonl/run"},
-            "output_dir='{folder}/train.jsonl/run' cannot be written to: Not a directory. Name "
-            "another directory.",
+            "--output_dir {folder}/train.jsonl/run: {folder}/train.jsonl is a file. Name a "
+            "directory.",
         ),
         (
             {"resume_from_checkpoint": "{folder}/none"},
@@ -292,7 +306,7 @@ def refused(folder, capsys, **changes) -> str:
             "True to use the newest complete checkpoint of the output directory.",
         ),
         (
-            {"data": "{folder}/none.jsonl"},
+            {"train_file": "{folder}/none.jsonl"},
             "path='{folder}/none.jsonl' is not a file: check the name and the folder",
         ),
         (
@@ -331,7 +345,7 @@ def test_settings_that_cannot_be_used(tmp_path, capsys, changes, text):
     ],
     ids=["empty", "blank", "no-answers", "cut-off"],
 )
-@pytest.mark.parametrize("which", ["data", "heldout"])
+@pytest.mark.parametrize("which", ["train_file", "validation_file"])
 def test_data_that_cannot_be_used(tmp_path, capsys, which, content, text):
     file = tmp_path / "bad.jsonl"
     file.write_text(content)
@@ -340,18 +354,17 @@ def test_data_that_cannot_be_used(tmp_path, capsys, which, content, text):
 
 
 def test_a_long_chat_is_cut_and_counted(tmp_path, capsys):
-    """Through the command nothing can be too long: what does not fit is cut, and said."""
-    path = chats(tmp_path / "long.jsonl", 2)
-    record = json.loads(path.read_text().splitlines()[0])
-    record["messages"] += [{"role": "user", "content": "why " * 60}, record["messages"][1]]
-    path.write_text(path.read_text() + json.dumps(record) + "\n")
-    config = written(tmp_path, settings(tmp_path, data=str(path), max_steps=1))
+    """Through the command nothing can be too long: what does not fit is cut and counted."""
+    long = chat(2)
+    long["messages"] += [{"role": "user", "content": "why " * 60}, long["messages"][-1]]
+    path = write(tmp_path / "long.jsonl", chat(0), chat(1), long)
+    config = written(tmp_path, settings(tmp_path, train_file=str(path), max_steps=1))
     assert main(["train", config]) == 0
     assert "1 truncated, 0 dropped without an answer." in capsys.readouterr().out
 
 
 def test_per_example_under_fsdp_is_refused_by_name():
-    from metafocus.trainer.sharded import focusft_sharded
+    from metafocus.trainer.distributed import focusft_sharded
 
     with says(
         "per_example=True is not supported under FSDP. Use per_device_train_batch_size=1, where "

@@ -149,9 +149,8 @@ def test_gda(boat, recompute):
             y, alpha = y - LR * grad(loss, y, create_graph=True)[0], 0.9 * alpha
         return y
 
-    aggregated = boat["gda"](problem(), torch.tensor(0.5, dtype=F64))
-    estimator = mf.Unrolled(recompute=recompute)
-    meta = mf.bilevel(aggregated, solver=boat["Fading"](LR, STEPS), estimator=estimator)
+    aggregated = boat["gda"](problem(), 0.5 * 0.9 ** torch.arange(STEPS, dtype=F64))
+    meta = mf.bilevel(aggregated, solver=SGD, estimator=mf.Unrolled(recompute=recompute))
     check(meta, OUTER, BOTH, oracle(at))
 
 
@@ -166,7 +165,7 @@ def test_di():
         direct = C.T @ (y * (C @ X).cos()) + 3 * X**2
         through = B.T @ torch.linalg.solve(H, (torch.eye(5, dtype=F64) - power) @ slope)
         want.append({**split(power @ slope), "x": direct + through})
-    learned = problem(lambda slow: {k: slow[k] for k in ("a", "b.c")}, quartic=0.0)
+    learned = problem(lambda slow, support: {k: slow[k] for k in ("a", "b.c")}, quartic=0.0)
     meta = mf.bilevel(learned, solver=SGD, estimator=mf.Unrolled())
     check(meta, {**OUTER, **split(Y0)}, EPISODES, want)
 
@@ -243,7 +242,7 @@ def test_ptt(boat):
     sees = replace(
         problem(), inner_loss=lambda fast, slow, both: G(join(fast), slow["x"], both.support)
     )
-    meta = mf.bilevel(sees, solver=SGD, estimator=boat["ptt"])
+    meta = mf.bilevel(sees, solver=SGD, estimator=boat["ptt"](sees.outer_loss))
     check(meta, OUTER, mf.Episode(seen, seen.query), want)
 
 
@@ -328,7 +327,7 @@ def test_foa(boat):
         x, y = leaf(X), leaf(still(Y0, X, s))
         f_x, f_y = grad(F(y, x, q), (x, y))
         want.append({"x": f_x, **split(f_y)})
-    learned = problem(lambda slow: {k: slow[k] for k in ("a", "b.c")})
+    learned = problem(lambda slow, support: {k: slow[k] for k in ("a", "b.c")})
     meta = mf.bilevel(learned, solver=SGD, estimator=boat["na_op"]["FOA"])
     check(meta, {**OUTER, **split(Y0)}, EPISODES, want)
 
@@ -477,7 +476,7 @@ def test_gaffo(boat):
 def test_alto():
     """Three alternations of one inner step and one outer step on `F_x`."""
     x, y, outer, fast = X, Y0, dict(OUTER), split(Y0)
-    warm = problem(lambda slow: fast)
+    warm = problem(lambda slow, support: fast)
     meta = mf.bilevel(warm, solver=mf.SGD(LR, 1), estimator=mf.FirstOrder())
     for _ in range(3):
         y = still(y, x, S[0], steps=1)

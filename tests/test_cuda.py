@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from functools import partial
@@ -10,15 +9,16 @@ from functools import partial
 import pytest
 import torch
 import ways
+from commands import chat, report, training, write
 from models import build, build_exact, chat_batch
 from problems import Case, Quadratic, maml, rate_each, scalar_rate
-from test_composites import autocast_calls, check_autocast
+from test_safe_operators import autocast_calls, check_autocast
 from torch.utils import _pytree as pytree
 
 import metafocus as mf
 from metafocus.autodiff.recompute import recompute
 from metafocus.lm.token_loss import token_loss
-from metafocus.recipes import _focusft as focusft
+from metafocus.recipes import focusft
 
 DEVICE = "cuda"
 pytestmark = [
@@ -214,20 +214,21 @@ def test_attention_profile(mask):
             torch.testing.assert_close(got.cpu(), value, rtol=1e-5, atol=1e-7, equal_nan=True)
 
 
-@pytest.mark.parametrize("words", [[], ["--estimator", "unrolled"], ["--gradient-checkpointing"]])
+@pytest.mark.parametrize("words", [[], ["--estimator", "unrolled"], ["--gradient_checkpointing"]])
 def test_command_line_trains_where_the_device_is(tmp_path, words):
     """From chats to a saved model."""
-    turns = [{"role": "user", "content": "Two and two?"}, {"role": "assistant", "content": "Four."}]
-    chats = tmp_path / "chats.jsonl"
-    chats.write_text("\n".join(json.dumps({"messages": turns}) for _ in range(8)))
-    size = "--hidden-size 64 --layers 2 --vocab-size 320 --max-length 64 --steps 10 --lr 1e-3"
-    command = [sys.executable, "-m", "metafocus", "train", "--data", str(chats), *size.split()]
-    out = tmp_path / "out"
-    ran = subprocess.run([*command, "--output", str(out), *words], capture_output=True, text=True)
+    chats, out = write(tmp_path / "chats.jsonl", *[chat(0)] * 8), tmp_path / "out"
+    command = [
+        sys.executable,
+        "-m",
+        "metafocus",
+        *training(chats, out, max_steps=10, use_cpu=False),
+    ]
+    ran = subprocess.run([*command, *words], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    report = json.loads((out / "metafocus.json").read_text())
-    assert report["environment"]["device"] == torch.cuda.get_device_name()
-    assert report["history"]["loss"][-1] < report["history"]["loss"][0]
+    found = report(out)
+    assert found["environment"]["device"] == torch.cuda.get_device_name()
+    assert found["history"][-1]["loss"] < found["history"][0]["loss"]
 
 
 @pytest.mark.parametrize("precision", [{}, {"bf16": True}, {"fp16": True}], ids=str)

@@ -13,8 +13,7 @@ from torch import nn
 from trainer_script import ESTIMATORS, METHODS, tiny
 
 from metafocus.errors import ProblemError
-from metafocus.trainer.sharded import is_sharded
-from metafocus.trainer.wrapped import through
+from metafocus.trainer.distributed import is_sharded, through
 
 # One worker: the processes of the fixture start once.
 pytestmark = pytest.mark.xdist_group("distributed")

@@ -87,6 +87,14 @@ def test_contributed_estimator_is_first_order():
     assert torch.allclose(got["w"], want["w"], rtol=1e-6)
 
 
+def test_the_walks_name_files_that_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    walks = text[text.index("## Three walks") :]
+    files = set(re.findall(r"`([\w/]+(?:\.py|/))`", walks)) - {"metafocus/"}
+    assert len(files) > 30
+    assert not [name for name in files if not (ROOT / "metafocus" / name).exists()]
+
+
 def prose(page):
     """The page without its code."""
     return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.M)

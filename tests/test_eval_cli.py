@@ -109,7 +109,7 @@ def test_the_prompt_ends_with_the_start_of_the_answer(tokenizer):
 
 
 def test_bad_settings(tokenizer):
-    with pytest.raises(DataError, match="batch_size=0"):
+    with pytest.raises(DataError, match=r"batch_size must be.*got 0"):
         answers(build(tokenizer), tokenizer, [], batch_size=0)
     bare = train_tokenizer(["a text"])
     bare.chat_template = None
@@ -127,8 +127,17 @@ def test_bad_settings(tokenizer):
 )
 def test_a_run(checkpoint, tmp_path, suite, tasks, lengths, drawn):
     out = tmp_path / "out"
-    words = ("--model", checkpoint, "--suite", suite, "--tasks", tasks, "--lengths", lengths)
-    code, text, err = run(*words, "--n", 3, "--batch-size", 2, "--output", out)
+    words = (
+        "--model_name_or_path",
+        checkpoint,
+        "--suite",
+        suite,
+        "--tasks",
+        tasks,
+        "--lengths",
+        lengths,
+    )
+    code, text, err = run(*words, "--n", 3, "--per_device_eval_batch_size", 2, "--output_dir", out)
     assert code == 0, err
     assert "repeats" not in err
     report = json.loads((out / "eval.json").read_text())
@@ -149,9 +158,9 @@ def test_a_run(checkpoint, tmp_path, suite, tasks, lengths, drawn):
     assert (out / "depths.png").exists() == drawn == ("depths.png" in text)
     if drawn:
         assert (out / "depths.png").read_bytes().startswith(b"\x89PNG")
-    again = (*words, "--n", 3, "--output", out)
-    assert "pass --overwrite" in refused(*again)
-    assert run(*again, "--overwrite", "--batch-size", 3)[0] == 0
+    again = (*words, "--n", 3, "--output_dir", out)
+    assert "pass --overwrite_output_dir" in refused(*again)
+    assert run(*again, "--overwrite_output_dir", "--per_device_eval_batch_size", 3)[0] == 0
     second = (out / "answers.jsonl").read_text().splitlines()
     assert [json.loads(line)["question"] for line in second] == [x["question"] for x in lines]
 
@@ -169,10 +178,10 @@ def test_right_answers_score_100(checkpoint, tmp_path, monkeypatch, suite, lengt
     out = tmp_path / "out"
     record = {"question": "Who?", "answers": ["Nobody"], "documents": ["Nobody it was."]}
     (tmp_path / "qa.jsonl").write_text(json.dumps(record) + "\n")
-    words = ["--model", checkpoint, "--suite", suite, "--lengths", lengths, "--n", 4]
+    words = ["--model_name_or_path", checkpoint, "--suite", suite, "--lengths", lengths, "--n", 4]
     if suite == "ruler":
         words += ["--questions", tmp_path / "qa.jsonl"]
-    code, _, err = run(*words, "--noise", "all", "--output", out)
+    code, _, err = run(*words, "--noise", "all", "--output_dir", out)
     assert code == 0, err
     report = json.loads((out / "eval.json").read_text())
     tasks = babilong.TASKS if suite == "babilong" else ruler.TASKS
@@ -187,8 +196,8 @@ def test_right_answers_score_100(checkpoint, tmp_path, monkeypatch, suite, lengt
 def test_noise_that_repeats_is_named(checkpoint, tmp_path):
     book = tmp_path / "book.txt"
     book.write_text("This is the only sentence that this short book has to offer to us.")
-    words = ("--model", checkpoint, "--suite", "babilong", "--tasks", "qa4", "--n", 1)
-    code, _, err = run(*words, "--lengths", "1k", "--noise", book, "--output", tmp_path / "out")
+    words = ("--model_name_or_path", checkpoint, "--suite", "babilong", "--tasks", "qa4", "--n", 1)
+    code, _, err = run(*words, "--lengths", "1k", "--noise", book, "--output_dir", tmp_path / "out")
     assert code == 0 and "note: --noise has 14 words and repeats" in err
 
 
@@ -201,9 +210,9 @@ def test_scores_are_of_the_answers_given():
 
 
 def test_bad_words(checkpoint, tmp_path):
-    base = ("--model", checkpoint, "--output", tmp_path / "out")
+    base = ("--model_name_or_path", checkpoint, "--output_dir", tmp_path / "out")
     ruled, babi = (*base, "--suite", "ruler"), (*base, "--suite", "babilong")
-    assert "--tasks 'qa9' is unknown: use one of qa1" in refused(*babi, "--tasks", "qa9")
+    assert "tasks='qa9' is unknown: use one of qa1" in refused(*babi, "--tasks", "qa9")
     assert "--tasks is empty" in refused(*babi, "--tasks", ",")
     assert "needs --questions" in refused(*ruled, "--tasks", "qa")
     assert "'4kb' is not a length" in refused(*ruled, "--lengths", "4kb")
@@ -212,15 +221,29 @@ def test_bad_words(checkpoint, tmp_path):
     assert "length=50 cannot hold the facts" in refused(*babi, "--tasks", "qa1", "--lengths", "50")
     assert "is not a file" in refused(*babi, "--noise", tmp_path / "none.txt")
     assert "cannot be loaded" in refused(
-        "--model", tmp_path / "none", "--suite", "ruler", "--output", tmp_path / "out"
+        "--model_name_or_path",
+        tmp_path / "none",
+        "--suite",
+        "ruler",
+        "--output_dir",
+        tmp_path / "out",
     )
     assert not (tmp_path / "out").exists()
 
 
 def test_science(checkpoint, tmp_path):
     out = tmp_path / "out"
-    words = ("--model", checkpoint, "--suite", "science", "--n", 4, "--new-tokens", 12)
-    code, text, err = run(*words, "--samples", 3, "--k", "1,3", "--output", out)
+    words = (
+        "--model_name_or_path",
+        checkpoint,
+        "--suite",
+        "science",
+        "--n",
+        4,
+        "--max_new_tokens",
+        12,
+    )
+    code, text, err = run(*words, "--samples", 3, "--k", "1,3", "--output_dir", out)
     assert code == 0, err
     report = json.loads((out / "eval.json").read_text())
     lines = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
@@ -236,9 +259,10 @@ def test_science(checkpoint, tmp_path):
     assert report["tool_limits"]["seconds"] == 10 and "namespaces" in report["tool_walls"]
     assert sum(report["ended"].values()) == 12 and "pass@k" in text
     assert "Python" in lines[0]["messages"][0]["content"]
-    assert "pass --overwrite" in refused(*words, "--output", out)
+    assert "pass --overwrite_output_dir" in refused(*words, "--output_dir", out)
     code, _, err = run(
-        *words, "--samples", 1, "--temperature", 0, "--no-tool", "--output", out, "--overwrite",
+        *words, "--samples", 1, "--temperature", 0, "--no_tool", "--output_dir", out,
+        "--overwrite_output_dir",
         "--lengths", "1k",
     )  # fmt: skip
     assert code == 0 and "--lengths has no effect with --suite science" in err
@@ -252,25 +276,33 @@ def test_gpqa(checkpoint, tmp_path):
     names = ["Question", "Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3))]
     rows = [",".join(names), *(f"Question {i}?,r,a,b,c" for i in range(5))]
     (tmp_path / "gpqa.csv").write_text("\n".join(rows))
-    base = ("--model", checkpoint, "--suite", "gpqa", "--output", tmp_path / "out")
-    words = (*base, "--data", tmp_path / "gpqa.csv", "--new-tokens", 4, "--samples", 1)
+    base = ("--model_name_or_path", checkpoint, "--suite", "gpqa", "--output_dir", tmp_path / "out")
+    words = (*base, "--gpqa_file", tmp_path / "gpqa.csv", "--max_new_tokens", 4, "--samples", 1)
     assert run(*words)[0] == 0
     lines = (tmp_path / "out" / "answers.jsonl").read_text().splitlines()
     assert len(lines) == 5
-    assert run(*words, "--n", 2, "--overwrite")[0] == 0
+    assert run(*words, "--n", 2, "--overwrite_output_dir")[0] == 0
     assert len((tmp_path / "out" / "answers.jsonl").read_text().splitlines()) == 2
     other = (*base[:-1], tmp_path / "none")
-    assert "needs --data FILE.csv" in refused(*other)
-    assert "is not a file" in refused(*other, "--data", tmp_path / "none.csv")
+    assert "needs --gpqa_file FILE.csv" in refused(*other)
+    assert "is not a file" in refused(*other, "--gpqa_file", tmp_path / "none.csv")
     assert "alike" in refused(*other, "--temperature", 0, "--samples", 2)
     assert "--k '1,5': give whole numbers from 1" in refused(*other, "--k", "1,5")
-    assert "--top-p" in refused(*other, "--top-p", -1)
+    assert "--top_p" in refused(*other, "--top_p", -1)
     assert not (tmp_path / "none").exists()
 
 
 def test_export(checkpoint, tmp_path):
     tasks = tmp_path / "tasks"
-    words = ("--model", checkpoint, "--suite", "babilong", "--tasks", "qa1,qa2", "--lengths")
+    words = (
+        "--model_name_or_path",
+        checkpoint,
+        "--suite",
+        "babilong",
+        "--tasks",
+        "qa1,qa2",
+        "--lengths",
+    )
     code, text, err = run(*words, "0k,1k", "--n", 2, "--export", tasks)
     assert code == 0, err
     names = [
@@ -280,6 +312,6 @@ def test_export(checkpoint, tmp_path):
     assert {p.stem for p in tasks.glob("*.yaml")} == {p.stem for p in tasks.glob("*.jsonl")}
     assert {p.stem for p in tasks.glob("*.yaml")} == set(names)
     assert not (tasks / "eval.json").exists()
-    assert "--output is missing" in refused(*words, "1k")
-    code, _, err = run(*words, "0k", "--n", 1, "--samples", 2, "--output", tmp_path / "out")
+    assert "--output_dir is missing" in refused(*words, "1k")
+    code, _, err = run(*words, "0k", "--n", 1, "--samples", 2, "--output_dir", tmp_path / "out")
     assert code == 0 and "--samples has no effect with --suite babilong" in err

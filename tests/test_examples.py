@@ -105,6 +105,25 @@ def test_what_counts_as_growth():
         growth(*flat[:2])
 
 
+# --- the cost model ---------------------------------------------------------------------------
+
+
+def test_the_cost_model_counts_what_the_models_have():
+    model = load("examples/cost_model.py")
+    # Qwen2.5-7B has 7.62 billion, Llama-3-70B 70.6 billion; norms and biases are not counted.
+    assert model.SEVEN.parameters == pytest.approx(7.62e9, rel=1e-3)
+    assert model.SEVENTY.parameters == pytest.approx(70.6e9, rel=1e-3)
+    run = model.RUNS[0]
+    assert run.fast_layers == 10
+    # 20 million numbers of fast weights at rank 32, in three copies of float32.
+    assert run.memory()["fast"] == 12 * 21_626_880
+    assert run.units(shared=False) == pytest.approx(4 + 2 * (18 / 28 + 2 * 10 / 28))
+
+
+def test_the_page_shows_the_table_that_the_script_prints():
+    assert load("examples/cost_model.py").table() in (ROOT / "docs" / "training.md").read_text()
+
+
 # --- what the pages name -----------------------------------------------------------------------
 
 

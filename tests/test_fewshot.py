@@ -92,7 +92,7 @@ def test_dtype_and_numbers_out_of_range():
     episodes = fewshot.sinusoids(2, 3, 4, generator=seeded(), dtype=torch.float32)
     assert {v.dtype for part in episodes for v in part} == {torch.float32}
     for bad in ((0, 1, 1), (1, 0, 1), (1, 1, 0)):
-        with pytest.raises(ValueError, match=r"must be >= 1, got 0"):
+        with pytest.raises(ValueError, match=r"must be an integer >= 1, got 0"):
             fewshot.sinusoids(*bad, generator=seeded())
 
 

@@ -12,7 +12,7 @@ from models import NAMES, build, build_exact, chat_batch, grads, relative
 from torch import nn
 
 import metafocus as mf
-from metafocus.recipes import _focusft as focusft
+from metafocus.recipes import focusft
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
@@ -161,7 +161,7 @@ def test_graph_unroll_with_checkpointing(checkpointing):
 
 
 def test_sixteen_inner_steps_recomputed_equal_the_graph():
-    """The form whose memory is flat (test_memory_lm.py), where it matters."""
+    """The form whose memory is flat (test_memory.py), where it matters."""
     found = []
     for estimator in (mf.Unrolled(), mf.Unrolled(recompute=True)):
         model = build_exact()

@@ -18,7 +18,7 @@ from metafocus.adapters import slots
 from metafocus.adapters.slots import bound, functions
 from metafocus.errors import PlacementError, ProblemError
 from metafocus.lm.hf.heads import read_hidden
-from metafocus.recipes import _focusft as focusft
+from metafocus.recipes import focusft
 from metafocus.recipes._focusft import focusft_problem
 
 pytestmark = [
@@ -218,10 +218,11 @@ def test_the_hypergradient_is_the_derivative():
     for direction in (gradient, moved({k: torch.zeros_like(v) for k, v in outer.items()}, 3)):
         norm = sum((v * v).sum() for v in direction.values()).sqrt()
         step = {k: 1e-4 * v / norm for k, v in direction.items()}
-        up, down = (
-            meta({k: v + sign * step[k] for k, v in outer.items()}, mf.Episode(batch, batch))[0]
-            for sign in (1, -1)
-        )
+        with torch.no_grad():
+            up, down = (
+                meta({k: v + sign * step[k] for k, v in outer.items()}, mf.Episode(batch, batch))[0]
+                for sign in (1, -1)
+            )
         slope = sum((gradient[k] * step[k]).sum() for k in step)
         # Error step^2 times the third derivative, and 1e-16 / 1e-4 of rounding.
         assert ((up - down) / 2).item() == pytest.approx(slope.item(), rel=1e-5)
@@ -254,7 +255,7 @@ def test_adapt_and_the_start_of_a_problem():
     batch, model = chat_batch(), model_of()
     problem = focusft_problem(model, adapter=MLPS)
     outer = moved(dict(model.named_parameters()), 4)
-    start = problem.start(outer)
+    start = problem.start(outer, batch)
     close(start, {k: outer[k] for k in MLPS.names(model)}, 0)
     solution = mf.adapt(problem, outer, batch, solver=SOLVER)
     assert solution.losses[1] < solution.losses[0]

@@ -184,10 +184,10 @@ YAML = b"""\
 output_dir: run
 use_cpu: true
 report_to: none
-data: none.jsonl
+train_file: none.jsonl
 inner_steps: 2
 inner_lr: 1.0
-target_modules: up_proj,down_proj
+lora_modules: up_proj,down_proj
 mask: causal
 packing: false
 learning_rate: 1e-5
@@ -221,7 +221,7 @@ def test_configuration_files(tmp_path, monkeypatch, content):
 
 
 SETTING = st.sampled_from(
-    ["inner_steps", "inner_lr", "packing", "data", "mask", "method", "seed", "learning_rate",
+    ["inner_steps", "inner_lr", "packing", "train_file", "mask", "method", "seed", "learning_rate",
      "optim", "fsdp_config", "report_to", "layer_fraction", "lora_rank", "save_strategy", "zzz"]
 )  # fmt: skip
 

@@ -13,8 +13,9 @@ from torch import nn
 
 import metafocus as mf
 from metafocus import masks
+from metafocus.lm.cross_entropy import LogitHead
 from metafocus.lm.hf import heads
-from metafocus.lm.token_loss import Tail
+from metafocus.lm.hf.logit_head import logit_head_of
 
 NOTHING = mf.LoRA(lambda model: ())
 
@@ -41,7 +42,7 @@ def agrees(model, batch=None):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
-def tap_of(model):
+def hook_of(model):
     return heads.install(model.get_output_embeddings())
 
 
@@ -58,20 +59,20 @@ def other(name, **changes):
 
 
 @pytest.mark.parametrize(
-    ("model", "tail"),
+    ("model", "logit_head"),
     [
-        (lambda: other("Cohere", logit_scale=0.25), Tail(0.25)),
-        (lambda: other("Granite", logits_scaling=8.0), Tail(0.125)),
-        (lambda: build("gemma2", "eager"), Tail(1.0, 30.0)),
-        (lambda: build("gemma2", "eager", final_logit_softcapping=0.1), Tail(1.0, 0.1)),
-        (lambda: build("gpt2"), Tail()),
+        (lambda: other("Cohere", logit_scale=0.25), LogitHead(0.25)),
+        (lambda: other("Granite", logits_scaling=8.0), LogitHead(0.125)),
+        (lambda: build("gemma2", "eager"), LogitHead(1.0, 30.0)),
+        (lambda: build("gemma2", "eager", final_logit_softcapping=0.1), LogitHead(1.0, 0.1)),
+        (lambda: build("gpt2"), LogitHead()),
     ],
     ids=["cohere", "granite", "gemma2", "gemma2-tight", "gpt2"],
 )
-def test_scaled_and_capped_logits(model, tail):
+def test_scaled_and_capped_logits(model, logit_head):
     model = model()
     agrees(model)
-    assert list(tap_of(model).tails.values()) == [tail]
+    assert list(hook_of(model).logit_heads.values()) == [logit_head]
 
 
 class Doubled(nn.Module):
@@ -93,7 +94,7 @@ def test_other_heads(head, monkeypatch):
     model = build(tied=False)
     model.set_output_embeddings(head().double())
     agrees(model)
-    assert list(tap_of(model).tails.values()) == [Tail()]
+    assert list(hook_of(model).logit_heads.values()) == [LogitHead()]
 
 
 def hooked(model):
@@ -118,7 +119,7 @@ def test_a_head_that_was_changed_is_called(change):
     model = build(tied=False)
     change(model)
     agrees(model)
-    assert list(tap_of(model).tails.values()) == [Tail()]
+    assert list(hook_of(model).logit_heads.values()) == [LogitHead()]
 
 
 def test_unknown_logits_fall_back_with_one_warning():
@@ -134,7 +135,7 @@ def test_unknown_logits_fall_back_with_one_warning():
     model = build()
     model.__class__ = Shifted
     loss = loss_of(model)
-    with pytest.warns(UserWarning, match=r"Shifted: its logits are neither Tail\(scale=1.0"):
+    with pytest.warns(UserWarning, match=r"Shifted: its logits are neither LogitHead\(scale=1.0"):
         got = loss({}, {}, chat_batch())
     assert got.item() == pytest.approx(full(model, chat_batch()).item(), rel=1e-12)
     loss({}, {}, chat_batch())  # warnings are errors here
@@ -176,7 +177,7 @@ def test_a_model_that_needs_all_its_logits_falls_back(change, reason):
 
     model.forward = picky
     with pytest.warns(UserWarning, match=reason):
-        assert loss_of(model)._tail() is None
+        assert logit_head_of(model) is None
     model.forward = forward
     got = loss_of(model)({}, {}, chat_batch())
     assert got.item() == pytest.approx(full(model, chat_batch()).item(), rel=1e-12)
@@ -191,14 +192,16 @@ def test_a_model_without_a_head_falls_back():
 
 
 def test_wrong_configuration_is_found_out():
-    """A scale that the model does not apply, and a tail that is changed later."""
+    """A scale that the model does not apply, and one that is changed later."""
     model = build()
     model.config.logit_scale = 7.0
     agrees(model)
-    assert list(tap_of(model).tails.items()) == [((type(model), Tail(7.0)), Tail())]
+    assert list(hook_of(model).logit_heads.items()) == [
+        ((type(model), LogitHead(7.0)), LogitHead())
+    ]
     model.config.logit_scale = 3.0
     agrees(model)
-    assert len(tap_of(model).tails) == 2
+    assert len(hook_of(model).logit_heads) == 2
 
 
 def test_checked_once_for_a_model():
@@ -226,14 +229,14 @@ def test_the_check_disturbs_nothing(checkpointing):
     state = torch.get_rng_state()
 
     def each(f):
-        loss._tail()
+        logit_head_of(loss.model)
         return torch.func.grad(lambda f: sum((v * v).sum() for v in f.values()))(f)
 
     torch.func.vmap(each)(fast)
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training and all(m.training for m in model.modules())
     assert dict(model.lm_head._forward_hooks) == hooks
-    assert list(tap_of(model).tails.values()) == [Tail()]
+    assert list(hook_of(model).logit_heads.values()) == [LogitHead()]
     assert loss.prepare(batch)["scored"].rows is not None
 
 
@@ -258,8 +261,8 @@ def test_copies_and_pickles_are_idle():
     model = build()
     loss_of(model)({}, {}, chat_batch())
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        tap = tap_of(twin)
-        assert tap is not tap_of(model) and tap.reader is None and not tap.tails
+        hook = hook_of(twin)
+        assert hook is not hook_of(model) and hook.reader is None and not hook.logit_heads
         agrees(twin)
 
 
@@ -294,7 +297,7 @@ def test_rows_are_selected_where_values_can_be_asked():
 def test_gradient_reaches_only_scored_rows():
     head = nn.Linear(3, 5).double()
     hidden = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-    value = heads.head_loss(head, hidden, torch.tensor([-100, 2, -100, 0]), Tail())
+    value = heads.head_loss(head, hidden, torch.tensor([-100, 2, -100, 0]), LogitHead())
     (found,) = torch.autograd.grad(value, hidden)
     assert found[[0, 2]].abs().sum() == 0 and relative(found[[1, 3]], found[[1, 3]]) == 0
     assert found[[1, 3]].abs().sum() > 0

@@ -106,7 +106,7 @@ def test_loss_equals_a_naive_one(family, tied, attn):
 def from_all_logits(monkeypatch, run):
     """Return `run()` with the head applied to every position, as the model itself does."""
     with monkeypatch.context() as patch:
-        patch.setattr(heads, "tail_after", lambda model, probe: None)
+        patch.setattr("metafocus.lm.loss.logit_head_of", lambda model: None)
         return run()
 
 
@@ -135,7 +135,7 @@ def test_head_on_scored_positions_equals_all_logits(family, tied, checkpointing,
         return value.item(), *flat
 
     got = run()
-    assert None not in heads.install(model.get_output_embeddings()).tails.values()
+    assert None not in heads.install(model.get_output_embeddings()).logit_heads.values()
     expected = from_all_logits(monkeypatch, run)
     assert got[0] == pytest.approx(expected[0], rel=1e-12)
     # float64 in another order; inside the models float32 norms round the hidden gradients, in the

@@ -15,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from commands import chat, training, write
 
 ROOT = Path(__file__).parent.parent
 LEAST = (3, 10)
@@ -69,9 +70,9 @@ def test_importing_stays_within_its_budget():
 SOURCES = sorted((ROOT / "metafocus").rglob("*.py"))
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_the_oldest_python_can_read_it(path):
-    ast.parse(path.read_text(), feature_version=LEAST)
+def test_the_oldest_python_can_read_every_file():
+    for path in SOURCES:
+        ast.parse(path.read_text(), filename=str(path), feature_version=LEAST)
 
 
 # --- wheel and sdist ---------------------------------------------------------------------------
@@ -103,7 +104,7 @@ def test_what_the_wheel_holds(tmp_path):
     assert "metafocus/py.typed" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     tops = {name.partition("/")[0] for name in names}
-    assert tops == {"metafocus", meta.partition("/")[0]}
+    assert tops == {"metafocus", "metafocus_claims.py", meta.partition("/")[0]}
     sources = {str(path.relative_to(ROOT)) for path in SOURCES}
     assert sources <= set(names)
     assert not [name for name in names if "test" in Path(name).parts or "__pycache__" in name]
@@ -123,15 +124,9 @@ def test_what_the_sdist_holds(tmp_path):
 
 def test_a_disk_that_is_full(tmp_path, limit=100_000):
     """A limit on the size of files stands for it: one line, and no report of a whole checkpoint."""
-    words = "--samples 8 --max-length 192 --steps 1 --hidden-size 64 --layers 1 --rank 2"
-    chats = tmp_path / "chats.jsonl"
-    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
-    chats.write_text((json.dumps({"messages": chat}) + "\n") * 4)
-    command = [
-        *(sys.executable, "-m", "metafocus", "train", "--data", str(chats)),
-        *("--output", str(tmp_path / "run"), "--layer-fraction", "1", "--vocab-size", "300"),
-        *words.split(),
-    ]
+    chats = write(tmp_path / "chats.jsonl", *map(chat, range(4)))
+    words = training(chats, tmp_path / "run", max_steps=1)
+    command = [sys.executable, "-m", "metafocus", *words]
     done = subprocess.run(
         command,
         capture_output=True,

@@ -11,7 +11,7 @@ import metafocus as mf
 from metafocus.adapters import all_linear, for_each, one_of
 from metafocus.errors import ProblemError
 from metafocus.lm.per_example import PerExampleLoss, PerExampleSolver
-from metafocus.recipes import _focusft as focusft
+from metafocus.recipes import focusft
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 

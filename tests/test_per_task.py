@@ -8,10 +8,13 @@ from torch import nn
 from torch.func import functional_call
 
 import metafocus as mf
-from metafocus.autodiff.grad import only_vmap
 from metafocus.comparison.memory import peak_bytes
+from metafocus.torch_internals import sole_vmap
 
 TASKS = 5
+# Seeded here: a net drawn after other modules have drawn may have a gradient entry near zero, which
+# Adam divides by.
+torch.manual_seed(0)
 NET = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1)).double()
 
 
@@ -33,7 +36,7 @@ def start():
     return {**{k: v.detach().clone() for k, v in NET.named_parameters()}, "lr": rate}
 
 
-def weights_of(slow, support=None):
+def weights_of(slow, support):
     return {k: v for k, v in slow.items() if k != "lr"}
 
 
@@ -105,7 +108,7 @@ def test_the_hypergradient_can_be_differentiated_again(layout):
     meta = mf.bilevel(MAML, solver=mf.SGD(0.1, 2), estimator=mf.Unrolled())
     whole = mf.over_tasks(meta, **LAYOUTS[layout])
     batch = episodes(3)
-    weights = weights_of(start())
+    weights = weights_of(start(), None)
     leaves = {k: v.clone().requires_grad_() for k, v in weights.items()}
     grads, _ = mf.hypergrad(whole)(leaves, batch)
     square = sum((g**2).sum() for g in grads.values())
@@ -120,7 +123,7 @@ def test_the_hypergradient_can_be_differentiated_again(layout):
 
 
 def test_a_start_whose_weights_depend_on_each_other():
-    def init(slow, support=None):
+    def init(slow, support):
         return {"a": slow["a"], "b": 2 * slow["a"]}
 
     def square(fast, slow, x):
@@ -141,7 +144,7 @@ def test_the_tape_is_used_below_one_vmap_only():
     seen = []
 
     def look(x):
-        seen.append(only_vmap())
+        seen.append(sole_vmap() is not None)
         return x.sum()
 
     x = torch.ones(2, 2)
@@ -162,7 +165,7 @@ def test_under_two_vmaps():
     value, _ = nested(leaves, two)
     grads = dict(zip(leaves, torch.autograd.grad(value, list(leaves.values())), strict=True))
     flat = mf.hypergrad(mf.over_tasks(meta))(outer, one)[0]
-    assert apart(grads, weights_of(flat)) < 1e-13
+    assert apart(grads, weights_of(flat, None)) < 1e-13
 
 
 @pytest.mark.parametrize("randomness", ["same", "different"])

@@ -53,7 +53,7 @@ def test_proximal_names_the_weight_without_counterpart():
     [
         ([torch.ones(1)], "here must be a dict of tensors .*, got list"),
         (None, "got NoneType"),
-        (torch.nn.Linear(1, 1), r"got Linear.*dict\(module.named_parameters\(\)\)"),
+        (torch.nn.Linear(1, 1), r"got Linear.*mf.trainable\(module\)"),
         ({"w": 3.0}, "here holds 'w' of type float; things are tensors"),
         ({"w": torch.tensor(1)}, "here holds 'w' of dtype torch.int64; only floating-point"),
         ({"w": torch.tensor(True)}, "dtype torch.bool.*put them into the episode"),
@@ -92,10 +92,10 @@ def test_check_finite_names_step_and_task(bad):
 def test_start_is_checked_and_prepared_is_an_episode():
     problem = mf.Problem(loss, loss, lambda slow, support: [1])
     with pytest.raises(mf.errors.ProblemError, match="init must be a dict of tensors"):
-        problem.start({})
-    same = mf.Problem(loss, loss, dict)
+        problem.start({}, None)
+    same = mf.Problem(loss, loss)
     assert same.prepared({}, mf.Episode(1, 2)) == mf.Episode(1, 2)
-    plain = mf.Problem(loss, loss, dict, prepare=lambda slow, e: (e.query, e.support))
+    plain = mf.Problem(loss, loss, prepare=lambda slow, e: (e.query, e.support))
     assert plain.prepared({}, mf.Episode(1, 2)) == mf.Episode(2, 1)
     assert isinstance(plain.prepared({}, mf.Episode(1, 2)), mf.Episode)
 

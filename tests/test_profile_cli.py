@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 
+import commands
 import pytest
 import torch
+from commands import training
 from models import NAMES, build, chat_batch
 
 import metafocus as mf
-from metafocus.__main__ import main
 from metafocus.diagnostics import attention_profile, plot_engagement
 from metafocus.errors import ProblemError
 
-TINY = "--hidden-size 64 --layers 3 --vocab-size 320 --max-length 320".split()
-ADAPT = "--adapt --rank 2 --layer-fraction 0.7 --modules q_proj,k_proj".split()
+TINY = "--hidden_size 64 --num_hidden_layers 3 --vocab_size 320 --max_length 320".split()
+ADAPT = "--adapt --lora_rank 2 --layer_fraction 0.7 --lora_modules q_proj,k_proj".split()
 
 
 def run(*words):
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main([str(word) for word in words])
-    return code, out.getvalue(), err.getvalue()
+    ran = commands.run(*words)
+    return ran.code, ran.out, ran.err
 
 
 def refused(*words):
-    code, _, err = run("profile", *words)
-    lines = [x for x in err.split("\n") if x and "Loading weights" not in x]
-    assert code == 2 and len(lines) == 1, err
-    return lines[0]
+    return commands.refused("profile", *words)
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +33,7 @@ def trained(tmp_path_factory):
     """A model as `metafocus train` leaves it."""
     path = tmp_path_factory.mktemp("profile") / "model"
     code, _, err = run(
-        "train", "--data", "stdlib", "--samples", 8, "--steps", 2, "--method", "sft",
-        "--batch-size", 2, *TINY, "--output", path,
+        *training("stdlib", path, max_train_samples=8, max_steps=2, method="sft"), *TINY,
     )  # fmt: skip
     assert code == 0, err
     return path
@@ -51,7 +45,16 @@ def constant(word):
 
 def test_profiles_a_trained_model(trained, tmp_path):
     out = tmp_path / "new" / "out"
-    words = ("--model", trained, "--max-length", 320, "--samples", 2, "--output", out)
+    words = (
+        "--model_name_or_path",
+        trained,
+        "--max_length",
+        320,
+        "--max_train_samples",
+        2,
+        "--output_dir",
+        out,
+    )
     code, text, err = run("profile", *words, "--mask", "causal,context-bidirectional", *ADAPT)
     assert code == 0, err
     names = ["causal", "causal-adapted", "context-bidirectional", "context-bidirectional-adapted"]
@@ -68,7 +71,7 @@ def test_profiles_a_trained_model(trained, tmp_path):
     assert adapted["entropy"] != found["entropy"]
     for losses in report["inner_losses"].values():
         assert len(losses) == 2 and losses[1] < losses[0]
-    assert report["settings"]["rank"] == 2 and report["environment"]["torch"]
+    assert report["settings"]["lora_rank"] == 2 and report["environment"]["torch"]
     for name in profiles:
         assert f"\n{name}, answer queries" in text
     assert f"{found['sink_mass']['layers'][0]:.4f}" in text
@@ -91,7 +94,16 @@ def test_one_profile_of_a_file(trained, tmp_path):
     ]
     data, out = tmp_path / "chats.jsonl", tmp_path / "out"
     data.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
-    words = ("--model", trained, "--data", data, "--max-length", 320, "--out", out)
+    words = (
+        "--model_name_or_path",
+        trained,
+        "--train_file",
+        data,
+        "--max_length",
+        320,
+        "--output_dir",
+        out,
+    )
     code, _, err = run("profile", *words, "--layer", 0)
     assert code == 0, err
     assert {p.suffix for p in out.iterdir()} == {".png", ".svg", ".json"}
@@ -110,28 +122,39 @@ def test_one_profile_of_a_file(trained, tmp_path):
 
 
 def test_refusals(trained, tmp_path):
-    model = ("--model", trained, "--max-length", 320, "--out", tmp_path / "out")
-    assert "--mask 'sideways' is unknown" in refused(*model, "--mask", "sideways")
+    model = ("--model_name_or_path", trained, "--max_length", 320, "--output_dir", tmp_path / "out")
+    assert "mask='sideways' is unknown" in refused(*model, "--mask", "sideways")
     masks = "causal,full,prefix-lm"
     assert "makes 6 profiles with --adapt" in refused(*model, "--mask", masks, "--adapt")
     assert "makes 0 profiles" in refused(*model, "--mask", ",")
-    assert "--inner-tokens 'all' is unknown" in refused(*model, "--inner-tokens", "all", "--adapt")
+    assert "inner_tokens='all' is unknown" in refused(*model, "--inner_tokens", "all", "--adapt")
     assert "use at most --layer 2" in refused(*model, "--layer", 3)
     file = tmp_path / "chats.jsonl"
     file.write_text(
         '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
     )
-    assert "is more than the 1 chats" in refused(*model, "--data", file, "--samples", 2)
-    assert "is a file" in refused("--model", trained, "--out", file)
+    assert "is more than the 1 chats" in refused(
+        *model, "--train_file", file, "--max_train_samples", 2
+    )
+    assert "is a file" in refused("--model_name_or_path", trained, "--output_dir", file)
     assert not (tmp_path / "out").exists()
 
 
 def test_unused_options_are_noted(trained, tmp_path):
-    words = ("--model", trained, "--max-length", 320, "--samples", 1, "--out", tmp_path)
-    code, _, err = run("profile", *words, "--rank", 4, "--inner-tokens", "context")
+    words = (
+        "--model_name_or_path",
+        trained,
+        "--max_length",
+        320,
+        "--max_train_samples",
+        1,
+        "--output_dir",
+        tmp_path,
+    )
+    code, _, err = run("profile", *words, "--lora_rank", 4, "--inner_tokens", "context")
     assert code == 0
     notes = [line for line in err.splitlines() if line.startswith("note: ")]
-    assert [note.split()[1] for note in notes] == ["--inner-tokens", "--rank"]
+    assert [note.split()[1] for note in notes] == ["--inner_tokens", "--lora_rank"]
 
 
 def trainer(model, callbacks, folder, steps=5, resume=None):
@@ -223,11 +246,19 @@ def test_callback_refuses(tmp_path):
 
 
 def test_the_length_follows_the_model(trained, tmp_path):
-    """Without --max-length, chats fit the model's positions; with it, it must fit them."""
-    code, _, err = run("profile", "--model", trained, "--samples", 2, "--out", tmp_path / "a")
+    """Without --max_length, chats fit the model's positions; with it, it must fit them."""
+    code, _, err = run(
+        "profile",
+        "--model_name_or_path",
+        trained,
+        "--max_train_samples",
+        2,
+        "--output_dir",
+        tmp_path / "a",
+    )
     assert code == 0, err
     assert (
         json.loads((tmp_path / "a" / "profile.json").read_text())["settings"]["max_length"] == 320
     )
-    words = ("--model", trained, "--max-length", 512, "--out", tmp_path / "b")
-    assert "--max-length 512 is more than the 320 positions" in refused(*words)
+    words = ("--model_name_or_path", trained, "--max_length", 512, "--output_dir", tmp_path / "b")
+    assert "max_length=512 is more than the 320 positions" in refused(*words)

@@ -14,8 +14,7 @@ from torch.func import functional_call
 import metafocus as mf
 from metafocus.adapters import for_each, one_of
 from metafocus.errors import ProblemError
-from metafocus.recipes import _focusft as focusft
-from metafocus.recipes import export, qttt, ttt_e2e
+from metafocus.recipes import export, focusft, qttt, ttt_e2e
 from metafocus.recipes.streaming import chunks
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -192,7 +191,7 @@ def test_chunks_cover_every_token_once():
 
 def test_what_ttt_e2e_refuses():
     batch, both = sequence(), chat_batch()
-    with pytest.raises(ProblemError, match=r"chunk=0 and window=1"):
+    with pytest.raises(ProblemError, match=r"chunk must be an integer >= 1, got 0"):
         ttt_e2e(model_of(), chunk=0, window=1)
     with pytest.raises(ProblemError, match="2 sequences"):
         ttt_e2e(model_of())({}, mf.Episode(both, both))

@@ -9,13 +9,12 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from models import build
 
 from metafocus.__main__ import main
+from metafocus.cli import config_file
 from metafocus.data.tokenizer import train_tokenizer
-from metafocus.trainer import config_file
 from metafocus.trainer.checkpoints import damage
 
 ROOT = Path(__file__).parent.parent / "metafocus"
@@ -61,15 +60,18 @@ def faults(source: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_file_of_the_package_runs_what_it_reads(path):
-    allowed = ALLOWED.get(str(path.relative_to(ROOT)), set())
-    assert [x for x in faults(path.read_text()) if x.partition(": ")[2] not in allowed] == []
+def test_no_file_of_the_package_runs_what_it_reads():
+    found = [
+        f"{name}:{fault}"
+        for name, path in ((path.relative_to(ROOT).as_posix(), path) for path in FILES)
+        for fault in faults(path.read_text())
+        if fault.partition(": ")[2] not in ALLOWED.get(name, set())
+    ]
+    assert found == []
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
+def test_the_reviewer_sees_it():
+    sources = (
         "import pickle\npickle.loads(x)",
         "torch.load(path)",
         "torch.load(path, weights_only=False)",
@@ -82,10 +84,8 @@ def test_no_file_of_the_package_runs_what_it_reads(path):
         "AutoModel.from_pretrained(name)",
         "AutoModel.from_pretrained(name, trust_remote_code=True)",
         "AutoModel.from_pretrained(name, trust_remote_code=args.trust)",
-    ],
-)
-def test_the_reviewer_sees_it(source):
-    assert len(faults(source)) == 1
+    )
+    assert [source for source in sources if len(faults(source)) != 1] == []
 
 
 def test_no_word_of_the_package_offers_to_trust_a_stranger():
@@ -122,7 +122,7 @@ def test_a_pickle_beside_a_model_is_not_run(tmp_path, capsys):
     train_tokenizer(["hello"], 270).save_pretrained(folder)
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(mark), protocol=2))
-    assert main(["compare", "--quick", "--model", str(folder)]) == 2
+    assert main(["compare", "--quick", "--model_name_or_path", str(folder)]) == 2
     assert "could run any code" in capsys.readouterr().err
     assert not mark.exists()
 
@@ -137,10 +137,10 @@ def test_code_beside_a_model_is_not_run(tmp_path, capsys):
         '"AutoModelForCausalLM": "strange.Model"}}'
     )
     (folder / "strange.py").write_text(f"import os\nos.mkdir({str(mark)!r})\n")
-    assert main(["compare", "--quick", "--model", str(folder)]) == 2
+    assert main(["compare", "--quick", "--model_name_or_path", str(folder)]) == 2
     error = capsys.readouterr().err
     last = error.strip().splitlines()[-1]
-    assert last.startswith("metafocus: error: --model") and "cannot be loaded" in last
+    assert last.startswith("metafocus: error: name_or_path=") and "cannot be loaded" in last
     assert "[y/N]" not in error
     assert not mark.exists()
 

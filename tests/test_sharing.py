@@ -25,8 +25,8 @@ import metafocus as mf
 from metafocus import masks
 from metafocus.errors import ProblemError
 from metafocus.lm import lm_loss
-from metafocus.lm.hf.prefix import fast_layers, hidden_before
-from metafocus.lm.hf.sharing import Shared
+from metafocus.lm.hf.prefix import fast_layers, has_own_call, hidden_before
+from metafocus.lm.shared_prefix import SharedPrefix
 from metafocus.recipes._focusft import focusft_problem, trainable
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -190,7 +190,7 @@ def test_inner_and_outer_tokens_may_differ():
 def test_not_with_dropout():
     model = build("qwen2")
     model.model.layers[0].mlp.act_fn = nn.Sequential(model.model.layers[0].mlp.act_fn, nn.Dropout())
-    shared = Shared(lm_loss(model, adapter=adapter_for("qwen2"), mask=masks.causal))
+    shared = SharedPrefix(lm_loss(model, adapter=adapter_for("qwen2"), mask=masks.causal))
     batch = shared.loss.prepare(chat_batch())
     assert "hidden" not in shared({}, batch)
     model.eval()
@@ -200,8 +200,33 @@ def test_not_with_dropout():
 @pytest.mark.parametrize("fraction", (0.0, 1.0))
 def test_nothing_to_share(fraction):
     model = build("qwen2")
-    shared = Shared(lm_loss(model, adapter=adapter_for("qwen2", fraction), mask=masks.causal))
+    shared = SharedPrefix(lm_loss(model, adapter=adapter_for("qwen2", fraction), mask=masks.causal))
     assert "hidden" not in shared({}, shared.loss.prepare(chat_batch()))
+
+
+class FullTensor(nn.Parameter):
+    """A parameter with the method by which a DTensor is known, as under FSDP2."""
+
+    def full_tensor(self):
+        return self
+
+
+@pytest.mark.parametrize("kind", ["compiled below", "compiled above", "sharded"])
+def test_not_where_layers_have_a_call_of_their_own(kind):
+    """A compiled or sharded layer must not lose its call to a replaced `forward`."""
+    model = build("qwen2")
+    shared = SharedPrefix(lm_loss(model, adapter=adapter_for("qwen2"), mask=masks.causal))
+    batch = shared.loss.prepare(chat_batch())
+    assert not has_own_call(model)
+    if kind == "sharded":
+        mlp = model.model.layers[0].mlp
+        mlp.up_proj.weight = FullTensor(mlp.up_proj.weight.data)
+    else:
+        # `Module.compile` sets the call aside; nothing is compiled before the first one.
+        model.model.layers[0 if kind == "compiled below" else 3].compile(backend="eager")
+    assert has_own_call(model)
+    assert shared._find() is None
+    assert "hidden" not in shared({}, batch)
 
 
 def test_not_where_the_parts_do_not_make_the_whole():
@@ -212,7 +237,7 @@ def test_not_where_the_parts_do_not_make_the_whole():
     decoder.register_forward_pre_hook(lambda module, args: ran.clear())
     layers[0].self_attn.register_forward_hook(lambda module, args, out: ran.append(1.0))
     layers[3].register_forward_hook(lambda module, args, out: out + sum(ran))
-    shared = Shared(lm_loss(model, adapter=adapter_for("qwen2"), mask=masks.causal))
+    shared = SharedPrefix(lm_loss(model, adapter=adapter_for("qwen2"), mask=masks.causal))
     batch = shared.loss.prepare(chat_batch())
     with pytest.warns(UserWarning, match=r"Qwen2ForCausalLM: the layers below the fast weights"):
         assert "hidden" not in shared({}, batch)
@@ -225,7 +250,7 @@ def test_not_where_layers_return_more_than_states():
     model.model.forward = lambda input_ids, **others: unpacking(model.model, input_ids, **others)
     for layer in model.model.layers:
         layer.forward = functools.partial(with_more, type(layer).forward, layer)
-    shared = Shared(lm_loss(model, adapter=adapter_for("qwen2"), mask=masks.causal))
+    shared = SharedPrefix(lm_loss(model, adapter=adapter_for("qwen2"), mask=masks.causal))
     batch = shared.loss.prepare(chat_batch())
     with pytest.warns(UserWarning, match="cannot run in two parts"):
         assert "hidden" not in shared({}, batch)

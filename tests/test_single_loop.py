@@ -434,7 +434,7 @@ def test_prepare_is_part_of_both_levels(name):
     def upper_whole(fast, slow, t):
         return upper(fast, slow, slow["x"].sum() * t)
 
-    def start(slow, support=None):
+    def start(slow, support):
         return {"z": torch.zeros(2, dtype=F64)}
 
     outer = {"x": torch.tensor([0.3, 0.5], dtype=F64)}

@@ -139,7 +139,7 @@ def test_errors():
         generate(words, split="test", n=1, context_tokens=100)
     with pytest.raises(DataError, match="split='dev'"):
         texts("dev")
-    with pytest.raises(DataError, match="n=0, turns=1: both must be at least 1"):
+    with pytest.raises(DataError, match="n must be an integer >= 1, got 0"):
         generate(words, n=0, context_tokens=100)
     with pytest.raises(DataError, match="n=1, turns=0"):
         generate(words, n=1, turns=0, context_tokens=100)

@@ -13,14 +13,15 @@ from torch.func import grad, hessian, jacrev, jvp, vmap
 
 import metafocus as mf
 from metafocus.comparison.memory import peak_bytes
-from metafocus.lm.token_loss import Tail, token_loss
+from metafocus.lm.cross_entropy import LogitHead
+from metafocus.lm.token_loss import token_loss
 from metafocus.torch_internals import transforming
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 
 ROWS, WIDTH, VOCABULARY = 7, 4, 5
-TAILS = [Tail(), Tail(0.5), Tail(2.0, 1.5)]
-tails = pytest.mark.parametrize("tail", TAILS, ids=["plain", "scaled", "capped"])
+LOGIT_HEADS = [LogitHead(), LogitHead(0.5), LogitHead(2.0, 1.5)]
+logit_heads = pytest.mark.parametrize("head", LOGIT_HEADS, ids=["plain", "scaled", "capped"])
 biased = pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 # One row at a time, a chunk that does not divide the rows, all at once.
 chunks = pytest.mark.parametrize("chunk", [1, 3, 100])
@@ -35,21 +36,21 @@ def inputs(bias=True, rows=ROWS, seed=0, dtype=torch.float64):
     return floats, targets
 
 
-def plain(h, w, b=None, *, y, tail):
-    logits = tail(F.linear(h, w, b).double() if h.dtype != torch.float64 else F.linear(h, w, b))
+def plain(h, w, b=None, *, y, head):
+    logits = head(F.linear(h, w, b).double() if h.dtype != torch.float64 else F.linear(h, w, b))
     return F.cross_entropy(logits, y, reduction="sum")
 
 
-def ours(h, w, b=None, *, y, tail, chunk=3):
-    return token_loss(h, w, y, bias=b, tail=tail, chunk=chunk)
+def ours(h, w, b=None, *, y, head, chunk=3):
+    return token_loss(h, w, y, bias=b, logit_head=head, chunk=chunk)
 
 
-def pair(bias, tail, chunk=3):
+def pair(bias, head, chunk=3):
     """Our loss, the plain one, and where: functions of the floating-point tensors alone."""
     at, y = inputs(bias)
     return (
-        lambda *xs: ours(*xs, y=y, tail=tail, chunk=chunk),
-        lambda *xs: plain(*xs, y=y, tail=tail),
+        lambda *xs: ours(*xs, y=y, head=head, chunk=chunk),
+        lambda *xs: plain(*xs, y=y, head=head),
         at,
     )
 
@@ -69,10 +70,10 @@ def leaves(at):
 
 
 @chunks
-@tails
+@logit_heads
 @biased
-def test_value_and_first_derivative(bias, tail, chunk):
-    f, g, at = pair(bias, tail, chunk)
+def test_value_and_first_derivative(bias, head, chunk):
+    f, g, at = pair(bias, head, chunk)
     indices = tuple(range(len(at)))
     close(f(*at), g(*at))
     expected = grad(g, indices)(*at)
@@ -83,11 +84,11 @@ def test_value_and_first_derivative(bias, tail, chunk):
         assert not f(*xs).requires_grad
 
 
-@tails
+@logit_heads
 @biased
-def test_every_subset_of_inputs_that_require_grad(bias, tail):
+def test_every_subset_of_inputs_that_require_grad(bias, head):
     """On the tape and under transforms, also in the second derivative."""
-    f, g, at = pair(bias, tail)
+    f, g, at = pair(bias, head)
     for needs in itertools.product([False, True], repeat=len(at)):
         chosen = tuple(i for i, n in enumerate(needs) if n)
         if not chosen:
@@ -112,19 +113,19 @@ def test_every_subset_of_inputs_that_require_grad(bias, tail):
         close(func(f), expected)
 
 
-@tails
+@logit_heads
 @biased
-def test_numerical_checks(bias, tail):
+def test_numerical_checks(bias, head):
     """First derivatives in both modes, batched, and second ones in reverse over reverse."""
-    f, _, at = pair(bias, tail)
+    f, _, at = pair(bias, head)
     assert gradcheck(f, leaves(at), check_forward_ad=True, check_batched_grad=True)
     assert gradgradcheck(f, leaves(at), check_batched_grad=True)
 
 
-@tails
+@logit_heads
 @biased
-def test_numerical_check_of_forward_over_reverse(bias, tail):
-    f, _, at = pair(bias, tail)
+def test_numerical_check_of_forward_over_reverse(bias, head):
+    f, _, at = pair(bias, head)
     assert gradgradcheck(
         f,
         leaves(at),
@@ -135,9 +136,9 @@ def test_numerical_check_of_forward_over_reverse(bias, tail):
 
 
 @chunks
-@tails
-def test_hessian_by_every_route(tail, chunk):
-    f, g, at = pair(True, tail, chunk)
+@logit_heads
+def test_hessian_by_every_route(head, chunk):
+    f, g, at = pair(True, head, chunk)
     every = (0, 1, 2)
     expected = hessian(g, every)(*at)
     direction = tuple(torch.randn_like(x) for x in at)
@@ -161,8 +162,8 @@ def test_hessian_by_every_route(tail, chunk):
     close(tuple(got), product)
 
 
-@tails
-def test_vmap(tail):
+@logit_heads
+def test_vmap(head):
     """Over all inputs, over the hidden states alone, and over the weight alone."""
     batches = [inputs(True, seed=s) for s in range(3)]
     stacked = [torch.stack(x) for x in zip(*[b[0] for b in batches], strict=True)]
@@ -173,7 +174,7 @@ def test_vmap(tail):
         *floats, targets = at
 
         def many(loss, dims=dims, targets=targets):
-            return lambda *xs: vmap(lambda h, w, b, y: loss(h, w, b, y=y, tail=tail), in_dims=dims)(
+            return lambda *xs: vmap(lambda h, w, b, y: loss(h, w, b, y=y, head=head), in_dims=dims)(
                 *xs, targets
             )
 
@@ -186,7 +187,7 @@ def test_vmap(tail):
 
         def each(loss, dims=dims, at=at):
             def one(h, w, b, y):
-                return grad(lambda *xs: loss(*xs, y=y, tail=tail), every)(h, w, b)
+                return grad(lambda *xs: loss(*xs, y=y, head=head), every)(h, w, b)
 
             return vmap(one, in_dims=dims)(*at)
 
@@ -202,16 +203,16 @@ def test_vmap(tail):
         def products(loss, dims=dims, at=at):
             def one(h, w, b, y):
                 xs = (h, w, b)
-                return jvp(grad(lambda *xs: loss(*xs, y=y, tail=tail), every), xs, xs)[1]
+                return jvp(grad(lambda *xs: loss(*xs, y=y, head=head), every), xs, xs)[1]
 
             return vmap(one, in_dims=dims)(*at)
 
         close(products(ours), products(plain))
 
 
-@tails
-def test_third_derivative_is_exact(tail):
-    f, g, at = pair(True, tail)
+@logit_heads
+def test_third_derivative_is_exact(head):
+    f, g, at = pair(True, head)
     direction = [torch.randn_like(x) for x in at]
 
     def third_by_tape(loss):
@@ -237,24 +238,24 @@ def test_third_derivative_is_exact(tail):
 
 
 def test_nested_forward_mode_is_refused():
-    f, _, at = pair(False, Tail())
+    f, _, at = pair(False, LogitHead())
     with pytest.raises(mf.errors.TransformError, match="nested"):
         jvp(lambda h: jvp(lambda x: f(x, at[1]), (h,), (h,))[1], (at[0],), (at[0],))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@tails
-def test_low_precision(dtype, tail):
+@logit_heads
+def test_low_precision(dtype, head):
     """Gradients in the type of the inputs, statistics in float32."""
     at, y = inputs(True, rows=64, dtype=dtype)
     exact = [x.double() for x in at]
     every = (0, 1, 2)
-    expected = grad(lambda *xs: plain(*xs, y=y, tail=tail), every)(*exact)
-    value = plain(*exact, y=y, tail=tail)
+    expected = grad(lambda *xs: plain(*xs, y=y, head=head), every)(*exact)
+    value = plain(*exact, y=y, head=head)
     xs = leaves(at)
-    loss = ours(*xs, y=y, tail=tail, chunk=8)
+    loss = ours(*xs, y=y, head=head, chunk=8)
     taped = torch.autograd.grad(loss, xs)
-    func = grad(lambda *xs: ours(*xs, y=y, tail=tail, chunk=8), every)(*at)
+    func = grad(lambda *xs: ours(*xs, y=y, head=head, chunk=8), every)(*at)
     assert loss.dtype == torch.float32
     # Each logit and each residual is rounded once, to eps; the sums are in float32.
     eps = torch.finfo(dtype).eps
@@ -277,18 +278,18 @@ def test_sums_over_chunks_are_wide():
 def test_autocast(kind):
     """As F.linear under autocast: a bfloat16 product, gradients in the types of the inputs."""
     at, y = inputs(True, rows=64, dtype=torch.float32)
-    tail = Tail()
+    head = LogitHead()
 
     def run(loss):
         if kind == "func":
             with torch.autocast("cpu", torch.bfloat16):
-                return grad(lambda *xs: loss(*xs, y=y, tail=tail), (0, 1, 2))(*at)
+                return grad(lambda *xs: loss(*xs, y=y, head=head), (0, 1, 2))(*at)
         xs = leaves(at)
         with torch.autocast("cpu", torch.bfloat16):
-            value = loss(*xs, y=y, tail=tail)
+            value = loss(*xs, y=y, head=head)
         return torch.autograd.grad(value, xs)
 
-    exact = grad(lambda *xs: plain(*xs, y=y, tail=tail), (0, 1, 2))(*[x.double() for x in at])
+    exact = grad(lambda *xs: plain(*xs, y=y, head=head), (0, 1, 2))(*[x.double() for x in at])
     for got, theirs, want in zip(run(ours), run(plain), exact, strict=True):
         assert got.dtype == theirs.dtype == torch.float32
         assert 1e-5 < relative(got.double(), want) < 2 * relative(theirs.double(), want) + 1e-2
@@ -302,13 +303,13 @@ def test_nothing_scored(kind):
         y = torch.full((rows,), -100)
         if kind == "tape":
             xs = leaves((h, w, b))
-            value = ours(*xs, y=y, tail=Tail())
+            value = ours(*xs, y=y, head=LogitHead())
             found = torch.autograd.grad(value, xs, create_graph=True)
             again = torch.autograd.grad(sum((x * x).sum() for x in found), xs)
             assert all(not x.any() for x in again)
         else:
-            found = grad(lambda *xs, y=y: ours(*xs, y=y, tail=Tail()), (0, 1, 2))(h, w, b)
-            value = ours(h, w, b, y=y, tail=Tail())
+            found = grad(lambda *xs, y=y: ours(*xs, y=y, head=LogitHead()), (0, 1, 2))(h, w, b)
+            value = ours(h, w, b, y=y, head=LogitHead())
         assert value == 0
         assert [x.shape for x in found] == [h.shape, w.shape, b.shape]
         assert all(not x.any() for x in found)
@@ -319,16 +320,16 @@ def test_rows_that_are_not_scored_may_hold_anything():
     (h, w), y = inputs(bias=False)
     h[1] = 1e308
     for found in (
-        torch.autograd.grad(ours(*(xs := leaves((h, w))), y=y, tail=Tail()), xs),
-        grad(lambda h, w: ours(h, w, y=y, tail=Tail()), (0, 1))(h, w),
+        torch.autograd.grad(ours(*(xs := leaves((h, w))), y=y, head=LogitHead()), xs),
+        grad(lambda h, w: ours(h, w, y=y, head=LogitHead()), (0, 1))(h, w),
     ):
         assert all(torch.isfinite(x).all() for x in found) and not found[0][1].any()
 
 
 def test_large_logits_are_stable():
     (h, w), y = inputs(bias=False)
-    f = lambda h, w: ours(h, w, y=y, tail=Tail())  # noqa: E731
-    g = lambda h, w: plain(h, w, y=y, tail=Tail())  # noqa: E731
+    f = lambda h, w: ours(h, w, y=y, head=LogitHead())  # noqa: E731
+    g = lambda h, w: plain(h, w, y=y, head=LogitHead())  # noqa: E731
     close(f(1e5 * h, w), g(1e5 * h, w))
     xs = leaves((1e5 * h, w))
     close(torch.autograd.grad(f(*xs), xs), torch.autograd.grad(g(*xs), xs))
@@ -337,11 +338,16 @@ def test_large_logits_are_stable():
 def test_compiled():
     (h, w, b), y = inputs()
     step = torch.compile(
-        lambda h, w, b: grad(lambda *xs: ours(*xs, y=y, tail=Tail(2.0, 1.5)), (0, 1, 2))(h, w, b),
+        lambda h, w, b: grad(lambda *xs: ours(*xs, y=y, head=LogitHead(2.0, 1.5)), (0, 1, 2))(
+            h, w, b
+        ),
         backend="aot_eager",
         fullgraph=True,
     )
-    close(step(h, w, b), grad(lambda *xs: plain(*xs, y=y, tail=Tail(2.0, 1.5)), (0, 1, 2))(h, w, b))
+    close(
+        step(h, w, b),
+        grad(lambda *xs: plain(*xs, y=y, head=LogitHead(2.0, 1.5)), (0, 1, 2))(h, w, b),
+    )
 
 
 @pytest.mark.parametrize("order", [1, 2])
@@ -379,3 +385,17 @@ def test_refusals():
     ]:
         with pytest.raises(mf.errors.ProblemError, match=match):
             bad()
+
+
+def test_autocast_leaves_float64_alone():
+    """As torch does: loss and gradients are those without autocast, to the last bit."""
+    floats, y = inputs()
+    found = []
+    for on in (False, True):
+        leaves = [x.clone().requires_grad_() for x in floats]
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            loss = token_loss(leaves[0], leaves[1], y, bias=leaves[2], chunk=3)
+        found.append([loss, *torch.autograd.grad(loss, leaves)])
+    for got, want in zip(found[1], found[0], strict=True):
+        assert got.dtype == torch.float64
+        assert torch.equal(got, want)

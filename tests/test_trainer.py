@@ -9,19 +9,28 @@ import warnings
 import pytest
 import torch
 from torch import Tensor
-from trainer_script import ADAPTER, COLLATOR, SAMPLES, arguments, sample, tiny, trainer, weights
+from trainer_script import (
+    ADAPTER,
+    COLLATOR,
+    SAMPLES,
+    arguments,
+    mean_answer_loss,
+    sample,
+    tiny,
+    trainer,
+    weights,
+)
 from transformers import Qwen2ForCausalLM, Trainer, TrainerCallback
 
 import metafocus as mf
-from metafocus.adapters import slots
-from metafocus.data import pack
+from metafocus.adapters import LoRA, slots
+from metafocus.data import Collator, pack
 from metafocus.errors import DataError, NonFiniteError, ProblemError
 from metafocus.masks import causal, context_bidirectional
 from metafocus.trainer import FocusArguments, FocusOptions, FocusTrainer
 from metafocus.trainer.batch import Labelled, as_batch, labels_of, prompts
 from metafocus.trainer.inner import Guarded, Stopwatch, start_seed
 from metafocus.trainer.peft import BelowPeft
-from metafocus.training import evaluate, plain_sft
 
 SGD = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
 SFT = {"method": "sft", "mask": "context-bidirectional"}
@@ -38,7 +47,7 @@ def trained(folder, model=None, **changes):
     return run
 
 
-def told(run, key: str) -> list[float]:
+def logged(run, key: str) -> list[float]:
     return [entry[key] for entry in run.state.log_history if key in entry]
 
 
@@ -60,7 +69,7 @@ def test_steps_equal_a_loop_by_hand(tmp_path, method):
     generator = torch.Generator()
     meta = mf.recipes.focusft(model, adapter=ADAPTER, generator=generator)
     if method == "sft":
-        meta = plain_sft(model, context_bidirectional)
+        meta = mf.recipes.focusft(model, adapter=mf.NoAdapter(), mask=context_bidirectional)
     losses = []
     for step in range(2):
         batches = [COLLATOR(SAMPLES[i : i + 2]) for i in (4 * step, 4 * step + 2)]
@@ -77,7 +86,7 @@ def test_steps_equal_a_loop_by_hand(tmp_path, method):
             for p in model.parameters():
                 p -= 0.1 * p.grad
     assert relative(weights(run.model), weights(model)) < 1e-13
-    assert told(run, "loss") == pytest.approx(losses, rel=1e-6)
+    assert logged(run, "loss") == pytest.approx(losses, rel=1e-6)
 
 
 def test_one_times_four_is_four_times_one_for_sft(tmp_path):
@@ -159,7 +168,7 @@ def test_a_packed_row_is_the_samples_it_holds(tmp_path):
 
 def test_batches_of_equal_length(tmp_path):
     run = trained(tmp_path, train_sampling_strategy="group_by_length", max_steps=2)
-    assert len(told(run, "loss")) == 2
+    assert len(logged(run, "loss")) == 2
 
 
 def test_hugging_face_collators_will_do(tmp_path):
@@ -216,8 +225,8 @@ def test_both_loops_compute_in_the_same_precision(tmp_path):
     assert seen == {(True, torch.bfloat16)}
     assert fast == {torch.float32}
     wide = trained(tmp_path, tiny(torch.float32))
-    assert told(run, "loss") == pytest.approx(told(wide, "loss"), rel=0.02)
-    assert told(run, "loss") != told(wide, "loss")
+    assert logged(run, "loss") == pytest.approx(logged(wide, "loss"), rel=0.02)
+    assert logged(run, "loss") != logged(wide, "loss")
 
 
 @pytest.mark.parametrize("estimator", ["first-order", "unrolled-recompute"])
@@ -323,12 +332,12 @@ def test_the_inner_loop_is_logged_as_means_over_the_window(tmp_path):
         "fast_weight_norm", "fast_weight_shift", "skipped_adaptations",
     ]  # fmt: skip
     for name in names:
-        assert len(told(fine, name)) == 4 and len(told(coarse, name)) == 1
-    assert 0 < told(coarse, "inner_time_share")[0] < 1
-    assert told(coarse, "inner_loss_0") == told(coarse, "inner_loss_first")
-    assert told(coarse, "inner_loss_1") == told(coarse, "inner_loss_last")
+        assert len(logged(fine, name)) == 4 and len(logged(coarse, name)) == 1
+    assert 0 < logged(coarse, "inner_time_share")[0] < 1
+    assert logged(coarse, "inner_loss_0") == logged(coarse, "inner_loss_first")
+    assert logged(coarse, "inner_loss_1") == logged(coarse, "inner_loss_last")
     # The gain is the loss before the inner loop minus the loss after it.
-    assert told(coarse, "adaptation_gain")[0] > 0
+    assert logged(coarse, "adaptation_gain")[0] > 0
 
 
 def test_logged_values_are_those_of_the_meta_loss(tmp_path):
@@ -349,7 +358,7 @@ def test_logged_values_are_those_of_the_meta_loss(tmp_path):
         "fast_weight_norm": norm,
     }
     for name, value in expected.items():
-        assert told(run, name) == pytest.approx([value.item()], rel=1e-5, abs=1e-7), name
+        assert logged(run, name) == pytest.approx([value.item()], rel=1e-5, abs=1e-7), name
 
 
 class Listener(TrainerCallback):
@@ -385,20 +394,78 @@ def test_tensorboard_receives_it(tmp_path, monkeypatch):
 # --- evaluation ------------------------------------------------------------------------------
 
 
+# The last sample begins with an answer token, as one that was cut on its left side does.
+ALL = [*SAMPLES, sample(8, [0, 1, 5], 7)]
+
+
 def test_evaluation_is_the_deployed_model(tmp_path):
+    """The mean over answer tokens, whatever the batches, the padding and the packing."""
+    expected = mean_answer_loss(tiny(), ALL)
     for size in (1, 3, 8):
-        run = trainer(tiny(), tmp_path, heldout=SAMPLES, per_device_eval_batch_size=size)
-        expected = evaluate(tiny(), SAMPLES, COLLATOR, mask=causal)
+        run = trainer(tiny(), tmp_path, heldout=ALL, per_device_eval_batch_size=size)
         assert run.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-6)
+    rows = pack(ALL, 20)
+    assert len(rows) < len(ALL)
+    run = trainer(tiny(), tmp_path, heldout=rows)
+    assert run.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-6)
+    left = FocusTrainer(tiny(), arguments(tmp_path), eval_dataset=ALL,
+                        data_collator=Collator(pad_token_id=0, side="left"))  # fmt: skip
+    assert left.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-6)
     run = trainer(tiny(), tmp_path, heldout={"a": SAMPLES[:3], "b": SAMPLES[3:]})
     assert {"eval_a_loss", "eval_b_loss"} <= run.evaluate().keys()
 
 
+def everything(length: int) -> Tensor:
+    return torch.ones(length, length, dtype=torch.bool)
+
+
+def test_held_out_losses_by_the_way_they_are_measured(tmp_path):
+    run = trainer(tiny(), tmp_path, heldout=SAMPLES, mask="full", per_device_eval_batch_size=3)
+    found = run.heldout_losses()
+    deployed, masked = (mean_answer_loss(tiny(), SAMPLES, mask) for mask in (None, everything))
+    assert abs(deployed - masked) > 1e-4
+    assert found == pytest.approx({"deployed": deployed, "training mask": masked}, rel=1e-6)
+    assert run.evaluate()["eval_loss"] == found["deployed"]
+    prompt = trainer(tiny(), tmp_path, heldout=SAMPLES[:4], evaluate_on="prompt")
+    more = prompt.heldout_losses()
+    assert set(more) == {"deployed", "training mask", "as evaluated"}
+    assert more["as evaluated"] == prompt.evaluate()["eval_loss"] != more["deployed"]
+    same = trainer(tiny(), tmp_path, heldout=SAMPLES, mask="full", eval_mask="full")
+    assert list(same.heldout_losses()) == ["deployed", "training mask"]
+    assert same.evaluate()["eval_loss"] == pytest.approx(masked, rel=1e-6)
+
+
+def test_an_evaluation_set_without_answers(tmp_path):
+    silent = [sample(8, [], 1)]
+    assert trainer(tiny(), tmp_path, heldout=silent).evaluate()["eval_loss"] == 0.0
+
+
 def test_evaluation_leaves_training_alone(tmp_path):
-    quiet = trained(tmp_path)
-    seen = trained(tmp_path, heldout=SAMPLES, eval_strategy="steps", eval_steps=1)
+    """With dropout too: what evaluation draws is not taken from training."""
+    quiet = trained(tmp_path, tiny(attention_dropout=0.2))
+    seen = trained(tmp_path, tiny(attention_dropout=0.2), heldout=SAMPLES, eval_strategy="steps",
+                   eval_steps=1)  # fmt: skip
     assert torch.equal(weights(quiet.model), weights(seen.model))
-    assert len(told(seen, "eval_loss")) == 4
+    assert len(logged(seen, "eval_loss")) == 4
+
+
+def test_evaluation_changes_nothing(tmp_path, monkeypatch):
+    """No fast weights, no gradients, no random numbers, and no label that could be adapted on."""
+    run = trainer(tiny(attention_dropout=0.5), tmp_path, heldout=SAMPLES)
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("evaluation must not make fast weights or take gradients")
+
+    monkeypatch.setattr(LoRA, "init", forbidden)
+    monkeypatch.setattr(torch.autograd, "grad", forbidden)
+    for i, p in enumerate(run.model.parameters()):
+        p.grad = torch.full_like(p, float(i))
+    before, state = weights(run.model), torch.get_rng_state()
+    first = run.evaluate()["eval_loss"]
+    assert run.evaluate()["eval_loss"] == first
+    assert torch.equal(weights(run.model), before)
+    assert all((p.grad == i).all() for i, p in enumerate(run.model.parameters()))
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_adapting_to_prompts_never_sees_an_answer(tmp_path):
@@ -510,8 +577,8 @@ def test_a_nan_inner_loop_is_left_out_and_counted(tmp_path, estimator):
     """Fast weights stay at their start, where they change nothing: the step is one of plain SFT."""
     run = trained(tmp_path, estimator=estimator, kept={"recipe": {"solver": Broken(4 + 1)}})
     assert relative(weights(run.model), weights(trained(tmp_path, **SFT).model)) < 1e-13
-    assert told(run, "skipped_adaptations") == [1.0, 2.0, 3.0, 4.0]
-    assert told(run, "fast_weight_shift") == [0.0] * 4
+    assert logged(run, "skipped_adaptations") == [1.0, 2.0, 3.0, 4.0]
+    assert logged(run, "fast_weight_shift") == [0.0] * 4
 
 
 def test_too_many_of_them_stop_the_run(tmp_path):
@@ -529,8 +596,7 @@ def test_examples_are_left_out_one_by_one():
 
     records = []
     guarded = Guarded(estimator, records.append, Stopwatch(torch.device("cpu")), per_example=True)
-    problem = mf.Problem(lambda *a: None, lambda *a: None, lambda _, support: start)  # pyright: ignore
-    solution = guarded(problem, mf.SGD(1.0, 1), {}, None)
+    solution = guarded(lambda *a: torch.zeros(()), mf.SGD(1.0, 1), start, {}, None)
     assert solution.params["w"].tolist() == [[2.0, 2.0], [1.0, 1.0], [3.0, 3.0]]
     assert records[0]["skipped"].item() == 1
     assert solution.losses.tolist() == [0.0, 1.0]
@@ -553,10 +619,50 @@ def test_a_nan_outer_loss_stops_before_it_is_saved(tmp_path):
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
+def test_a_nan_gradient_stops_before_it_reaches_the_weights(tmp_path):
+    """The loss is finite: its derivative at zero is not."""
+    seen = []
+
+    def factory(model, generator):
+        meta = mf.recipes.focusft(model, adapter=ADAPTER, generator=generator)
+
+        def broken(outer, episode):
+            loss, aux = meta(outer, episode)
+            seen.append(weights(model))
+            if len(seen) == 3:
+                loss = loss + (0 * model.model.norm.weight).sqrt().sum()
+            return loss, aux
+
+        return broken
+
+    run = trainer(tiny(), tmp_path, logging_steps=100, save_strategy="steps", save_steps=1,
+                  kept={"meta_loss_factory": factory})  # fmt: skip
+    with pytest.raises(NonFiniteError, match=r"gradient norm is nan at step 2\. The model keeps"):
+        run.train()
+    assert torch.equal(weights(run.model), seen[2]) and not torch.equal(seen[0], seen[2])
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_a_nan_loss_that_was_not_logged_stops_at_the_end(tmp_path):
+    def factory(model, generator):
+        meta = mf.recipes.focusft(model, adapter=ADAPTER, generator=generator)
+
+        def broken(outer, episode):
+            loss, aux = meta(outer, episode)
+            # Without a gradient, so that nothing but the loss tells.
+            return loss + float("nan") * torch.ones(()), aux
+
+        return broken
+
+    run = trainer(tiny(), tmp_path, logging_steps=100, kept={"meta_loss_factory": factory})
+    with pytest.raises(NonFiniteError, match="training loss was NaN or infinite 4 times by step 4"):
+        run.train()
+
+
 def test_a_step_without_answers_moves_nothing(tmp_path):
     run = trained(tmp_path, samples=[sample(8, [], 1)] * 4, **SGD)
     assert torch.equal(weights(run.model), weights(tiny()))
-    assert told(run, "loss") == [0.0] * 4
+    assert logged(run, "loss") == [0.0] * 4
 
 
 def test_a_batch_without_answers_does_not_skew(tmp_path):
@@ -576,7 +682,7 @@ def test_a_batch_without_answers_does_not_skew(tmp_path):
     )
     assert relative(weights(with_it.model), weights(without.model)) < 1e-14
     for name in ("inner_loss_first", "adaptation_gain"):
-        assert told(with_it, name) == pytest.approx(told(without, name), rel=1e-6)
+        assert logged(with_it, name) == pytest.approx(logged(without, name), rel=1e-6)
 
 
 def test_a_sample_longer_than_the_model(tmp_path):
@@ -622,7 +728,8 @@ def test_an_output_directory_that_cannot_be_one(tmp_path):
         ({"inner_steps": -1}, "inner_steps must be finite and >= 0, got -1"),
         ({"inner_clip": 0.0}, "inner_clip must be finite and > 0, got 0.0"),
         ({"layer_fraction": 1.5}, "must lie in"),
-        ({"lora_rank": 0}, "rank=0"),
+        ({"lora_rank": 0}, "lora_rank must be finite and >= 1, got 0"),
+        ({"lora_alpha": -1.0}, "lora_alpha must be finite and > 0, got -1.0"),
         ({"max_skipped": -1}, "max_skipped must be >= 0"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -660,7 +767,7 @@ def test_fast_weights_are_nobodys_parameters(tmp_path):
     meta = mf.recipes.focusft(model, adapter=ADAPTER, generator=generator)
     meta({}, mf.Episode(batch, batch))[0].backward()
     norm = sum(p.grad.square().sum() for p in model.parameters()).sqrt().item()
-    assert told(run, "grad_norm") == pytest.approx([norm], rel=1e-10)
+    assert logged(run, "grad_norm") == pytest.approx([norm], rel=1e-10)
     assert len(run.optimizer.param_groups[0]["params"]) + len(
         run.optimizer.param_groups[1]["params"]
     ) == len(list(model.parameters()))
@@ -710,7 +817,7 @@ def test_inside_trl(capsys):
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
     run = example.main(steps=1)
-    assert told(run, "inner_loss_last") < told(run, "inner_loss_first")
+    assert logged(run, "inner_loss_last") < logged(run, "inner_loss_first")
     batch = as_batch(run.data_collator([run.eval_dataset[i] for i in range(4)]))
     loss = mf.lm_loss(run.model, adapter=mf.LoRA(lambda model: ()), mask=causal)({}, {}, batch)
-    assert told(run, "eval_loss") == pytest.approx([loss.item()], rel=1e-5)
+    assert logged(run, "eval_loss") == pytest.approx([loss.item()], rel=1e-5)

@@ -27,8 +27,7 @@ from metafocus.adapters import LoRA, top_layers
 from metafocus.data import Collator
 from metafocus.recipes._focusft import PAPER_SOLVER
 from metafocus.trainer import FocusArguments, FocusTrainer
-from metafocus.trainer.sharded import focusft_sharded
-from metafocus.trainer.wrapped import through
+from metafocus.trainer.distributed import focusft_sharded, through
 
 VOCAB = 37
 COLLATOR = Collator(pad_token_id=0)
@@ -116,20 +115,40 @@ def weights(model) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
+@torch.no_grad()
+def mean_answer_loss(model, samples, mask=None) -> float:
+    """The mean over answer tokens, from log probabilities of one sequence at a time.
+
+    Args:
+        model: any causal model of transformers.
+        samples: of one document each.
+        mask: a function of the length, `[S, S]` boolean; None: causal.
+    """
+    model.eval()
+    losses = []
+    for one in samples:
+        ids, answers = one["input_ids"], one["answer_mask"].bool()
+        seen = None if mask is None else mask(len(ids))[None, None]
+        logits = model(input_ids=ids[None], attention_mask=seen, use_cache=False).logits[0]
+        table = logits.double().log_softmax(-1)
+        losses += [-table[i - 1, ids[i]].item() for i in range(1, len(ids)) if answers[i]]
+    return sum(losses) / len(losses)
+
+
 # --- killed processes ------------------------------------------------------------------------
 
 
 class Diary(TrainerCallback):
-    """Writes what was logged at once: a killed process has told all it knew."""
+    """Writes what was logged at once: a killed process has logged all it knew."""
 
     def __init__(self, path: Path):
         self.path = path
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
-            told = {k: v for k, v in logs.items() if k != "inner_time_share"}
+            logged = {k: v for k, v in logs.items() if k != "inner_time_share"}
             with self.path.open("a") as file:
-                file.write(json.dumps({"step": state.global_step, **told}) + "\n")
+                file.write(json.dumps({"step": state.global_step, **logged}) + "\n")
 
 
 CRASH_STEPS = 24
@@ -157,7 +176,7 @@ def crash(folder: Path) -> None:
     kills = []
     for low, high in ((1, 6), (8, 13), (15, 20)):
         aim, pid = chance.randint(low, high), forked(lambda: run_once(killed, diary))
-        while told(diary) < aim:
+        while logged(diary) < aim:
             time.sleep(0.002)
         # Some of these moments lie in the middle of writing a checkpoint.
         time.sleep(chance.uniform(0, 0.03))
@@ -168,7 +187,7 @@ def crash(folder: Path) -> None:
     (folder / "report.json").write_text(json.dumps({"codes": [code, last], "kills": kills}))
 
 
-def told(diary: Path) -> int:
+def logged(diary: Path) -> int:
     lines = diary.read_text().splitlines()
     return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
 

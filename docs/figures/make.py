@@ -23,7 +23,7 @@ import metafocus as mf  # noqa: E402
 
 
 def one_idea() -> Drawing:
-    """Three nouns, one function, three ways to use it."""
+    """Problem, solver and estimator make one function, which is used in three ways."""
     d = Drawing(560, 366, "Problem, solver and estimator make one scalar function")
     columns = (
         (0, "slow", ("**Problem", "inner and outer", "loss, start")),
@@ -48,7 +48,7 @@ def one_idea() -> Drawing:
 
 
 def estimators() -> Drawing:
-    """One row each: the forward pass in grey, the way of the derivative in pink."""
+    """For each estimator: the forward pass in grey, the backward path in pink."""
     rows = (
         ("Unrolled()", "back through every inner step: exact", "all"),
         ("Unrolled(last=2)", "the last two steps; before them a constant", "last"),

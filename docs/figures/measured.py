@@ -36,8 +36,9 @@ def compiled() -> str:
         )
     at = report["environment"]
     where = (
-        f"CPU time of one call, median of {report['repeats']}, quartiles of the ratio; one thread, "
-        f"torch {at['torch']}, {report['backend']}. `python benchmarks/compiled.py` measures it."
+        f"CPU time of one call: the median of {report['repeats']} calls, and in brackets the "
+        f"quartiles of the ratio. One thread, torch {at['torch']}, {report['backend']}. "
+        "`python benchmarks/compiled.py` measures it."
     )
     return "\n".join([*lines, "", where])
 
@@ -59,13 +60,16 @@ def context() -> str:
         r for r in steps["rows"] if (r["length"], r["attention"]) == (eager["length"], "sdpa")
     )
     failed = [r for r in steps["rows"] if r["attention"] == "eager" and "error" in r]
-    more = f", where eager attention ran out of {steps['limit'] / 2**30:.1f} GiB" if failed else ""
+    more = ""
+    if failed:
+        more = f" There eager attention ran out of {steps['limit'] / 2**30:.1f} GiB."
     return (
-        "Measured (growth of the peak memory of a fresh process): attention with its double "
-        f"backward, tiled, takes {mega(longest(double, backend='tiled'))}, dense takes "
-        f"{mega(longest(double, backend='dense'))}. An exact second-order FocuSFT step takes "
-        f"{mega(same)} over spans, and {eager['peak_bytes'] / 2**20:.0f} MB with eager attention; "
-        f"{mega(longest(steps['rows'], attention='sdpa'))}{more}. "
+        "These figures are the growth of the peak memory of a fresh process. The double backward "
+        f"of tiled attention takes {mega(longest(double, backend='tiled'))}; dense attention takes "
+        f"{mega(longest(double, backend='dense'))}. An exact second-order FocuSFT step over spans "
+        f"takes {mega(same)}, while eager attention takes "
+        f"{eager['peak_bytes'] / 2**20:.0f} MB. Over spans it takes "
+        f"{mega(longest(steps['rows'], attention='sdpa'))}.{more} "
         "[Benchmarks](benchmarks.md) has the tables."
     )
 

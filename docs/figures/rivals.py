@@ -72,11 +72,11 @@ def table(reports: list[dict[str, Any]]) -> str:
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
     env = reports[0]["environment"]
     where = (
-        "CPU time relative to a loop of torch.autograd, and peak memory, of the fastest form of "
-        "each; each gradient is compared first. *wrong*: its relative error; *fails*: with an "
-        "error; empty: not raced. torch "
-        f"{env['torch']}, {env['device']}, one thread. Errors, quartiles, other cases, targets and "
-        "which were missed: [benchmarks](docs/benchmarks.md)."
+        "CPU time relative to a hand-written loop of torch.autograd, and peak memory. For each "
+        "library the fastest form that computed the right gradient is shown. *wrong by*: the "
+        "relative error of its gradient. *fails*: it raises an error. An empty cell: not measured. "
+        f"torch {env['torch']}, {env['device']}, one thread. [Benchmarks](docs/benchmarks.md) has "
+        "errors, quartiles, other cases, and the targets that were missed."
     )
     return "\n".join([*lines, "", where])
 

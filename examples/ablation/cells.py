@@ -8,15 +8,14 @@ from typing import Any
 
 import torch
 from base import held_out_samples
+from loop import fine_tune
 from scale import MASKS, TOKENS, Cell, Scale
 from tasks import prose, samples
 from torch import Tensor
 
 import metafocus as mf
 from metafocus.data import Collator
-from metafocus.recipes import _focusft as focusft
-from metafocus.recipes import focusft_problem
-from metafocus.training import Schedule, train
+from metafocus.recipes import focusft, focusft_problem
 
 Samples = Sequence[dict[str, Tensor]]
 Pad = Callable[[Samples], dict[str, Tensor]]
@@ -30,7 +29,7 @@ def run_cell(model: Any, tokenizer: Any, scale: Scale, cell: Cell, seed: int) ->
     chats = samples(
         scale.trained, scale.samples, f"train {seed}", noise, scale.length, tokenizer, turns=3
     )
-    collator = Collator(tokenizer.pad_token_id)
+    collate = on_device(Collator(tokenizer.pad_token_id), model.device)
     estimators = {"first-order": mf.FirstOrder(), "unrolled": mf.Unrolled(recompute=True)}
     meta = focusft(
         model,
@@ -41,8 +40,8 @@ def run_cell(model: Any, tokenizer: Any, scale: Scale, cell: Cell, seed: int) ->
         inner_tokens=TOKENS[cell.tokens],
         generator=torch.Generator().manual_seed(seed),
     )
-    schedule = Schedule(scale.steps, scale.rows, scale.lr, seed=seed)
-    history = train(model, meta, chats, collator, schedule, progress=False)
+    size = {"steps": scale.steps, "rows": scale.rows, "lr": scale.lr}
+    history = fine_tune(model, meta, chats, collate, **size, seed=seed)
     last = max(len(history.loss) // 10, 1)
     return {
         "training": {

@@ -18,7 +18,7 @@ import metafocus as mf
 
 @dataclass(frozen=True)
 class Mix(mf.Estimator):
-    """Fast weights as `left` finds them; `(1 - share)` of its derivative, `share` of the other."""
+    """The fast weights of `left`, with `(1 - share)` of its derivative and `share` of `right`'s."""
 
     share: float
     left: mf.Estimator = mf.FirstOrder()  # noqa: RUF009 - frozen, so it can be shared

@@ -1,10 +1,9 @@
 """An inner objective of your own: adapt to inputs without labels.
 
-The inner loss is any function `(fast, slow, support) -> scalar`, and it may differ from the outer
-one. Here the inner loop lowers the entropy of the predictions on unlabelled inputs, and the outer
-loss is the error on labelled ones, so the slow weights learn to be adapted in this way. For
-language models the inner objective is given by a *token policy*: a function from a batch to
-booleans `[B, S]`.
+The inner loss is any function `(fast, slow, support) -> scalar`; it may differ from the outer loss.
+Here the inner loop lowers the entropy of the predictions on unlabelled inputs. The outer loss
+measures on labelled inputs whether that helped, so the slow weights learn a start that suits this
+adaptation. For language models the inner objective is a *token policy*, `batch -> [B, S]` booleans.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ def last_context_turn(batch):
     turns = batch.get("document_ids", torch.zeros_like(batch["turn_ids"])), batch["turn_ids"]
     context = mf.context_tokens(batch)
     before_answer = F.pad(batch["answer_mask"][:, 1:], (0, 1)) & context
-    # Number the runs of tokens of one turn; then ask of each run whether an answer follows.
+    # Number the runs of tokens of one turn. Then find the runs that an answer follows.
     every = torch.stack((*turns, context.long()))
     begins = (every[..., 1:] != every[..., :-1]).any(0)
     run = F.pad(begins, (1, 0)).cumsum(-1)

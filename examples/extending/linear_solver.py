@@ -1,8 +1,8 @@
 """A linear solver of your own: gradient descent with momentum, for implicit hypergradients.
 
-A linear solver is any function `(matvec, b) -> x` with `matvec(x) == b`, on dicts of tensors. It
-works under `vmap` if its number of steps is fixed and it does not branch on values. Its iterations
-are never differentiated: higher derivatives solve the equation once more.
+A linear solver is any callable `(matvec, b) -> x` with `matvec(x) == b`, on dicts of tensors. It
+works under `vmap` if it takes a fixed number of steps and reads no values on the host. Its
+iterations are never differentiated: higher derivatives solve the equation once more.
 """
 
 from __future__ import annotations

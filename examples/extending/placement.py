@@ -1,7 +1,7 @@
 """A placement of your own: fast weights in every second layer.
 
-A placement is any function from a model to module paths. It should raise an error if nothing
-matches, since an inner loop without fast weights would run without a word.
+A placement is any function from a model to module paths. Raise an error if nothing matches, because
+an inner loop without fast weights would do nothing without any message.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Adapters: where fast weights go (placements), what they are, and how a model sees them."""
+"""Adapters define fast weights and how a model sees them; placements say where they go."""
 
 from __future__ import annotations
 

@@ -1,23 +1,20 @@
-"""What every adapter is given, checked: a placement, the paths it names, fast weights."""
+"""Checks of the arguments of every adapter: a placement, its modules, and fast weights."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from metafocus.errors import PlacementError, ProblemError
-
-MOST = 2**16
-"""The largest rank: a slip of the keyboard shall not ask for all of the memory."""
 
 
 def check_where(adapter: str, where: Any) -> None:
     """Raise unless `where` is a function.
 
     Raises:
-        PlacementError: If it is not, such as a name or a tuple of names.
+        PlacementError: If it is not a function, such as a name or a tuple of names.
 
     Example:
         >>> check_where("LoRA", "up_proj")
@@ -32,32 +29,41 @@ from a model to module paths, such as top_layers(0.35, ('up_proj',)) or matching
         )
 
 
-def checked_paths(adapter: str, where: Any, paths: Any) -> tuple[str, ...]:
-    """Return the paths that a placement returned.
+def placed(adapter: str, where: Any, model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules that a placement names in a model, by path, in its order.
 
     Raises:
-        PlacementError: If they are no tuple or list of strings; a single string would be taken
-            letter by letter.
+        PlacementError: If the placement returns no tuple or list of strings (a single string would
+            be taken letter by letter), or names a module twice or one that does not exist.
 
     Example:
-        >>> checked_paths("LoRA", None, ["0", "1"])
-        ('0', '1')
+        >>> list(placed("LoRA", lambda model: ["0"], nn.Sequential(nn.Linear(2, 2))))
+        ['0']
     """
+    paths, modules = where(model), dict(model.named_modules())
     if not isinstance(paths, tuple | list) or not all(isinstance(path, str) for path in paths):
         raise PlacementError(
             f"{adapter}: the placement returned {paths!r}; it must return a tuple of module paths"
         )
-    return tuple(paths)
+    if len(set(paths)) < len(paths):
+        twice = sorted({path for path in paths if paths.count(path) > 1})
+        raise PlacementError(f"{adapter}: {where!r} names {twice} more than once")
+    for path in paths:
+        if path not in modules:
+            raise PlacementError(
+                f"{adapter}: {type(model).__name__} has no module {path!r}, which {where!r} names"
+            )
+    return {path: modules[path] for path in paths}
 
 
-def check_tensors(adapter: str, fast: Any) -> None:
-    """Raise unless `fast` is a mapping from names to floating-point tensors.
+def check_fast(adapter: str, fast: Any, expected: Collection[str]) -> None:
+    """Raise unless `fast` is a mapping from the expected names to floating-point tensors.
 
     Raises:
-        ProblemError: If it is not.
+        ProblemError: If it is not such a mapping.
 
     Example:
-        >>> check_tensors("LoRA", {})
+        >>> check_fast("LoRA", {}, ())
     """
     if not isinstance(fast, Mapping):
         raise ProblemError(
@@ -70,3 +76,10 @@ def check_tensors(adapter: str, fast: Any) -> None:
             raise ProblemError(
                 f"{adapter}: {name!r} is a {kind}; fast weights are floating-point tensors"
             )
+    missing, unknown = sorted(set(expected) - set(fast)), sorted(set(fast) - set(expected))
+    if missing or unknown:
+        raise ProblemError(
+            f"{adapter}: fast weights of another model or placement: missing {missing[:6]} "
+            f"({len(missing)}), unknown {unknown[:6]} ({len(unknown)}); make them with "
+            "init(model) of this adapter"
+        )

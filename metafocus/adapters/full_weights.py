@@ -1,4 +1,4 @@
-"""Full fast weights: copies of parameters that stand in for them."""
+"""Full fast weights: copies of parameters, which replace them while the model runs."""
 
 from __future__ import annotations
 
@@ -12,32 +12,34 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from metafocus.adapters import checks, slots
-from metafocus.adapters.files import load_tensors, save_tensors
 from metafocus.adapters.placement import Placement
 from metafocus.errors import PlacementError, ProblemError
+from metafocus.files import read_tensors, write_tensors
+from metafocus.precision import wide_type
+from metafocus.torch_internals import parameter_table
 
 FILE = "fast_weights.safetensors"
 
-# Modules whose parameters torch reads without calling them, or from a list made beforehand.
+# torch reads the parameters of these modules without calling them, or from a list made before.
 _BYPASSED = (NonDynamicallyQuantizableLinear, nn.RNNBase)
 
 
 @dataclass(frozen=True)
 class FullWeights:
-    """Fast weights that are full copies of the placed modules' parameters, and start as these.
+    """Fast weights that are full copies of the placed modules' parameters, and start equal to them.
 
     The fast weights are a dict of plain tensors under the model's own parameter names, such as
     `"model.layers.3.mlp.up_proj.weight"`. Any module may be placed: linear, normalisation,
-    embedding; of a module that contains others, all parameters inside are copied. A parameter
-    that several modules share has one copy, which all of them see.
+    embedding. If a module contains others, all parameters inside it are copied. A parameter that
+    several modules share has one copy, which all of them see.
 
-    `init` copies the values that the modules hold at that moment. `metafocus.recipes` call it
-    while the slow weights stand in the model, so the start is a function of them, `fast_0 = slow`:
-    the hypergradient flows through it, as in MAML. In a `Problem` of your own,
-    `init=lambda slow, support: {name: slow[name] for name in adapter.names(model)}` says the same.
+    `init` copies the current values of the parameters. `metafocus.recipes` call it while the slow
+    weights are in the model. So the start is a function of them, `fast_0 = slow`, and the
+    hypergradient flows through it, as in MAML. In a `Problem` of your own, write
+    `init=lambda slow, support: {name: slow[name] for name in adapter.names(model)}`.
 
     Args:
-        where: Placement, a function from a model to module paths.
+        where: The placement, a function from a model to module paths.
 
     Example:
         >>> from metafocus.adapters import all_linear
@@ -57,11 +59,11 @@ class FullWeights:
         checks.check_where("FullWeights", self.where)
 
     def modules(self, model: nn.Module) -> tuple[str, ...]:
-        """Paths of the modules of `model` that see fast weights, in model order.
+        """Return the paths of the modules of `model` that see fast weights, in model order.
 
         Raises:
-            PlacementError: If the placement names a module that does not exist, that is named
-                twice, that has no parameters, or whose parameters are read without calling it.
+            PlacementError: If the placement names a module twice, or names one that does not exist,
+                that has no parameters, or whose parameters are read without calling it.
 
         Example:
             >>> FullWeights(lambda model: ("",)).modules(nn.Sequential(nn.Linear(2, 2), nn.Tanh()))
@@ -71,10 +73,10 @@ class FullWeights:
         return tuple(path for path, _ in model.named_modules() if path in seen)
 
     def names(self, model: nn.Module) -> tuple[str, ...]:
-        """Names of the fast weights: those of `model.named_parameters()`.
+        """Return the names of the fast weights, as in `model.named_parameters()`.
 
         Raises:
-            PlacementError: As `modules`.
+            PlacementError: As for `modules`.
 
         Example:
             >>> FullWeights(lambda model: ("0",)).names(nn.Sequential(nn.LayerNorm(2)))
@@ -83,21 +85,21 @@ class FullWeights:
         return tuple(self._places(model))
 
     def init(self, model: nn.Module, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Copy the parameters, in float32 or in their own type where that is wider.
+        """Copy the parameters, in float32, or in their own type if that is wider.
 
-        The copies depend on what they were copied from: on the model's parameters if these require
-        grad, and on the tensors of a `functional_call` that is under way.
+        The copies carry a derivative: with respect to the model's parameters if these require
+        grad, and with respect to the tensors of a `functional_call` around this call.
 
         Args:
             model: The model to adapt.
-            generator: Not used: nothing is drawn.
+            generator: It is not used, because nothing is drawn.
 
         Returns:
             The parameters by name.
 
         Raises:
-            PlacementError: As `modules`.
-            ProblemError: For parameters of integers (a quantised model).
+            PlacementError: As for `modules`.
+            ProblemError: If parameters are integers (a quantised model).
 
         Example:
             >>> layer = nn.Sequential(nn.LayerNorm(2))
@@ -107,7 +109,7 @@ class FullWeights:
         fast: dict[str, Tensor] = {}
         for name, places in self._places(model).items():
             for path, _ in places:
-                # torch.compile cannot trace the installation of a hook, only what the hook does.
+                # torch.compile can trace what a hook does, but not its installation.
                 slots.slot(model.get_submodule(path))
             own = _read(model, name)
             if not own.is_floating_point():
@@ -115,26 +117,26 @@ class FullWeights:
                     f"FullWeights: {name!r} is of type {own.dtype}, which cannot be adapted; use "
                     "LoRA on a quantised model"
                 )
-            fast[name] = own.to(torch.promote_types(own.dtype, torch.float32), copy=True)
+            fast[name] = own.to(wide_type(own.dtype), copy=True)
         return fast
 
     @contextmanager
     def bind(self, model: nn.Module, fast: Mapping[str, Tensor]) -> Iterator[None]:
         """Let `model` see the fast weights inside a `with` block.
 
-        Each module has them in place of its parameters while it runs, rounded to the type of
-        these. A parameter that is read while its module does not run (`F.linear(x, child.weight)`
-        in the parent) is the slow one. A module that is bound already sees only the new fast
-        weights until the block ends. It composes with `torch.func` transforms, `functional_call`
-        and autograd.
+        They replace the parameters of each module while it runs, rounded to the type of the
+        parameters. If code reads a parameter while its module does not run
+        (`F.linear(x, child.weight)` in the parent), it gets the slow one. If a module is already
+        bound, it sees only the new fast weights until the block ends. This composes with
+        `torch.func` transforms, `functional_call` and autograd.
 
         Args:
             model: The model.
             fast: Exactly the names and shapes that `init` gives.
 
         Raises:
-            ProblemError: If names are missing or unknown or a shape does not fit.
-            PlacementError: As `modules`.
+            ProblemError: If names are missing or unknown, or if a shape does not fit.
+            PlacementError: As for `modules`.
 
         Example:
             >>> model = nn.Sequential(nn.LayerNorm(2))
@@ -147,7 +149,7 @@ class FullWeights:
         places = self._places(model)
         _check(model, places, fast)
         grouped: dict[str, dict[str, Tensor]] = {}
-        # As a whole: so the engine knows that a name may lead nowhere, and looks.
+        # Take the whole mapping, so that the engine sees that a name may be unused, and checks.
         for name, tensor in fast.items():
             for path, own in places[name]:
                 grouped.setdefault(path, {})[own] = tensor
@@ -158,19 +160,20 @@ class FullWeights:
             yield
 
     def save(self, model: nn.Module, fast: Mapping[str, Tensor], directory: str | Path) -> None:
-        """Write the fast weights, whole and in their own type, under the model's parameter names.
+        """Write the full fast weights, in their own type, under the model's parameter names.
 
-        `load` reads them back. `model.load_state_dict(safetensors.torch.load_file(path),
-        strict=False)` makes them the model's own.
+        `load` reads them. `model.load_state_dict(safetensors.torch.load_file(path), strict=False)`
+        puts them into the model.
 
         Args:
-            model: The model the fast weights belong to.
+            model: The model that the fast weights belong to.
             fast: Exactly the names and shapes that `init` gives.
-            directory: Created if missing; receives `fast_weights.safetensors`.
+            directory: It is created if it does not exist, and receives
+                `fast_weights.safetensors`.
 
         Raises:
-            ProblemError: As `bind`.
-            PlacementError: As `modules`, and if there is nothing to save.
+            ProblemError: As for `bind`.
+            PlacementError: As for `modules`, and if there is nothing to save.
 
         Example:
             >>> import os, tempfile
@@ -184,48 +187,39 @@ class FullWeights:
         _check(model, places, fast)
         if not places:
             raise PlacementError("FullWeights.save: the placement is empty, nothing to save")
-        # Copies: one memory under two names, as a start by functional_call may be, is refused.
+        # Copy, because safetensors refuses tensors that share memory, such as a start may be.
         tensors = {k: v.detach().cpu().contiguous().clone() for k, v in fast.items()}
-        save_tensors(Path(directory) / FILE, tensors)
+        write_tensors(Path(directory) / FILE, tensors)
 
     def load(self, model: nn.Module, directory: str | Path) -> dict[str, Tensor]:
-        """Read what `save` wrote, onto the devices of the model's parameters.
+        """Return the fast weights that `save` wrote, on the devices of the model's parameters.
 
         Raises:
-            ProblemError: If the file is of another model or placement.
-            DataError: If it is missing or cut off.
-            PlacementError: As `modules`.
+            ProblemError: If the file belongs to another model or placement.
+            DataError: If the file is missing or incomplete.
+            PlacementError: As for `modules`.
         """
         places = self._places(model)
-        found = load_tensors(Path(directory) / FILE)
+        found = read_tensors(Path(directory) / FILE)
         _check(model, places, found)
         return {name: found[name].to(_read(model, name).device) for name in places}
 
     def _places(self, model: nn.Module) -> dict[str, list[tuple[str, str]]]:
-        """For each fast weight, where it is seen: module paths and the parameter's name there."""
+        """Return for each fast weight the module paths that see it, and its name there."""
         modules = dict(model.named_modules())
-        # Shared parameters: the first name is that of named_parameters().
+        # named_parameters() lists a shared parameter under the first of its names.
         homes: dict[int, list[tuple[str, str]]] = {}
         for path, module in modules.items():
-            for own, value in module._parameters.items():
+            for own, value in parameter_table(module).items():
                 if value is not None:
                     homes.setdefault(id(value), []).append((path, own))
-        paths = checks.checked_paths("FullWeights", self.where, self.where(model))
-        if len(set(paths)) < len(paths):
-            twice = sorted({path for path in paths if paths.count(path) > 1})
-            raise PlacementError(f"FullWeights: {self.where!r} names {twice} more than once")
         places: dict[str, list[tuple[str, str]]] = {}
-        for path in paths:
-            if path not in modules:
-                raise PlacementError(
-                    f"FullWeights: {type(model).__name__} has no module {path!r}, which "
-                    f"{self.where!r} names"
-                )
-            inside = [p for m in modules[path].modules() for p in m._parameters.values()]
+        for path, module in checks.placed("FullWeights", self.where, model).items():
+            inside = [p for m in module.modules() for p in parameter_table(m).values()]
             found = [homes[id(value)] for value in inside if value is not None]
             if not found:
                 raise PlacementError(
-                    f"FullWeights: module {path!r} is a {type(modules[path]).__name__} without "
+                    f"FullWeights: module {path!r} is a {type(module).__name__} without "
                     "parameters; place FullWeights on modules that have some"
                 )
             places.update({_join(*home[0]): home for home in found})
@@ -243,14 +237,7 @@ class FullWeights:
 def _check(
     model: nn.Module, places: Mapping[str, list[tuple[str, str]]], fast: Mapping[str, Tensor]
 ) -> None:
-    checks.check_tensors("FullWeights", fast)
-    missing, unknown = places.keys() - fast.keys(), fast.keys() - places.keys()
-    if missing or unknown:
-        raise ProblemError(
-            f"FullWeights: fast weights of another model or placement: missing "
-            f"{sorted(missing)[:6]} ({len(missing)}), unknown {sorted(unknown)[:6]} "
-            f"({len(unknown)}); make them with init(model) of this adapter"
-        )
+    checks.check_fast("FullWeights", fast, places)
     for name in places:
         shape, own = tuple(fast[name].shape), tuple(_read(model, name).shape)
         if shape != own:
@@ -267,7 +254,7 @@ def _check(
 
 def _read(model: nn.Module, name: str) -> Tensor:
     path, _, own = name.rpartition(".")
-    value = model.get_submodule(path)._parameters[own]
+    value = parameter_table(model.get_submodule(path))[own]
     assert value is not None
     return value
 

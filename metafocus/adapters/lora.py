@@ -1,4 +1,4 @@
-"""LoRA as plain tensors: what an adapter adds to linear modules, without touching the model."""
+"""LoRA as plain tensors, which are added to the output of linear modules."""
 
 from __future__ import annotations
 
@@ -15,10 +15,15 @@ from torch import Tensor, nn
 
 from metafocus.adapters import checks, low_rank, peft_format, slots
 from metafocus.adapters.placement import Placement, adaptable
+from metafocus.checks import number, whole
 from metafocus.errors import PlacementError, ProblemError
+from metafocus.precision import wide_type
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+
+MOST = 2**16
+"""The largest rank: it guards against typos that would ask for all of the memory."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +34,14 @@ class LoRA:
     `"<module path>.lora_B"` `[out, rank]`. They are never registered in the model, so its
     parameters and its state dict stay those of the plain checkpoint.
 
-    Fast weights with a leading dimension, `[B, rank, in]` and `[B, out, rank]`, are those of B
-    examples: row `b` of a batch sees its own, in batched products (`for_each(fast, B)` makes them
-    of shared ones).
+    Fast weights with a leading dimension, `[B, rank, in]` and `[B, out, rank]`, belong to B
+    examples: row `b` of a batch sees its own, in batched products. `for_each(fast, B)` makes them
+    from shared fast weights.
 
     Args:
-        where: Placement, a function from a model to module paths.
+        where: The placement, a function from a model to module paths.
         rank: Rank of the update, at least 1.
-        alpha: Numerator of its scale.
+        alpha: Numerator of its scale; None: twice the rank.
 
     Raises:
         ProblemError: If `rank` is not an integer of at least 1 or `alpha` is not finite.
@@ -59,30 +64,29 @@ class LoRA:
 
     where: Placement
     rank: int = 32
-    alpha: float = 64.0
+    alpha: float | None = None
 
     def __post_init__(self) -> None:
         checks.check_where("LoRA", self.where)
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise ProblemError(f"LoRA(rank={self.rank!r}) must be an integer of at least 1")
-        if self.rank > checks.MOST:
+        whole("LoRA: rank", self.rank, 1, error=ProblemError)
+        if self.rank > MOST:
             raise ProblemError(
-                f"LoRA(rank={self.rank}) must be at most {checks.MOST}: no layer is that wide"
+                f"LoRA(rank={self.rank}) must be at most {MOST}: no layer is that wide"
             )
-        if not isinstance(self.alpha, int | float) or not math.isfinite(self.alpha):
-            raise ProblemError(f"LoRA(alpha={self.alpha!r}) must be finite")
+        if self.alpha is not None:
+            number("LoRA: alpha", self.alpha, error=ProblemError)
 
     @property
     def scale(self) -> float:
-        """`alpha / rank`."""
-        return self.alpha / self.rank
+        """`alpha / rank`, which is 2 where no alpha is given."""
+        return 2.0 if self.alpha is None else self.alpha / self.rank
 
     def modules(self, model: nn.Module) -> tuple[str, ...]:
-        """Paths of the modules of `model` that get fast weights, in model order.
+        """Return the paths of the modules of `model` that get fast weights, in model order.
 
         Raises:
-            PlacementError: If the placement names a module that does not exist, that is named
-                twice, or that is no linear layer.
+            PlacementError: If the placement names a module twice, or names one that does not exist
+                or is not a linear layer.
 
         Example:
             >>> from metafocus.adapters import matching
@@ -94,21 +98,21 @@ class LoRA:
     def init(self, model: nn.Module, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Draw `A ~ U(-1/sqrt(in), 1/sqrt(in))` (kaiming, as PEFT does) and set `B = 0`.
 
-        The global random state is neither read nor changed. The fast weights live on the device of
-        their module's weight, in float32, or in the weight's type where that is wider. The model
-        gains its hooks here or at the first `bind`; compile it only after that, because
+        The global random state is neither read nor changed. The fast weights are on the device of
+        their module's weight, in float32, or in the weight's type if that is wider. The hooks of
+        the model are installed here or at the first `bind`. Compile the model only after that:
         `torch.compile` neither traces their installation nor notices it later.
 
         Args:
             model: The model to adapt.
-            generator: Source of the draws, on any device; None means a new one seeded with 0, so
+            generator: Source of the draws, on any device. None means a new one seeded with 0, so
                 that every call without a generator gives the same fast weights.
 
         Returns:
-            `"<path>.lora_A"` `[rank, in]` and `"<path>.lora_B"` `[out, rank]` per module.
+            `"<path>.lora_A"` `[rank, in]` and `"<path>.lora_B"` `[out, rank]` for each module.
 
         Raises:
-            PlacementError: As `modules`.
+            PlacementError: As for `modules`.
 
         Example:
             >>> from metafocus.adapters import all_linear
@@ -120,13 +124,13 @@ class LoRA:
             generator = torch.Generator().manual_seed(0)
         fast: dict[str, Tensor] = {}
         for path, module in self._placed(model):
-            # torch.compile cannot trace the installation of a hook, only what the hook does.
+            # torch.compile can trace what a hook does, but not its installation.
             slots.slot(module)
             inputs, outputs = low_rank.sizes(module)
             weight = module.weight
             assert isinstance(weight, Tensor)
-            dtype = torch.promote_types(weight.dtype, torch.float32)
-            # Drawn in float32 whatever the type, so that a float64 check starts from equal values.
+            dtype = wide_type(weight.dtype)
+            # Draw in float32 for all types, so that a test in float64 starts from equal values.
             unit = torch.rand(
                 self.rank,
                 inputs,
@@ -143,20 +147,21 @@ class LoRA:
     def bind(self, model: nn.Module, fast: Mapping[str, Tensor]) -> Iterator[None]:
         """Let `model` see the fast weights inside a `with` block.
 
-        The update is computed in the type of the fast weights (under autocast: in autocast's) and
-        cast to that of the module's output. A module that is bound already sees only the new fast
-        weights until the block ends; modules of another adapter elsewhere are left alone. It
-        composes with `torch.func` transforms, `functional_call` and autograd.
+        The update is computed in the type of the fast weights (under autocast: in autocast's type)
+        and cast to the type of the module's output. If a module is already bound, it sees only the
+        new fast weights until the block ends. Modules that only another adapter binds do not
+        change. This composes with `torch.func` transforms, `functional_call` and autograd.
 
         Args:
             model: The model.
-            fast: Exactly the names and shapes that `init` gives, or all of them with the batch's
-                number of examples in front.
+            fast: Exactly the names and shapes that `init` gives, or all of them with the number of
+                examples as leading dimension.
 
         Raises:
-            ProblemError: If names are missing or unknown or a shape does not fit; inside, if an
-                adapted module's input is no batch of as many sequences as there are examples.
-            PlacementError: As `modules`.
+            ProblemError: If names are missing or unknown, or if a shape does not fit. In the
+                block, if the input of an adapted module is not a batch with one sequence for each
+                example.
+            PlacementError: As for `modules`.
 
         Example:
             >>> from metafocus.adapters import all_linear
@@ -182,14 +187,14 @@ class LoRA:
         """Write a PEFT adapter that `peft.PeftModel.from_pretrained(model, directory)` loads.
 
         Args:
-            model: The model the fast weights belong to.
+            model: The model that the fast weights belong to.
             fast: Exactly the names and shapes that `init` gives.
-            directory: Created if missing; receives `adapter_config.json` and
+            directory: It is created if it does not exist, and receives `adapter_config.json` and
                 `adapter_model.safetensors`.
 
         Raises:
-            ProblemError: As `bind`, and for fast weights of several examples.
-            PlacementError: As `modules`, and if there is no module to save.
+            ProblemError: As for `bind`, and for fast weights of several examples.
+            PlacementError: As for `modules`, and if there is no module to save.
 
         Example:
             >>> import os, tempfile
@@ -213,10 +218,10 @@ class LoRA:
 
     @classmethod
     def from_peft(cls, config: LoraConfig) -> LoRA:
-        """The same adapter as a `peft.LoraConfig` describes.
+        """Return the adapter that a `peft.LoraConfig` describes.
 
-        `r`, `lora_alpha`, `target_modules` (names, regular expression or `"all-linear"`),
-        `exclude_modules`, `layers_to_transform` and `layers_pattern` are followed.
+        It reads `r`, `lora_alpha`, `target_modules` (names, a regular expression or
+        `"all-linear"`), `exclude_modules`, `layers_to_transform` and `layers_pattern`.
 
         Args:
             config: The PEFT configuration.
@@ -237,30 +242,21 @@ class LoRA:
         return cls(where, rank=rank, alpha=alpha)
 
     def _placed(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
-        modules = dict(model.named_modules())
-        paths = checks.checked_paths("LoRA", self.where, self.where(model))
-        for path in paths:
-            if path not in modules:
+        modules = checks.placed("LoRA", self.where, model)
+        for path, module in modules.items():
+            if not adaptable(module):
                 raise PlacementError(
-                    f"LoRA: {type(model).__name__} has no module {path!r}, which "
-                    f"{self.where!r} names"
-                )
-            if not adaptable(modules[path]):
-                raise PlacementError(
-                    f"LoRA: module {path!r} is a {type(modules[path]).__name__}, which cannot be "
+                    f"LoRA: module {path!r} is a {type(module).__name__}, which cannot be "
                     "adapted; place LoRA on linear layers (nn.Linear, transformers Conv1D)"
                 )
-        if len(set(paths)) < len(paths):
-            twice = sorted({path for path in paths if paths.count(path) > 1})
-            raise PlacementError(f"LoRA: {self.where!r} names {twice} more than once")
-        return [(path, modules[path]) for path in paths]
+        return list(modules.items())
 
     def examples(self, model: nn.Module, fast: Mapping[str, Tensor]) -> int | None:
-        """Number of examples that `fast` is for; None for fast weights that a batch shares.
+        """Return the number of examples that `fast` belongs to; None if a batch shares it.
 
         Raises:
-            ProblemError: As `bind`.
-            PlacementError: As `modules`.
+            ProblemError: As for `bind`.
+            PlacementError: As for `modules`.
 
         Example:
             >>> from metafocus.adapters import all_linear, for_each
@@ -276,12 +272,5 @@ class LoRA:
             inputs, outputs = low_rank.sizes(module)
             expected[f"{path}.lora_A"] = (self.rank, inputs)
             expected[f"{path}.lora_B"] = (outputs, self.rank)
-        checks.check_tensors("LoRA", fast)
-        missing, unknown = expected.keys() - fast.keys(), fast.keys() - expected.keys()
-        if missing or unknown:
-            raise ProblemError(
-                f"LoRA: fast weights of another model or adapter: missing {sorted(missing)[:6]} "
-                f"({len(missing)}), unknown {sorted(unknown)[:6]} ({len(unknown)}); "
-                "make them with init(model) of this adapter"
-            )
+        checks.check_fast("LoRA", fast, expected)
         return low_rank.examples(fast, expected)

@@ -14,7 +14,7 @@ from metafocus.errors import ProblemError
 
 
 def sizes(module: nn.Module) -> tuple[int, int]:
-    """Input and output features of a linear module.
+    """Return the numbers of input and output features of a linear module.
 
     Example:
         >>> sizes(nn.Linear(2, 3))
@@ -34,28 +34,28 @@ def update(
     *,
     scale: float,
 ) -> Tensor:
-    """Return `output + scale * B (A x)`, each row of the batch with its own A and B if they have.
+    """Return `output + scale * B (A x)`, where each row of the batch may have its own A and B.
 
     Args:
         module: The linear module.
-        args: `x`, `[..., in]`; with a leading dimension in `tensors`: `[batch, ..., in]`.
-        output: What the module made of it.
+        args: `x`, `[..., in]`; or `[batch, ..., in]`, if `tensors` have a leading dimension.
+        output: The output of the module for `x`.
         tensors: `lora_A` `[rank, in]` and `lora_B` `[out, rank]`; or `[batch, rank, in]` and
             `[batch, out, rank]`.
-        scale: Of the update.
+        scale: The scale of the update.
 
     Raises:
         ProblemError: If the leading dimension is not that of `x`.
     """
     a, b = tensors["lora_A"], tensors["lora_B"]
-    # Autocast casts the operands itself, so this costs it nothing; without autocast the operands
-    # of a product must have one type.
+    # Under autocast this cast costs nothing. Without autocast the operands of a product must have
+    # one type.
     inputs = args[0].to(a.dtype)
-    # Scaled where it is narrow: rank numbers per token instead of `out`.
+    # Scale the narrow product, with `rank` numbers per token instead of `out`.
     if a.ndim == 2:
         added = functional.linear(scale * functional.linear(inputs, a), b)
         return output + added.to(output.dtype)
-    # A row of a matrix may be anything: a token, an example. A batch of sequences is clear.
+    # A row of a matrix may be a token or an example, so only batches of sequences are accepted.
     if inputs.ndim < 3 or len(inputs) != len(a):
         raise ProblemError(
             f"{type(module).__name__} has fast weights for each of {len(a)} examples, but its "
@@ -69,11 +69,11 @@ def update(
 
 
 def examples(fast: Mapping[str, Tensor], names: Mapping[str, tuple[int, ...]]) -> int | None:
-    """Number of examples that fast weights are for; None if they are shared.
+    """Return the number of examples that fast weights belong to; None if they are shared.
 
     Args:
-        fast: Fast weights.
-        names: Their names, and their shapes if they are shared.
+        fast: The fast weights.
+        names: Their names with the shapes of shared fast weights.
 
     Raises:
         ProblemError: If a shape fits neither form, or the numbers of examples differ.
@@ -104,18 +104,18 @@ def examples(fast: Mapping[str, Tensor], names: Mapping[str, tuple[int, ...]]) -
 
 
 def for_each(fast: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
-    """Give each of `number` examples fast weights of its own, all equal: `[...] -> [number, ...]`.
+    """Return equal fast weights for each of `number` examples: `[...] -> [number, ...]`.
 
     Example:
         >>> for_each({"w": torch.zeros(2)}, 5)["w"].shape
         torch.Size([5, 2])
     """
-    # In memory of their own: forward mode refuses a tensor whose elements lie in one place.
+    # Contiguous, because forward mode refuses tensors whose elements share memory.
     return {k: v.expand(number, *v.shape).contiguous() for k, v in fast.items()}
 
 
 def one_of(fast: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
-    """Fast weights of one example, as if they were the only ones: `[number, ...] -> [...]`.
+    """Return the fast weights of one example, in the shared form: `[number, ...] -> [...]`.
 
     Example:
         >>> one_of({"w": torch.zeros(5, 2)}, 0)["w"].shape

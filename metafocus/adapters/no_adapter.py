@@ -1,4 +1,4 @@
-"""No fast weights at all: plain fine-tuning under the same interface."""
+"""An adapter without fast weights, for plain fine-tuning with the same interface."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""To and from PEFT: its adapter directories and its `LoraConfig`."""
+"""Converts to PEFT's adapter directories, and from its `LoraConfig`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor, nn
 
-from metafocus.adapters.files import save_tensors
 from metafocus.adapters.placement import Placement, adaptable, all_linear, is_conv1d, matching
 from metafocus.errors import PlacementError, ProblemError
+from metafocus.files import write_tensors
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -25,7 +25,7 @@ _FOLLOWED = {
     "layers_to_transform",
     "layers_pattern",
 }
-# Says what is adapted, how it is stored or which class loads it, but not what is computed.
+# These options do not change what is computed, only how an adapter is stored and loaded.
 _HARMLESS = {
     "task_type",
     "peft_type",
@@ -40,7 +40,7 @@ _HARMLESS = {
 
 
 class LowRank(Protocol):
-    """The two numbers of a LoRA that PEFT wants to know."""
+    """The two numbers of a LoRA that PEFT needs."""
 
     @property
     def rank(self) -> int:
@@ -48,20 +48,21 @@ class LowRank(Protocol):
         ...
 
     @property
-    def alpha(self) -> float:
-        """Numerator of its scale."""
+    def alpha(self) -> float | None:
+        """Numerator of its scale; None: twice the rank."""
         ...
 
 
 @dataclass(frozen=True)
 class PeftTargets:
-    """PEFT's rule: a module whose path is, or ends in, a name, in the given layers.
+    """Places modules by PEFT's rule: the path is a name or ends in it, in the given layers.
 
     Args:
         names: Ends of paths, or a regular expression for the whole path.
         excluded: The same for paths to leave out.
-        layers: Numbers of the layers to keep; empty for all. Whole paths in `names` stay.
-        patterns: Names of the list of layers; empty for the first number in the path.
+        layers: The numbers of the layers to keep; empty for all. Paths that `names` gives in full
+            are kept in all layers.
+        patterns: The names of the list of layers; empty for the first number in the path.
 
     Raises:
         PlacementError: At the call, if nothing matches.
@@ -78,7 +79,7 @@ class PeftTargets:
     patterns: tuple[str, ...] = ()
 
     def __call__(self, model: nn.Module) -> tuple[str, ...]:
-        """The module paths in `model`."""
+        """Return the module paths in `model`."""
         if self.names == "all-linear":
             candidates = all_linear(model)
         else:
@@ -87,7 +88,7 @@ class PeftTargets:
                 for path, module in model.named_modules()
                 if _named(path, self.names)
                 and self._in_layers(path)
-                # PEFT takes an expression for what it can adapt, but a name at its word.
+                # PEFT restricts an expression to what it can adapt, but it accepts any name.
                 and (adaptable(module) or not isinstance(self.names, str))
             )
         chosen = tuple(path for path in candidates if not _named(path, self.excluded))
@@ -113,7 +114,7 @@ def _named(path: str, names: str | tuple[str, ...]) -> bool:
 
 
 def read(config: LoraConfig) -> tuple[Placement, int, float]:
-    """Placement, rank and alpha of a `LoraConfig`.
+    """Return placement, rank and alpha of a `LoraConfig`.
 
     Args:
         config: The PEFT configuration.
@@ -122,7 +123,7 @@ def read(config: LoraConfig) -> tuple[Placement, int, float]:
         The three arguments of `LoRA`.
 
     Raises:
-        ProblemError: If `target_modules` is missing or an option that plain LoRA lacks is set.
+        ProblemError: If `target_modules` is missing, or if an option is set that LoRA lacks.
     """
     from peft import LoraConfig
 
@@ -132,7 +133,7 @@ def read(config: LoraConfig) -> tuple[Placement, int, float]:
             "LoraConfig(**options)"
         )
     default = type(config)()
-    # What is not known to be harmless is refused: PEFT gains options with every release.
+    # Options that are not known are refused, because PEFT adds options with every release.
     changed = {
         field.name: getattr(config, field.name)
         for field in fields(config)
@@ -176,18 +177,19 @@ def write(
     """Write `adapter_config.json` and `adapter_model.safetensors`.
 
     Args:
-        directory: Created if missing.
-        model: The model the fast weights belong to.
+        directory: It is created if it does not exist.
+        model: The model that the fast weights belong to.
         paths: The adapted modules.
         fast: `"<path>.lora_A"` and `"<path>.lora_B"` for each of them.
-        lora: Rank and alpha.
+        lora: The rank and alpha.
     """
     from peft import LoraConfig
 
-    # An expression: PEFT would match whole paths in a list as endings of other paths, too.
+    # Use an expression, because PEFT would match paths in a list as ends of other paths too.
     targets = "|".join(re.escape(path) for path in paths)
     generates = getattr(model, "can_generate", None)
-    alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
+    alpha = 2 * lora.rank if lora.alpha is None else lora.alpha
+    alpha = int(alpha) if alpha == int(alpha) else alpha
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=alpha,  # pyright: ignore[reportArgumentType] (PEFT computes with any number)
@@ -202,5 +204,5 @@ def write(
         f"base_model.model.{key}.weight": tensor.detach().cpu().contiguous()
         for key, tensor in fast.items()
     }
-    save_tensors(directory / "adapter_model.safetensors", tensors)
+    write_tensors(directory / "adapter_model.safetensors", tensors)
     config.save_pretrained(str(directory))

@@ -1,4 +1,4 @@
-"""Where an adapter goes: functions from a model to module paths."""
+"""Placements: functions from a model to the module paths that get fast weights."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from metafocus.checks import is_number
 from metafocus.errors import PlacementError
 
 Placement = Callable[[nn.Module], tuple[str, ...]]
@@ -18,21 +19,21 @@ Placement = Callable[[nn.Module], tuple[str, ...]]
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether `module` is the `Conv1D` of transformers: a linear layer with weight `[in, out]`.
+    """Return whether `module` is transformers' `Conv1D`, a linear layer with weight `[in, out]`.
 
     Example:
         >>> is_conv1d(nn.Conv1d(1, 1, 1))
         False
     """
-    # A model can hold one only if this module has been imported; importing it here costs seconds.
+    # Importing it here would take seconds. A model can hold one only if it is imported already.
     source = sys.modules.get("transformers.pytorch_utils")
     return source is not None and isinstance(module, source.Conv1D)
 
 
 def adaptable(module: nn.Module) -> bool:
-    """Whether `module` maps its last dimension linearly and an adapter can see it do so.
+    """Return whether `module` is linear in its last dimension and is called in a forward pass.
 
-    True for `nn.Linear` and transformers' `Conv1D`; False for the projection inside
+    This is True for `nn.Linear` and transformers' `Conv1D`. It is False for the projection inside
     `nn.MultiheadAttention`, whose weight is used without calling the module.
 
     Example:
@@ -47,17 +48,19 @@ def adaptable(module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class top_layers:
-    """Modules with one of `names` in the last layers: `floor(n * (1 - fraction) + 1e-9) .. n - 1`.
+    """Places the modules called `names` in the last layers of a model.
 
-    The layers are the outermost `nn.ModuleList` on the path of the modules that `names` match.
+    Of `n` layers these are the layers `floor(n * (1 - fraction) + 1e-9)` to `n - 1`. The layers are
+    the outermost `nn.ModuleList` on the path of the modules that `names` match.
 
     Args:
-        fraction: Share of the layers, counted from the output, in [0, 1]; 0 places nothing.
-        names: Last components of module paths, such as `"gate_proj"` or `"mlp.gate_proj"`.
+        fraction: The share of the layers, counted from the output, in [0, 1]; 0 places nothing.
+        names: The last components of module paths, such as `"gate_proj"` or `"mlp.gate_proj"`.
 
     Raises:
-        PlacementError: At construction for a fraction outside [0, 1] or no names; at the call if
-            a name matches no module, or if matches lie in more than one list of layers.
+        PlacementError: At construction, if the fraction is outside [0, 1] or there are no names.
+            At the call, if a name matches no module, or if the matches are in more than one list of
+            layers.
 
     Example:
         >>> layers = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(2, 2)}) for _ in range(4))
@@ -65,15 +68,15 @@ class top_layers:
         ('layers.2.up', 'layers.3.up')
 
     References:
-        The rule of the official FocuSFT code, without its float error at fractions like 0.2.
+        This is the rule of the official FocuSFT code, without its float error at fractions such
+        as 0.2.
     """
 
     fraction: float
     names: Sequence[str]
 
     def __post_init__(self) -> None:
-        number = isinstance(self.fraction, int | float) and not isinstance(self.fraction, bool)
-        if not number or not 0 <= self.fraction <= 1:
+        if not is_number(self.fraction) or not 0 <= self.fraction <= 1:
             raise PlacementError(
                 f"top_layers(fraction={self.fraction!r}) must lie in [0, 1]: it is the share of "
                 "layers, not their number"
@@ -86,7 +89,7 @@ class top_layers:
         object.__setattr__(self, "names", tuple(self.names))
 
     def __call__(self, model: nn.Module) -> tuple[str, ...]:
-        """The module paths in `model`."""
+        """Return the module paths in `model`."""
         if self.fraction == 0:
             return ()
         modules = dict(model.named_modules())
@@ -114,7 +117,7 @@ class top_layers:
         layers = modules[lists[0]]
         assert isinstance(layers, nn.ModuleList)
         count = len(layers)
-        # 10 * (1 - 0.2) is 8, but 1 - 0.8 is 0.19999999999999996: nudge before rounding down.
+        # 1 - 0.8 is 0.19999999999999996 in floating point, so add a little before rounding down.
         first = math.floor(count * (1 - self.fraction) + 1e-9)
         chosen = tuple(path for _, layer, path in found if layer >= first)
         if not chosen:
@@ -127,13 +130,14 @@ class top_layers:
 
 @dataclass(frozen=True)
 class matching:
-    """Every linear module whose whole path matches a regular expression.
+    """Places every linear module whose whole path matches a regular expression.
 
     Args:
-        pattern: Compared by `re.fullmatch` with paths such as `"model.layers.3.mlp.up_proj"`.
+        pattern: The expression. `re.fullmatch` compares it with paths such as
+            `"model.layers.3.mlp.up_proj"`.
 
     Raises:
-        PlacementError: At construction if the pattern is no regular expression; at the call if
+        PlacementError: At construction, if the pattern is not a regular expression. At the call, if
             nothing matches.
 
     Example:
@@ -152,7 +156,7 @@ class matching:
             ) from error
 
     def __call__(self, model: nn.Module) -> tuple[str, ...]:
-        """The module paths in `model`."""
+        """Return the module paths in `model`."""
         modules = dict(model.named_modules())
         rule = re.compile(self.pattern)
         chosen = tuple(
@@ -167,16 +171,16 @@ class matching:
 
 
 def all_linear(model: nn.Module) -> tuple[str, ...]:
-    """Every linear module except the output head.
+    """Return the paths of all linear modules except the output head.
 
     Args:
-        model: Its head is what `get_output_embeddings()` returns, if it has that method.
+        model: The model. `get_output_embeddings()` returns its head, if it has this method.
 
     Returns:
         Module paths in model order.
 
     Raises:
-        PlacementError: If there is none.
+        PlacementError: If there are no such modules.
 
     Example:
         >>> all_linear(nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2)))
@@ -195,7 +199,7 @@ def all_linear(model: nn.Module) -> tuple[str, ...]:
 
 
 def layer_of(path: str, modules: dict[str, nn.Module]) -> tuple[str, int] | None:
-    """The outermost list of layers that a module lies in, and the index of its layer."""
+    """Return the outermost list of layers around a module, and the index of its layer."""
     parts = path.split(".")
     for depth in range(len(parts) - 1):
         home = ".".join(parts[:depth])
@@ -205,7 +209,7 @@ def layer_of(path: str, modules: dict[str, nn.Module]) -> tuple[str, int] | None
 
 
 def _linear_names(modules: dict[str, nn.Module]) -> list[str]:
-    """Names, relative to their layer, of the linear modules in lists of layers."""
+    """Return the names of the linear modules in lists of layers, relative to their layer."""
     names: dict[str, None] = {}
     for path, module in modules.items():
         place = layer_of(path, modules) if adaptable(module) else None

@@ -1,4 +1,4 @@
-"""What an adapter is: the one contract between fast weights and a model."""
+"""The protocol of an adapter, which connects fast weights and a model."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 
 class Adapter(Protocol):
-    """What fast weights are and how a model sees them: `LoRA` is one."""
+    """Defines fast weights and how a model sees them; `LoRA` is one."""
 
     def init(self, model: nn.Module, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Return fresh fast weights."""
+        """Return the fast weights before the first inner step."""
         ...
 
     def bind(self, model: nn.Module, fast: Mapping[str, Tensor]) -> AbstractContextManager[None]:

@@ -1,13 +1,13 @@
 """Slots: hooks through which a module sees plain tensors that are not its parameters.
 
-A slot is installed on a module once and then stays. While a binding is in it, the module's output
-goes through `apply(module, args, output, tensors)`; while it is empty, the output is untouched.
-With `apply=as_parameters` the tensors stand in for the module's own parameters while it runs.
-Which adapter bound it is of no concern here: a slot holds tensors by name and one pure function.
+A slot is installed on a module once and then stays. While it holds a binding, the module's output
+goes through `apply(module, args, output, tensors)`. While it is empty, the output does not change.
+With `apply=as_parameters` the tensors replace the module's own parameters while the module runs. A
+slot does not depend on the adapter: it holds tensors by name and one pure function.
 
 Activation checkpointing needs the fast weights of a layer as explicit inputs. It reads them with
-`bound(layer)` and `functions(layer)` in the forward pass, and recomputes under
-`rebind(layer, tensors, functions)`, when the original binding is long gone.
+`bound(layer)` and `functions(layer)` in the forward pass. The backward pass recomputes under
+`rebind(layer, tensors, functions)`, because the original binding no longer exists then.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from metafocus.errors import ProblemError
+from metafocus.torch_internals import forward_hooks, parameter_table
 
 Apply = Callable[[nn.Module, tuple[Any, ...], Any, dict[str, Tensor]], Any]
 """`(module, args, output, tensors) -> new output`, pure."""
 
 
 class Binding(NamedTuple):
-    """What a slot holds: a pure function and the tensors it is given, by name (without dots)."""
+    """The content of a slot: a pure function and its tensors by name (without dots)."""
 
     apply: Apply
     tensors: dict[str, Tensor]
@@ -34,39 +35,39 @@ class Binding(NamedTuple):
 def as_parameters(
     module: nn.Module, args: tuple[Any, ...], output: Any, tensors: dict[str, Tensor]
 ) -> Any:
-    """Return the output as it is: the slot has swapped the parameters before the module ran."""
+    """Return the output unchanged: the slot has swapped the parameters before the module ran."""
     return output
 
 
 class Slot:
     """A forward hook, before and after, that applies its binding, if it has one.
 
-    Parameters are swapped only while the module itself runs. So the swap lies inside of any
-    `functional_call`, and whoever asks for the parameters meanwhile gets the slow ones.
+    Parameters are swapped only while the module itself runs. So the swap is inside of any
+    `functional_call`, and code outside of the module still reads the slow parameters.
 
-    A copied or unpickled slot is empty: a binding lasts for one `with` block, and its tensors may
-    belong to a graph or to a transform.
+    A copied or unpickled slot is empty, because a binding lasts for one `with` block and its
+    tensors may belong to a graph or to a transform.
 
     Attributes:
         binding: The current binding or None.
-        lent: What the module held before it was swapped, for each call that is under way.
+        saved_parameters: What the module held before the swap, for each running call.
     """
 
-    __slots__ = ("binding", "lent")
+    __slots__ = ("binding", "saved_parameters")
 
     def __init__(self) -> None:
         self.binding: Binding | None = None
-        self.lent: list[dict[str, Tensor | None]] = []
+        self.saved_parameters: list[dict[str, Tensor | None]] = []
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], *output: Any) -> Any:
-        """Return None before the module runs; then its new output, or None to leave it."""
+        """Return None before the module runs. After it, return the new output, or None."""
         if self.binding is None:
             return None
         if self.binding.apply is as_parameters:
             if output:
-                module._parameters.update(self.lent.pop())  # pyright: ignore
+                parameter_table(module).update(self.saved_parameters.pop())
             else:
-                self.lent.append(_exchange(module, self.binding.tensors))
+                self.saved_parameters.append(_exchange(module, self.binding.tensors))
             return None
         if not output:
             return None
@@ -77,10 +78,10 @@ class Slot:
 
 
 def slot(module: nn.Module) -> Slot:
-    """The slot of `module`, installed at the first call.
+    """Return the slot of `module`; it is installed at the first call.
 
-    Install it before `torch.compile` sees the module: compiled code is not recompiled for hooks
-    that appear later and would silently go on without them.
+    Install it before `torch.compile` sees the module. Compiled code is not compiled again for hooks
+    that are added later, and would silently run without them.
 
     Example:
         >>> layer = nn.Linear(2, 2)
@@ -90,7 +91,7 @@ def slot(module: nn.Module) -> Slot:
     found = _find(module)
     if found is None:
         found = Slot()
-        # Both at once: compiled code would not see a hook that comes later.
+        # Both at once, because compiled code would not see a hook that is added later.
         module.register_forward_pre_hook(found)
         module.register_forward_hook(found)
     return found
@@ -98,12 +99,12 @@ def slot(module: nn.Module) -> Slot:
 
 @contextmanager
 def bind(bindings: Iterable[tuple[nn.Module, Binding]]) -> Iterator[None]:
-    """Put bindings into the slots of modules and restore what was there on exit.
+    """Put bindings into the slots of modules, and restore the previous ones on exit.
 
-    A binding replaces the slot's previous one, it never stacks on it; other slots are left alone.
+    A binding replaces the slot's previous one and does not stack on it. Other slots do not change.
 
     Args:
-        bindings: Pairs of a module and what its slot shall hold.
+        bindings: Pairs of a module and the binding for its slot.
 
     Raises:
         ProblemError: If the name of a tensor contains a dot.
@@ -127,13 +128,13 @@ def bind(bindings: Iterable[tuple[nn.Module, Binding]]) -> Iterator[None]:
 
 
 def bound(module: nn.Module) -> dict[str, Tensor]:
-    """The tensors bound inside `module` at this moment, by path relative to it.
+    """Return the tensors that are bound inside `module` now, by path relative to it.
 
     Args:
         module: For example a decoder layer.
 
     Returns:
-        Such as `{"mlp.gate_proj.lora_A": tensor, ...}`; empty outside of any binding.
+        For example `{"mlp.gate_proj.lora_A": tensor, ...}`; empty outside of any binding.
 
     Example:
         >>> bound(nn.Sequential(nn.Linear(2, 2)))
@@ -148,13 +149,13 @@ def bound(module: nn.Module) -> dict[str, Tensor]:
 
 
 def functions(module: nn.Module) -> dict[str, Apply]:
-    """The functions of the bindings inside `module` at this moment, by path relative to it.
+    """Return the functions of the bindings inside `module` now, by path relative to it.
 
     Args:
         module: For example a decoder layer.
 
     Returns:
-        Such as `{"mlp.gate_proj": function, ...}`: what `rebind` needs beside the tensors.
+        For example `{"mlp.gate_proj": function, ...}`, which `rebind` needs too.
 
     Example:
         >>> functions(nn.Sequential(nn.Linear(2, 2)))
@@ -171,16 +172,16 @@ def rebind(
     tensors: Mapping[str, Tensor],
     functions: Mapping[str, Apply] | None = None,
 ) -> Iterator[None]:
-    """Make exactly `tensors` the ones bound inside `module`, and restore what was there on exit.
+    """Bind exactly `tensors` inside `module`, and restore the previous bindings on exit.
 
-    Slots inside `module` that `tensors` does not name are empty meanwhile, so that a recomputation
-    depends on nothing but its arguments.
+    Slots inside `module` that `tensors` does not name are empty in the block, so that a
+    recomputation depends only on its arguments.
 
     Args:
         module: For example a decoder layer.
-        tensors: By relative path, as `bound(module)` returned them.
-        functions: By relative path, as `functions(module)` returned them together with `tensors`;
-            None takes those of the bindings that are active now.
+        tensors: The tensors by relative path, as `bound(module)` returned them.
+        functions: The functions by relative path, as `functions(module)` returned them at the same
+            time. None takes those of the bindings that are active now.
 
     Raises:
         ProblemError: If a tensor belongs to no slot, or its slot has no function.
@@ -226,31 +227,32 @@ def rebind(
 
 @contextmanager
 def _held(held: Iterable[tuple[nn.Module, Slot, Any]]) -> Iterator[None]:
-    before: list[tuple[nn.Module, Slot, Binding | None, list[Any], dict[str, Any]]] = []
+    before: list[tuple[nn.Module, Slot, tuple[Any, Any], dict[str, Any]]] = []
     try:
         for module, found, binding in held:
-            before.append((module, found, found.binding, found.lent, dict(module._parameters)))
-            found.binding, found.lent = binding, []
+            state = found.binding, found.saved_parameters
+            before.append((module, found, state, dict(parameter_table(module))))
+            found.binding, found.saved_parameters = binding, []
         yield
     finally:
-        # Backwards, so that a slot named twice ends with what it held first.
-        for module, found, binding, lent, own in reversed(before):
-            if found.lent:
-                # A call was interrupted while the module's parameters were swapped.
-                module._parameters.update(own)
-            found.binding, found.lent = binding, lent
+        # In reverse order, so that a slot that is named twice gets back its first binding.
+        for module, found, state, own in reversed(before):
+            if found.saved_parameters:
+                # An exception interrupted a call while the module's parameters were swapped.
+                parameter_table(module).update(own)
+            found.binding, found.saved_parameters = state
 
 
 def _exchange(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
-    """Put tensors where the parameters are, in the parameters' types; return the parameters."""
-    own: dict[str, Any] = {name: module._parameters[name] for name in tensors}
-    for name, tensor in tensors.items():
-        module._parameters[name] = tensor.to(own[name].dtype)  # pyright: ignore
+    """Replace parameters by tensors, cast to the parameters' types; return the parameters."""
+    table = parameter_table(module)
+    own: dict[str, Any] = {name: table[name] for name in tensors}
+    table.update({name: tensor.to(own[name].dtype) for name, tensor in tensors.items()})
     return own
 
 
 def _find(module: nn.Module) -> Slot | None:
-    return next((hook for hook in module._forward_hooks.values() if isinstance(hook, Slot)), None)
+    return next((hook for hook in forward_hooks(module) if isinstance(hook, Slot)), None)
 
 
 def _slots(module: nn.Module) -> Iterator[tuple[str, nn.Module, Slot]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metafocus import params as pt
 from metafocus.autodiff.grad import value_and_grad
-from metafocus.autodiff.safe_operators.swapping import differentiable_twice
+from metafocus.autodiff.safe_operators.swapping import Swapped, differentiable_twice
 from metafocus.checks import scalar
 from metafocus.errors import NonFiniteError, ProblemError
 from metafocus.problem import Problem, check_params, is_frozen
@@ -49,7 +49,8 @@ def levels(problem: Problem, episode: Any) -> tuple[Level, Level]:
 
     def upper(fast: Params, outer: Params) -> Tensor:
         query = _batch(problem.prepared(outer, episode).query, "query")
-        return problem.evaluate(fast, outer, query)[0]
+        with Swapped(once=True):
+            return problem.evaluate(fast, outer, query)[0]
 
     return inner, upper
 

@@ -137,7 +137,8 @@ class PES(Particles):
         >>> def upper(fast, slow, x):
         ...     return fast["w"].sum()
         >>> problem = mf.Problem(inner, upper, init=lambda slow, _: {"w": torch.zeros(1)})
-        >>> pes = mf.algorithms.PES(mf.algorithms.Windows(problem, solver=mf.SGD(0.1, steps=2)), sigma=0.1, pairs=500)
+        >>> windows = mf.algorithms.Windows(problem, solver=mf.SGD(0.1, steps=2))
+        >>> pes = mf.algorithms.PES(windows, sigma=0.1, pairs=500)
         >>> outer, generator = {"a": torch.ones(1)}, torch.Generator().manual_seed(0)
         >>> state = pes.init(outer)
         >>> for _ in range(3):

@@ -47,7 +47,8 @@ class StocBiO(ImplicitSteps):
         >>> def upper(fast, slow, x):
         ...     return ((fast["w"] - x) ** 2).sum()
         >>> problem = mf.Problem(inner, upper, init=lambda slow, _: {"w": torch.zeros(1)})
-        >>> stocbio = mf.algorithms.StocBiO(problem, inner_lr=0.3, v_lr=0.25, inner_steps=20, v_steps=2)
+        >>> stocbio = mf.algorithms.StocBiO(
+        ...     problem, inner_lr=0.3, v_lr=0.25, inner_steps=20, v_steps=2)
         >>> outer, episode = {"a": torch.zeros(1)}, mf.Episode(None, torch.ones(1))
         >>> grads, state, aux = stocbio.step(outer, stocbio.init(outer), episode)
         >>> grads["a"]

@@ -12,7 +12,7 @@ from torch import Tensor
 from metafocus import params as pt
 from metafocus import streams
 from metafocus.autodiff.recompute import recompute
-from metafocus.autodiff.safe_operators.swapping import differentiable_twice
+from metafocus.autodiff.safe_operators.swapping import Swapped, differentiable_twice
 from metafocus.checks import check_finite, whole
 from metafocus.engine import Path, path_weights, weighted
 from metafocus.errors import ProblemError
@@ -177,8 +177,15 @@ class Windows:
         if window.step == 0:
             start = self.problem.start(outer, support)
             if not torch.compiler.is_compiling():
-                inner_loss, explicit = self.problem.inner_loss, bool(self.recompute)
-                preflight(inner_loss, self.solver, start, outer, support, explicit=explicit)
+                preflight(
+                    self.problem.inner_loss,
+                    self.solver,
+                    start,
+                    outer,
+                    support,
+                    explicit=bool(self.recompute),
+                    twice=torch.is_grad_enabled(),
+                )
             # The start moves with the outer parameters in the first window, and only there.
             fast, state = _tied(fast, start), _tied(state, self.solver.init(start))
         steps = range(window.step, window.step + self.solver.steps)
@@ -191,7 +198,8 @@ class Windows:
         else:
             weights = path_weights(self.path, outer, len(steps))
             ends = zip(weights, kept, (streams.at(query, t) for t in steps), strict=True)
-        loss, metrics = weighted(self.problem, ends, outer)
+        with Swapped(once=True):
+            loss, metrics = weighted(self.problem, ends, outer)
         fast, state = pt.detach(fast), _held(pt.detach(state))
         return loss, (Window(fast, state, steps.stop), Aux(fast, inner_losses, metrics))
 

@@ -11,43 +11,40 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from metafocus.attention.kernels.choose import KERNELS
+from metafocus.attention.kernels.auto import KERNELS
 from metafocus.attention.kernels.dense import dense
-from metafocus.attention.kernels.kernel import Shape
+from metafocus.attention.kernels.kernel import QKV, Attended, Scaling
 from metafocus.attention.kernels.tiled import Tiled
 from metafocus.errors import TransformError
 from metafocus.masks.spans import Spans
+from metafocus.precision import wide_type
+from metafocus.torch_internals import transform_active
 
 
-def compiled(
-    q: Tensor, k: Tensor, v: Tensor, spans: Spans, shape: Shape, backend: str
+def attention_operator(
+    inputs: QKV, spans: Spans, scaling: Scaling, backend: str
 ) -> tuple[Tensor, Tensor]:
     """Return the output and the logsumexp of each row, by one opaque operator.
 
     Args:
-        q: `[B, H, S, D]`.
-        k: `[B, Hkv, S, D]`.
-        v: `[B, Hkv, S, Dv]`.
+        inputs: Queries, keys and values.
         spans: `[B, S]`.
-        shape: Scale and soft cap.
-        backend: A name in `choose.KERNELS`.
+        scaling: Scale and soft cap.
+        backend: A name in `auto.KERNELS`.
 
     Raises:
         TransformError: Inside a transform, for another back end than "auto", which is dense there.
     """
-    # A compiler does not know get_interpreter_stack() and the like; this one it folds.
-    transforms = torch._C._are_functorch_transforms_active()
-    if transforms or forward_ad._current_level >= 0:
+    if transform_active():
         if backend != "auto":
             raise TransformError(
                 f"span_attention(backend={backend!r}) inside a function transform that is being "
                 'compiled: use backend="auto" or "dense", or compile without the transform.'
             )
-        return dense(q, k, v, spans, shape)
-    return _attention(q, k, v, *spans, shape.scale, shape.softcap, backend)
+        return dense(inputs, spans, scaling)
+    return _attention(*inputs, *spans, scaling.scale, scaling.softcap, backend)
 
 
 @torch.library.custom_op("metafocus::span_attention", mutates_args=())
@@ -61,8 +58,8 @@ def _attention(
     softcap: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    shape = Shape(scale, softcap)
-    out, lse = KERNELS[backend]().forward(q, k, v, Spans(start, stop), shape)
+    scaling = Scaling(scale, softcap)
+    out, lse = KERNELS[backend]().forward(QKV(q, k, v), Spans(start, stop), scaling)
     return out.contiguous(), lse.contiguous()
 
 
@@ -77,8 +74,9 @@ def _(
     softcap: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1], dtype=wide)
+    return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(
+        q.shape[:-1], dtype=wide_type(q.dtype)
+    )
 
 
 @torch.library.custom_op("metafocus::span_attention_backward", mutates_args=())
@@ -96,11 +94,11 @@ def _gradient(
     softcap: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    spans, shape = Spans(start, stop), Shape(scale, softcap)
+    rest = QKV(q, k, v), Attended(o, lse), Spans(start, stop), Scaling(scale, softcap)
     if dl is None:
-        grads = KERNELS[backend]().backward(do, q, k, v, o, lse, spans, shape)
+        grads = KERNELS[backend]().backward(do, *rest)
     else:
-        grads = Tiled().backward(do, q, k, v, o, lse, spans, shape, dl)
+        grads = Tiled().backward(do, *rest, dl)
     dq, dk, dv = (x.contiguous() for x in grads)
     return dq, dk, dv
 

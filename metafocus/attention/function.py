@@ -7,32 +7,24 @@ order of differentiation need not be known when the forward pass chooses a kerne
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from metafocus.attention.kernels import tiled
-from metafocus.attention.kernels.kernel import Kernel, Shape
+from metafocus.attention.kernels.kernel import QKV, Attended, Kernel, Scaling
 from metafocus.errors import TransformError
 from metafocus.masks.spans import Spans
-from metafocus.torch_internals import refuse_nested_forward_mode, unwrap_dead
+from metafocus.precision import no_autocast
+from metafocus.torch_internals import is_view, refuse_nested_forward_mode, unwrap_dead
 
 
 class Call(NamedTuple):
-    """What needs no derivative: the kernel and the shape of its logits."""
+    """What needs no derivative: the kernel and how logits come from products."""
 
     kernel: Kernel
-    shape: Shape
-
-
-@contextlib.contextmanager
-def _raw(x: Tensor) -> Iterator[None]:
-    """Compute in the given types: autocast has done its work before."""
-    with torch.autocast(x.device.type, enabled=False):
-        yield
+    scaling: Scaling
 
 
 def _own(x: Tensor) -> Tensor:
@@ -40,7 +32,7 @@ def _own(x: Tensor) -> Tensor:
 
     A plain dual tensor that is a view refuses a tangent that lies otherwise in memory.
     """
-    return x.data if x._is_view() else x
+    return x.data if is_view(x) else x
 
 
 def _folded(cls: Any, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
@@ -81,8 +73,8 @@ class Attention(torch.autograd.Function):
         call: Call, q: Tensor, k: Tensor, v: Tensor, start: Tensor, stop: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Run the kernel."""
-        with _raw(q):
-            out, lse = call.kernel.forward(q, k, v, Spans(start, stop), call.shape)
+        with no_autocast(q.device):
+            out, lse = call.kernel.forward(QKV(q, k, v), Spans(start, stop), call.scaling)
         return _own(out), _own(lse)
 
     @staticmethod
@@ -106,8 +98,8 @@ class Attention(torch.autograd.Function):
         """Return the tangents of both outputs."""
         refuse_nested_forward_mode("span_attention")
         saved = _saved(ctx)
-        ways = _zeros(tangents[1:4], tuple(saved[:3]))
-        return _ForwardMode.apply(ctx.call, *saved, *ways)
+        along = _zeros(tangents[1:4], tuple(saved[:3]))
+        return _ForwardMode.apply(ctx.call, *saved, *along)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
@@ -134,12 +126,12 @@ class _Backward(torch.autograd.Function):
         do: Tensor,
         dl: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        spans = Spans(start, stop)
-        with _raw(q):
+        rest = QKV(q, k, v), Attended(o, lse), Spans(start, stop), call.scaling
+        with no_autocast(q.device):
             if dl is None:
-                grads = call.kernel.backward(do, q, k, v, o, lse, spans, call.shape)
+                grads = call.kernel.backward(do, *rest)
             else:
-                grads = tiled.Tiled().backward(do, q, k, v, o, lse, spans, call.shape, dl)
+                grads = tiled.Tiled().backward(do, *rest, dl)
         dq, dk, dv = (_own(x) for x in grads)
         return dq, dk, dv
 
@@ -152,16 +144,16 @@ class _Backward(torch.autograd.Function):
         if all(x is None for x in cotangents):
             return (None,) * 10
         saved = _saved(ctx)
-        ways = _zeros(cotangents, tuple(saved[:3]))
-        rdo, rdl, *rest = _DoubleBackward.apply(ctx.call, *saved, *ways)
+        along = _zeros(cotangents, tuple(saved[:3]))
+        rdo, rdl, *rest = _DoubleBackward.apply(ctx.call, *saved, *along)
         return None, *rest, None, None, None, None, rdo, None if saved[8] is None else rdl
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         refuse_nested_forward_mode("span_attention")
         saved = _saved(ctx)
-        ways = _zeros(tangents[1:4], tuple(saved[:3]))
-        _, _, *out = _DoubleBackward.apply(ctx.call, *saved, *ways)
+        along = _zeros(tangents[1:4], tuple(saved[:3]))
+        _, _, *out = _DoubleBackward.apply(ctx.call, *saved, *along)
         tdo, tdl = tangents[8:]
         if tdo is None and tdl is None:
             return tuple(out)
@@ -179,12 +171,11 @@ class _ForwardMode(torch.autograd.Function):
     """`(q, k, v, start, stop, o, lse, tq, tk, tv) -> (to, tlse)`."""
 
     @staticmethod
-    def forward(call: Call, *args: Tensor) -> tuple[Tensor, Tensor]:
-        q, k, v, start, stop, _, lse, *ways = args
-        tq, tk, tv = ways
-        with _raw(q):
-            spans = Spans(start, stop)
-            return tiled.forward_mode((q, k, v), lse, (tq, tk, tv), spans, call.shape)
+    def forward(call: Call, *args: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, start, stop, _, lse, tq, tk, tv = args
+        with no_autocast(q.device):
+            spans, tangents = Spans(start, stop), QKV(tq, tk, tv)
+            return tuple(tiled.forward_mode(QKV(q, k, v), lse, tangents, spans, call.scaling))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -199,8 +190,8 @@ class _ForwardMode(torch.autograd.Function):
         if do is None:
             do = torch.zeros_like(saved[5])
         _, _, *through = _DoubleBackward.apply(ctx.call, *saved, do, dl, tq, tk, tv)
-        ways = _Backward.apply(ctx.call, *saved, do, dl)
-        return None, *through, None, None, None, None, *ways
+        by_tangents = _Backward.apply(ctx.call, *saved, do, dl)
+        return None, *through, None, None, None, None, *by_tangents
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -217,9 +208,9 @@ class _DoubleBackward(torch.autograd.Function):
     @staticmethod
     def forward(call: Call, *args: Any) -> tuple[Tensor, ...]:
         q, k, v, start, stop, o, lse, do, dl, tq, tk, tv = args
-        with _raw(q):
-            spans = Spans(start, stop)
-            return tiled.double_backward(do, dl, (q, k, v), o, lse, (tq, tk, tv), spans, call.shape)
+        with no_autocast(q.device):
+            rest = QKV(tq, tk, tv), Spans(start, stop), call.scaling
+            return tiled.double_backward(do, dl, QKV(q, k, v), Attended(o, lse), *rest)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -1,9 +1,10 @@
-"""Span attention inside Hugging Face models: `attn_implementation="metafocus"`."""
+"""Span attention as transformers calls it: `attn_implementation="metafocus"`.
+
+These functions are given to transformers, which calls them; they look at no model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -50,58 +51,6 @@ def register() -> None:
         AttentionMaskInterface.register(name, make_mask)
 
 
-@contextmanager
-def attending(model: nn.Module) -> Iterator[None]:
-    """Let a Hugging Face model attend to spans inside a `with` block.
-
-    Its `attn_implementation` is "metafocus" meanwhile, unless `takes_spans(model)` is False or it
-    is one of ours already.
-
-    Args:
-        model: The model.
-    """
-    config = model.config.get_text_config()  # pyright: ignore
-    if config._attn_implementation in IMPLEMENTATIONS or not takes_spans(model):
-        yield
-        return
-    register()
-    with attention_as(config, "metafocus"):
-        yield
-
-
-@contextmanager
-def attention_as(config: Any, implementation: str) -> Iterator[None]:
-    """Set the attention implementation of a configuration inside a `with` block.
-
-    Args:
-        config: The text configuration of a model, which its layers read at every call.
-        implementation: Such as "metafocus".
-    """
-    before = config._attn_implementation
-    config._attn_implementation = implementation
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
-
-
-def takes_spans(model: nn.Module) -> bool:
-    """Whether a model attends to spans inside `attending`.
-
-    Not with eager attention, which is left as it is; not if it does not take attention functions
-    of others; not with attention dropout, which spans do not have.
-
-    Args:
-        model: A Hugging Face model.
-    """
-    config = model.config.get_text_config()  # pyright: ignore
-    if config._attn_implementation in IMPLEMENTATIONS:
-        return True
-    dropout = any(getattr(config, name, 0.0) for name in ("attention_dropout", "attn_pdrop"))
-    takes_ours = getattr(model, "_supports_attention_backend", False)
-    return bool(takes_ours and config._attn_implementation != "eager" and not dropout)
-
-
 def attend(
     module: nn.Module,
     query: Tensor,
@@ -127,8 +76,8 @@ def attend(
         attention_mask: Stacked spans `[B, 1, S, 2]`, or a boolean mask `[B, 1, S, keys]`.
         scaling: Factor of the products.
         dropout: Must be 0 with spans.
-        sliding_window: Of the layer, or None.
-        softcap: Of the logits, or None.
+        sliding_window: The width of the layer's window, or None.
+        softcap: The soft cap of the logits, or None.
         s_aux: Sinks `[H]`, or None.
         backend: See `span_attention`.
         others: What else transformers passes, without a meaning here.

@@ -10,20 +10,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
-from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
-from torch._functorch.pyfunctorch import (
-    VmapInterpreter,
-    retrieve_current_functorch_interpreter,
-    temporarily_pop_interpreter_stack,
-)
-from torch.utils import _pytree as pytree
 
 from metafocus import params as pt
+from metafocus.autodiff.tape import foreign_leaves
 from metafocus.checks import scalar
 from metafocus.errors import TransformError
-from metafocus.torch_internals import transforming
+from metafocus.torch_internals import (
+    VmapLevel,
+    outside_transforms,
+    pytree,
+    sole_vmap,
+    transforming,
+)
 from metafocus.types import Params
 
 
@@ -46,8 +45,17 @@ def pushforward(fn: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..
 
 
 def leaf_alias(x: Tensor, track: bool) -> Tensor:
-    """Return an alias of `x` that needs a derivative and cuts it from its own past."""
-    return x.view_as(x) if track and x.requires_grad else x.detach().requires_grad_()
+    """Return an alias of `x` that needs a derivative: of a constant, a leaf of the engine's own."""
+    if track and x.requires_grad:
+        return x.view_as(x)
+    leaf = x.detach().requires_grad_()
+    leaf.engine_leaf = True  # pyright: ignore[reportAttributeAccessIssue]
+    return leaf
+
+
+def reaches_another_leaf(value: Tensor, own: Sequence[Tensor] = ()) -> bool:
+    """Return whether a value depends on a leaf that is not in `own` nor made by the engine."""
+    return any(not hasattr(x, "engine_leaf") for x in foreign_leaves(value, own))
 
 
 def value_and_grad(
@@ -62,13 +70,10 @@ def value_and_grad(
     Raises:
         TransformError: in inference mode, where every gradient would be zero.
     """
-    if torch.is_inference_mode_enabled():
-        raise TransformError(
-            "torch.inference_mode() has no gradients, so the inner loop would not adapt. Use "
-            "torch.no_grad() instead."
-        )
-    if only_vmap():
-        return _per_task(loss, fast, differentiable)
+    refuse_inference_mode()
+    vmap = sole_vmap()
+    if vmap is not None:
+        return _per_task(loss, fast, differentiable, vmap)
     if transforming():
         cut = cut and not differentiable
         point = pt.detach(fast) if cut else fast
@@ -85,41 +90,38 @@ def value_and_grad(
     return value.detach(), dict(zip(fast, filled, strict=True))
 
 
-def only_vmap() -> bool:
-    """Return whether one `vmap` over the plain tape is all that is active."""
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
-        return False
-    stack = _functorch.get_interpreter_stack() or []
-    return len(stack) == 1 and stack[0].key() == _functorch.TransformType.Vmap
+def refuse_inference_mode() -> None:
+    """Raise in `torch.inference_mode()`, where every gradient would be zero."""
+    if torch.is_inference_mode_enabled():
+        raise TransformError(
+            "torch.inference_mode() has no gradients, so the inner loop would not adapt. Use "
+            "torch.no_grad() instead."
+        )
 
 
 def _per_task(
-    loss: Callable[[Params], Tensor], fast: Params, differentiable: bool
+    loss: Callable[[Params], Tensor], fast: Params, differentiable: bool, vmap: VmapLevel
 ) -> tuple[Tensor, Params]:
     """Return value and gradient of every task of a `vmap` over the tape, by the tape.
 
     Task `i`'s loss depends on task `i`'s fast weights only, so the gradient of the sum holds the
     gradient of each; a backward pass outside `vmap` costs what its kernels cost.
     """
-    vmap = retrieve_current_functorch_interpreter()
-    assert isinstance(vmap, VmapInterpreter)
-    level, size = vmap.level(), vmap.batch_size()
-    inside = {k: _functorch._remove_batch_dim(x, level, size, 0) for k, x in fast.items()}
+    plain = {k: vmap.outside(x) for k, x in fast.items()}
     track = differentiable and torch.is_grad_enabled()
     with torch.enable_grad():
-        with temporarily_pop_interpreter_stack():
-            leaves = {k: leaf_alias(x, track) for k, x in inside.items()}
-        point = {k: _functorch._add_batch_dim(x, 0, level) for k, x in leaves.items()}
-        value = _functorch._remove_batch_dim(scalar(loss(point), "inner_loss"), level, size, 0)
-        with temporarily_pop_interpreter_stack():
+        with outside_transforms():
+            leaves = {k: leaf_alias(x, track) for k, x in plain.items()}
+        value = loss({k: vmap.inside(x) for k, x in leaves.items()})
+        value = vmap.outside(scalar(value, "inner_loss"))
+        with outside_transforms():
             found = _grad([value.sum()], list(leaves.values()), None, create_graph=track)
             grads = [
                 torch.zeros_like(x) if g is None else g
                 for g, x in zip(found, leaves.values(), strict=True)
             ]
             value = value.detach()
-    wrapped = {k: _functorch._add_batch_dim(g, 0, level) for k, g in zip(fast, grads, strict=True)}
-    return _functorch._add_batch_dim(value, 0, level), wrapped
+    return vmap.inside(value), {k: vmap.inside(g) for k, g in zip(fast, grads, strict=True)}
 
 
 def pullback(

@@ -5,8 +5,6 @@ Each linearises once and can be used for many products.
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +14,8 @@ from torch import Tensor
 
 from metafocus import params as pt
 from metafocus.autodiff.grad import leaf_alias, value_and_grad, vjp
-from metafocus.autodiff.safe_operators.swapping import Swapped, differentiable_twice
+from metafocus.autodiff.safe_operators.swapping import differentiable_once, differentiable_twice
+from metafocus.checks import positive
 from metafocus.rng import replayed
 from metafocus.torch_internals import transforming
 from metafocus.types import HVP, Params
@@ -146,12 +145,16 @@ class _Finite:
             return _gradient(loss, f, *rest)
 
         def product(direction: Params) -> tuple[Any, ...]:
+            # With a largest entry of 1: the squares of a small or large direction leave the range.
+            size = _unit(direction)
+            direction = {k: v / size for k, v in direction.items()}
             # The step is a constant: also for second derivatives, and where a norm is zero.
             step = self._step(pt.detach(fast), pt.detach(direction))
             ahead, behind = (gradient(pt.add(fast, direction, s)) for s in (step, -step))
             inputs, rebuild = pt.partition(ahead)
             others, _ = pt.partition(behind)
-            return rebuild([(a - b) / (2 * step) for a, b in zip(inputs, others, strict=True)])
+            pairs = zip(inputs, others, strict=True)
+            return rebuild([(a - b) / (2 * step) * size for a, b in pairs])
 
         return _gradient(lambda f: loss(f, *rest), fast)[0], product
 
@@ -163,6 +166,13 @@ class _Finite:
         size = pt.norm(fast)
         eps = torch.finfo(size.dtype).eps ** (1 / 3)
         return eps * torch.clamp(size, min=1.0) / length
+
+
+def _unit(direction: Params) -> Tensor:
+    """Return the largest absolute entry, detached, or 1 where all are zero."""
+    entries = [v.detach().abs().amax() for v in direction.values() if v.numel()]
+    size = torch.stack(entries).amax() if entries else torch.zeros(())
+    return size + size.logical_not()
 
 
 def _gradient(loss: Callable[..., Tensor], *primals: Any) -> tuple[Any, ...]:
@@ -184,12 +194,7 @@ def evaluated_for(hvp: HVP, loss: Callable[..., Tensor]) -> Callable[..., Tensor
     if not getattr(hvp, "first_order", False):
         return differentiable_twice(loss)
 
-    @functools.wraps(loss)
-    def kept(*args: Any) -> Tensor:
-        with Swapped(once=True):
-            return loss(*args)
-
-    return kept
+    return differentiable_once(loss)
 
 
 def hvp_finite(eps: float | None = None) -> HVP:
@@ -198,6 +203,10 @@ def hvp_finite(eps: float | None = None) -> HVP:
     `product(d) = (g(fast + h d) - g(fast - h d)) / (2 h)` for the gradient `g` by all arguments.
     The error is `O(h^2)` from the third derivative plus `O(u / h)` from rounding, with `u` the
     unit round-off.
+
+    A difference of values sees through `detach()`: where the loss detaches something that depends
+    on the fast weights, such as the losses that Meta-Weight-Net weighs, the product is another one
+    than on the tape. Use `hvp_reverse` or `hvp_forward` for such a loss; `mf.compare` shows it.
 
     Args:
         eps: length of the displacement `h |d|`, absolute (DARTS, arXiv 1806.09055, uses
@@ -212,6 +221,6 @@ def hvp_finite(eps: float | None = None) -> HVP:
         >>> product({"x": torch.ones(2)})[0]["x"].detach().round(decimals=6)
         tensor([2., 2.], dtype=torch.float64)
     """
-    if eps is not None and (not eps > 0 or math.isinf(eps)):
-        raise ValueError(f"eps must be {'finite' if eps > 0 else 'positive'}, got {eps}.")
+    if eps is not None:
+        positive("eps", eps)
     return _Finite(eps)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -17,10 +18,28 @@ from torch import Tensor
 from metafocus import params as pt
 from metafocus.autodiff import grad as derivatives
 from metafocus.autodiff.safe_operators import swapping
+from metafocus.autodiff.tape import foreign_nodes
 from metafocus.rng import Drawn
-from metafocus.torch_internals import pytree, refuse_nested_forward_mode, unwrap_dead
+from metafocus.torch_internals import (
+    pytree,
+    refuse_nested_forward_mode,
+    unwrap_dead,
+)
 
 Pullback = Callable[[tuple[Any, ...], Any], tuple[Any, ...]]
+
+_FOUND: ContextVar[set[str] | None] = ContextVar("found", default=None)
+
+
+@contextlib.contextmanager
+def searched() -> Iterator[set[str]]:
+    """Collect the names of custom kernels inside recomputed functions, in a `with` block."""
+    names: set[str] = set()
+    token = _FOUND.set(names)
+    try:
+        yield names
+    finally:
+        _FOUND.reset(token)
 
 
 class _Ambient:
@@ -112,8 +131,16 @@ class _Recompute(torch.autograd.Function):
 
     @staticmethod
     def forward(spec: _Spec, *inputs: Tensor) -> tuple[Tensor, ...]:
+        found = _FOUND.get()
         with spec.ambient.first():
-            return spec.flat(*inputs)
+            if found is None:
+                return spec.flat(*inputs)
+            with torch.enable_grad():
+                outputs = spec.flat(
+                    *(x.detach().requires_grad_(pt.is_differentiable(x)) for x in inputs)
+                )
+            found.update(foreign_nodes(outputs))
+            return tuple(x.detach() for x in outputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

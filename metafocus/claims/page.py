@@ -1,4 +1,4 @@
-"""A run of the suite of claims as a page of Markdown."""
+"""A report of claims as a page of Markdown."""
 
 from __future__ import annotations
 
@@ -6,85 +6,103 @@ import collections
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from metafocus.claims.suite import VERDICTS, Reproduction
+from metafocus.checks import is_number
+from metafocus.claims.report import VERDICTS, Report
 
 _MANY = 8
-"""More values than this are shown as a range."""
+"""More values than this number are shown as a range."""
 
 _FEW = 4
-"""So many cases are shown one by one."""
+"""Up to this number, cases are listed one by one."""
 
-_NOT_HERE = """\
-## What a small machine cannot show
+_LEGEND = """\
+Each value was recorded by a test while it ran. *Reproduced*: the test asserts the claim and passed.
+*Reported*: the value is measured and nothing is asserted. *Contradicted*: an assertion failed.
+*Error*: the test broke before it could tell. *Full* tests have the published budgets, *quick* ones
+smaller budgets; a test that has one budget is the same in both forms. `a to b` are the extremes
+over the cases of a test or over its values."""
 
-Not in this suite, because they need data that must be downloaded or other machines: the accuracies
-on Omniglot, miniImageNet and CIFAR-10; data reweighting of BERT and RoBERTa; FocuSFT at 7 billion
-parameters; test-time training at its published sizes. Where a claim of such a paper stands above,
-its note says what the small form of it shows."""
+
+def findings(report: Report) -> str:
+    """Return what the run found, in one paragraph.
+
+    Example:
+        >>> row = {"id": "T1", "says": "it falls", "verdict": "contradicted"}
+        >>> findings(Report([row, {**row, "id": "T2", "verdict": "reproduced"}]))
+        '2 claims: 1 reproduced, 1 contradicted. Contradicted: T1 (it falls).'
+    """
+    count = collections.Counter(row["verdict"] for row in report.rows)
+    verdicts = ", ".join(f"{count[v]} {v}" for v in reversed(VERDICTS) if count[v])
+    number = f"{len(report.rows)} claim{'' if len(report.rows) == 1 else 's'}"
+    parts = [f"{number}: {verdicts or 'none was run'}."]
+    for verdict, head in (("contradicted", "Contradicted"), ("error", "The test broke")):
+        names = [f"{r['id']} ({r['says']})" for r in report.rows if r["verdict"] == verdict]
+        parts += [f"{head}: {'; '.join(names)}."] if names else []
+    if report.rows and not count["contradicted"]:
+        parts.append("No claim is contradicted.")
+    return " ".join(parts)
 
 
-def page(found: Reproduction, command: str) -> str:
-    """Return the report: what was run and where, one table of claims, and where each test is.
+def page(report: Report, name: str) -> str:
+    """Return the report as a page: findings, one table of claims, and where each test is.
 
     Args:
-        found: the run.
-        command: the command that made it, for the page to name.
+        report: the run.
+        name: the file that has the report as JSON, for the page to mention.
 
     Returns:
         The page.
     """
-    rows, at = found.rows, found.environment
-    count = collections.Counter(row["verdict"] for row in rows)
-    verdicts = [f"{count[v]} {v}" for v in reversed(VERDICTS) if count[v]]
-    form = "full" if found.settings.get("full") else "quick"
+    lines = [
+        "# Published claims, run as tests",
+        "",
+        f"**{_cell(findings(report))}**",
+        "",
+        "| | claim | published | measured | verdict | seconds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in report.rows:
+        says = row["says"] + (f" ({row['note']})" if row["note"] else "")
+        value = measured(row["measured"]) or "-"
+        if row["verdict"] not in ("reproduced", "reported") and row["message"]:
+            value += f"; {row['message']}"
+        cells = [row["id"], f"{says}. {row['paper']}", row["published"], value]
+        verdict = f"**{row['verdict']}**" if row["message"] else row["verdict"]
+        cells = [*map(_cell, cells), f"{verdict}, {row['form']}", _time(row["seconds"])]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "## How to read the table", "", _LEGEND, "", _provenance(report, name), ""]
+    lines += ["## Where the tests are", ""]
+    places: dict[str, list[str]] = {}
+    for row in report.rows:
+        places.setdefault(row["id"], []).append(f"`{row['test']}`")
+    lines += [f"- {_cell(id)}: {', '.join(tests)}" for id, tests in places.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _provenance(report: Report, name: str) -> str:
+    """Which command wrote the report, where, and how long it took."""
+    settings, at = report.settings, report.environment
     again = "".join(
-        f"; {', '.join(part['ids'])} again since, in {part['seconds']:.0f} s"
-        for part in found.settings.get("again", ())
+        f" {', '.join(part['ids'])} ran again later, in {part['seconds']:.0f} s."
+        for part in settings.get("again", ())
     )
+    threads = at.get("threads", "?")
     where = (
         f"torch {at.get('torch', '?')}, Python {at.get('python', '?')}, {at.get('system', '?')} "
-        f"{at.get('machine', '?')}, {at.get('cores', '?')} cores, {at.get('threads', '?')} thread"
-        f"{'' if at.get('threads') == 1 else 's'}, {at.get('device', '?')}"
+        f"{at.get('machine', '?')}, {at.get('cores', '?')} cores, {threads} "
+        f"thread{'' if threads == 1 else 's'}, {at.get('device', '?')}"
     )
-    lines = [
-        "# Published claims, reproduced",
-        "",
-        f"Written by `{command}`, the {form} form of the suite, in "
-        f"{found.settings.get('seconds', 0.0):.0f} s{again}; {where}. Every value "
-        "below was recorded by the test while it ran; `reproduction.json` beside this page has "
-        "them in full, with each test's docstring: the claim, the tolerance and its reason.",
-        "",
-        f"**{len(rows)} claims: {', '.join(verdicts) or 'none'}.**",
-        "",
-        "*Reproduced*: the test asserts the claim and passed. *Reported*: measured, not asserted. "
-        "*Contradicted*: an assertion failed. *Error*: the test broke before it could tell. "
-        "`a to b` are the extremes over the cases of a test or over its values. *Form*: the "
-        "full form has the published budgets, the quick one those for minutes on two cores; most "
-        "claims are the same in both.",
-        "",
-        "| | claim | paper | published | measured | form | verdict | seconds |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        says = row["says"] + (f" ({row['note']})" if row["note"] else "")
-        told = measured(row["measured"]) or "-"
-        if row["verdict"] not in ("reproduced", "reported") and row["message"]:
-            told += f"; {row['message']}"
-        cells = (row["id"], says, row["paper"], row["published"], told)
-        end = (f"**{row['verdict']}**" if row["message"] else row["verdict"], _time(row["seconds"]))
-        lines.append("| " + " | ".join([*map(_cell, cells), row["form"], *end]) + " |")
-    lines += ["", "## Where the tests are", ""]
-    places: dict[str, list[str]] = {}
-    for row in rows:
-        places.setdefault(row["id"], []).append(f"`{row['test']}`")
-    lines += [f"- {id}: {', '.join(tests)}" for id, tests in places.items()]
-    return "\n".join([*lines, "", _NOT_HERE]) + "\n"
+    return (
+        f"The page was written by `{settings.get('command', '?')}` in "
+        f"{settings.get('seconds', 0.0):.0f} s.{again} Machine: {where}. The file `{name}` beside "
+        "this page has every value in full, and the docstring of each test."
+    )
 
 
 def measured(cases: Mapping[str, Any]) -> str:
     """Return the values of all cases of a test as one line.
 
-    A few cases stand one after another; of many, the values of one name are put together.
+    A few cases are listed one by one; of many, the values of one name are put together.
 
     Example:
         >>> measured({"": {"slope": -1.0123, "error": [0.1, 0.01]}})
@@ -110,31 +128,31 @@ def measured(cases: Mapping[str, Any]) -> str:
 
 
 def _names_differ(values: Iterable[Any]) -> bool:
-    """Whether each case has words of its own for its values: they say which case it is."""
+    """Whether the names of the values already say which case they belong to."""
     names = [frozenset(name for name, _ in _leaves(value)) for value in values]
     return len(set(names)) == len(names)
 
 
 def _leaves(value: Any, name: str = "") -> list[tuple[str, Any]]:
-    """What is not a dict, under the words that lead to it."""
+    """The values in nested dicts, each with the keys that lead to it as its name."""
     if not isinstance(value, Mapping):
         return [(name, value)]
     return [x for key, inner in value.items() for x in _leaves(inner, f"{name} {key}".strip())]
 
 
 def _several(values: Sequence[Any]) -> str:
-    """Different values of one name: a range of numbers, or one after another."""
-    if all(_number(v) for v in values):
+    """Return different values of one name as a range, or as a list where they are no numbers."""
+    if all(is_number(v) for v in values):
         return f"{_one(min(values))} to {_one(max(values))}"
     lists = [v if isinstance(v, list) else [v] for v in values]
-    if all(_number(x) for v in lists for x in v):
+    if all(is_number(x) for v in lists for x in v):
         return _several([x for v in lists for x in v])
     return "; ".join(_one(v) for v in values)
 
 
 def _one(value: Any) -> str:
     if isinstance(value, list):
-        if len(value) > _MANY and all(_number(x) for x in value):
+        if len(value) > _MANY and all(is_number(x) for x in value):
             return _several(value)
         if any(isinstance(x, list) for x in value):
             return " / ".join(_one(x) for x in value)
@@ -142,10 +160,6 @@ def _one(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _time(seconds: float) -> str:

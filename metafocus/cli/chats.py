@@ -1,20 +1,24 @@
-"""The chats of a command: those of a file, or questions made of what lies on this machine."""
+"""The chats of a command: from a file, a data set, or the documentation on this machine."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable
 from typing import Any
+
+import torch
 
 from metafocus.data import read_chats, stdlib_qa
 from metafocus.errors import DataError
 
 Chats = list[dict[str, Any]]
 
+STDLIB = "stdlib"
+"""Names, instead of a file, questions about the documentation of the Python standard library."""
 
-def read(data: str) -> Chats | None:
-    """Return the chats of `--data FILE`; None for `--data stdlib`, whose wait for a tokenizer."""
-    return None if data == "stdlib" else read_chats(data)
+
+def read(train_file: str) -> Chats | None:
+    """Return the chats of a file; None for `stdlib`, whose chats wait for a tokenizer."""
+    return None if train_file == STDLIB else read_chats(train_file)
 
 
 def texts(chats: Chats | None) -> Iterable[str]:
@@ -28,25 +32,37 @@ def texts(chats: Chats | None) -> Iterable[str]:
                 yield message["content"]
 
 
-def standard_library(args: argparse.Namespace, tokenizer: Any) -> tuple[Chats, Chats]:
-    """Return the chats to train on and those held out that `--data stdlib` stands for."""
-    sizes = {"train": args.samples, "heldout": max(args.samples // 10, 8)}
-    chats, heldout = (
-        documentation(args, tokenizer, split=split, n=n, turns=args.turns)
-        for split, n in sizes.items()
-    )
-    return chats, heldout
-
-
 def documentation(
-    args: argparse.Namespace, tokenizer: Any, *, split: str, n: int, turns: int = 1
+    tokenizer: Any, *, split: str, n: int, max_length: int, seed: int, turns: int = 1
 ) -> Chats:
-    """Return chats of one split of the documentation, of at most `--max-length` tokens."""
+    """Return chats of one split of the documentation, of at most `max_length` tokens.
+
+    Raises:
+        DataError: if `max_length` is too short for a question and its evidence.
+    """
     # Room for the questions, the answers and the template around them.
-    context = max(args.max_length - 96 * turns, 64)
+    context = max(max_length - 96 * turns, 64)
     try:
         return stdlib_qa.generate(
-            tokenizer, split=split, n=n, context_tokens=context, turns=turns, seed=args.seed
+            tokenizer, split=split, n=n, context_tokens=context, turns=turns, seed=seed
         )
     except DataError as error:
-        raise DataError(f"--data stdlib with --max-length {args.max_length}: {error}.") from error
+        raise DataError(f"{STDLIB} with --max_length {max_length}: {error}.") from error
+
+
+def split(chats: Chats, percentage: float, seed: int) -> tuple[Chats, Chats]:
+    """Return the chats to train on, and those held out, drawn by a seed.
+
+    Raises:
+        DataError: if there are too few.
+    """
+    if percentage == 0:
+        return chats, []
+    if len(chats) < 2:
+        raise DataError(
+            f"{len(chats)} chat is not enough to hold one out: name --validation_file FILE, or "
+            "pass --validation_split_percentage 0."
+        )
+    order = torch.randperm(len(chats), generator=torch.Generator().manual_seed(seed)).tolist()
+    count = min(max(round(percentage / 100 * len(chats)), 1), len(chats) - 1)
+    return [chats[i] for i in order[count:]], [chats[i] for i in order[:count]]

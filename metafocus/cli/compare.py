@@ -9,18 +9,17 @@ from typing import Any
 import torch
 
 from metafocus.cli import chats, options
-from metafocus.cli.saving import saving
 from metafocus.comparison.run import compare
 from metafocus.data import Collator, encode_chats, stdlib_qa
 from metafocus.errors import DataError
-from metafocus.models import model_and_tokenizer
 from metafocus.problem import trainable
 from metafocus.recipes._focusft import focusft_problem
-from metafocus.trainer import words
+from metafocus.trainer.checkpoints import saving
+from metafocus.trainer.names import ESTIMATORS, MASKS, named
 from metafocus.types import Episode
 
-QUICK = {"max_length": 192, "batch_size": 1, "repeats": 1}
-QUICK_MODEL = {"hidden_size": 64, "layers": 3, "vocab_size": 512}
+QUICK = {"max_length": 192, "per_device_train_batch_size": 1, "repeats": 1}
+QUICK_MODEL = {"hidden_size": 64, "num_hidden_layers": 3, "vocab_size": 512}
 DEFAULT = "first-order,unrolled-last-1,unrolled,unrolled-recompute,implicit-cg"
 
 
@@ -33,18 +32,21 @@ def add_parser(commands: Any) -> None:
     )
     parser.set_defaults(run=run)
     parser.add_argument(
-        "--data", default="stdlib", help="FILE.jsonl, FILE.parquet or stdlib (default)"
+        "--train_file", default=chats.STDLIB, help="FILE.jsonl, FILE.parquet or stdlib (default)"
     )
     parser.add_argument(
-        "--max-length", type=options.whole(2), default=256, help="tokens; default %(default)s"
+        "--max_length", type=options.whole(2), default=256, help="tokens; default %(default)s"
     )
     parser.add_argument(
-        "--batch-size", type=options.whole(1), default=2, help="default %(default)s"
+        "--per_device_train_batch_size",
+        type=options.whole(1),
+        default=2,
+        help="chats; default %(default)s",
     )
     parser.add_argument(
         "--mask",
         default="context-bidirectional",
-        help=f"{', '.join(words.MASKS)}; default %(default)s",
+        help=f"{', '.join(MASKS)}; default %(default)s",
     )
     parser.add_argument(
         "--estimators", default=DEFAULT, help="separated by commas; default %(default)s"
@@ -64,8 +66,8 @@ def add_parser(commands: Any) -> None:
         default="float32",
         help="of the model; default %(default)s",
     )
-    parser.add_argument("--quick", action="store_true", help="smaller defaults: a quick look")
-    parser.add_argument("--output", help="directory for compare.png and compare.json")
+    parser.add_argument("--quick", action="store_true", help="smaller defaults, for a first look")
+    parser.add_argument("--output_dir", help="directory for compare.png and compare.json")
     options.add_model(parser)
     options.add_inner(parser, fraction=0.75, rank=8)
 
@@ -73,31 +75,33 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Compare and report."""
     if args.quick:
-        smaller = QUICK if args.model else QUICK | QUICK_MODEL
+        smaller = QUICK if args.model_name_or_path else QUICK | QUICK_MODEL
         vars(args).update({k: v for k, v in smaller.items() if k not in args.given})
-    directory = options.directory(args.output) if args.output else None
-    named = [word.strip() for word in args.estimators.split(",") if word.strip()]
-    estimators = {word: words.choice(words.ESTIMATORS, word, "--estimators")() for word in named}
+    directory = options.directory(args.output_dir) if args.output_dir else None
+    chosen = [name.strip() for name in args.estimators.split(",") if name.strip()]
+    estimators = {name: named("estimators", name, ESTIMATORS)() for name in chosen}
     if not estimators:
-        raise DataError(f"--estimators is empty: use some of {', '.join(words.ESTIMATORS)}.")
+        raise DataError(f"--estimators is empty: use some of {', '.join(ESTIMATORS)}.")
     reference = (
         args.reference
         if args.reference in estimators
-        else words.choice(words.ESTIMATORS, args.reference, "--reference")()
+        else named("reference", args.reference, ESTIMATORS)()
     )
-    mask = words.choice(words.MASKS, args.mask, "--mask")
-    records = chats.read(args.data)
-    model, tokenizer = model_and_tokenizer(args, stdlib_qa.texts, args.max_length)
-    model = model.to(getattr(torch, args.dtype))
+    mask = named("mask", args.mask, MASKS)
+    records = chats.read(args.train_file)
+    model, tokenizer = options.model_on_device(args, stdlib_qa.texts, args.max_length)
+    model, rows = model.to(getattr(torch, args.dtype)), args.per_device_train_batch_size
     if records is None:
-        records = chats.documentation(args, tokenizer, split="train", n=args.batch_size)
-    samples = encode_chats(records, tokenizer, max_length=args.max_length).samples
-    if len(samples) < args.batch_size:
-        raise DataError(
-            f"--batch-size {args.batch_size} is more than the {len(samples)} chats with an answer "
-            "in --data."
+        records = chats.documentation(
+            tokenizer, split="train", n=rows, max_length=args.max_length, seed=args.seed
         )
-    batch = Collator(pad_token_id=tokenizer.pad_token_id)(samples[: args.batch_size])
+    samples = encode_chats(records, tokenizer, max_length=args.max_length).samples
+    if len(samples) < rows:
+        raise DataError(
+            f"--per_device_train_batch_size {rows} is more than the {len(samples)} chats with an "
+            "answer in --train_file."
+        )
+    batch = Collator(pad_token_id=tokenizer.pad_token_id)(samples[:rows])
     batch = {k: v.to(args.device) for k, v in batch.items()}
 
     # The same start for every estimator: the fast weights are drawn once.

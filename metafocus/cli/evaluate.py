@@ -21,8 +21,7 @@ from metafocus.evals.items import Item
 from metafocus.evals.prose import builtin_prose, prose_from_file
 from metafocus.evals.report import length_name, plot_depths, table
 from metafocus.evals.run import answers, prompt_counter
-from metafocus.models import model_and_tokenizer
-from metafocus.trainer import words
+from metafocus.trainer.names import named
 
 TASKS: dict[str, tuple[str, ...]] = {"babilong": babilong.TASKS, "ruler": ruler.TASKS}
 REPORT, ANSWERS, DEPTHS = "eval.json", "answers.jsonl", "depths.png"
@@ -37,7 +36,7 @@ def add_parser(commands: Any) -> None:
         description=__doc__,
     )
     parser.set_defaults(run=run)
-    parser.add_argument("--model", required=True, help="directory or hub id")
+    options.add_model(parser, small=False)
     parser.add_argument("--suite", required=True, choices=(*TASKS, *trials.SUITES))
     parser.add_argument(
         "--tasks", help="separated by commas; default: all of the suite (qa only with --questions)"
@@ -66,26 +65,30 @@ def add_parser(commands: Any) -> None:
         metavar="DIR",
         help="write the questions as tasks of lm-evaluation-harness, and ask nothing",
     )
-    parser.add_argument("--batch-size", type=options.whole(1), default=8, help="%(default)s")
-    parser.add_argument("--depth-bins", type=options.whole(1), default=10, help="%(default)s")
-    parser.add_argument("--attn", default="sdpa", choices=("sdpa", "eager"), help="%(default)s")
+    parser.add_argument(
+        "--per_device_eval_batch_size", type=options.whole(1), default=8, help="default %(default)s"
+    )
+    parser.add_argument(
+        "--depth_bins", type=options.whole(1), default=10, help="default %(default)s"
+    )
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--device", default="cpu", help="default %(default)s")
-    parser.add_argument("--seed", type=options.whole(0), default=1234, help="default %(default)s")
-    parser.add_argument("--output", help=f"directory for {REPORT}, {ANSWERS} and {DEPTHS}")
-    parser.add_argument("--overwrite", action="store_true", help="replace results in --output")
+    parser.add_argument("--output_dir", help=f"directory for {REPORT}, {ANSWERS} and {DEPTHS}")
+    parser.add_argument(
+        "--overwrite_output_dir", action="store_true", help="replace results in output_dir"
+    )
     trials.add_options(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Make the questions, ask them, score and report."""
     long = args.suite in TASKS
-    if args.output is None and not (long and args.export):
-        raise DataError(f"--output is missing: name a directory for {REPORT} and {ANSWERS}")
-    output = options.directory(args.output or args.export)
-    if (output / REPORT).exists() and not args.overwrite:
+    if args.output_dir is None and not (long and args.export):
+        raise DataError(f"--output_dir is missing: name a directory for {REPORT} and {ANSWERS}")
+    output = options.directory(args.output_dir or args.export)
+    if (output / REPORT).exists() and not args.overwrite_output_dir:
         raise DataError(
-            f"--output {output} holds {REPORT}: name another directory, or pass --overwrite"
+            f"--output_dir {output} holds {REPORT}: name another directory, or pass "
+            "--overwrite_output_dir"
         )
     if not long:
         trials.run(args, output, output / REPORT, output / ANSWERS)
@@ -94,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
     tasks, lengths = _tasks(args), _lengths(args.lengths, args.suite)
     generate = _generator(args, max(lengths))
     # Without a length: the check there names another option.
-    model, tokenizer = model_and_tokenizer(args, lambda: (), 0)
+    model, tokenizer = options.model_on_device(args, lambda: (), 0)
     _check_positions(model, max(lengths))
     model = model.to(getattr(torch, args.dtype))
     count = prompt_counter(tokenizer)
@@ -107,7 +110,7 @@ def run(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     items, outputs = _ask(
         lambda items, progress: answers(
-            model, tokenizer, items, batch_size=args.batch_size, progress=progress
+            model, tokenizer, items, batch_size=args.per_device_eval_batch_size, progress=progress
         ),
         [
             lambda task=task, length=length: generate(count, task, length, args.n)
@@ -135,7 +138,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _export(directory: str, items: list[Item]) -> None:
-    names = harness.export_tasks(items, options.directory(directory))
+    names = harness.export_tasks(items, options.directory(directory, "--export"))
     print(f"wrote {len(names)} tasks; with the same model and its chat template:")
     flags = f"--include_path {directory} --tasks {','.join(names)} --apply_chat_template"
     print(f"  lm_eval --model hf --model_args pretrained=DIR {flags}")
@@ -149,7 +152,7 @@ def _tasks(args: argparse.Namespace) -> list[str]:
         return [task for task in known if task != "qa" or args.questions]
     tasks = list(dict.fromkeys(word.strip() for word in args.tasks.split(",") if word.strip()))
     for task in tasks:
-        words.choice(dict.fromkeys(known), task, "--tasks")
+        named("tasks", task, dict.fromkeys(known))
     if not tasks:
         raise DataError(f"--tasks is empty: use some of {', '.join(known)}.")
     if args.suite == "ruler" and "qa" in tasks and not args.questions:

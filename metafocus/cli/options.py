@@ -1,4 +1,7 @@
-"""Options that commands share, and the objects that they describe."""
+"""Options that commands share, and the objects that they describe.
+
+They have the names of `metafocus train`: one grammar for all commands.
+"""
 
 from __future__ import annotations
 
@@ -8,33 +11,26 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+import torch
+
+from metafocus import models
 from metafocus.adapters import LoRA, top_layers
 from metafocus.errors import DataError
 from metafocus.solvers import SGD, clip_per_tensor
 
-
-class _Store(argparse.Action):
-    """Stores a value, and in `given` that the user gave it."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        setattr(namespace, self.dest, values)
-        namespace.given = {*namespace.given, self.dest}
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line and an exception, and which knows what was `given`."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        # In full: what is short today may stand for two options tomorrow.
-        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
-        self.register("action", None, _Store)
-        self.set_defaults(given=set())
-
-    def error(self, message: str) -> NoReturn:
-        """Raise instead of printing the usage and leaving."""
-        raise DataError(f"{message} (see {self.prog} --help)")
+ATTENTION = ("sdpa", "eager")
+OF_SMALL = ("vocab_size", "hidden_size", "num_hidden_layers")
+INNER = (
+    "inner_steps",
+    "inner_lr",
+    "inner_clip",
+    "layer_fraction",
+    "lora_modules",
+    "lora_rank",
+    "lora_alpha",
+)
 
 
 def whole(least: int) -> Callable[[str], int]:
@@ -59,44 +55,42 @@ def positive(word: str) -> float:
     return value
 
 
-INNER = (
-    "inner_steps",
-    "inner_lr",
-    "inner_clip",
-    "layer_fraction",
-    "modules",
-    "rank",
-    "alpha",
-)
-
-
 def add_inner(parser: argparse.ArgumentParser, *, fraction: float, rank: int) -> None:
     """Add the options of the inner loop."""
     group = parser.add_argument_group("inner loop (defaults of FocuSFT, arXiv 2605.09932)")
-    group.add_argument("--inner-steps", type=whole(0), default=2, help="default %(default)s")
-    group.add_argument("--inner-lr", type=positive, default=1.0, help="default %(default)s")
+    group.add_argument("--inner_steps", type=whole(0), default=2, help="default %(default)s")
+    group.add_argument("--inner_lr", type=positive, default=1.0, help="default %(default)s")
     group.add_argument(
-        "--inner-clip", type=positive, default=1.0, help="gradient norm of each tensor; %(default)s"
+        "--inner_clip",
+        type=positive,
+        default=1.0,
+        help="largest gradient norm of each fast weight; default %(default)s",
     )
     group.add_argument(
-        "--layer-fraction",
+        "--layer_fraction",
         type=float,
         default=fraction,
-        help="top layers with fast weights; default %(default)s",
+        help="share of the layers, from the top, with fast weights; default %(default)s",
     )
     group.add_argument(
-        "--modules",
+        "--lora_modules",
         default="gate_proj,up_proj,down_proj",
-        help="names of the adapted modules, separated by commas; default %(default)s",
+        help="modules with fast weights, separated by commas; default %(default)s",
     )
-    group.add_argument("--rank", type=whole(1), default=rank, help="default %(default)s")
-    group.add_argument("--alpha", type=positive, default=2.0 * rank, help="default %(default)s")
+    group.add_argument(
+        "--lora_rank", type=whole(1), default=rank, help="of the fast weights; default %(default)s"
+    )
+    group.add_argument(
+        "--lora_alpha",
+        type=positive,
+        help="the fast weights are scaled by lora_alpha / lora_rank; default twice lora_rank",
+    )
 
 
 def adapter(args: argparse.Namespace) -> LoRA:
     """Return the adapter that the options describe."""
-    names = tuple(name.strip() for name in args.modules.split(",") if name.strip())
-    return LoRA(top_layers(args.layer_fraction, names), rank=args.rank, alpha=args.alpha)
+    names = tuple(name.strip() for name in args.lora_modules.split(",") if name.strip())
+    return LoRA(top_layers(args.layer_fraction, names), args.lora_rank, args.lora_alpha)
 
 
 def solver(args: argparse.Namespace) -> SGD:
@@ -104,42 +98,90 @@ def solver(args: argparse.Namespace) -> SGD:
     return SGD(args.inner_lr, args.inner_steps, clip=clip_per_tensor(args.inner_clip))
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the model."""
+def add_model(parser: argparse.ArgumentParser, *, small: bool = True) -> None:
+    """Add the options of the model; `small`: of the one that is made where none is named, too."""
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--model", help="directory or hub id; default: a small Qwen2 made for the data"
-    )
-    group.add_argument("--attn", default="sdpa", choices=("sdpa", "eager"), help="%(default)s")
-    group.add_argument(
-        "--vocab-size",
-        type=whole(259),
-        default=2048,
-        help="of the small model; default %(default)s",
+        "--model_name_or_path",
+        required=not small,
+        help="directory or hub id" + "; default: a small Qwen2 made from scratch" * small,
     )
     group.add_argument(
-        "--hidden-size", type=whole(64), default=128, help="of the small model; default %(default)s"
+        "--attn_implementation", default="sdpa", choices=ATTENTION, help="default %(default)s"
     )
-    group.add_argument(
-        "--layers", type=whole(1), default=4, help="of the small model; default %(default)s"
-    )
+    if small:
+        for name, least, default in zip(OF_SMALL, (259, 64, 1), (2048, 128, 4), strict=True):
+            text = "of the small model; default %(default)s"
+            group.add_argument(f"--{name}", type=whole(least), default=default, help=text)
     group.add_argument("--device", default="cpu", help="default %(default)s")
-    group.add_argument("--seed", type=whole(0), default=1234, help="default %(default)s")
+    group.add_argument("--seed", type=whole(0), default=42, help="default %(default)s")
 
 
-def note_unused(args: argparse.Namespace, names: Iterable[str], why: str) -> None:
+def model_and_tokenizer(
+    args: Any, texts: Callable[[], Iterable[str]], max_length: int
+) -> tuple[Any, Any]:
+    """Return the model that `--model_name_or_path` names, or a small one for `texts()`.
+
+    Args:
+        args: `model_name_or_path`, `attn_implementation`, and the sizes of the small model.
+        texts: what its tokenizer learns from.
+        max_length: the longest sequence that the model must take.
+
+    Raises:
+        DataError: if the model cannot be loaded, is too small for `max_length` or its tokenizer,
+            or has no chat template.
+    """
+    attention = args.attn_implementation
+    if args.model_name_or_path is None:
+        sizes = {name: getattr(args, name) for name in OF_SMALL}
+        return models.small(texts(), max_length=max_length, attn_implementation=attention, **sizes)
+    model, tokenizer = models.load(args.model_name_or_path, attn_implementation=attention)
+    models.check_fits(model, tokenizer, max_length)
+    if tokenizer.chat_template is None:
+        raise DataError(
+            f"the tokenizer of {args.model_name_or_path!r} has no chat template. Use an "
+            "instruction-tuned model, or set tokenizer.chat_template and save it beside the model."
+        )
+    return model, tokenizer
+
+
+def model_on_device(
+    args: argparse.Namespace, texts: Callable[[], Iterable[str]], max_length: int
+) -> tuple[Any, Any]:
+    """Return `model_and_tokenizer` with the weights on `--device`, drawn from `--seed`.
+
+    Raises:
+        DataError: if the device cannot be used, too.
+    """
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"--device {args.device!r} cannot be used: {reason}") from error
+    torch.manual_seed(args.seed)
+    if args.model_name_or_path is not None:
+        note_unused(args, OF_SMALL, "with --model_name_or_path")
+    model, tokenizer = model_and_tokenizer(args, texts, max_length)
+    return model.to(args.device), tokenizer
+
+
+def note_unused(args: Any, names: Iterable[str], why: str) -> None:
     """Say which of the options were given although nothing follows from them."""
     for name in names:
         if name in args.given:
-            print(f"note: --{name.replace('_', '-')} has no effect {why}.", file=sys.stderr)
+            print(f"note: --{name} has no effect {why}.", file=sys.stderr)
 
 
-def directory(word: str) -> Path:
-    """Return `--output`, or raise if it cannot be a directory; nothing is made yet."""
+def directory(word: str, flag: str = "--output_dir") -> Path:
+    """Return a directory to write to, or raise if it cannot be one; nothing is made yet.
+
+    Raises:
+        DataError: naming the flag and what stands in the way.
+    """
     path = Path(word)
     nearest = next(p for p in (path, *path.absolute().parents) if os.path.exists(p))
     if not nearest.is_dir():
-        raise DataError(f"--output {path}: {nearest} is a file. Name a directory.")
+        raise DataError(f"{flag} {path}: {nearest} is a file. Name a directory.")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise DataError(f"--output {path}: {nearest} cannot be written to. Name another directory.")
+        raise DataError(f"{flag} {path}: {nearest} cannot be written to. Name another directory.")
     return path

@@ -1,4 +1,4 @@
-"""`metafocus profile`: where a model looks: sinks, context, evidence, as numbers and figures."""
+"""`metafocus profile`: numbers and figures of where a model looks: sinks, context, evidence."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from metafocus.cli import chats, options
-from metafocus.cli.saving import saving, write_whole
 from metafocus.comparison.report import environment
 from metafocus.data import Collator, encode_chats, stdlib_qa
 from metafocus.diagnostics import AttentionProfile, attention_profile, plot_comparison
 from metafocus.diagnostics.plots import MOST
 from metafocus.engine import adapt
 from metafocus.errors import DataError
+from metafocus.files import write_whole
 from metafocus.lm import Batch
 from metafocus.lm.per_example import PerExampleSolver, mean_loss
 from metafocus.masks import MaskPolicy
-from metafocus.models import model_and_tokenizer
 from metafocus.problem import trainable
 from metafocus.recipes._focusft import focusft_problem
-from metafocus.trainer import words
+from metafocus.trainer.checkpoints import saving
+from metafocus.trainer.names import MASKS, TOKENS, named
 
 REPORT = "profile.json"
 SUFFIXES = (".png", ".svg")
-INNER_TOKENS = {word: words.TOKENS[word] for word in ("answer", "context")}
+INNER_TOKENS = {name: TOKENS[name] for name in ("answer", "context")}
 
 
 def add_parser(commands: Any) -> None:
@@ -38,21 +38,21 @@ def add_parser(commands: Any) -> None:
     )
     parser.set_defaults(run=run)
     parser.add_argument(
-        "--data", default="stdlib", help="FILE.jsonl, FILE.parquet or stdlib (default)"
+        "--train_file", default=chats.STDLIB, help="FILE.jsonl, FILE.parquet or stdlib (default)"
     )
     parser.add_argument(
-        "--samples", type=options.whole(1), default=4, help="chats; default %(default)s"
+        "--max_train_samples", type=options.whole(1), default=4, help="chats; default %(default)s"
     )
     parser.add_argument(
-        "--max-length", type=options.whole(2), default=512, help="tokens; default %(default)s"
+        "--max_length", type=options.whole(2), default=512, help="tokens; default %(default)s"
     )
     parser.add_argument(
-        "--turns", type=options.whole(1), default=1, help="of stdlib; default %(default)s"
+        "--stdlib_turns", type=options.whole(1), default=1, help="questions; default %(default)s"
     )
     parser.add_argument(
         "--mask",
         default="context-bidirectional",
-        help=f"{', '.join(words.MASKS)}; several, separated by commas, are drawn side by side; "
+        help=f"{', '.join(MASKS)}; several, separated by commas, are drawn side by side; "
         "default %(default)s",
     )
     parser.add_argument(
@@ -61,20 +61,15 @@ def add_parser(commands: Any) -> None:
         help="profile each mask a second time, with fast weights adapted to each chat",
     )
     parser.add_argument(
-        "--inner-tokens",
+        "--inner_tokens",
         default="answer",
         help=f"what --adapt learns: {', '.join(INNER_TOKENS)}; default %(default)s",
     )
     parser.add_argument(
         "--layer", type=options.whole(0), help="of the heat maps; default the middle one"
     )
-    # As every other command calls it; the short one is the older.
     parser.add_argument(
-        "--output",
-        "--out",
-        dest="out",
-        required=True,
-        help="directory of profile.json and of the figures",
+        "--output_dir", required=True, help="directory of profile.json and of the figures"
     )
     options.add_model(parser)
     options.add_inner(parser, fraction=0.35, rank=32)
@@ -85,20 +80,20 @@ def run(args: argparse.Namespace) -> None:
     if not args.adapt:
         names = ("inner_tokens", *options.INNER)
         options.note_unused(args, names, "without --adapt")
-    directory = options.directory(args.out)
-    named = [word.strip() for word in args.mask.split(",") if word.strip()]
-    chosen = {word: words.choice(words.MASKS, word, "--mask") for word in named}
+    directory = options.directory(args.output_dir)
+    names = [name.strip() for name in args.mask.split(",") if name.strip()]
+    chosen = {name: named("mask", name, MASKS) for name in names}
     cells = len(chosen) * (1 + args.adapt)
     if not 1 <= cells <= MOST:
         raise DataError(
             f"--mask {args.mask!r} makes {cells} profiles{' with --adapt' * args.adapt}; figures "
             f"show 1 to {MOST}: name fewer masks."
         )
-    words.choice(INNER_TOKENS, args.inner_tokens, "--inner-tokens")
-    records = chats.read(args.data)
-    asked = args.model is None or "max_length" in args.given
+    named("inner_tokens", args.inner_tokens, INNER_TOKENS)
+    records = chats.read(args.train_file)
+    asked = args.model_name_or_path is None or "max_length" in args.given
     longest = args.max_length if asked else 1
-    model, tokenizer = model_and_tokenizer(args, stdlib_qa.texts, longest)
+    model, tokenizer = options.model_on_device(args, stdlib_qa.texts, longest)
     if not asked:
         positions = model.config.get_text_config().max_position_embeddings
         args.max_length = min(args.max_length, positions)
@@ -132,17 +127,22 @@ def run(args: argparse.Namespace) -> None:
 def _batch(args: argparse.Namespace, records: list | None, tokenizer: Any) -> Batch:
     if records is None:
         records = chats.documentation(
-            args, tokenizer, split="heldout", n=args.samples, turns=args.turns
+            tokenizer,
+            split="heldout",
+            n=args.max_train_samples,
+            max_length=args.max_length,
+            seed=args.seed,
+            turns=args.stdlib_turns,
         )
     else:
-        options.note_unused(args, ("turns",), "without --data stdlib")
+        options.note_unused(args, ("stdlib_turns",), "without --train_file stdlib")
     samples = encode_chats(records, tokenizer, max_length=args.max_length).samples
-    if len(samples) < args.samples and "samples" in args.given:
+    if len(samples) < args.max_train_samples and "max_train_samples" in args.given:
         raise DataError(
-            f"--samples {args.samples} is more than the {len(samples)} chats with an answer in "
-            "--data."
+            f"--max_train_samples {args.max_train_samples} is more than the {len(samples)} chats "
+            "with an answer in --train_file."
         )
-    batch = Collator(pad_token_id=tokenizer.pad_token_id)(samples[: args.samples])
+    batch = Collator(pad_token_id=tokenizer.pad_token_id)(samples[: args.max_train_samples])
     return {name: value.to(args.device) for name, value in batch.items()}
 
 

@@ -1,13 +1,13 @@
-"""`metafocus reproduce`: run the suite of published claims and write what it found."""
+"""`metafocus reproduce`: run tests that state published claims, and report what they measured."""
 
 from __future__ import annotations
 
 import argparse
-import collections
+import shlex
 from typing import Any
 
-from metafocus.claims import page as claims_page
-from metafocus.claims.suite import VERDICTS, Reproduction, reproduce
+from metafocus.claims.process import find_tests, list_claims, run_claims
+from metafocus.claims.report import Report
 from metafocus.cli import options
 from metafocus.errors import DataError
 
@@ -16,30 +16,37 @@ def add_parser(commands: Any) -> None:
     """Add the command."""
     parser = commands.add_parser(
         "reproduce",
-        help="run the suite of published claims and write a report",
+        help="run tests that state published claims, and write a report",
         description=__doc__,
         epilog="Ends with 1 if a claim is contradicted or a test breaks.",
     )
     parser.set_defaults(run=run)
     parser.add_argument(
+        "tests",
+        nargs="?",
+        metavar="DIR",
+        help="directory of the tests; default tests/repro of a checkout of metafocus",
+    )
+    parser.add_argument("--list", action="store_true", help="list the claims and run none of them")
+    parser.add_argument(
         "--full",
         action="store_true",
-        help="the published budgets: about half an hour on two cores instead of minutes",
+        help="the published budgets: for metafocus's own claims, more than half an hour on two "
+        "cores instead of minutes",
     )
     parser.add_argument(
         "--only", default="", metavar="T1,T12", help="ids of claims, separated by commas"
     )
     parser.add_argument(
-        "--output",
+        "--output_dir",
         default="reproduction",
         help="directory for reproduction.md and reproduction.json; default %(default)s",
     )
     parser.add_argument(
         "--update",
         action="store_true",
-        help="with --only: keep the other claims of the report that is in --output",
+        help="with --only: keep the other claims of the report in --output_dir",
     )
-    parser.add_argument("--suite", help="folder of the suite; default tests/repro of a checkout")
     parser.add_argument(
         "--workers",
         type=options.whole(1),
@@ -49,37 +56,49 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Reproduce and report; return 0, or 1 if a claim does not hold."""
+    """List, or reproduce and report; return 0, or 1 if a claim does not hold."""
     only = [word.strip() for word in args.only.split(",") if word.strip()]
     if "only" in args.given and not only:
         raise DataError("--only is empty: name claims such as T1,T12, or leave it out.")
     if args.update and not only:
-        raise DataError("--update keeps claims that are not run: say with --only which are.")
-    directory = options.directory(args.output)
-    report = directory / "reproduction.json"
-    before = Reproduction.from_json(report) if args.update else None
-    found = reproduce(
-        args.suite,
+        raise DataError("--update keeps claims that are not run: choose with --only which are.")
+    tests = find_tests(args.tests)
+    if args.list:
+        _print_list(list_claims(tests, only=only))
+        return 0
+    directory = options.directory(args.output_dir)
+    target = directory / "reproduction.json"
+    before = Report.from_json(target) if args.update else None
+    # An earlier report stays as it is until this run has ended.
+    running = directory / "running.json"
+    found = run_claims(
+        tests,
+        running,
         full=args.full,
         only=only,
         workers=args.workers,
-        progress=lambda line: print(line, flush=True),
+        show=lambda line: print(line, flush=True),
     )
-    if before:
+    found.settings["command"] = _command(args, only)
+    if before is not None:
         found = found.over(before)
-    words = ["metafocus reproduce", *(["--full"] if found.settings["full"] else [])]
-    words += [f"--only {','.join(found.settings['only'])}"] if found.settings["only"] else []
-    directory.mkdir(parents=True, exist_ok=True)
-    found.to_json(report)
-    (directory / "reproduction.md").write_text(claims_page.page(found, " ".join(words)))
-    for row in found.rows:
-        if row["verdict"] in ("contradicted", "error"):
-            told = claims_page.measured(row["measured"])
-            print(f"{row['verdict']}: {row['id']} {row['test']}: {told} {row['message']}".strip())
-    count = collections.Counter(row["verdict"] for row in found.rows)
-    print(
-        f"{len(found.rows)} claims in {found.settings['seconds']:.0f} s: "
-        + ", ".join(f"{count[v]} {v}" for v in reversed(VERDICTS) if count[v])
-    )
-    print(f"wrote {directory / 'reproduction.md'} and {report}")
+    found.write(target)
+    running.unlink()
+    running.with_suffix(".md").unlink(missing_ok=True)
+    print(f"wrote {target.with_suffix('.md')} and {target}")
     return 0 if found.holds else 1
+
+
+def _command(args: argparse.Namespace, only: list[str]) -> str:
+    words = ["metafocus", "reproduce", *([args.tests] if args.tests else [])]
+    words += ["--full"] if args.full else []
+    words += ["--only", ",".join(only)] if only else []
+    return shlex.join(words)
+
+
+def _print_list(claims: list[dict[str, Any]]) -> None:
+    """Print id, paper and what it says, one claim a line."""
+    widths = [max(len(claim[key]) for claim in claims) for key in ("id", "paper")]
+    for claim in claims:
+        id, paper = (claim[k].ljust(w) for k, w in zip(("id", "paper"), widths, strict=True))
+        print(f"{id}  {paper}  {claim['says']}")

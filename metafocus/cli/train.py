@@ -1,245 +1,254 @@
-"""`metafocus train`: supervised fine-tuning, plain or with FocuSFT, from chats to a checkpoint."""
+"""`metafocus train`: Hugging Face's Trainer with FocuSFT, from chats to a checkpoint."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-import time
-from dataclasses import asdict
-from functools import partial
+import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import ProgressCallback
 
-from metafocus import masks
+from metafocus.adapters import LoRA
 from metafocus.cli import chats, options
-from metafocus.cli.saving import saving, write_whole
+from metafocus.cli.callbacks import Bars, HeldOut, key
+from metafocus.cli.settings import (
+    STDLIB_SAMPLES,
+    DataArguments,
+    ModelArguments,
+    Settings,
+    parse,
+)
 from metafocus.comparison.report import environment
-from metafocus.data import Collator, encode_chats, read_chats
+from metafocus.data import Sample, encode_chats, pack, read_chats
+from metafocus.data.reading import read_dataset
 from metafocus.errors import DataError
-from metafocus.models import model_and_tokenizer
-from metafocus.recipes._focusft import focusft
-from metafocus.trainer import words
-from metafocus.training import History, Schedule, evaluate, plain_sft, train
+from metafocus.files import write_json
+from metafocus.trainer.checkpoints import require_complete, saving
+from metafocus.trainer.config import FocusArguments, FocusOptions
+from metafocus.trainer.evaluation import ways
+from metafocus.trainer.trainer import FocusTrainer
 
 REPORT = "metafocus.json"
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command."""
-    parser = commands.add_parser(
-        "train",
-        help="fine-tune a causal language model on chats, plainly or with FocuSFT",
-        description=__doc__,
-        epilog="metafocus train CONFIG.yaml [flags], or metafocus train --trainer [flags]: the "
-        "same with Hugging Face's Trainer and every flag of it (resume, DDP, FSDP, ...); "
-        "metafocus train --trainer --help lists them.",
-    )
-    parser.set_defaults(run=run)
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "--data",
-        required=True,
-        help="FILE.jsonl or FILE.parquet with chat `messages`, or `stdlib`: questions about the "
-        "documentation of the Python standard library on this machine",
-    )
-    data.add_argument("--heldout", help="file of held-out chats; default: --heldout-fraction")
-    data.add_argument("--heldout-fraction", type=float, default=0.1, help="default %(default)s")
-    data.add_argument(
-        "--max-length", type=options.whole(2), default=512, help="tokens; default %(default)s"
-    )
-    data.add_argument(
-        "--samples", type=options.whole(1), default=400, help="of stdlib; default %(default)s"
-    )
-    data.add_argument(
-        "--turns", type=options.whole(1), default=1, help="of stdlib; default %(default)s"
-    )
-    data.add_argument(
-        "--separate-messages",
-        action="store_true",
-        help="every message is a context turn of its own (default: neighbours are one turn)",
-    )
-    options.add_model(parser)
-    method = parser.add_argument_group("method")
-    method.add_argument(
-        "--method", choices=("sft", "focusft"), default="focusft", help="default %(default)s"
-    )
-    method.add_argument(
-        "--mask",
-        help=f"{', '.join(words.MASKS)}; default: context-bidirectional for focusft, causal "
-        "for sft",
-    )
-    method.add_argument(
-        "--estimator",
-        default="first-order",
-        help=f"{', '.join(words.ESTIMATORS)}; default %(default)s",
-    )
-    options.add_inner(parser, fraction=0.35, rank=32)
-    outer = parser.add_argument_group("outer loop")
-    outer.add_argument("--steps", type=options.whole(1), help="outer steps; default: from --epochs")
-    outer.add_argument("--epochs", type=options.positive, default=5.0, help="default %(default)s")
-    outer.add_argument("--batch-size", type=options.whole(1), default=4, help="default %(default)s")
-    outer.add_argument("--lr", type=options.positive, default=1e-5, help="default %(default)s")
-    outer.add_argument(
-        "--gradient-checkpointing", action="store_true", help="less memory for more time; exact"
-    )
-    parser.add_argument("--output", required=True, help="directory of the checkpoint")
-    parser.add_argument("--overwrite", action="store_true", help="replace files in --output")
+def main(argv: list[str]) -> FocusTrainer:
+    """Train, with the held-out loss before and after, and save; return the trainer.
 
+    Args:
+        argv: the words of the command line after `metafocus train`.
 
-def wants_trainer(argv: list[str]) -> bool:
-    """Whether the words of a command line are for Hugging Face's Trainer."""
-    return bool(argv) and (argv[0] == "--trainer" or argv[0].endswith((".yaml", ".yml", ".json")))
-
-
-def run_trainer(argv: list[str]) -> None:
-    """Train with `FocusTrainer`; see `integrations.launch`."""
-    # It takes transformers' Trainer with it, which is slow to import.
-    from metafocus.trainer import launch
-
-    launch.main(argv[argv[0] == "--trainer" :])
-
-
-def run(args: argparse.Namespace) -> None:
-    """Train, evaluate, save."""
-    _note_unused(args)
-    output = _empty(args.output, args.overwrite)
-    mask_word = args.mask or ("causal" if args.method == "sft" else "context-bidirectional")
-    mask = words.choice(words.MASKS, mask_word, "--mask")
-    estimator = words.choice(words.ESTIMATORS, args.estimator, "--estimator")()
-    adapter, solver = options.adapter(args), options.solver(args)
-    # Read what the user brought before anything slow happens.
-    records = chats.read(args.data)
-    heldout = read_chats(args.heldout) if args.heldout else None
-
-    model, tokenizer = model_and_tokenizer(args, lambda: chats.texts(records), args.max_length)
-    if records is None:
-        records, heldout = chats.standard_library(args, tokenizer)
-    elif heldout is None:
-        records, heldout = _split(records, args.heldout_fraction, args.seed)
-    if args.method == "focusft":
-        # Raises if nothing matches.
+    Raises:
+        MetafocusError: for settings or data that cannot be used, before anything slow happens
+            where that is possible; for a loss that is not a number, with nothing saved.
+    """
+    settings = parse(argv)
+    data, args = settings.data, settings.args
+    output, resume = _output(args, data.overwrite_output_dir), _resume(args)
+    train, heldout = _read(data, args.seed)
+    _note_unused(settings)
+    torch.manual_seed(args.seed)
+    model, tokenizer = options.model_and_tokenizer(
+        settings.model, lambda: chats.texts(train), data.max_length
+    )
+    adapter = args.adapter(model)
+    if isinstance(adapter, LoRA):
+        # Raises if no module has the names.
         adapter.modules(model)
-    merge, limit = not args.separate_messages, args.max_length
-    _say(f"data: {len(records)} chats to train on, {len(heldout)} held out")
-    encoded = encode_chats(records, tokenizer, max_length=limit, merge_context=merge)
-    _say(f"train: {encoded.summary()}")
-    held = encode_chats(heldout, tokenizer, max_length=limit, merge_context=merge)
-    _say(f"held out: {held.summary()}")
-
-    collator = Collator(pad_token_id=tokenizer.pad_token_id)
-    epoch = len(encoded.samples) / args.batch_size
-    steps = args.steps or max(round(args.epochs * epoch), 1)
-    schedule = Schedule(steps, args.batch_size, args.lr, seed=args.seed)
-    if args.gradient_checkpointing:
-        # The second is its older name.
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    if args.method == "sft":
-        meta_loss = plain_sft(model, mask)
-    else:
-        meta_loss = focusft(
-            model,
-            adapter=adapter,
-            mask=mask,
-            solver=solver,
-            estimator=estimator,
-            generator=torch.Generator().manual_seed(args.seed),
+    if train is None:
+        train, heldout = _documentation(data, tokenizer, args.seed, heldout)
+    samples = _encoded("train", train[: data.max_train_samples], tokenizer, settings)
+    held = _encoded("held out", heldout[: data.max_eval_samples], tokenizer, settings)
+    trainer = FocusTrainer(
+        _with_outer_lora(model, settings.model),
+        args,
+        train_dataset=pack(samples, data.max_length) if data.packing else samples,
+        eval_dataset=held or None,
+        processing_class=tokenizer,
+    )
+    trainer.remove_callback(ProgressCallback)
+    if held:
+        trainer.add_callback(HeldOut(trainer))
+    if not args.disable_tqdm:
+        trainer.add_callback(Bars())
+    if data.overwrite_output_dir and resume is None and trainer.is_world_process_zero():
+        for old in output.glob("checkpoint-*"):
+            shutil.rmtree(old)
+    result = trainer.train(resume)
+    report = _report(trainer, settings, result.metrics["train_runtime"])
+    _save(trainer, result.metrics, report, output)
+    _say(args, _outcome(trainer, report, output))
+    if _inner_loss_rose(trainer.state.log_history):
+        _say(
+            args,
+            "note: the inner loss rose in most steps. Lower --inner_lr or --inner_steps.",
         )
-
-    def measure() -> dict[str, float]:
-        # A saved checkpoint runs causally, whatever mask it was trained with.
-        found = {"deployed": evaluate(model, held.samples, collator, mask=masks.causal)}
-        if mask is not masks.causal:
-            found["training mask"] = evaluate(model, held.samples, collator, mask=mask)
-        return found
-
-    before = measure()
-    _say(f"held-out answer loss before: {_shown(before)}")
-    start = time.perf_counter()
-    history = train(model, meta_loss, encoded.samples, collator, schedule)
-    seconds = time.perf_counter() - start
-    after = measure()
-    _say(f"held-out answer loss after: {_shown(after)}   ({seconds:.1f} s)")
-    report = {
-        "method": args.method,
-        "mask": mask_word,
-        "estimator": args.estimator if args.method == "focusft" else None,
-        "heldout_loss_before": before,
-        "heldout_loss_after": after,
-        "seconds": seconds,
-        "settings": {k: v for k, v in vars(args).items() if k not in ("run", "given")},
-        "schedule": asdict(schedule),
-        "environment": environment(next(model.parameters()).dtype),
-        "history": asdict(history),
-    }
-    _save(model, tokenizer, report, output)
-    _say(f"saved: {output}")
-    _warn_diverged(history)
+    return trainer
 
 
-def _note_unused(args: argparse.Namespace) -> None:
-    note = partial(options.note_unused, args)
-    if args.method == "sft":
-        note(("estimator", *options.INNER), "with --method sft")
-    if args.data == "stdlib":
-        note(("heldout", "heldout_fraction"), "with --data stdlib, which has its own split")
-    else:
-        note(("samples", "turns"), "without --data stdlib")
-    if args.heldout:
-        note(("heldout_fraction",), "with --heldout")
-    if args.steps:
-        note(("epochs",), "with --steps")
+# Before anything slow -----------------------------------------------------------------------
 
 
-def _empty(word: str, overwrite: bool) -> Path:
-    output = options.directory(word)
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
+def _output(args: FocusArguments, overwrite: bool) -> Path:
+    output = options.directory(args.output_dir or "")
+    # Asked by one process: another one may have begun to write there.
+    free = args.process_index > 0 or args.resume_from_checkpoint or overwrite
+    if not free and output.is_dir() and any(output.iterdir()):
         raise DataError(
-            f"--output {output} is not empty: name another directory, or pass --overwrite to "
-            "replace its checkpoint."
+            f"--output_dir {output} is not empty: name another directory, pass "
+            "--overwrite_output_dir to replace the run in it, or --resume_from_checkpoint true to "
+            "go on with it."
         )
     return output
 
 
-def _split(records: list, fraction: float, seed: int) -> tuple[list, list]:
-    if not 0 < fraction < 1:
-        raise DataError(f"--heldout-fraction must be between 0 and 1, got {fraction}.")
-    if len(records) < 2:
-        raise DataError(
-            f"--data holds {len(records)} chat: at least 2 are needed to hold one out. Or name "
-            "--heldout FILE."
-        )
-    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()
-    count = min(max(round(fraction * len(records)), 1), len(records) - 1)
-    return [records[i] for i in order[count:]], [records[i] for i in order[:count]]
+def _resume(args: FocusArguments) -> str | bool | None:
+    """Return what to resume: True is the newest checkpoint, a text the path of one."""
+    word = str(args.resume_from_checkpoint or "")
+    if word.lower() in ("true", "false", ""):
+        return True if word.lower() == "true" else None
+    return str(require_complete(word, ranks=args.world_size))
 
 
-def _save(model: Any, tokenizer: Any, report: dict[str, Any], output: Path) -> None:
+def _read(data: DataArguments, seed: int) -> tuple[chats.Chats | None, chats.Chats]:
+    """Return chats to train on and held-out ones; None for those that wait for a tokenizer."""
+    heldout = read_chats(data.validation_file) if data.validation_file else None
+    if data.dataset_name is not None:
+        parts = read_dataset(data.dataset_name, data.dataset_config_name)
+        if "train" not in parts:
+            raise DataError(
+                f"dataset_name={data.dataset_name!r} has no split named train, only "
+                f"{', '.join(parts)}."
+            )
+        train = parts["train"]
+        heldout = heldout or parts.get("validation") or parts.get("test")
+    else:
+        train = chats.read(data.train_file or "")
+    if train is None or heldout is not None:
+        return train, heldout or []
+    return chats.split(train, data.validation_split_percentage, seed)
+
+
+def _documentation(
+    data: DataArguments, tokenizer: Any, seed: int, heldout: chats.Chats
+) -> tuple[chats.Chats, chats.Chats]:
+    """Return chats about the standard library; held-out ones are about other modules of it."""
+    count = data.max_train_samples or STDLIB_SAMPLES
+    made = {"max_length": data.max_length, "turns": data.stdlib_turns, "seed": seed}
+    train = chats.documentation(tokenizer, split="train", n=count, **made)
+    if not heldout and data.validation_split_percentage:
+        held = data.max_eval_samples or max(count // 10, 8)
+        heldout = chats.documentation(tokenizer, split="heldout", n=held, **made)
+    return train, heldout
+
+
+def _note_unused(settings: Settings) -> None:
+    model, data, args = settings.model, settings.data, settings.args
+    unused: dict[str, tuple[str, ...]] = {}
+    if args.method == "sft":
+        unused["with method sft"] = ("estimator", "inner_tokens", "per_example", *options.INNER)
+    if data.train_file != chats.STDLIB:
+        unused["without train_file stdlib"] = ("stdlib_turns",)
+    if data.validation_file:
+        unused["with validation_file"] = ("validation_split_percentage",)
+    if model.model_name_or_path is not None:
+        unused["with model_name_or_path"] = options.OF_SMALL
+    if args.max_steps > 0:
+        unused["with max_steps"] = ("num_train_epochs",)
+    if args.process_index == 0:
+        for why, names in unused.items():
+            options.note_unused(settings, names, why)
+
+
+def _encoded(name: str, records: chats.Chats, tokenizer: Any, settings: Settings) -> list[Sample]:
+    if not records:
+        return []
+    data = settings.data
+    found = encode_chats(
+        records,
+        tokenizer,
+        max_length=data.max_length,
+        merge_context=not data.separate_messages,
+    )
+    _say(settings.args, f"{name}: {found.summary()}")
+    return found.samples
+
+
+def _with_outer_lora(model: Any, settings: ModelArguments) -> Any:
+    if not settings.outer_lora_rank:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    modules: Any = settings.outer_lora_modules
+    if modules != "all-linear":
+        modules = [name.strip() for name in modules.split(",")]
+    rank = settings.outer_lora_rank
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=modules, task_type="CAUSAL_LM")
+    return get_peft_model(model, config)
+
+
+# Afterwards ---------------------------------------------------------------------------------
+
+
+def _report(trainer: FocusTrainer, settings: Settings, seconds: float) -> dict[str, Any]:
+    args, history = settings.args, trainer.state.log_history
+    measured = [entry for entry in history if key("deployed") in entry]
+    before, after = (
+        {name: entry[key(name)] for name in ways(args)} for entry in (measured[0], measured[-1])
+    ) if measured else (None, None)  # fmt: skip
+    values = {k: v for part in settings[:3] for k, v in vars(part).items()}
+    names = settings.given | {f.name for f in dataclasses.fields(FocusOptions)}
+    return {
+        "method": args.method,
+        "mask": args.mask_name(),
+        "estimator": args.estimator if args.method == "focusft" else None,
+        "heldout_loss_before": before,
+        "heldout_loss_after": after,
+        "steps": trainer.state.global_step,
+        "seconds": seconds,
+        "settings": {name: values[name] for name in sorted(names)},
+        "environment": environment(next(trainer.model.parameters()).dtype),  # pyright: ignore
+    }
+
+
+def _save(
+    trainer: FocusTrainer, metrics: dict[str, float], report: dict[str, Any], output: Path
+) -> None:
     # The report comes last: where it is, the checkpoint beside it is whole.
     with saving(output, "the checkpoint"):
-        output.mkdir(parents=True, exist_ok=True)
-        (output / REPORT).unlink(missing_ok=True)
-        model.save_pretrained(output)
-        tokenizer.save_pretrained(output)
-        write_whole(output / REPORT, json.dumps(report, indent=2) + "\n")
+        if trainer.is_world_process_zero():
+            (output / REPORT).unlink(missing_ok=True)
+        trainer.save_model()
+        trainer.save_state()
+        trainer.save_metrics("train", metrics)
+        if report["heldout_loss_after"]:
+            losses = {key(name): loss for name, loss in report["heldout_loss_after"].items()}
+            trainer.save_metrics("eval", losses)
+        if trainer.is_world_process_zero():
+            write_json(output / REPORT, report)
 
 
-def _warn_diverged(history: History) -> None:
-    worse = [
-        first is not None and last is not None and last > first
-        for first, last in zip(history.inner_first, history.inner_last, strict=True)
+def _outcome(trainer: FocusTrainer, report: dict[str, Any], output: Path) -> str:
+    before, after = report["heldout_loss_before"], report["heldout_loss_after"]
+    if after:
+        changes = [f"{before[name]:.4f} -> {after[name]:.4f} ({name})" for name in after]
+        text = f"held-out loss {', '.join(changes)}"
+    else:
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        text = f"training loss {losses[0]:.4f} -> {losses[-1]:.4f}" if losses else "no loss logged"
+    return f"{text}; {report['steps']} steps in {report['seconds']:.0f} s; saved in {output}"
+
+
+def _inner_loss_rose(history: list[dict[str, Any]]) -> bool:
+    rose = [
+        entry["inner_loss_last"] > entry["inner_loss_first"]
+        for entry in history
+        if "inner_loss_first" in entry
     ]
-    if sum(worse) > len(worse) / 2:
-        _say(
-            "note: the inner loss rose in most steps. Lower --inner-lr, or use fewer --inner-steps."
-        )
+    return sum(rose) > len(rose) / 2
 
 
-def _shown(losses: dict[str, float]) -> str:
-    return ", ".join(f"{loss:.4f} ({name})" for name, loss in losses.items())
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stdout, flush=True)
+def _say(args: FocusArguments, text: str) -> None:
+    if args.process_index == 0:
+        print(text, flush=True)

@@ -17,33 +17,43 @@ from metafocus.cli import options
 from metafocus.comparison.report import environment
 from metafocus.errors import DataError
 from metafocus.evals import agentic
-from metafocus.models import model_and_tokenizer
 
 SUITES = ("science", "gpqa")
-_LONG = ("tasks", "lengths", "noise", "questions", "batch_size", "depth_bins", "export")
-_OWN = ("data", "samples", "k", "calls", "tool_seconds", "temperature", "top_p", "new_tokens")
+_LONG = (
+    "tasks",
+    "lengths",
+    "noise",
+    "questions",
+    "per_device_eval_batch_size",
+    "depth_bins",
+    "export",
+)
+_OWN = (
+    "gpqa_file", "samples", "k", "no_tool", "calls", "tool_seconds", "temperature", "top_p",
+    "max_new_tokens",
+)  # fmt: skip
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add what these suites alone use."""
     group = parser.add_argument_group("science and gpqa")
-    group.add_argument("--data", help="GPQA's CSV file, for --suite gpqa")
+    group.add_argument("--gpqa_file", help="GPQA's CSV file, for --suite gpqa")
     group.add_argument("--samples", type=options.whole(1), default=4, help="tries; %(default)s")
     group.add_argument("--k", default="1", help="of pass@k, separated by commas; %(default)s")
     group.add_argument(
-        "--tool",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="let the model run Python, in a process with limits; Linux only; default on",
+        "--no_tool",
+        action="store_false",
+        dest="tool",
+        help="do not let the model run Python (in a process with limits; Linux only)",
     )
     group.add_argument("--calls", type=options.whole(0), default=5, help="of the tool; %(default)s")
     group.add_argument(
-        "--tool-seconds", type=options.positive, default=10.0, help="of each call; %(default)s"
+        "--tool_seconds", type=options.positive, default=10.0, help="of each call; %(default)s"
     )
     group.add_argument("--temperature", type=_temperature, default=0.7, help="%(default)s")
-    group.add_argument("--top-p", type=options.positive, default=1.0, help="%(default)s")
+    group.add_argument("--top_p", type=options.positive, default=1.0, help="%(default)s")
     group.add_argument(
-        "--new-tokens", type=options.whole(1), default=1024, help="of a reply; %(default)s"
+        "--max_new_tokens", type=options.whole(1), default=1024, help="of a reply; %(default)s"
     )
 
 
@@ -68,10 +78,10 @@ def run(args: argparse.Namespace, output: Path, report: Path, answers: Path) -> 
     walls = agentic.walls() if args.tool else None
     if walls is not None and not (walls.namespaces or walls.system_calls):
         print("note: the kernel gives the tool no walls, only its limits.", file=sys.stderr)
-    model, tokenizer = model_and_tokenizer(args, lambda: (), 0)
+    model, tokenizer = options.model_on_device(args, lambda: (), 0)
     model = model.to(getattr(torch, args.dtype)).eval()
     endpoint = agentic.LocalEndpoint(
-        model, tokenizer, args.temperature, args.top_p, args.new_tokens
+        model, tokenizer, args.temperature, args.top_p, args.max_new_tokens
     )
     start = time.perf_counter()
     trial = _ask(args, endpoint, questions, ks, limits)
@@ -107,11 +117,13 @@ def _ks(text: str, samples: int) -> list[int]:
 
 def _questions(args: argparse.Namespace) -> list[agentic.Choice]:
     if args.suite == "science":
-        options.note_unused(args, ("data",), "with --suite science")
+        options.note_unused(args, ("gpqa_file",), "with --suite science")
         return agentic.science(args.n, args.seed)
-    if args.data is None:
-        raise DataError("--suite gpqa needs --data FILE.csv: GPQA is gated, and is not shipped.")
-    every = agentic.read_gpqa(args.data, args.seed)
+    if args.gpqa_file is None:
+        raise DataError(
+            "--suite gpqa needs --gpqa_file FILE.csv: GPQA is gated, and is not shipped."
+        )
+    every = agentic.read_gpqa(args.gpqa_file, args.seed)
     if "n" not in args.given or args.n >= len(every):
         return every
     return random.Random(f"gpqa order {args.seed}").sample(every, args.n)
@@ -143,10 +155,10 @@ def _ask(
 
 def _write(path: Path, questions: list[agentic.Choice], trial: agentic.Trial) -> None:
     with path.open("w", encoding="utf-8") as file:
-        for i, (question, tries) in enumerate(zip(questions, trial.episodes, strict=True)):
-            for j, episode in enumerate(tries):
+        for i, (question, tries) in enumerate(zip(questions, trial.attempts, strict=True)):
+            for j, attempt in enumerate(tries):
                 known = {"question": i, "sample": j, "topic": question.topic}
-                record = {**known, "reference": question.letter, **asdict(episode)}
+                record = {**known, "reference": question.letter, **asdict(attempt)}
                 file.write(json.dumps(record) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""Peak memory of a computation: of its live tensors, exactly, or of a process of its own."""
+"""Peak memory of a computation: exactly that of its live tensors, or that of a new process."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from metafocus.torch_internals import TorchDispatchMode, pytree, storage_key
 
 Result = TypeVar("Result")
 
@@ -38,7 +38,7 @@ class _LiveBytes(TorchDispatchMode):
 
     def _meet(self, x: Tensor, size: int) -> None:
         storage = x.untyped_storage()
-        key = storage._cdata
+        key = storage_key(storage)
         if key in self.known:
             return
         self.known.add(key)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +14,16 @@ from torch import Tensor
 
 from metafocus import params as pt
 from metafocus import streams
+from metafocus.comparison.agreement import Agreement, agreement, is_finite
+from metafocus.comparison.counting import Tally
 from metafocus.comparison.memory import peak_bytes, peak_rss
 from metafocus.engine import MetaLoss, adapt, bilevel, hypergrad
 from metafocus.errors import NonFiniteError
-from metafocus.estimators import FirstOrder
+from metafocus.estimators import FixedPoint
 from metafocus.estimators.attached import Point, gradient_norm
 from metafocus.problem import Problem, constants
-from metafocus.types import Episode, MatVec, Params, Solver
+from metafocus.rng import kept
+from metafocus.types import Episode, Params, Solver
 
 
 @dataclass
@@ -29,119 +31,109 @@ class Report:
     """What the runs of one estimator showed; None where a quantity does not apply.
 
     Attributes:
-        draws: one flat hypergradient for each seed, float64, as `[seeds, size]`; None if an inner
-            loss was not finite.
+        agreement: with the reference; None if a loss or a hypergradient was not finite.
         peak: bytes.
         gradients: evaluations of the inner loss.
         products: products with its second derivatives.
         linear_residual: of the estimator's linear system.
-        implicit: whether it solves one.
+        residual: how stationary the inner solution is.
+        implicit: whether the estimator needs a stationary solution.
     """
 
-    draws: Tensor | None = None
+    agreement: Agreement | None = None
     peak: int | None = None
     gradients: int | None = None
     products: int | None = None
     linear_residual: float | None = None
+    residual: float | None = None
     implicit: bool = False
 
 
-class _Tally:
-    """Counts evaluations of the inner loss and products with the Hessian."""
-
-    def __init__(self):
-        self.losses = 0
-        self.products = 0
-        self.residual: float | None = None
-
-    def counting(self, problem: Problem) -> Problem:
-        def inner_loss(*args: Any) -> Tensor:
-            self.losses += 1
-            return problem.inner_loss(*args)
-
-        return dataclasses.replace(problem, inner_loss=inner_loss)
-
-    def watching(self, solve: Callable[[MatVec, Params], Params]) -> Any:
-        def watched(matvec: MatVec, b: Params) -> Params:
-            def counted(v: Params) -> Params:
-                self.products += 1
-                return matvec(v)
-
-            x = solve(counted, b)
-            self.residual = float(pt.norm(pt.sub(matvec(x), b)) / pt.norm(b))
-            return x
-
-        return watched
-
-
 def examine(
-    problem: Problem,
-    outer: Params,
-    episode: Episode,
-    solver: Solver,
-    estimator: Any,
-    *,
-    seeds: int = 1,
-    fresh_process: bool = False,
+    problem: Problem, outer: Params, episode: Episode, solver: Solver, estimator: Any
 ) -> Report:
-    """Run an estimator for its hypergradients, its memory and its counts."""
-    tally = _Tally()
+    """Run an estimator once for its counts and the residuals of its systems."""
+    tally = Tally()
     implicit = hasattr(estimator, "solve")
     watched = copy.copy(estimator)
     if implicit:
         # A user's estimator need not be a dataclass, and this is no setting to be checked.
         object.__setattr__(watched, "solve", tally.watching(estimator.solve))
     counted = bilevel(tally.counting(problem), solver=solver, estimator=watched)
-    plain = bilevel(problem, solver=solver, estimator=estimator)
+    residual = inner_residual(problem, outer, episode, solver, estimator)
     try:
-        counted(outer, episode)
+        with torch.no_grad():
+            counted(outer, episode)
         # The first call evaluates the inner loss once more, to check the problem.
-        tally.losses = tally.products = 0
+        tally.reset()
         hypergrad(counted)(outer, episode)
     except NonFiniteError:
-        return Report(gradients=tally.losses, implicit=implicit)
-    report = observe(plain, outer, episode, seeds=seeds, fresh_process=fresh_process)
-    report.gradients, report.implicit = tally.losses, implicit
-    report.linear_residual = tally.residual
-    if implicit:
-        report.products = tally.products + 1
-    elif isinstance(estimator, FirstOrder):
-        report.products = 0
-    elif hasattr(estimator, "last"):
-        steps = solver.steps
-        report.products = steps if estimator.last is None else min(estimator.last, steps)
-    return report
+        return Report(gradients=tally.losses, residual=residual, implicit=implicit)
+    products = tally.products
+    if isinstance(estimator, FixedPoint):
+        # Products with the Jacobian of the step: the linear solver's, and the mixed one.
+        products = tally.solves + 1
+    return Report(
+        gradients=tally.losses,
+        products=products,
+        linear_residual=tally.residual,
+        residual=residual,
+        implicit=implicit,
+    )
 
 
 def observe(
+    report: Report,
     meta_loss: MetaLoss,
     outer: Params,
     episode: Episode,
+    exact: Params,
     *,
     seeds: int = 1,
     fresh_process: bool = False,
 ) -> Report:
-    """Run any meta-loss for its hypergradients and its memory."""
+    """Run any meta loss for its hypergradients and its memory; complete the report."""
     gradient = hypergrad(meta_loss)
 
-    def run() -> Tensor:
-        return flat(gradient(outer, episode)[0])
+    def draws() -> Iterator[Params]:
+        for seed in range(seeds):
+            torch.manual_seed(seed)
+            found = gradient(outer, episode)[0]
+            if not is_finite(found):
+                raise NonFiniteError("the hypergradient is not finite.")
+            yield found
 
-    draws = []
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices):
+    def run() -> Any:
+        return gradient(outer, episode)
+
+    with kept(pt.tensors((outer, episode))):
         try:
-            for seed in range(seeds):
-                torch.manual_seed(seed)
-                draws.append(run())
-            peak = peak_rss(run) if fresh_process else peak_bytes(run, draws[0].device)[1]
+            report.agreement = agreement(draws(), exact)
+            device = next(iter(outer.values())).device
+            report.peak = peak_rss(run) if fresh_process else peak_bytes(run, device)[1]
         except NonFiniteError:
-            return Report()
-    return Report(draws=torch.stack(draws), peak=peak)
+            return report
+    return report
 
 
-def inner_residual(problem: Problem, outer: Params, episode: Episode, solver: Solver) -> float:
-    """Return the norm of the inner gradient after the inner loop over that before; NaN if lost."""
+def first_draw(meta_loss: MetaLoss, outer: Params, episode: Episode) -> Params | None:
+    """Return the hypergradient under seed 0; None if an inner loss is not finite."""
+    with kept(pt.tensors((outer, episode))):
+        torch.manual_seed(0)
+        try:
+            return hypergrad(meta_loss)(outer, episode)[0]
+        except NonFiniteError:
+            return None
+
+
+def inner_residual(
+    problem: Problem, outer: Params, episode: Episode, solver: Solver, estimator: Any = None
+) -> float:
+    """Return how stationary the inner solution is, over how stationary the start is.
+
+    For `FixedPoint` the norm of `step(fast) - fast`, else that of the inner gradient; NaN if an
+    inner loss is not finite.
+    """
     try:
         solution = adapt(problem, outer, episode.support, solver=solver)
     except NonFiniteError:
@@ -149,11 +141,17 @@ def inner_residual(problem: Problem, outer: Params, episode: Episode, solver: So
     outer = constants(outer)
     support = pt.detach(problem.prepared(outer, episode).support)
     start = pt.detach(problem.start(outer, support))
-    support = streams.at(support, max(solver.steps - 1, 0))
-    before, after = (
-        gradient_norm(problem.inner_loss, Point(fast, outer, support))
-        for fast in (start, solution.params)
-    )
+    view = getattr(estimator, "data", None)
+    data = view(support) if callable(view) else streams.at(support, max(solver.steps - 1, 0))
+
+    def residual(fast: Params) -> Tensor:
+        if isinstance(estimator, FixedPoint):
+            with torch.enable_grad():
+                moved = estimator.step(fast, outer, data)
+            return pt.norm(pt.sub(pt.detach(moved), fast))
+        return gradient_norm(problem.inner_loss, Point(fast, outer, data))
+
+    before, after = (residual(fast) for fast in (start, solution.params))
     return float(after / before)
 
 
@@ -165,8 +163,3 @@ def timed(run: Callable[[], Any]) -> float:
     if cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - start
-
-
-def flat(grads: Params) -> Tensor:
-    """Return a hypergradient as one float64 vector, in the order of the names."""
-    return torch.cat([g.detach().reshape(-1).double() for _, g in sorted(grads.items())])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 import os
 import platform
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from metafocus.files import write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,6 +31,9 @@ COLUMNS = (
     "verdict",
 )
 
+MARKERS = "os^DvP*X"
+"""One for each ten estimators: colours repeat after ten."""
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -42,7 +46,11 @@ class Comparison:
             counts evaluations of the inner loss, `hvp_evaluations` products with its second
             derivatives (a batch of them, as `Dense` takes, once); `inner_residual` is the inner
             gradient norm at the solution over that at the start; `linear_residual` is
-            `|H x - b| / |b|`; `verdict` is exact, biased, noisy, not stationary or diverged.
+            `|H x - b| / |b|`; for `FixedPoint` both are of its step. `verdict` is the first that
+            holds of: diverged (not finite, or error above 10), zero, exact (half of the digits),
+            noisy (over seeds), not stationary (inner residual above 1e-2), not converged (linear
+            residual above 1e-2), close (error up to 5 %), right direction, wrong length (cosine
+            from 0.95), biased.
             With several seeds also `spread`, the standard deviation over them relative to the
             norm of the reference.
         reference: the name of the reference.
@@ -95,7 +103,9 @@ class Comparison:
         # Without pyplot: no window, and the back end of a notebook stays as it is.
         figure = Figure(figsize=(10, 4.2), layout="constrained")
         axes = figure.subplots(1, 2, sharey=True)
-        floor = 1e-17
+        errors = [row["relative_error"] for row in self.rows if row["relative_error"]]
+        # An error of zero is drawn a little below the smallest that is not.
+        floor = max(min((e for e in errors if math.isfinite(e)), default=1e-16) / 10, 1e-17)
         for axis, key, unit, label in (
             (axes[0], "seconds", 1.0, "seconds (median)"),
             (axes[1], "peak_bytes", 2.0**20, "peak memory of tensors, MB"),
@@ -104,7 +114,8 @@ class Comparison:
             shown = [row for row, e in errors if e is not None and math.isfinite(e)]
             for i, row in enumerate(shown):
                 x, y = row[key] / unit, max(row["relative_error"], floor)
-                axis.scatter([x], [y], s=45, color=f"C{i % 10}", zorder=3, label=row["name"])
+                colour, marker = f"C{i % 10}", MARKERS[i // 10 % len(MARKERS)]
+                axis.scatter([x], [y], s=45, color=colour, marker=marker, label=row["name"])
             axis.set(xscale="log", yscale="log", xlabel=label)
             axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
             axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
@@ -123,15 +134,8 @@ class Comparison:
 
     def to_json(self, path: str | Path) -> None:
         """Write rows, reference and environment as JSON; NaN becomes null."""
-        clean = [
-            {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in r.items()}
-            for r in self.rows
-        ]
-        text = {"reference": self.reference, "environment": self.environment, "rows": clean}
-        # Under another name first: a file of this name is whole.
-        part = Path(f"{path}.part")
-        part.write_text(json.dumps(text, indent=2) + "\n")
-        part.replace(path)
+        found = {"reference": self.reference, "environment": self.environment, "rows": self.rows}
+        write_json(path, found)
 
 
 def environment(dtype: torch.dtype) -> dict[str, Any]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from metafocus.comparison.observe import Report, examine, flat, inner_residual, observe, timed
+from metafocus.checks import whole
+from metafocus.comparison.agreement import is_finite
+from metafocus.comparison.observe import Report, examine, first_draw, observe, timed
 from metafocus.comparison.report import Comparison, environment
 from metafocus.engine import MetaLoss, bilevel, hypergrad
 from metafocus.errors import NotStationaryWarning, ProblemError
@@ -19,6 +19,15 @@ from metafocus.estimators import Estimator
 from metafocus.estimators.attached import STATIONARY
 from metafocus.problem import Problem, constants
 from metafocus.types import Episode, Params, Solver
+
+DIVERGED = 10.0
+"""Relative error above which a hypergradient has nothing to do with the exact one."""
+CONVERGED = 1e-2
+"""Relative residual below which a linear system counts as solved."""
+CLOSE = 0.05
+"""Relative error up to which a hypergradient is close to the exact one."""
+ALIGNED = 0.95
+"""Cosine from which a hypergradient has the right direction."""
 
 
 def compare(
@@ -73,14 +82,13 @@ def compare(
         ...     estimators={"full": mf.Unrolled(), "first-order": mf.FirstOrder()},
         ...     reference="full")
         >>> [row["verdict"] for row in result.rows]
-        ['exact', 'biased']
+        ['exact', 'right direction, wrong length']
     """
     for name, value in (("repeats", repeats), ("seeds", seeds)):
-        if value < 1:
-            raise ValueError(f"{name} must be >= 1, got {value}.")
+        whole(name, value, 1)
     if not outer:
         raise ProblemError(
-            "compare needs explicit outer parameters, got {}. Pass dict(model.named_parameters())."
+            "compare needs explicit outer parameters, got {}. Pass mf.trainable(model)."
         )
     if not isinstance(estimators, Mapping) or not (estimators or others):
         raise ProblemError(
@@ -98,37 +106,41 @@ def compare(
     with warnings.catch_warnings():
         # The verdict says it.
         warnings.simplefilter("ignore", NotStationaryWarning)
-        options: dict[str, Any] = {"seeds": seeds, "fresh_process": fresh_process}
+        exact = _exact(reference, losses, problem, outer, episode, solver)
+        if exact is None or not is_finite(exact):
+            raise ProblemError(f"the reference hypergradient ({title}) is not finite.")
         reports = {
-            key: examine(problem, outer, episode, solver, estimator, **options)
+            key: examine(problem, outer, episode, solver, estimator)
             for key, estimator in estimators.items()
         }
-        for key, meta_loss in others.items():
-            reports[key] = observe(meta_loss, outer, episode, **options)
-        if isinstance(reference, str):
-            draws = reports[reference].draws
-        elif isinstance(reference, dict):
-            draws = flat(reference)[None]
-        else:
-            draws = examine(problem, outer, episode, solver, reference).draws
-        if draws is None or not torch.isfinite(draws[0]).all():
-            raise ProblemError(f"the reference hypergradient ({title}) is not finite.")
-        gradients = {
-            key: hypergrad(meta_loss)
-            for key, meta_loss in {**losses, **others}.items()
-            if reports[key].draws is not None
-        }
+        reports |= {key: Report() for key in others}
+        losses |= others
+        options: dict[str, Any] = {"seeds": seeds, "fresh_process": fresh_process}
+        for key, report in reports.items():
+            observe(report, losses[key], outer, episode, exact, **options)
+        gradients = {k: hypergrad(losses[k]) for k, r in reports.items() if r.agreement}
         seconds: dict[str, list[float]] = {key: [] for key in gradients}
         for _ in range(repeats):
             for key, gradient in gradients.items():
                 seconds[key].append(timed(lambda run=gradient: run(outer, episode)))
-    residual = inner_residual(problem, outer, episode, solver)
     dtype = next(iter(outer.values())).dtype
-    rows = [
-        _row(key, report, draws[0], dtype, seconds.get(key), residual)
-        for key, report in reports.items()
-    ]
+    rows = [_row(key, report, dtype, seconds.get(key)) for key, report in reports.items()]
     return Comparison(rows, title, environment(dtype))
+
+
+def _exact(
+    reference: Any,
+    losses: dict[str, MetaLoss],
+    problem: Problem,
+    outer: Params,
+    episode: Episode,
+    solver: Solver,
+) -> Params | None:
+    if isinstance(reference, dict):
+        return reference
+    if isinstance(reference, str):
+        return first_draw(losses[reference], outer, episode)
+    return first_draw(bilevel(problem, solver=solver, estimator=reference), outer, episode)
 
 
 def _title(reference: Any, estimators: Mapping[str, Estimator], outer: Params) -> str:
@@ -149,62 +161,45 @@ def _title(reference: Any, estimators: Mapping[str, Estimator], outer: Params) -
 
 
 def _row(
-    name: str,
-    report: Report,
-    exact: Tensor,
-    dtype: torch.dtype,
-    seconds: list[float] | None,
-    residual: float,
+    name: str, report: Report, dtype: torch.dtype, seconds: list[float] | None
 ) -> dict[str, Any]:
-    error = cosine = ratio = spread = bias = None
-    if report.draws is not None:
-        first, size = report.draws[0], exact.norm()
-        error = _over((first - exact).norm(), size)
-        found = first.norm()
-        cosine = float((first @ exact) / (size * found)) if found > 0 else 0.0
-        ratio = float(found / size)
-        if len(report.draws) > 1:
-            mean = report.draws.mean(0)
-            bias = _over((mean - exact).norm(), size)
-            spread = _over((report.draws - mean).norm() / (len(report.draws) - 1) ** 0.5, size)
+    found = report.agreement
+    spread = found and found.spread
     return {
         "name": name,
-        "relative_error": error,
-        "cosine": cosine,
-        "norm_ratio": ratio,
+        "relative_error": found and found.error,
+        "cosine": found and found.cosine,
+        "norm_ratio": found and found.norm_ratio,
         "seconds": statistics.median(seconds) if seconds else None,
         "peak_bytes": report.peak,
         "gradient_evaluations": report.gradients,
         "hvp_evaluations": report.products,
-        "inner_residual": residual,
+        "inner_residual": report.residual,
         "linear_residual": report.linear_residual,
         **({} if spread is None else {"spread": spread}),
-        "verdict": _verdict(error, bias, spread, report.implicit, dtype, residual),
+        "verdict": _verdict(report, dtype),
     }
 
 
-def _over(distance: Tensor, size: Tensor) -> float:
-    return float(distance / size) if distance != 0 else 0.0
-
-
-def _verdict(
-    error: float | None,
-    bias: float | None,
-    spread: float | None,
-    implicit: bool,
-    dtype: torch.dtype,
-    residual: float,
-) -> str:
-    if error is None or not math.isfinite(error):
+def _verdict(report: Report, dtype: torch.dtype) -> str:
+    """Return the first of the verdicts that holds."""
+    found = report.agreement
+    if found is None or not found.error <= DIVERGED:
         return "diverged"
+    if found.norm_ratio == 0 and found.error > 0:
+        return "zero"
     # The square root of the rounding unit: half of the digits agree.
-    if error <= torch.finfo(dtype).eps ** 0.5:
+    if found.error <= torch.finfo(dtype).eps ** 0.5:
         return "exact"
-    if bias is not None and spread is not None and spread > bias:
+    if found.bias is not None and found.spread is not None and found.spread > found.bias:
         # The mean over seeds is nearer than the draws are to it: more of them would help.
         return "noisy"
-    if error > 10:
-        return "diverged"
-    if implicit and not residual <= STATIONARY:
+    if report.implicit and report.residual is not None and not report.residual <= STATIONARY:
         return "not stationary"
+    if report.linear_residual is not None and not report.linear_residual <= CONVERGED:
+        return "not converged"
+    if found.error <= CLOSE:
+        return "close"
+    if found.cosine >= ALIGNED:
+        return "right direction, wrong length"
     return "biased"

@@ -1,7 +1,7 @@
 """From a file of chats to samples and batches: read, encode, collate, pack.
 
-A file holds one record per line or row: `messages`, as chat models take them, and optionally
-`tools`. A sample is a dict of 1-D tensors, a batch the same names as `[B, S]`.
+A file holds one record per line or row: `messages`, in the form for chat models, and optionally
+`tools`. A sample is a dict of 1-D tensors, and a batch has the same names with tensors `[B, S]`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Samples to batches: padding and packing."""
+"""Makes batches of samples: padding and packing."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from metafocus.checks import whole
 from metafocus.data.chat import Sample
 from metafocus.errors import DataError
 
-# What a position holds that no token of the sample fills.
+# The values at positions of padding.
 _PADDING = {"turn_ids": -1, "document_ids": -1, "answer_mask": False, "needle_mask": False}
 
 
@@ -22,20 +23,21 @@ def collate(
     side: str = "right",
     pad_to_multiple_of: int | None = None,
 ) -> dict[str, Tensor]:
-    """Pad samples to one length and stack them: the batch dict of every loss and mask, `[B, S]`.
+    """Pad samples to one length and stack them to the batch for all losses and masks, `[B, S]`.
 
-    `attention_mask` is 1 on tokens and 0 on padding; `turn_ids` and `document_ids` are -1 on
-    padding. `needle_mask` and `document_ids` are there if any sample has them: no evidence and
-    document 0 for the others.
+    `attention_mask` is 1 on tokens and 0 on padding. `turn_ids` and `document_ids` are -1 on
+    padding. The batch has `needle_mask` and `document_ids` if any sample has them; the other
+    samples then have no evidence and document 0.
 
     Args:
-        samples: what `encode_chat` or `pack` returned.
+        samples: the samples that `encode_chat` or `pack` returned.
         pad_token_id: `tokenizer.pad_token_id`.
-        side: where the padding goes, "right" or "left".
-        pad_to_multiple_of: round S up to a multiple of this.
+        side: the side of the padding, "right" or "left".
+        pad_to_multiple_of: rounds S up to a multiple of this number.
 
     Raises:
-        DataError: no samples, an unknown side, no pad token, or a multiple below 1.
+        DataError: if there are no samples or no pad token, if the side is unknown, or if the
+            multiple is below 1.
 
     Example:
         >>> import torch
@@ -49,17 +51,14 @@ def collate(
         raise DataError("samples is empty: pass at least one sample to collate")
     if side not in ("right", "left"):
         raise DataError(f"side={side!r} is unknown: pad on the 'right' or on the 'left'")
-    if pad_token_id is not None and not isinstance(pad_token_id, int):
-        raise DataError(f"pad_token_id={pad_token_id!r} is no token id: pass a whole number")
     if pad_token_id is None:
         raise DataError(
             "pad_token_id=None: set tokenizer.pad_token (to tokenizer.eos_token, say) and pass "
             "tokenizer.pad_token_id"
         )
-    if pad_to_multiple_of is not None and (
-        not isinstance(pad_to_multiple_of, int) or pad_to_multiple_of < 1
-    ):
-        raise DataError(f"pad_to_multiple_of={pad_to_multiple_of}: pass None or at least 1")
+    whole("pad_token_id", pad_token_id, error=DataError)
+    if pad_to_multiple_of is not None:
+        whole("pad_to_multiple_of", pad_to_multiple_of, 1, note=" or None", error=DataError)
     _check_samples(samples)
 
     length = max(len(sample["input_ids"]) for sample in samples)
@@ -85,9 +84,9 @@ def collate(
 
 
 def _check_samples(samples: Sequence[Sample]) -> None:
-    """Raise for a sample whose tensors are missing, no tensors or of different lengths.
+    """Raise for a sample whose entries are missing, not tensors, or of different lengths.
 
-    A shorter one would be taken for padded, and a batch of nothing ends in the middle of a model.
+    A shorter tensor would be taken for padded, and an empty batch would fail inside the model.
     """
     for i, sample in enumerate(samples):
         if not isinstance(sample, Mapping):
@@ -122,12 +121,12 @@ def _column(sample: Sample, name: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Collator:
-    """`collate` with its settings bound, picklable: a `collate_fn` for a data loader.
+    """`collate` with fixed settings: a `collate_fn` for a data loader, which can be pickled.
 
     Args:
-        pad_token_id: as for `collate`, like the others.
-        side: where the padding goes.
-        pad_to_multiple_of: round S up to a multiple of this.
+        pad_token_id: `tokenizer.pad_token_id`.
+        side: the side of the padding, "right" or "left".
+        pad_to_multiple_of: rounds S up to a multiple of this number.
 
     Example:
         >>> import torch
@@ -152,13 +151,14 @@ class Collator:
 
 
 def pack(samples: Sequence[Sample], length: int) -> list[Sample]:
-    """Join samples into rows of at most `length` tokens, each into the first row with room for it.
+    """Join samples into rows of at most `length` tokens.
 
-    A row holds its samples one after another, unchanged, and `document_ids` [S] counts them from
-    0, so that masks and losses keep them apart.
+    Each sample goes into the first row with enough space. A row holds its samples one after
+    another and unchanged. `document_ids` [S] counts them from 0, so that masks and losses keep
+    them separate.
 
     Raises:
-        DataError: a sample is longer than `length`.
+        DataError: if a sample is longer than `length`.
 
     Example:
         >>> import torch
@@ -168,8 +168,7 @@ def pack(samples: Sequence[Sample], length: int) -> list[Sample]:
         >>> [row["document_ids"].tolist() for row in pack([sample] * 3, 5)]
         [[0, 0, 1, 1], [0, 0]]
     """
-    if isinstance(length, bool) or not isinstance(length, int):
-        raise DataError(f"length={length!r} is no whole number of tokens")
+    whole("length", length, 1, error=DataError)
     _check_samples(samples)
     sizes = [len(sample["input_ids"]) for sample in samples]
     for i, size in enumerate(sizes):
@@ -185,7 +184,7 @@ def pack(samples: Sequence[Sample], length: int) -> list[Sample]:
 
 
 def _first_fit(sizes: Sequence[int], length: int) -> list[int]:
-    """The row of each size: the first one with room. A heap of maxima finds it in O(log n)."""
+    """Return the row of each size, the first one with space; a heap finds it in O(log n)."""
     leaves = 1 << max(len(sizes) - 1, 0).bit_length()
     room = [length] * (2 * leaves)
     chosen = []

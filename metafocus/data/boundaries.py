@@ -1,7 +1,7 @@
-"""Where each message of a rendered chat begins and ends, in tokens.
+"""Finds where each message of a rendered chat begins and ends, in tokens.
 
-A boundary is found in the rendered text and mapped to tokens by the tokenizer's own offsets: the
-text of a beginning of the chat must be the beginning of the text of the whole chat.
+A boundary is found in the rendered text and mapped to tokens by the tokenizer's own offsets. For
+this, the text of the first messages must be the beginning of the text of the whole chat.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from metafocus.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Keys that speak to metafocus and not to the chat template.
+# Keys for metafocus, which the chat template must not see.
 _OWN_KEYS = ("weight", "evidence")
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # the very test transformers makes
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # the same test as in transformers
 _PRIVATE_USE = range(0xE000, 0xF900)
 
 
 class RewrittenError(DataError):
-    """A boundary cannot be found, because a beginning of the chat is not rendered as such."""
+    """A boundary cannot be found: the first messages are rendered differently in the whole chat."""
 
 
 @dataclass(frozen=True)
 class RenderedChat:
-    """A rendered chat: what every later step reads."""
+    """A rendered chat, the input of all later steps."""
 
     messages: Sequence[Message]
     tokenizer: PreTrainedTokenizerBase
@@ -42,7 +42,7 @@ class RenderedChat:
     offsets: list[tuple[int, int]] | None  # [S], None for a tokenizer without offsets
 
     def tokens_before(self, prefix: str) -> int:
-        """How many tokens lie within `prefix`; a token across its end belongs to what follows."""
+        """Return the number of tokens inside `prefix`; a token across its end does not count."""
         if self.offsets is not None:
             return bisect_right(self.offsets, len(prefix), key=lambda offset: offset[1])
         ids = _tokenize(self.tokenizer, prefix)["input_ids"]
@@ -60,7 +60,7 @@ def render_text(
     tools: list[Any] | None,
     prompt: bool = False,
 ) -> str:
-    """The text that the tokenizer's template makes of a chat."""
+    """Return the text that the tokenizer's template makes of a chat."""
     text = tokenizer.apply_chat_template(
         _plain(messages), tools=tools, tokenize=False, add_generation_prompt=prompt
     )
@@ -78,7 +78,7 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> 
 def _template_errors() -> tuple[type[Exception], ...]:
     import jinja2
 
-    # Templates raise the first on purpose and the second when they add a string to a list;
+    # Templates raise the first on purpose, and the second if they add a string to a list.
     # transformers raises the third for tools that it cannot describe.
     return jinja2.TemplateError, TypeError, ValueError
 
@@ -89,8 +89,8 @@ def render(
     """Render and tokenise a chat once.
 
     Raises:
-        DataError: no chat template, a template that refuses the chat, or one that never renders
-            the same text twice.
+        DataError: if there is no chat template, if the template refuses the chat, or if it does
+            not render the same text twice.
     """
     if not hasattr(tokenizer, "apply_chat_template"):
         raise DataError(
@@ -147,7 +147,7 @@ def render(
 
 
 def _whole_characters(marks: Sequence[int], offsets: Sequence[tuple[int, int]]) -> list[bool]:
-    # transformers marks up to the first token of the last character, but an emoji has several.
+    # transformers marks only the first token of the last character, but an emoji has several.
     whole: list[bool] = []
     for i, mark in enumerate(marks):
         shared = i > 0 and offsets[i][0] < offsets[i - 1][1]
@@ -156,13 +156,13 @@ def _whole_characters(marks: Sequence[int], offsets: Sequence[tuple[int, int]]) 
 
 
 def _beginning(chat: RenderedChat, count: int, prompt: bool, index: int) -> str:
-    """The text of the first `count` messages, which must begin the text of the whole chat."""
+    """Return the text of the first `count` messages; the whole text must begin with it."""
     try:
         text = render_text(chat.messages[:count], chat.tokenizer, chat.tools, prompt)
     except _template_errors() as error:
         raise _rewritten(index, f"the template refuses the first {count} alone: {error}") from error
     if not chat.text.startswith(text):
-        # Some templates close a finished chat, but not a message within it, with the eos token.
+        # Some templates add the eos token at the end of a chat, but not after earlier messages.
         text = text.removesuffix(cast(str, chat.tokenizer.eos_token or ""))
     if not chat.text.startswith(text):
         raise _rewritten(
@@ -183,17 +183,17 @@ def _rewritten(index: int, reason: str) -> RewrittenError:
 
 
 def _prompt(chat: RenderedChat, index: int) -> str:
-    """The text before the content of assistant message `index`, its header included."""
+    """Return the text before the content of assistant message `index`, with its header."""
     if index > 0:
         prompt = _beginning(chat, index, True, index)
         if prompt != render_text(chat.messages[:index], chat.tokenizer, chat.tools):
             return prompt
-    # There is nothing to prompt after, or the template ignores add_generation_prompt: a stand-in
-    # for the answer shows where its content begins, and so what its header is, if it has one.
+    # Either there is no earlier message, or the template ignores add_generation_prompt. A
+    # placeholder for the answer then shows where the content begins, after the header.
     standin = unused_character(chat.text)
-    probe = [*chat.messages[:index], {"role": "assistant", "content": standin}]
+    trial = [*chat.messages[:index], {"role": "assistant", "content": standin}]
     try:
-        prompt, found, _ = render_text(probe, chat.tokenizer, chat.tools).partition(standin)
+        prompt, found, _ = render_text(trial, chat.tokenizer, chat.tools).partition(standin)
     except _template_errors() as error:
         raise _rewritten(index, f"the template refuses another answer there: {error}") from error
     if not found or not chat.text.startswith(prompt):
@@ -202,15 +202,15 @@ def _prompt(chat: RenderedChat, index: int) -> str:
 
 
 def unused_character(text: str) -> str:
-    """A private-use character that `text` does not hold, to be recognised after rendering."""
+    """Return a private-use character that `text` does not hold, to find it after rendering."""
     return next(chr(code) for code in _PRIVATE_USE if chr(code) not in text)
 
 
 def assistant_spans(chat: RenderedChat) -> list[tuple[int, int]]:
-    """Token span [start, stop) of each assistant message, without its header.
+    """Return the token span [start, stop) of each assistant message, without its header.
 
     Raises:
-        RewrittenError: a beginning of the chat is not rendered as the beginning of the whole.
+        RewrittenError: if the whole text does not begin with the text of the first messages.
     """
     spans: list[tuple[int, int]] = []
     for i, message in enumerate(chat.messages):
@@ -226,10 +226,10 @@ def assistant_spans(chat: RenderedChat) -> list[tuple[int, int]]:
 
 
 def message_ends(chat: RenderedChat) -> list[int]:
-    """Number of tokens up to the end of each message.
+    """Return the number of tokens up to the end of each message.
 
     Raises:
-        DataError: the template joins messages, so that their boundary cannot be located.
+        DataError: if the template joins messages, so that their boundary cannot be found.
     """
     try:
         texts = [_beginning(chat, i + 1, False, i) for i in range(len(chat.messages))]
@@ -241,11 +241,12 @@ def message_ends(chat: RenderedChat) -> list[int]:
 def spans_from_marks(
     chat: RenderedChat, merge_context: bool, error: RewrittenError
 ) -> list[tuple[int, int]]:
-    """The runs of the generation marks, if they can only mean one assistant message each.
+    """Return the runs of the generation marks, if each belongs to one assistant message.
 
     Raises:
         RewrittenError: `error` itself, if the template marks nothing.
-        DataError: the runs are not as many as the assistant messages, or `merge_context` is off.
+        DataError: if the number of runs differs from that of the assistant messages, or if
+            `merge_context` is off.
     """
     if chat.marks is None:
         raise error
@@ -255,7 +256,7 @@ def spans_from_marks(
     for marked, run in groupby(chat.marks):
         start, position = position, position + len(list(run))
         if marked:
-            # The newline after an end-of-turn token belongs to the message that it ends.
+            # The newline after an end-of-turn token belongs to the message before it.
             runs.append((start, position + _leading_space(chat, position)))
     expected = sum(message["role"] == "assistant" for message in chat.messages)
     if len(runs) != expected:
@@ -267,7 +268,7 @@ def spans_from_marks(
 
 
 def _leading_space(chat: RenderedChat, start: int) -> int:
-    """How many tokens from `start` on are nothing but white space."""
+    """Return the number of tokens from `start` on that are only white space."""
     count = 0
     while start + count < len(chat.ids) and is_space(chat, start + count, start + count + 1):
         count += 1
@@ -275,5 +276,5 @@ def _leading_space(chat: RenderedChat, start: int) -> int:
 
 
 def is_space(chat: RenderedChat, start: int, stop: int) -> bool:
-    """Whether tokens [start, stop) are nothing but white space."""
+    """Return whether the tokens [start, stop) are only white space."""
     return not cast(str, chat.tokenizer.decode(chat.ids[start:stop])).strip()

@@ -1,7 +1,7 @@
-"""One chat -> one training sample: token ids, turn ids, answer mask and evidence mask.
+"""Encodes one chat as a training sample: token ids, turn ids, answer mask and evidence mask.
 
-Turn ids come from the boundaries of the messages, never from the answer mask: an empty or untrained
-assistant turn separates its neighbours like any other.
+Turn ids come from the boundaries of the messages, not from the answer mask. So an assistant turn
+that is empty or not trained separates its neighbours like any other.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from metafocus.checks import whole
 from metafocus.data.boundaries import (
     RenderedChat,
     RewrittenError,
@@ -44,25 +45,28 @@ def encode_chat(
 ) -> Sample:
     """Tokenise one chat with the tokenizer's own template into 1-D tensors of one length S.
 
-    `input_ids` [S] int64; `answer_mask` [S] bool: the content and the end-of-turn token of every
-    assistant message whose `weight` is not 0; `turn_ids` [S] int64; `needle_mask` [S] bool only
-    if a message carries `evidence`, a list of character spans [start, end) of its content.
+    The sample has `input_ids` [S] int64, `turn_ids` [S] int64 and `answer_mask` [S] bool. The
+    answer mask marks the content and the end-of-turn token of every assistant message whose
+    `weight` is not 0. The sample also has `needle_mask` [S] bool if a message has `evidence`, a
+    list of character spans [start, end) of its content.
 
-    A template with `{% generation %}` says itself which tokens are answers; otherwise an answer is
-    what the message adds to the generation prompt. With `merge_context` consecutive non-assistant
-    messages and the header of the assistant message after them share one turn; without it every
-    message, its header included, is a turn. An assistant message always ends a turn.
+    A template with `{% generation %}` defines which tokens are answers. With any other template an
+    answer is the text that the message adds to the generation prompt. With `merge_context`,
+    consecutive non-assistant messages and the header of the next assistant message share one turn.
+    Without it, every message with its header is a turn. An assistant message always ends a turn.
 
     Args:
         messages: dicts with `role` and `content`; an assistant message may have `tool_calls`.
         tokenizer: a Hugging Face tokenizer with a chat template.
-        tools: function descriptions, passed on to the template.
+        tools: function descriptions for the template.
         merge_context: whether consecutive non-assistant messages form one turn.
-        max_length: cut to so many tokens, on the tokenizer's `truncation_side`.
+        max_length: the largest number of tokens; the rest is cut on the tokenizer's
+            `truncation_side`.
 
     Raises:
-        DataError: malformed messages, no chat template, a template that refuses the chat or
-            rewrites its history, or evidence that cannot be traced to tokens.
+        DataError: if messages are malformed, if there is no chat template, if the template
+            refuses the chat or changes earlier messages, or if evidence cannot be located in the
+            tokens.
 
     Example:
         >>> from metafocus.data import encode_chat
@@ -96,7 +100,7 @@ def encode_chat(
 
 
 def truncate(sample: Sample, max_length: int | None, side: str) -> Sample:
-    """Keep the first (`side="right"` is cut) or last (`"left"`) `max_length` tokens of a sample."""
+    """Return the first (`side="right"`) or last (`"left"`) `max_length` tokens of a sample."""
     if max_length is None or len(sample["input_ids"]) <= max_length:
         return sample
     kept = slice(max_length) if side == "right" else slice(-max_length, None)
@@ -104,23 +108,18 @@ def truncate(sample: Sample, max_length: int | None, side: str) -> Sample:
 
 
 def check_max_length(max_length: int | None) -> None:
-    """Refuse a length that leaves no token to predict.
+    """Raise for a length that leaves no token to predict.
 
     Raises:
-        DataError: `max_length` is no integer, or below 2.
+        DataError: if `max_length` is not an integer, or below 2.
     """
-    if max_length is None:
-        return
-    if isinstance(max_length, bool) or not isinstance(max_length, int):
-        raise DataError(f"max_length={max_length!r} is no whole number: pass None or >= 2")
-    if max_length < 2:
-        raise DataError(
-            f"max_length={max_length} leaves no token to predict from another: pass None or >= 2"
-        )
+    if max_length is not None:
+        note = " or None: a token is predicted from another one"
+        whole("max_length", max_length, 2, note=note, error=DataError)
 
 
 def _turn_ids(size: int, spans: list[tuple[int, int]], ends: list[int] | None) -> list[int]:
-    """A turn per message if `ends` are given; else even ids for context, odd ones for answers."""
+    """Return one turn per message if `ends` is given, else even ids for context and odd ones."""
     stops = [edge for span in spans for edge in span] if ends is None else ends
     return [bisect_right(stops, position) for position in range(size)]
 
@@ -143,7 +142,10 @@ def _answers(chat: RenderedChat, spans: list[tuple[int, int]]) -> list[bool]:
 
 
 def _needles(chat: RenderedChat) -> list[bool]:
-    """Tokens that overlap the evidence, found by rendering the chat with the spans fenced."""
+    """Return which tokens overlap the evidence.
+
+    The chat is rendered once more with an unused character at both ends of each span.
+    """
     if chat.offsets is None:
         raise DataError(
             "evidence needs a tokenizer that knows the characters of each token: use its fast "
@@ -170,7 +172,7 @@ def _needles(chat: RenderedChat) -> list[bool]:
 
 
 def _merged_edges(spans: Sequence[Sequence[int]]) -> list[int]:
-    """Starts and stops in order, of spans that overlap or touch made one."""
+    """Return starts and stops in order, after joining spans that overlap or touch."""
     edges: list[int] = []
     for start, stop in sorted((span[0], span[1]) for span in spans):
         if edges and start <= edges[-1]:

@@ -1,4 +1,4 @@
-"""Many chats to samples: those that hold an answer to learn."""
+"""Encodes many chats, and keeps those that have an answer to learn."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Samples that each hold an answer, and how many chats were cut or left out on the way.
+    """Samples that have an answer, and how many chats were truncated or dropped.
 
     Attributes:
         samples: dicts of 1-D tensors, as `encode_chat` makes them.
-        dropped: how many chats had no answer to predict.
-        truncated: how many were cut to `max_length`.
+        dropped: the number of chats without an answer to predict.
+        truncated: the number of chats that were cut to `max_length`.
     """
 
     samples: list[Sample]
@@ -28,7 +28,7 @@ class Encoded:
     truncated: int
 
     def summary(self) -> str:
-        """One sentence for a log."""
+        """Return one sentence for a log."""
         tokens = sum(len(sample["input_ids"]) for sample in self.samples)
         answers = sum(int(sample["answer_mask"].sum()) for sample in self.samples)
         return (
@@ -45,19 +45,21 @@ def encode_chats(
     merge_context: bool = True,
     progress: bool = False,
 ) -> Encoded:
-    """Encode every chat as `encode_chat` does, and drop those left without an answer to predict.
+    """Encode every chat as `encode_chat` does, and drop those without an answer to predict.
 
-    An answer token in first place does not count: nothing comes before it to predict it from.
+    An answer at the first token does not count, because no token comes before it.
 
     Args:
         records: dicts with `messages` and optionally `tools`.
         tokenizer: a Hugging Face tokenizer with a chat template.
-        max_length: cut to so many tokens, on the tokenizer's `truncation_side`.
+        max_length: the largest number of tokens; the rest is cut on the tokenizer's
+            `truncation_side`.
         merge_context: whether consecutive non-assistant messages form one turn.
         progress: whether to show a progress bar.
 
     Raises:
-        DataError: a record that cannot be encoded, with its index, or no answer in any of them.
+        DataError: if a record cannot be encoded (the text has its index), or if no record has an
+            answer.
 
     Example:
         >>> from metafocus.data import encode_chats

@@ -1,10 +1,11 @@
-"""Refuses, with one clear error each, messages that no template could render as meant."""
+"""Checks messages: one error for each mistake that would make every template wrong."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from metafocus.checks import is_whole
 from metafocus.errors import DataError
 
 Message = Mapping[str, Any]
@@ -13,10 +14,13 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def check_messages(messages: Any, where: str = "") -> None:
-    """Refuse messages that no template could render as meant; `where` begins the error text.
+    """Raise for messages that no template can render as intended.
+
+    The error text begins with `where`.
 
     Raises:
-        DataError: not a list, empty, an unknown role, no content, a wrong weight or evidence.
+        DataError: if messages is not a list or is empty, if a role is unknown, if content is
+            missing, or if a weight or evidence is wrong.
     """
     if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence):
         raise DataError(f"{where}messages is {messages!r:.80}: pass a list of message dicts")
@@ -53,7 +57,7 @@ def _check_message(message: Any, where: str) -> None:
 
 
 def _check_text(text: str, where: str) -> None:
-    # JSON can write half of a pair of UTF-16 code units; no tokenizer takes it.
+    # JSON can express half of a UTF-16 surrogate pair, which no tokenizer accepts.
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -72,7 +76,7 @@ def _check_evidence(evidence: Any, role: str, content: Any, where: str) -> None:
         good = (
             isinstance(span, (list, tuple))
             and len(span) == 2
-            and all(isinstance(edge, int) and not isinstance(edge, bool) for edge in span)
+            and all(is_whole(edge) for edge in span)
             and 0 <= span[0] < span[1] <= len(content)
         )
         if not good:

@@ -1,4 +1,4 @@
-"""Chats from a file, each checked where it stands: JSON lines or parquet."""
+"""Reads chats from a file, JSON lines or parquet, and checks each of them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ _SUFFIXES = (".jsonl", ".json", ".parquet")
 def read_chats(path: str | Path) -> list[dict[str, Any]]:
     r"""Read chats from JSON lines (`.jsonl`, `.json`) or a `.parquet` file, and check each of them.
 
-    Every record has `messages` and optionally `tools`, a list or the JSON text of one; other
-    columns are kept. Blank lines are skipped. Parquet fills the keys that a message lacks with
-    nulls, which are taken out again.
+    Every record has `messages` and optionally `tools`, a list or the JSON text of a list. Other
+    columns are kept. Blank lines are skipped. Parquet stores null for keys that a message does not
+    have; these keys are removed.
 
     Raises:
-        DataError: the file is missing, empty, unreadable or of another kind; a line is not JSON;
-            a record's messages are missing or malformed. The text names the file and the line.
+        DataError: if the file is missing, empty, unreadable or of another kind; if a line is not
+            JSON; if the messages of a record are missing or malformed. The text names the file and
+            the line.
 
     Example:
         >>> import json, pathlib, tempfile
@@ -48,16 +49,51 @@ def read_chats(path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
+def read_dataset(name: str, config: str | None = None) -> dict[str, list[dict[str, Any]]]:
+    """Read the splits of a data set of chats with the package `datasets`, and check each record.
+
+    Args:
+        name: a hub id, or a directory, as `datasets.load_dataset` takes it.
+        config: which of its configurations, if it has several.
+
+    Returns:
+        Records as `read_chats` returns them, by the name of the split.
+
+    Raises:
+        DataError: the package is missing, the data set cannot be loaded, or a record is malformed.
+    """
+    try:
+        from datasets import load_dataset
+        from datasets.exceptions import DatasetsError
+    except ModuleNotFoundError as error:
+        raise DataError(
+            "a data set by name needs the package datasets: pip install datasets"
+        ) from error
+    try:
+        found: Any = load_dataset(name, config)
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise DataError(f"the data set {name!r} cannot be loaded: {reason}") from error
+    return {
+        str(part): [
+            _checked(_without_nulls(row), f"{name}, {part}, row {number}: ")
+            for number, row in enumerate(rows, start=1)
+        ]
+        for part, rows in found.items()
+    }
+
+
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
     except (OSError, ValueError):
-        # A name that is too long, or holds a zero byte.
+        # The name is too long or holds a zero byte.
         return False
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    # Lines are split as bytes: JSON text may hold line separators that only Python splits at.
+    # Lines are split as bytes, because Python would also split at other line separators, which
+    # JSON text may hold.
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -77,7 +113,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON, without keys that stand there twice: only one of them would be read."""
+    """Return an object of JSON; refuse a key that occurs twice, because one would be ignored."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]

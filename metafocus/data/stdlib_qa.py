@@ -1,9 +1,9 @@
-"""Real text on every machine: questions about the documentation of Python's standard library.
+"""Makes chats from the documentation of Python's standard library, real text on every machine.
 
-The source files of the running interpreter are parsed, never imported, and each public function,
+The source files of the running interpreter are parsed and never imported. Each public function,
 class or method with a proper docstring becomes an entry. A chat shows the documentation of many
-functions and asks what one of them does; the answer is the summary line of its docstring. Modules
-are either for training or held out, never both.
+functions and asks what one of them does. The answer is the summary line of its docstring. Each
+module belongs either to the training split or to the held-out split.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from metafocus.checks import whole
 from metafocus.errors import DataError
 
 if TYPE_CHECKING:
@@ -30,10 +31,10 @@ SPLITS = ("train", "heldout")
 _SKIPPED = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "pydoc_data", "site-packages"}
 _SENTENCE = re.compile(r"(?=(?:\S+ ){3})[A-Z][ -~]{18,158}\.")  # at least four ASCII words
 _JUNK = ("Internal", "Deprecated", "Undocumented", "See ", "Same as ", "Test ")
-_LONGEST = 800  # characters of one entry: many short documents rather than a few long ones
+_LONGEST = 800  # characters of one entry, so that a context has many entries
 _HEADING = "Documentation of Python functions:"
 _GAP = "\n\n"
-_MISSES = 50  # entries in a row that no longer fit before a context counts as full
+_MISSES = 50  # a context is full after this many entries in a row that do not fit
 
 
 @dataclass(frozen=True)
@@ -57,26 +58,28 @@ def generate(
 ) -> list[dict[str, Any]]:
     """Make `n` chats that ask about functions documented in the first user message.
 
-    The first user message, question included, has about and never more than `context_tokens`
-    tokens, the template's own not counted. The functions asked about stand at uniformly random
-    places among the others, all from the same split. Each further turn asks about another function
-    of the same documentation. A record has `messages`, the first with `evidence`: the character
-    spans of the summaries asked for; `asked`: the names of these functions, in the order of the
-    questions; and `depth`: where in the documentation each one begins, from 0 to 1.
+    The first user message with its question has about `context_tokens` tokens, and never more. The
+    tokens of the chat template are not counted. The functions in the questions are at uniformly
+    random positions among the others, and all functions are from the same split. Each further turn
+    asks about another function of the same documentation.
 
-    The same interpreter, tokenizer and seed give the same chats; chat i does not depend on `n`.
+    A record has three entries. `messages`: the first message has `evidence`, the character spans of
+    the summaries that are asked for. `asked`: the names of these functions, in the order of the
+    questions. `depth`: where each of them begins in the documentation, from 0 to 1.
+
+    The same interpreter, tokenizer and seed give the same chats. Chat i does not depend on `n`.
 
     Args:
         tokenizer: a tokenizer, or a function that counts the tokens of a string.
-        split: "train" or "heldout": about a fifth of the modules is held out.
-        n: how many chats.
+        split: "train" or "heldout"; about a fifth of the modules is held out.
+        n: the number of chats.
         context_tokens: the length of the first user message.
-        turns: how many questions a chat has.
-        seed: which chats.
+        turns: the number of questions in a chat.
+        seed: selects the chats.
 
     Raises:
-        DataError: an unknown split, `n` or `turns` below 1, or `context_tokens` that cannot hold
-            the evidence or that the split cannot fill.
+        DataError: if the split is unknown, if `n` or `turns` is below 1, or if `context_tokens` is
+            too small for the evidence or too large for the split.
 
     Example:
         >>> from metafocus.data.stdlib_qa import generate
@@ -87,8 +90,8 @@ def generate(
         >>> chat["messages"][0]["content"][start:stop] == chat["messages"][1]["content"]
         True
     """
-    if n < 1 or turns < 1:
-        raise DataError(f"n={n}, turns={turns}: both must be at least 1")
+    whole("n", n, 1, error=DataError)
+    whole("turns", turns, 1, error=DataError)
     available = entries(split)
     count = lru_cache(maxsize=None)(_counter(tokenizer))
     return [
@@ -98,20 +101,20 @@ def generate(
 
 
 def texts(split: str | None = "train") -> list[str]:
-    """The documentation texts of a split, or of both for None: prose to train a tokenizer on.
+    """Return the documentation texts of a split (None: of both), to train a tokenizer.
 
     Raises:
-        DataError: an unknown split.
+        DataError: if the split is unknown.
     """
     chosen = SPLITS if split is None else (split,)
     return [entry.text for part in chosen for entry in entries(part)]
 
 
 def entries(split: str) -> tuple[Entry, ...]:
-    """All entries of a split, in the order of their modules.
+    """Return all entries of a split, in the order of their modules.
 
     Raises:
-        DataError: an unknown split, or an interpreter without the sources of its library.
+        DataError: if the split is unknown, or if the interpreter has no sources of its library.
     """
     if split not in SPLITS:
         raise DataError(f"split={split!r} is unknown: use one of {', '.join(SPLITS)}")
@@ -119,7 +122,7 @@ def entries(split: str) -> tuple[Entry, ...]:
 
 
 def _split_of(module: str) -> str:
-    # The top-level name: submodules of one package document the same things.
+    # By the top-level name, because submodules of one package document the same functions.
     name = "metafocus:" + module.partition(".")[0]
     held_out = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % 5 == 0
     return "heldout" if held_out else "train"
@@ -131,13 +134,13 @@ def _parse_library() -> tuple[Entry, ...]:
     found: dict[str, Entry] = {}
     summaries: set[str] = set()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the library's own invalid escapes are none of ours
+        warnings.simplefilter("ignore")  # invalid escapes in the library
         for path in _sources(root):
             module = ".".join(path.relative_to(root).with_suffix("").parts)
             module = module.removesuffix(".__init__")
             for name, node in _public(ast.parse(path.read_bytes()), module + "."):
                 entry = _entry(module, name, node)
-                # One answer per question and one question per answer, in both splits together.
+                # Each question has one answer and each answer one question, over both splits.
                 if entry and name not in found and entry.summary.lower() not in summaries:
                     found[name] = entry
                     summaries.add(entry.summary.lower())
@@ -186,7 +189,7 @@ def _entry(module: str, name: str, node: _Documented) -> Entry | None:
 
 
 def _counter(tokenizer: Any) -> Callable[[str], int]:
-    # A tokenizer is callable too, but returns no number.
+    # A tokenizer is callable too, but it does not return a number.
     if not hasattr(tokenizer, "encode"):
         return tokenizer
     return lambda text: len(tokenizer.encode(text, add_special_tokens=False, verbose=False))
@@ -207,7 +210,7 @@ def _chat(
     order = rng.sample(available, len(available))
     asked, others = _fill(order, count, context_tokens, turns, split)
     shown = rng.sample([*asked, *others], len(asked) + len(others))
-    # Counts of the parts need not add up to the count of the whole: the whole decides.
+    # The counts of the parts need not add up to the count of the whole, so count the whole.
     while count(_content(shown, asked[0])) > context_tokens:
         if not others:
             raise _too_small(context_tokens, turns, count(_content(shown, asked[0])))
@@ -238,7 +241,7 @@ def _chat(
 def _fill(
     order: list[Entry], count: Callable[[str], int], context_tokens: int, turns: int, split: str
 ) -> tuple[list[Entry], list[Entry]]:
-    """The entries to ask about and those around them, taken in order as long as they fit."""
+    """Return the entries to ask about and the others, taken in order as long as they fit."""
     asked: list[Entry] = []
     others: list[Entry] = []
     room = context_tokens - count(_HEADING)
@@ -247,7 +250,7 @@ def _fill(
         need = count(_GAP + entry.text)
         if not asked:
             need += count(_GAP + _question(entry))
-        # A long entry must not take the room of the questions still to come.
+        # A long entry must leave enough space for the remaining questions.
         if need > room // max(turns - len(asked), 1):
             misses += 1
             if len(asked) == turns and misses >= _MISSES:

@@ -1,4 +1,4 @@
-"""A small real tokenizer trained on the spot: byte-level BPE with a ChatML chat template."""
+"""Trains a small tokenizer: byte-level BPE with a ChatML chat template."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
-# Every byte is a token, so no text is ever unknown; these and the special tokens are the floor.
+# Every byte is a token, so no text is unknown. A vocabulary holds at least these and the special
+# tokens.
 _BYTES = 256
 
 CHATML = """\
@@ -49,17 +50,19 @@ CHATML = """\
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> PreTrainedTokenizerFast:
     r"""Train a byte-level BPE tokenizer with a ChatML template that marks the assistant's tokens.
 
-    The template knows the roles system, developer, user, assistant and tool, takes `tools`, and
-    puts `{% generation %}` around an answer and its `<|im_end|>`. Padding is `<|endoftext|>`, the
-    end of a turn and of a sequence is `<|im_end|>`. The same texts give the same tokenizer.
+    The template knows the roles system, developer, user, assistant and tool, accepts `tools`, and
+    puts `{% generation %}` around an answer and its `<|im_end|>`. The padding token is
+    `<|endoftext|>`. A turn and a sequence end with `<|im_end|>`. The same texts give the same
+    tokenizer.
 
     Args:
-        texts: the strings to learn merges from.
-        vocab_size: the largest number of tokens, special ones included; fewer if the texts hold
-            fewer merges.
+        texts: the strings that merges are learned from.
+        vocab_size: the largest number of tokens, including special ones. There are fewer if the
+            texts do not give enough merges.
 
     Raises:
-        DataError: no text at all, a single string, or a vocabulary below 259.
+        DataError: if there is no text, if `texts` is a single string, or if the vocabulary is
+            below 259.
 
     Example:
         >>> from metafocus.data.tokenizer import train_tokenizer

@@ -1,4 +1,4 @@
-"""Where a model looks: attention sinks, context, evidence, layer by layer and head by head."""
+"""Where a model attends: sinks, context and evidence, for each layer and head."""
 
 from __future__ import annotations
 

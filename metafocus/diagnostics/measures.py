@@ -1,4 +1,4 @@
-"""The measures of a profile, from the sums over each layer's attention matrix."""
+"""The measures of a profile, computed from sums over the attention matrix of each layer."""
 
 from __future__ import annotations
 
@@ -6,28 +6,32 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
+from einops import rearrange, reduce
 from torch import Tensor
 
 from metafocus.diagnostics.sums import CONTEXT, EFFECTIVE, ENTROPY, FEW, FIRST, NEEDLE, Sums
 from metafocus.diagnostics.tokens import SINKS, Tokens
 
 QUERIES = ("answer", "context", "all")
-"""Sets of queries: tokens of trained answers, all others but padding, both."""
+"""Sets of queries: tokens of trained answers, all other tokens except padding, and both."""
 
 
 @dataclass(frozen=True)
 class Measures:
     """Means over a set of queries, each of the same shape: `[layers]`, or `[layers, heads]`.
 
-    With `p_ij` the probability that query `i` gives to key `j`; NaN where the set is empty.
+    `p_ij` is the probability that query `i` gives to key `j`. The mean of an empty set is NaN.
 
     Attributes:
         sink_mass: Mass on the first key of the document, over queries from the second on.
         sink_mass_4: Mass on its first four keys, over queries from the fifth on.
-        context_engagement: Mass on keys that are no answer, not the first key, not the query.
-        needle_mass: Mass on evidence, over documents that have any; None without `needle_mask`.
-        max_column_mass: `max_j mean_i p_ij` of each document, then their mean weighted by queries.
-        max_column_index: Index in its document of the key with the largest such mean of all.
+        context_engagement: Mass on keys that are neither an answer, nor the first key, nor the
+            query itself.
+        needle_mass: Mass on the evidence, over documents that have evidence. None if the batch
+            has no `needle_mask`.
+        max_column_mass: `max_j mean_i p_ij` of each document. The documents are averaged with
+            their numbers of queries as weights.
+        max_column_index: The index, in its document, of the key with the largest mean of all.
         entropy: `- sum_j p_ij log p_ij`, in nats.
         effective_keys: `exp` of each query's entropy.
     """
@@ -42,12 +46,12 @@ class Measures:
     effective_keys: Tensor
 
     def items(self) -> list[tuple[str, Tensor]]:
-        """Names and tensors, without `needle_mass` where there is no evidence."""
+        """Return names and tensors, without `needle_mass` if there is no evidence."""
         pairs = [(field.name, getattr(self, field.name)) for field in fields(self)]
         return [(name, value) for name, value in pairs if value is not None]
 
     def cpu(self) -> Measures:
-        """The same on the CPU."""
+        """Return the same measures on the CPU."""
         moved = {name: value.cpu() for name, value in self.items()}
         return Measures(**{"needle_mass": None, **moved})
 
@@ -63,19 +67,19 @@ def stack(measures: Sequence[Measures]) -> Measures:
 
 
 def summarise(sums: Sums, tokens: Tokens, which: int) -> tuple[Measures, Measures]:
-    """Return a layer's measures over one set of queries: mean over heads `[]`, and by head `[H]`.
+    """Return the measures of a layer over one set of queries: heads averaged `[]`, and `[H]`.
 
     Args:
-        sums: Of the layer.
-        tokens: Roles of the tokens.
-        which: Index of the set in `QUERIES`.
+        sums: The sums of the layer.
+        tokens: The roles of the tokens.
+        which: The index of the set in `QUERIES`.
     """
     member = tokens.queries[:, which]
     rows = sums.rows.double()
 
     def mean(column: int, chosen: Tensor) -> Tensor:
         weight = chosen.to(rows.dtype)
-        # Of an empty set: 0 / 0 = NaN.
+        # For an empty set this is 0 / 0 = NaN.
         return torch.einsum("bhs,bs->h", rows[..., column], weight) / weight.sum()
 
     late = [member & (tokens.position >= n) for n in SINKS]
@@ -93,9 +97,9 @@ def summarise(sums: Sums, tokens: Tokens, which: int) -> tuple[Measures, Measure
         by_head["needle_mass"] = mean(NEEDLE, member & has[tokens.document])
     columns = sums.columns[:, :, which].double()
     largest = _largest_column(tokens, member)
-    heads = _with_columns(by_head, *largest(columns.transpose(0, 1)))
+    heads = _with_columns(by_head, *largest(rearrange(columns, "b h s -> h b s")))
     means = {name: None if x is None else x.mean() for name, x in by_head.items()}
-    mass, index = largest(columns.mean(1).unsqueeze(0))
+    mass, index = largest(reduce(columns, "b h s -> 1 b s", "mean"))
     return _with_columns(means, mass[0], index[0]), heads
 
 
@@ -104,13 +108,16 @@ def _with_columns(values: dict[str, Tensor | None], mass: Tensor, index: Tensor)
 
 
 def _largest_column(tokens: Tokens, member: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """Return `[n, B, S]` sums over queries -> largest mean column `[n]` and its index `[n]`."""
+    """Return a function from sums over queries to the largest mean column and its index.
+
+    The sums are `[n, B, S]`, and both results are `[n]`.
+    """
     count = tokens.per_document(member.double())
     document = tokens.document.flatten()
     queries = torch.cat((count, count.new_zeros(1)))[document]
 
     def largest(columns: Tensor) -> tuple[Tensor, Tensor]:
-        # Keys of documents without such queries, and padding, are no candidates.
+        # Padding, and keys of documents without such queries, are not candidates.
         mass = torch.where(queries > 0, columns.flatten(1) / queries.clamp(min=1), -1.0)
         top = mass.new_zeros(len(mass), tokens.documents + 1)
         top = top.scatter_reduce(1, document.expand_as(mass), mass, "amax")[:, :-1]

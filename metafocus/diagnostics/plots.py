@@ -1,4 +1,4 @@
-"""Figures of profiles: by layer, as heat maps side by side, and over training."""
+"""Figures of profiles: masses by layer, heat maps side by side, and changes during training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from metafocus.errors import ProblemError
 if TYPE_CHECKING:
     from metafocus.diagnostics.profile import AttentionProfile, Moment
 
-# Told apart by readers without full colour vision (Okabe and Ito).
+# Readers with limited colour vision can distinguish these colours (Okabe and Ito).
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
 COLOURS = (BLUE, ORANGE, GREEN, PINK)
 MARKERS = ("o", "s", "^", "D")
@@ -26,13 +26,13 @@ FAINTEST = 1e-4
 def plot_profile(
     profile: AttentionProfile, path: str | Path, *, layer: int | None = None, row: int = 0
 ) -> None:
-    """Write masses by layer, over answer queries, beside one heat map.
+    """Write a figure of the masses of answer queries by layer, next to one heat map.
 
     Args:
-        profile: What to show.
-        path: `.png`, `.svg` or `.pdf`.
-        layer: Of the heat map, default the middle one.
-        row: Of the batch.
+        profile: The profile.
+        path: The file; its suffix is `.png`, `.svg` or `.pdf`.
+        layer: The layer of the heat map; default the middle one.
+        row: The row of the batch.
     """
     figure = _figure(path, (10.5, 4.4))
     left, right = figure.subplots(1, 2)
@@ -47,7 +47,7 @@ def plot_profile(
         _line(left, range(len(values)), values.tolist(), label, colour, marker)
     _by_layer(left, len(profile.cells), "probability mass of answer queries")
     _scale(left, [value for _, values, _, _ in lines for value in values.tolist()])
-    # Above the axes, where no line can run into it.
+    # The legend is above the axes, where no line can cross it.
     left.legend(frameon=False, fontsize=8, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
     _heatmaps(figure, [right], [profile], layer, row)
     right.set_title(f"layer {_index(profile, layer)}, mean over heads", fontsize=10)
@@ -61,16 +61,16 @@ def plot_comparison(
     layer: int | None = None,
     row: int = 0,
 ) -> None:
-    """Write up to four profiles side by side: masses by layer above, heat maps below.
+    """Write a figure of up to four profiles: masses by layer above, heat maps below.
 
     Args:
-        profiles: By name, such as `{"SFT": before, "FocuSFT": after}`.
-        path: `.png`, `.svg` or `.pdf`.
-        layer: Of the heat maps, default the middle one of each.
-        row: Of the batch.
+        profiles: The profiles by name, such as `{"SFT": before, "FocuSFT": after}`.
+        path: The file; its suffix is `.png`, `.svg` or `.pdf`.
+        layer: The layer of the heat maps; default the middle one of each profile.
+        row: The row of the batch.
 
     Raises:
-        ProblemError: For no profile, more than four, or an unknown suffix.
+        ProblemError: If there is no profile or more than four, or if the suffix is unknown.
     """
     if not 1 <= len(profiles) <= MOST:
         raise ProblemError(
@@ -109,14 +109,14 @@ def plot_comparison(
 
 
 def plot_engagement(history: Sequence[Moment], path: str | Path) -> None:
-    """Write how sink mass and context engagement changed over training.
+    """Write a figure of how sink mass and context engagement changed during training.
 
     Args:
-        history: Such as `ProfileCallback.history`.
-        path: `.png`, `.svg` or `.pdf`.
+        history: The moments, such as `ProfileCallback.history`.
+        path: The file; its suffix is `.png`, `.svg` or `.pdf`.
 
     Raises:
-        ProblemError: For an empty history, or an unknown suffix.
+        ProblemError: If the history is empty or the suffix is unknown.
     """
     if not history:
         raise ProblemError("plot_engagement: history is empty; record at least one moment.")
@@ -147,7 +147,7 @@ def _figure(path: str | Path, size: tuple[float, float]) -> Any:
 
     if Path(path).suffix not in SUFFIXES:
         raise ProblemError(f"path={str(path)!r} must end in {', '.join(SUFFIXES)}.")
-    # Without pyplot: no window, and the back end of a notebook stays as it is.
+    # Without pyplot, no window opens and the back end of a notebook does not change.
     return Figure(figsize=size, layout="constrained")
 
 
@@ -167,7 +167,7 @@ def _by_layer(axis: Any, layers: int, ylabel: str | None) -> None:
 
 
 def _scale(axis: Any, values: list[float]) -> None:
-    """Logarithmic where the values span more than a factor of 30, else from 0 on."""
+    """Use a logarithmic axis if the values span more than a factor of 30, else start at 0."""
     finite = [v for v in values if v == v]
     low, high = min(finite, default=0.0), max(finite, default=1.0)
     if low > 0 and high > 30 * low:
@@ -194,7 +194,7 @@ def _index(profile: AttentionProfile, layer: int | None) -> int:
 def _heatmaps(
     figure: Any, axes: list[Any], profiles: list[AttentionProfile], layer: int | None, row: int
 ) -> None:
-    """Draw one map on each axis, all in the same colours, and the bar that tells them."""
+    """Draw one map on each axis, all with the same colours, and one colour bar."""
     import matplotlib
     from matplotlib.colors import LogNorm
 
@@ -202,7 +202,7 @@ def _heatmaps(
     positive = torch.cat([cells[cells > 0] for cells, _ in maps])
     low, high = FAINTEST, 1.0
     if len(positive):
-        # A few extreme cells, as those of the first queries, must not take all the colours.
+        # A few extreme cells, such as those of the first queries, must not use up the colours.
         ranked = positive.sort().values
         low, high = (float(ranked[int(f * (len(ranked) - 1))]) for f in (0.01, 0.995))
         high = max(high, 1e-30)
@@ -231,7 +231,7 @@ def _heatmaps(
 def _cropped(
     profile: AttentionProfile, layer: int | None, row: int
 ) -> tuple[torch.Tensor, tuple[int, int]]:
-    """The map without the padding at its ends, and the tokens where it begins and ends."""
+    """Return the map without the padding at its ends, and its first and last token."""
     cells = profile.heatmap(layer, row)
     kept = (~cells.isnan().all(-1)).nonzero().flatten()
     first, last = (int(kept[0]), int(kept[-1]) + 1) if len(kept) else (0, len(cells))
@@ -249,7 +249,7 @@ def _mark_answers(axis: Any, answers: torch.Tensor) -> None:
             color=ORANGE,
             linewidth=4,
             solid_capstyle="butt",
-            # Beside the map: x in parts of its width, y in tokens.
+            # The bar is next to the map: x is a fraction of its width, y is in tokens.
             transform=axis.get_yaxis_transform(),
             clip_on=False,
         )

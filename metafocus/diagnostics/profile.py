@@ -1,9 +1,7 @@
-"""What a model's attention looks like, as numbers: by layer, by head, and as heat maps."""
+"""The attention of a model as numbers: by layer, by head, and as heat maps."""
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ from torch import Tensor
 from metafocus.diagnostics.measures import QUERIES, Measures
 from metafocus.diagnostics.tokens import SINKS
 from metafocus.errors import ProblemError
+from metafocus.files import finite, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,18 +32,18 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class AttentionProfile:
-    """Attention masses of every layer; made by `attention_profile`.
+    """The attention masses of every layer; made by `attention_profile`.
 
-    The measures as attributes (`sink_mass`, ...) are `[layers]`, means over answer queries and over
-    heads; `max_column_mass` is the largest column of the matrix averaged over heads.
+    The measures are attributes (`sink_mass`, ...) of shape `[layers]`, means over answer queries
+    and over heads. `max_column_mass` is the largest column of the matrix averaged over heads.
 
     Attributes:
         layers: `Measures` of shape `[layers]` for each set of queries in `QUERIES`.
-        heads: The same by head, `[layers, heads]`.
+        heads: The same measures by head, `[layers, heads]`.
         cells: Heat maps, `[layers, B, n, n]`; see `heatmap`.
         answers: Which tokens are answers, `[B, S]`.
-        length: Tokens in a row, `S`.
-        block: Tokens along the side of a cell.
+        length: The number of tokens in a row, `S`.
+        block: The number of tokens along the side of a cell.
     """
 
     layers: Mapping[str, Measures]
@@ -56,7 +55,7 @@ class AttentionProfile:
 
     @property
     def by_head(self) -> Measures:
-        """The measures over answer queries, each `[layers, heads]`."""
+        """The measures by head over answer queries, each `[layers, heads]`."""
         return self.heads["answer"]
 
     @property
@@ -66,7 +65,7 @@ class AttentionProfile:
 
     @property
     def context_engagement(self) -> Tensor:
-        """Mass on keys that are no answer, not the first key and not the query, `[layers]`."""
+        """Mass on keys that are not an answer, the first key or the query itself, `[layers]`."""
         return self.layers["answer"].context_engagement
 
     @property
@@ -76,12 +75,12 @@ class AttentionProfile:
 
     @property
     def max_column_mass(self) -> Tensor:
-        """The largest mean mass on one key, wherever it is: the moved-sink guard, `[layers]`."""
+        """The largest mean mass on one key, `[layers]`: it also finds a sink that has moved."""
         return self.layers["answer"].max_column_mass
 
     @property
     def max_column_index(self) -> Tensor:
-        """Where that key is in its document, `[layers]`; -1 without queries."""
+        """The index of that key in its document, `[layers]`; -1 without queries."""
         return self.layers["answer"].max_column_index
 
     @property
@@ -95,15 +94,15 @@ class AttentionProfile:
         return self.layers["answer"].effective_keys
 
     def sink(self, n: int = 1, queries: str = "answer", *, by_head: bool = False) -> Tensor:
-        """Mass on the first `n` keys of the document, over queries after them.
+        """Return the mass on the first `n` keys of the document, over queries after them.
 
         Args:
             n: 1 or 4.
             queries: "answer", "context" or "all".
-            by_head: Return `[layers, heads]` instead of `[layers]`.
+            by_head: Whether to return `[layers, heads]` instead of `[layers]`.
 
         Raises:
-            ProblemError: For another `n` or set of queries.
+            ProblemError: If `n` or `queries` is none of these.
         """
         if n not in SINKS or queries not in QUERIES:
             raise ProblemError(
@@ -115,24 +114,25 @@ class AttentionProfile:
 
     @property
     def middle(self) -> int:
-        """The layer that figures show if none is named."""
+        """The layer that figures show by default."""
         return len(self.cells) // 2
 
     def heatmap(self, layer: int | None = None, row: int = 0) -> Tensor:
-        """Mass from blocks of queries (rows) to blocks of keys (columns), mean over heads.
+        """Return the mass from blocks of queries (rows) to blocks of keys (columns).
 
-        Rows sum to 1 (less with learned sinks), whatever the size of the blocks. Up to 128 tokens
-        a block is one token and the map the mean attention matrix itself.
+        It is a mean over heads. Rows sum to 1 for any size of the blocks (with learned sinks they
+        sum to less). Up to 128 tokens a block is one token, and the map is the mean attention
+        matrix itself.
 
         Args:
-            layer: Default the middle one.
-            row: Of the batch.
+            layer: The layer; default the middle one.
+            row: The row of the batch.
 
         Returns:
-            `[n, n]`, `n = ceil(S / block) <= 128`; NaN rows where the queries are padding.
+            `[n, n]` with `n = ceil(S / block) <= 128`. Rows of padding are NaN.
 
         Raises:
-            ProblemError: For a layer or row that there is not.
+            ProblemError: If the layer or the row does not exist.
         """
         layer = self.middle if layer is None else layer
         layers, rows = self.cells.shape[:2]
@@ -144,7 +144,7 @@ class AttentionProfile:
         return self.cells[layer, row]
 
     def summary(self, queries: str = "answer") -> dict[str, float]:
-        """Each measure's mean over layers; without `max_column_index`, which has none."""
+        """Return the mean of each measure over layers, except of `max_column_index`."""
         return {
             name: float(value.mean())
             for name, value in self.layers[queries].items()
@@ -152,7 +152,7 @@ class AttentionProfile:
         }
 
     def table(self, queries: str = "answer") -> str:
-        """The measures by layer as text, with their means in the last line."""
+        """Return the measures by layer as text, with their means in the last line."""
         measures = dict(self.layers[queries].items())
         columns = [c for c in _COLUMNS if c[1] in measures]
         widths = [int(spec.split(".")[0].rstrip("d")) for _, _, spec in columns]
@@ -169,20 +169,20 @@ class AttentionProfile:
         return "\n".join([*lines, " mean  " + "  ".join(shown)])
 
     def plot(self, path: str | Path, *, layer: int | None = None, row: int = 0) -> None:
-        """Write masses by layer and one heat map as a figure; `.png`, `.svg` or `.pdf` by suffix.
+        """Write the masses by layer and one heat map as a figure.
 
         Args:
-            path: Of the file.
-            layer: Of the heat map, default the middle one.
-            row: Of the batch.
+            path: The file; its suffix is `.png`, `.svg` or `.pdf`.
+            layer: The layer of the heat map; default the middle one.
+            row: The row of the batch.
         """
-        # Imported here: the plots know profiles.
+        # Imported here, because the plots import this module.
         from metafocus.diagnostics.plots import plot_profile
 
         plot_profile(self, path, layer=layer, row=row)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the heat maps, as JSON takes it; NaN becomes None."""
+        """Return everything except the heat maps in a form for JSON; NaN becomes None."""
         found = {
             queries: {
                 name: {
@@ -197,10 +197,7 @@ class AttentionProfile:
 
     def to_json(self, path: str | Path) -> None:
         """Write `to_dict()` as JSON."""
-        # Under another name first: a file of this name is whole.
-        part = Path(f"{path}.part")
-        part.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
-        part.replace(path)
+        write_json(path, self.to_dict(), indent=1)
 
     def to_pandas(self) -> pd.DataFrame:
         """Return one line for each set of queries, layer and head; pandas must be installed."""
@@ -219,18 +216,20 @@ class AttentionProfile:
 
 @dataclass(frozen=True)
 class Moment:
-    """A profile at one time of the training: means over layers, over answer queries.
+    """A profile at one step of the training: means over layers and over answer queries.
+
+    `Measures` describes the measures.
 
     Attributes:
-        step: Outer steps taken so far.
-        sink_mass: And the next ones: see `Measures`.
-        context_engagement: Of answer queries.
-        needle_mass: None without evidence.
-        max_column_mass: The moved-sink guard.
+        step: The number of outer steps so far.
+        sink_mass: Mass on the first key.
+        context_engagement: Mass on the context.
+        needle_mass: Mass on the evidence; None without evidence.
+        max_column_mass: Mass on the heaviest key.
         entropy: In nats.
         effective_keys: `exp` of the entropy.
-        sink_by_layer: `sink_mass` before the mean.
-        engagement_by_layer: `context_engagement` before the mean.
+        sink_by_layer: `sink_mass` of each layer.
+        engagement_by_layer: `context_engagement` of each layer.
     """
 
     step: int
@@ -245,7 +244,7 @@ class Moment:
 
     @classmethod
     def of(cls, step: int, profile: AttentionProfile) -> Moment:
-        """Sum up a profile."""
+        """Return the means of a profile."""
         means = profile.summary()
         means.pop("sink_mass_4")
         return cls(
@@ -257,11 +256,6 @@ class Moment:
 
 
 def _plain(value: Tensor) -> Any:
-    def clean(x: Any) -> Any:
-        if isinstance(x, list):
-            return [clean(y) for y in x]
-        return None if isinstance(x, float) and not math.isfinite(x) else x
-
     if value.is_floating_point():
         value = torch.round(value, decimals=9)
-    return clean(value.tolist())
+    return finite(value.tolist())

@@ -1,4 +1,4 @@
-"""A forward pass whose attention is measured, layer by layer, while it runs as usual."""
+"""A forward pass that runs as usual, while the attention of each layer is measured."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from metafocus.adapters import NoAdapter
-from metafocus.attention.hugging_face import attend, attention_as, make_mask, register
-from metafocus.attention.kernels.kernel import Shape
+from metafocus.attention.hugging_face import attend, make_mask, register
+from metafocus.attention.kernels.kernel import Scaling
 from metafocus.diagnostics.measures import QUERIES, Measures, stack, summarise
 from metafocus.diagnostics.profile import AttentionProfile
-from metafocus.diagnostics.sums import walk_over
+from metafocus.diagnostics.sums import attention_sums
 from metafocus.diagnostics.tokens import Tokens, block_size
 from metafocus.errors import ProblemError
 from metafocus.lm import Adapter, Batch, all_tokens, lm_loss
 from metafocus.lm.hf import heads
+from metafocus.lm.hf.attention import attention_as, replaceable
 from metafocus.masks import MaskPolicy
 from metafocus.masks.spans import Spans, windowed
+from metafocus.precision import no_autocast
 
 NAME = "metafocus_recorded"
 _PREPARED = ("model_inputs", "scored", "hidden")
@@ -34,21 +36,23 @@ def attention_profile(
     adapter: Adapter | None = None,
     fast: Mapping[str, Tensor] | None = None,
 ) -> AttentionProfile:
-    """Return where each layer and head looks, in one forward pass without gradients.
+    """Return where each layer and head attends, from one forward pass without gradients.
 
-    `AttentionProfile` says what is measured. The probabilities are recomputed from the queries and
-    keys of each layer, a block of queries at a time, within the spans of the mask narrowed by the
-    layer's sliding window, with the model's own scale, soft cap and learned sinks; those of all
-    pairs of tokens are never in memory together. The model runs in evaluation mode meanwhile,
-    with the attention of `mf.attention` whatever its `attn_implementation` is.
+    `AttentionProfile` describes the measures. The probabilities are computed again from the
+    queries and keys of each layer, one block of queries at a time. They use the spans of the mask,
+    narrowed by the layer's sliding window, and the model's own scale, soft cap and learned sinks.
+    The probabilities of all pairs of tokens are never in memory together. The model runs in
+    evaluation mode, with the attention of `mf.attention` for any `attn_implementation`.
 
     Args:
-        model: A Hugging Face causal language model that takes attention functions of others.
-        batch: `input_ids` and `answer_mask` `[B, S]`, what the mask needs, and optionally
-            `needle_mask`: True on the evidence for the answers. `metafocus.data.collate` makes it.
-        mask: Which keys each query sees, such as the one that the model was trained with.
-        adapter: What `fast` belongs to.
-        fast: Fast weights that the model is to see, such as `Aux.params`.
+        model: A Hugging Face causal language model that accepts attention functions of other
+            libraries.
+        batch: `input_ids` and `answer_mask` `[B, S]`, the tensors that the mask needs, and
+            optionally `needle_mask`, True on the evidence for the answers.
+            `metafocus.data.collate` makes batches.
+        mask: Which keys each query sees, such as the mask that the model was trained with.
+        adapter: The adapter that `fast` belongs to.
+        fast: The fast weights that the model uses, such as `Aux.params`.
 
     Returns:
         The profile; its tensors are on the CPU.
@@ -76,7 +80,7 @@ def attention_profile(
             f"{given} is given without {missing}: give both, for a profile with fast weights, or "
             "neither."
         )
-    config = _config(model)
+    config = replaceable(model)
     adapter, fast = adapter or NoAdapter(), dict(fast or {})
     device = next(model.parameters()).device
     raw = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
@@ -89,9 +93,10 @@ def attention_profile(
             loss = lm_loss(model, adapter=adapter, mask=mask, tokens=all_tokens)
             inputs = loss.prepare(raw)["model_inputs"]
         with adapter.bind(model, fast), attention_as(config, NAME):
-            # Up to the head only: logits of a long context would take more memory than the rest.
+            # The model runs up to its head only. The logits of a long context would take more
+            # memory than everything else.
             heads.read_hidden(
-                model.get_output_embeddings(),  # pyright: ignore
+                heads.output_head(model),
                 lambda: model(**inputs, attention_recorder=recorder),
                 lambda head, hidden: hidden[:, :1],
             )
@@ -104,10 +109,10 @@ def attention_profile(
 
 
 class Recorder:
-    """Measures the layers that call it, in the order of their calls; made anew for each profile.
+    """Measures the layers that call it, in the order of their calls; each profile has its own.
 
     Args:
-        tokens: Roles of the tokens.
+        tokens: The roles of the tokens.
     """
 
     def __init__(self, tokens: Tokens):
@@ -116,18 +121,18 @@ class Recorder:
         self.cells: list[Tensor] = []
 
     def __call__(
-        self, q: Tensor, k: Tensor, spans: Spans, shape: Shape, sinks: Tensor | None
+        self, q: Tensor, k: Tensor, spans: Spans, scaling: Scaling, sinks: Tensor | None
     ) -> None:
-        """Measure one layer; see `walk_over`."""
+        """Measure one layer; see `attention_sums`."""
         spans = Spans(*(x.expand(len(q), -1) for x in spans))
-        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-            sums = walk_over(q, k, spans, shape, sinks, self.tokens)
+        with torch.no_grad(), no_autocast(q.device):
+            sums = attention_sums(q, k, spans, scaling, sinks, self.tokens)
             found = [summarise(sums, self.tokens, i) for i in range(len(QUERIES))]
         self.layers.append(found)
         self.cells.append(sums.cells.float().cpu())
 
     def profile(self) -> AttentionProfile:
-        """Put the layers together."""
+        """Return the profile of all measured layers."""
         both = {
             name: [stack([layer[i][part] for layer in self.layers]).cpu() for part in (0, 1)]
             for i, name in enumerate(QUERIES)
@@ -153,18 +158,18 @@ def recorded(
     attention_recorder: Recorder,
     **settings: Any,
 ) -> tuple[Tensor, None]:
-    """Attend in one layer as `attend` does, and let the recorder see it.
+    """Attend in one layer as `attend` does, and pass its inputs to the recorder.
 
     Args:
-        module: As of `attend`, like all that is not said here.
+        module: The layer.
         query: `[B, H, S, D]`.
         key: `[B, Hkv, S, D]`.
         value: `[B, Hkv, S, Dv]`.
         attention_mask: Stacked spans `[B, 1, S, 2]`.
-        attention_recorder: What measures.
-        settings: Of the layer, as transformers passes them to `attend`.
+        attention_recorder: The recorder, which measures the layer.
+        settings: The settings of the layer, as transformers passes them to `attend`.
     """
-    # It refuses what spans cannot serve, so that only what is measured is left.
+    # `attend` refuses what spans cannot express, so everything that passes can be measured.
     out = attend(module, query, key, value, attention_mask, backend="auto", **settings)
     assert attention_mask is not None
     spans, window = Spans.unstack(attention_mask), settings.get("sliding_window")
@@ -172,8 +177,8 @@ def recorded(
         spans = windowed(spans, window)
     scaling = settings.get("scaling")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    shape = Shape(scale, settings.get("softcap"))
-    attention_recorder(query, key, spans, shape, settings.get("s_aux"))
+    scaling = Scaling(scale, settings.get("softcap"))
+    attention_recorder(query, key, spans, scaling, settings.get("s_aux"))
     return out
 
 
@@ -185,18 +190,9 @@ def _register() -> None:
     AttentionMaskInterface.register(NAME, make_mask)
 
 
-def _config(model: nn.Module) -> Any:
-    if not getattr(model, "_supports_attention_backend", False) or not hasattr(model, "config"):
-        raise ProblemError(
-            f"model {type(model).__name__} does not let its attention be replaced; profiles need a "
-            "Hugging Face model that takes attention functions, such as Qwen2, Llama or Gemma."
-        )
-    return model.config.get_text_config()  # pyright: ignore
-
-
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch dropout and checkpointing off inside a `with` block, and every module back after."""
+    """Switch dropout and checkpointing off inside a `with` block; restore every module after it."""
     before = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

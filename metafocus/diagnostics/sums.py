@@ -1,4 +1,4 @@
-"""One pass over an attention matrix, tile by tile: what every query and every key adds up to."""
+"""One pass over an attention matrix, tile by tile, with sums for every query and every key."""
 
 from __future__ import annotations
 
@@ -6,31 +6,32 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, reduce
 from torch import Tensor
 
-from metafocus.attention.kernels.kernel import Shape
+from metafocus.attention.kernels.kernel import QKV, Scaling
+from metafocus.attention.kernels.tiled_inputs import TiledInputs, put_rows
 from metafocus.attention.kernels.tiles import Tile
-from metafocus.attention.kernels.walk import Walk, put_rows
 from metafocus.diagnostics.tokens import Tokens, block_size
 from metafocus.masks.spans import Spans
 
 FIRST, FEW, CONTEXT, NEEDLE, ENTROPY, EFFECTIVE = range(6)
-"""The columns of `Sums.rows`; the first four are those of `Tokens.keys`."""
+"""The columns of `Sums.rows`. The first four are those of `Tokens.keys`."""
 
 LOWEST = -1e4
-"""A log-probability whose exponential is 0 in every type, unlike that of -inf times 0."""
+"""A log-probability whose exponential is 0 in every type. Unlike -inf, its product with 0 is 0."""
 
 
 class Sums(NamedTuple):
-    """The sums over the attention matrix `p` of a layer; no part of it is of size `S x S`.
+    """The sums over the attention matrix `p` of a layer. No tensor has the size `S x S`.
 
     Attributes:
-        rows: `[B, H, S, 6]`: of each query, the mass on four sets of keys, the entropy and the
+        rows: `[B, H, S, 6]`: for each query the mass on four sets of keys, the entropy, and the
             effective number of keys.
-        columns: `[B, H, 3, S]`: of each key, the mass that the members of each set of queries put
+        columns: `[B, H, 3, S]`: for each key the mass that the members of each set of queries put
             on it.
-        cells: `[B, n, n]`: mass from a block of queries to a block of keys, mean over the heads
-            and over the block's queries; NaN where a block has padding only.
+        cells: `[B, n, n]`: the mass from a block of queries to a block of keys, as a mean over
+            heads and over the queries of the block. NaN if a block has only padding.
     """
 
     rows: Tensor
@@ -38,58 +39,59 @@ class Sums(NamedTuple):
     cells: Tensor
 
 
-def walk_over(
-    q: Tensor, k: Tensor, spans: Spans, shape: Shape, sinks: Tensor | None, tokens: Tokens
+def attention_sums(
+    q: Tensor, k: Tensor, spans: Spans, scaling: Scaling, sinks: Tensor | None, tokens: Tokens
 ) -> Sums:
-    """Recompute the probabilities from `q` and `k`, a block of queries at a time, and sum them up.
+    """Compute the probabilities from `q` and `k`, one block of queries at a time, and sum them up.
 
     Args:
         q: `[B, H, S, D]`.
         k: `[B, Hkv, S, D]`.
         spans: `[B, S]`.
-        shape: Scale and soft cap.
-        sinks: `[H]`, logits without a key that the model has learned, or None.
-        tokens: Roles of the tokens.
+        scaling: The scale and the soft cap.
+        sinks: `[H]`, learned logits that belong to no key, or None.
+        tokens: The roles of the tokens.
     """
-    # The values play no part: any tensor of the right heads will do.
-    walk = Walk.over(q, k, k, spans, shape)
-    batch, heads, group, length, _ = walk.q.shape
+    # The values are not used: any tensor with the right number of heads will do.
+    tiled = TiledInputs.of(QKV(q, k, k), spans, scaling)
+    batch, heads, group, length, _ = tiled.q.shape
     size = block_size(length)
     side = -(-length // size)
-    rows = walk.empty(EFFECTIVE + 1)
-    columns = walk.q.new_zeros(batch, heads, group, tokens.queries.shape[1], length)
-    cells = walk.q.new_zeros(batch, side, side)
-    members, weights = tokens.queries.to(walk.q.dtype), tokens.keys.to(walk.q.dtype)
-    for tile in walk.tiles():
-        p, entropy = _probabilities(walk, tile, sinks)
+    rows = tiled.empty(EFFECTIVE + 1)
+    columns = tiled.q.new_zeros(batch, heads, group, tokens.queries.shape[1], length)
+    cells = tiled.q.new_zeros(batch, side, side)
+    members, weights = tokens.queries.to(tiled.q.dtype), tokens.keys.to(tiled.q.dtype)
+    for tile in tiled.tiles():
+        p, entropy = _probabilities(tiled, tile, sinks)
         mass = p @ weights[tile.rows, None, None, tile.keys]
         mass[..., CONTEXT] -= _to_itself(p, tile, weights[..., CONTEXT])
         found = torch.cat((mass, entropy, entropy.exp()), -1)
-        put_rows(rows, tile, found.flatten(2, 3))
+        put_rows(rows, tile, rearrange(found, "b kv g q n -> b kv (g q) n"))
         chosen = members[tile.rows, None, None, :, tile.queries]
         columns[tile.rows, tile.heads, :, :, tile.keys] += chosen @ p
         _add_cells(cells[tile.rows], p.sum((1, 2)), tile, size)
     counts = _blocks(tokens.valid.to(cells.dtype), 0, size).unsqueeze(-1) * heads * group
     cells = torch.where(counts > 0, cells / counts.clamp(min=1), torch.nan)
-    return Sums(rows.flatten(1, 2), columns.flatten(1, 2), cells)
+    rows = rearrange(rows, "b kv g s n -> b (kv g) s n")
+    return Sums(rows, rearrange(columns, "b kv g n s -> b (kv g) n s"), cells)
 
 
-def _probabilities(walk: Walk, tile: Tile, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Probabilities `[B, Hkv, G, queries, keys]` and the entropy of each row `[..., 1]`."""
-    group = walk.q.shape[2]
-    z = walk.logits(tile)[0].unflatten(-2, (group, -1))
+def _probabilities(tiled: TiledInputs, tile: Tile, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return probabilities `[B, Hkv, G, queries, keys]` and the entropy of each row `[..., 1]`."""
+    group = tiled.q.shape[2]
+    z = rearrange(tiled.logits(tile)[0], "b kv (g q) k -> b kv g q k", g=group)
     total = torch.logsumexp(z, -1, keepdim=True)
     if sinks is not None:
-        learned = sinks.to(z.dtype).view(-1, group)[tile.heads]
-        total = torch.logaddexp(total, learned[:, :, None, None])
-    # A query without keys has no mass anywhere.
+        learned = rearrange(sinks.to(z.dtype), "(kv g) -> kv g 1 1", g=group)
+        total = torch.logaddexp(total, learned[tile.heads])
+    # A query without keys puts no mass anywhere.
     logp = z.sub_(total.masked_fill(total == -torch.inf, 0.0))
     p = logp.exp()
     return p, logp.clamp_(min=LOWEST).mul_(p).sum(-1, keepdim=True).neg_()
 
 
 def _to_itself(p: Tensor, tile: Tile, weight: Tensor) -> Tensor:
-    """The mass that each query puts on itself, where its own key counts, `[..., queries]`."""
+    """Return the mass that each query puts on itself, if its own key counts, `[..., queries]`."""
     here = torch.arange(tile.queries.start, tile.queries.stop, device=p.device) - tile.keys.start
     seen = (here >= 0) & (here < p.shape[-1])
     index = here.clamp(0, p.shape[-1] - 1).expand(p.shape[:-1]).unsqueeze(-1)
@@ -108,4 +110,4 @@ def _blocks(x: Tensor, start: int, size: int) -> Tensor:
     """Sum the last dimension, which begins at token `start`, over blocks of `size` tokens."""
     before = start % size
     after = -(before + x.shape[-1]) % size
-    return F.pad(x, (before, after)).unflatten(-1, (-1, size)).sum(-1)
+    return reduce(F.pad(x, (before, after)), "... (n size) -> ... n", "sum", size=size)

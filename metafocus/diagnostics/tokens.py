@@ -1,4 +1,4 @@
-"""What each token of a batch is to a profile: query, sink, context, evidence; its document."""
+"""The role of each token of a batch in a profile: query, sink, context or evidence."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from metafocus.lm import Batch, all_tokens, answer_tokens
 from metafocus.masks.rows import take
 
 SINKS = (1, 4)
-"""How many first tokens of a document count as the sink."""
+"""How many tokens at the start of a document count as the sink."""
 
 MOST_CELLS = 128
-"""Cells of a heat map along each side, at most."""
+"""The largest number of cells along each side of a heat map."""
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Roles of the tokens `[B, S]` of a batch.
+    """The roles of the tokens `[B, S]` of a batch.
 
     Attributes:
-        valid: Not padding.
-        position: Index inside the document, 0 on padding.
-        document: Number of the document, counted over the batch; `documents` on padding.
-        documents: How many there are.
+        valid: Whether a token is not padding.
+        position: Its index in the document, 0 on padding.
+        document: The number of its document, counted over the batch; `documents` on padding.
+        documents: The number of documents.
         queries: `[B, 3, S]`, the members of each of `measures.QUERIES`.
-        keys: `[B, S, 4]`, 1 on the keys whose mass is summed: first, first four, context without
-            the first, evidence.
-        needle: Evidence, or None if the batch has no `needle_mask`.
+        keys: `[B, S, 4]`, 1 on the keys whose mass is summed: the first key, the first four, the
+            context without the first key, the evidence.
+        needle: Whether it is evidence. None if the batch has no `needle_mask`.
     """
 
     valid: Tensor
@@ -44,10 +44,10 @@ class Tokens:
 
     @classmethod
     def of(cls, batch: Batch) -> Tokens:
-        """Read the roles off a batch.
+        """Return the roles of the tokens of a batch.
 
         Raises:
-            ProblemError: Without `answer_mask`.
+            ProblemError: If `answer_mask` is missing.
             DataError: If `needle_mask` has another shape than `input_ids`.
         """
         take(batch, "input_ids", "a profile")
@@ -78,11 +78,11 @@ class Tokens:
         )
 
     def per_document(self, value: Tensor) -> Tensor:
-        """Sum `[B, S]` numbers over each document, `[documents]`."""
+        """Return the sum of `[B, S]` numbers over each document, `[documents]`."""
         sums = value.new_zeros(self.documents + 1)
         return sums.index_add(0, self.document.flatten(), value.flatten())[:-1]
 
 
 def block_size(length: int) -> int:
-    """Tokens along the side of one cell of a heat map."""
+    """Return the number of tokens along the side of one cell of a heat map."""
     return -(-length // MOST_CELLS)

@@ -12,6 +12,7 @@ from torch import Tensor
 from metafocus import params as pt
 from metafocus.autodiff.hvp import evaluated_for
 from metafocus.estimators.attached import Point, System, first_only, once
+from metafocus.estimators.watched import HESSIAN, Watched
 from metafocus.solvers.descent import count
 from metafocus.types import HVP, InnerLoss, LinearSolver, Params, Solver
 
@@ -55,8 +56,10 @@ class EachProduct(System):
 
             return self.hvp(evaluated_for(self.hvp, loss), fixed.fast, at)[1]
 
+        solve = Watched(self.solve)
         with torch.no_grad():
-            solved = self.solve(lambda d: linearised()(d)[0], right)
+            solved = solve(lambda d: linearised()(d)[0], right)
+            solve.warn("Implicit", "the Hessian", solved, 1.0, HESSIAN)
             grads = [-g for g in linearised()(solved)[1]]
         return once(self.name, grads, reasons)
 

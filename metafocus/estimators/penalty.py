@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metafocus import params as pt
 from metafocus.autodiff.grad import value_and_grad
-from metafocus.autodiff.safe_operators.swapping import Swapped
+from metafocus.autodiff.safe_operators.swapping import differentiable_once
 from metafocus.checks import positive
 from metafocus.errors import ProblemError
 from metafocus.estimators.attached import (
@@ -49,6 +49,9 @@ class Penalty(Estimator):
     nearly equal are subtracted, so rounding adds about `strength` times the rounding unit: in
     float32, strengths of 10 to 1000 times `|v|` do well. This is F2SA and ScaleBiO with the
     outer loss in the penalty replaced by its tangent, which is all that an estimator sees.
+
+    A difference sees through `detach()`: where inner_loss detaches something that depends on the
+    fast weights (Meta-Weight-Net), the result is another one than on the tape, for any strength.
 
     Args:
         strength: the larger, the smaller the nudge. It is the size of `v / strength` that
@@ -131,17 +134,9 @@ class _Nudged(System):
         self.central = settings.central
         self.nudging = nudging
 
-        def replaying(inner_loss: InnerLoss) -> InnerLoss:
-            def loss(*args: Any) -> Tensor:
-                # First derivatives: only what would be silently wrong is swapped.
-                with Swapped(once=True):
-                    return inner_loss(*args)
-
-            # One random draw for all gradients that are compared.
-            return replayed(loss, self.inputs)
-
-        self.descended = replaying(inner_loss)
-        self.loss = replaying(self.at_solution)
+        # First derivatives, and one random draw for all gradients that are compared.
+        self.descended = replayed(differentiable_once(inner_loss), self.inputs)
+        self.loss = replayed(differentiable_once(self.at_solution), self.inputs)
 
     def inspect(self, start: Params, point: Point) -> None:
         warn_if_large(

@@ -15,6 +15,7 @@ from metafocus.autodiff.grad import pullback
 from metafocus.autodiff.hvp import evaluated_for, hvp_reverse
 from metafocus.autodiff.recompute import recompute
 from metafocus.checks import whole
+from metafocus.solvers import Given
 from metafocus.solvers.descent import (
     count,
     descend,
@@ -35,6 +36,9 @@ class FirstOrder(Estimator):
     loss by the fast weights. First-order MAML (arXiv 1703.03400, section 5.2) and the official
     FocuSFT. With a `path`, every iterate is tied to the start in this way.
 
+    Raises:
+        ProblemError: at the call, for `mf.Given`: its solution does not depend on the start.
+
     Example:
         >>> FirstOrder()
         FirstOrder()
@@ -51,6 +55,8 @@ class FirstOrder(Estimator):
         path: tuple[int, ...] = (),
     ) -> Solution:
         """Run the inner loop without a graph; tie what it reaches to the start."""
+        if isinstance(solver, Given):
+            raise solver.without_steps()
         found = solve_inner(inner_loss, solver, start, outer, support, path)
         tied = tuple(tied_to(start, fast) for fast in found.path)
         return Solution(tied_to(start, found.params), found.losses, tied)
@@ -113,6 +119,11 @@ class Unrolled(Estimator):
         """Whether derivatives flow through explicit tensors only."""
         return self.last != 0 and (bool(self.recompute) or self.hvp is not hvp_reverse)
 
+    @property
+    def twice(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the gradient of the inner loss is differentiated."""
+        return self.last != 0 and not getattr(self.hvp, "first_order", False)
+
     def __call__(
         self,
         inner_loss: InnerLoss,
@@ -131,7 +142,10 @@ class Unrolled(Estimator):
             params, state, losses, kept = descend(
                 inner_loss,
                 solver,
-                *pt.detach((start, state, outer, support)),
+                pt.detach(start),
+                pt.detach(state),
+                pt.detach(outer),
+                pt.detach(support),
                 range(head),
                 differentiable=False,
                 path=path,

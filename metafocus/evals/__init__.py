@@ -1,4 +1,4 @@
-"""Long-context questions made by code, and their scorers: BABILong and RULER."""
+"""Long-context questions that are made by code, and their scorers: BABILong and RULER."""
 
 from metafocus.evals import babilong, ruler
 from metafocus.evals.intervals import wilson

@@ -1,4 +1,4 @@
-"""The largest haystack that a number of tokens holds."""
+"""Finds the largest text that fits into a number of tokens."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ def largest(
 ) -> int | None:
     """Return a large n in [least, most] with `size(n) <= limit`, or None if `least` is too much.
 
-    Sizes grow about linearly in n, so a secant finds the place and every third step halves the
-    bracket. The n returned was measured to fit, also where sizes are not quite monotone. The
-    search ends early within `slack` of the limit.
+    Sizes grow almost linearly in n, so the search uses secants, and every third step halves the
+    bracket. The returned n was measured to fit, even if sizes are not exactly monotone. The search
+    ends early if a size is within `slack` of the limit.
 
     Example:
         >>> from metafocus.evals.fit import largest

@@ -1,8 +1,8 @@
-"""lm-evaluation-harness: our checkpoints in it, and our questions as tasks of it.
+"""Runs checkpoints in lm-evaluation-harness, and exports questions as tasks for it.
 
-A checkpoint is a plain Hugging Face directory, so the harness needs nothing from us to load one.
-`run_tasks` is its Python API with the settings that a report needs; `export_tasks` writes
-questions as a folder of tasks that any installation of the harness takes by `--include_path`.
+A checkpoint is a plain Hugging Face directory, so the harness can load it directly. `run_tasks`
+calls its Python API with the settings that a report needs. `export_tasks` writes questions as a
+folder of tasks that any installation of the harness reads with `--include_path`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from metafocus.errors import DataError
 from metafocus.evals.items import Item
 from metafocus.evals.report import length_name
 from metafocus.evals.results import SCORERS, score
+from metafocus.files import write_json_lines, write_whole
 
 VERSION = 1.0
-"""Of the exported tasks: it changes when their prompts or scores do."""
+"""The version of the exported tasks; it changes if their prompts or scores change."""
 
-# Beside the tasks, so that the folder can be moved; the harness finds functions by files only.
+# This file is next to the tasks, so that the folder can be moved: the harness finds functions by
+# their file.
 _SCORING = """\
 # Questions and scores of the tasks in this folder; needs metafocus.
 from functools import partial
@@ -37,20 +39,20 @@ process_results = harness.process_results
 def export_tasks(items: Iterable[Item], directory: str | Path) -> list[str]:
     """Write questions as tasks of lm-evaluation-harness: one for each suite, task and length.
 
-    A task is a YAML file and its questions in JSON lines, called such as
-    `metafocus_babilong_qa1_4k`. The prompts, the words an answer begins with, the numbers
-    of new tokens and the scorers are those of `metafocus eval`, so that the same greedy answers
-    get the same scores. `scoring.py` beside them imports metafocus.
+    A task is a YAML file and a file of questions in JSON lines, with names such as
+    `metafocus_babilong_qa1_4k`. The prompts, the first words of an answer, the numbers of new
+    tokens and the scorers are those of `metafocus eval`, so the same greedy answers get the same
+    scores. The file `scoring.py` in the same folder imports metafocus.
 
     Args:
-        items: what the generators made.
-        directory: made if it does not exist; tasks of the same names are replaced.
+        items: the questions that the generators made.
+        directory: it is created if it does not exist. Tasks of the same names are replaced.
 
     Returns:
         The names of the tasks.
 
     Raises:
-        DataError: no items.
+        DataError: if there are no items.
 
     Example:
         >>> import tempfile
@@ -66,14 +68,13 @@ def export_tasks(items: Iterable[Item], directory: str | Path) -> list[str]:
         raise DataError("items is empty: pass what a generator of metafocus.evals made")
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "scoring.py").write_text(_SCORING)
+    write_whole(folder / "scoring.py", _SCORING)
     names = []
     for (suite, task, length), group in groups.items():
         name = f"metafocus_{suite}_{task}_{length_name(length)}"
-        with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
-            for item in group:
-                file.write(json.dumps({**item.record(), "prompt": item.prompt}) + "\n")
-        (folder / f"{name}.yaml").write_text(_yaml(name, group[0]))
+        records = ({**item.record(), "prompt": item.prompt} for item in group)
+        write_json_lines(folder / f"{name}.jsonl", records)
+        write_whole(folder / f"{name}.yaml", _yaml(name, group[0]))
         names.append(name)
     return names
 
@@ -107,14 +108,14 @@ metadata:
 
 
 def load(folder: Path, *, name: str, **_: Any) -> dict[str, Any]:
-    """Return the questions of a task, as the harness asks for them."""
+    """Return the questions of a task in the form that the harness needs."""
     datasets = importlib.import_module("datasets")
     with (folder / f"{name}.jsonl").open(encoding="utf-8") as file:
         return {"test": datasets.Dataset.from_list([json.loads(line) for line in file])}
 
 
 def process_results(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """Return each scorer's verdict on the answer to a question, as the harness asks for it."""
+    """Return the score of an answer by each scorer, in the form that the harness needs."""
     known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in doc.items()}
     return score(Item(**known), results[0])
 
@@ -136,24 +137,24 @@ def run_tasks(
 
     Args:
         model: a directory that `save_pretrained` wrote, or a hub id.
-        tasks: names of tasks: those of `export_tasks`, or any the harness has.
-        include_path: the folder of `export_tasks`. Then only its tasks are known, which spares
-            the harness reading thousands of others.
-        output: a JSON file for the report; its folder is made.
-        limit: questions of each task, None for all.
-        batch_size: prompts at a time.
-        device: such as "cuda".
-        dtype: of the weights.
-        seed: of all random states that the harness sets.
-        metadata: such as `{"max_seq_lengths": [4096], "pretrained": "..."}` for RULER.
+        tasks: the names of the tasks: those of `export_tasks`, or any task of the harness.
+        include_path: the folder of `export_tasks`. Then only its tasks are known, and the harness
+            need not read thousands of others.
+        output: a JSON file for the report; its folder is created.
+        limit: the number of questions of each task; None for all.
+        batch_size: the number of prompts in a batch.
+        device: a device such as "cuda".
+        dtype: the type of the weights.
+        seed: the seed of all random states that the harness sets.
+        metadata: for RULER, for example `{"max_seq_lengths": [4096], "pretrained": "..."}`.
 
     Returns:
         `results` by task with their standard errors, `versions` of the tasks, `n_samples`,
         `samples` with every answer, `configs`, and under `metafocus` the settings and versions of
-        this run. The file holds all but the samples' prompts.
+        this run. The file holds everything except the prompts of the samples.
 
     Raises:
-        DataError: lm-eval is not installed, or no tasks are named.
+        DataError: if lm-eval is not installed, or if no task is named.
     """
     if isinstance(tasks, str) or not tasks:
         raise DataError(f"tasks={tasks!r}: pass a list with at least one name of a task")
@@ -194,7 +195,7 @@ def run_tasks(
         path = Path(output)
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = {**report, "samples": {k: [_short(s) for s in v] for k, v in _samples(report)}}
-        path.write_text(json.dumps(kept, indent=1, default=str) + "\n")
+        write_whole(path, json.dumps(kept, indent=1, default=str) + "\n")
     return report
 
 
@@ -230,7 +231,7 @@ def _samples(report: dict[str, Any]) -> Iterable[tuple[str, list[dict[str, Any]]
 
 
 def _short(sample: dict[str, Any]) -> dict[str, Any]:
-    """A sample without its long prompt."""
+    """Return a sample without its long prompt."""
     kept = {k: v for k, v in sample.items() if k not in ("doc", "arguments")}
     doc = {k: v for k, v in sample["doc"].items() if k != "prompt"}
     return {**kept, "doc": doc}

@@ -1,4 +1,4 @@
-"""How far a measured share can be from the true one."""
+"""Confidence intervals of a measured share."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ def wilson(share: float, n: int, confidence: float = 0.95) -> tuple[float, float
 
     .. math:: \frac{p + z^2/2n \pm z \sqrt{p(1-p)/n + z^2/4n^2}}{1 + z^2/n}
 
-    For scores between 0 and 1 that are not only 0 or 1, p(1 - p) is the largest variance their
-    mean allows: the interval is then too wide rather than too narrow.
+    If scores may also lie between 0 and 1, p(1 - p) is the largest possible variance for their
+    mean. The interval is then too wide rather than too narrow.
 
     Raises:
-        DataError: a share outside [0, 1], no trials, or a confidence outside (0, 1).
+        DataError: if the share is outside [0, 1], if there are no trials, or if the confidence is
+            outside (0, 1).
 
     Example:
         >>> from metafocus.evals.intervals import wilson
@@ -33,7 +34,7 @@ def wilson(share: float, n: int, confidence: float = 0.95) -> tuple[float, float
     middle = share + z * z / (2 * n)
     reach = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
-    # At 0 and 1 the edge is exact, but not in floating point.
+    # At 0 and 1 the bound is exactly 0 or 1, but floating point gives another value.
     low = 0.0 if share == 0 else (middle - reach) / scale
     high = 1.0 if share == 1 else (middle + reach) / scale
     return max(low, 0.0), min(high, 1.0)

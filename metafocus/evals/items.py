@@ -1,15 +1,16 @@
-"""One question of an evaluation: its prompt, its references and where the evidence stands."""
+"""One question of an evaluation: its prompt, its references, and the places of the evidence."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from metafocus.checks import whole
 from metafocus.data import encode_chat
 from metafocus.errors import DataError
+from metafocus.files import write_json_lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,11 +22,11 @@ Count = Callable[[str], int]
 class Item:
     """A question with its long context, as a prompt for evaluation and as a chat for training.
 
-    `prompt` is the whole user message and `answer_prefix` the words that the answer is made to
-    begin with (empty for BABILong). `answer` is the assistant message to train on, prefix
-    included. `evidence` are character spans [start, stop) of the prompt, and `depths` says for
-    each of them where it begins in the context, from 0 to 1. Where `aligned`, evidence i supports
-    reference i. `labels` are the words that the official BABILong scorer chooses from.
+    `prompt` is the whole user message. `answer_prefix` holds the words that the answer must begin
+    with (it is empty for BABILong). `answer` is the assistant message for training, including the
+    prefix. `evidence` has character spans [start, stop) of the prompt, and `depths` says for each
+    of them where it begins in the context, from 0 to 1. If `aligned`, evidence i supports reference
+    i. `labels` has the words that the official BABILong scorer looks for.
     """
 
     suite: str
@@ -56,7 +57,7 @@ class Item:
         }
 
     def record(self) -> dict[str, Any]:
-        """Return what identifies and scores the question, without the long prompt."""
+        """Return everything except the long prompt, as needed for scoring."""
         found = asdict(self)
         del found["prompt"]
         return found
@@ -74,14 +75,12 @@ def token_windows(item: Item, tokenizer: PreTrainedTokenizerBase) -> list[tuple[
 
 
 def write_chats(items: Iterable[Item], path: str | Path) -> None:
-    """Write the items as training chats, one JSON object a line."""
-    with Path(path).open("w", encoding="utf-8") as file:
-        for item in items:
-            file.write(json.dumps(item.chat()) + "\n")
+    """Write the items as training chats, one JSON object per line."""
+    write_json_lines(path, (item.chat() for item in items))
 
 
 def counter(tokenizer: PreTrainedTokenizerBase | Count) -> Count:
-    """Return what counts the tokens of a string, given a tokenizer or such a function."""
+    """Return a function that counts tokens, from a tokenizer or from such a function."""
     if not hasattr(tokenizer, "encode"):
         return tokenizer  # pyright: ignore[reportReturnType]
     encode: Any = tokenizer
@@ -89,14 +88,12 @@ def counter(tokenizer: PreTrainedTokenizerBase | Count) -> Count:
 
 
 def check_request(tasks: tuple[str, ...], task: str, length: int, n: int) -> None:
-    """Refuse what no generator can make.
+    """Raise for a request that no generator can serve.
 
     Raises:
-        DataError: an unknown task, a negative length or no samples.
+        DataError: if the task is unknown, the length is negative, or `n` is below 1.
     """
     if task not in tasks:
         raise DataError(f"task={task!r} is unknown: use one of {', '.join(tasks)}")
-    if length < 0:
-        raise DataError(f"length={length} is negative: pass a number of tokens")
-    if n < 1:
-        raise DataError(f"n={n}: ask for at least one sample")
+    whole("length", length, error=DataError)
+    whole("n", n, 1, error=DataError)

@@ -1,4 +1,4 @@
-"""Sentences to hide facts in: a text file of the user's, or the documentation of Python."""
+"""Sentences that facts are hidden in: from a text file, or from the documentation of Python."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from metafocus.data import stdlib_qa
 from metafocus.errors import DataError
 
 _END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]?[A-Z])")
-_SHORTEST, _LONGEST = 10, 100  # words: as many tokens at least, BABILong's bound
+_SHORTEST, _LONGEST = 10, 100  # words; BABILong's bound is the same number of tokens
 
 
 @dataclass(frozen=True)
 class Prose:
-    """Sentences in their order, each of 10 to 100 words."""
+    """Sentences of 10 to 100 words, in the order of their text."""
 
     sentences: tuple[str, ...]
 
     def without(self, words: Iterable[str]) -> Prose:
-        """Return the sentences that contain none of the words, whatever their case.
+        """Return the sentences that contain none of the words; the case does not matter.
 
         Raises:
-            DataError: if none is left.
+            DataError: if no sentence is left.
 
         Example:
             >>> from metafocus.evals.prose import Prose
@@ -40,17 +40,17 @@ class Prose:
         return Prose(kept)
 
     def stretch(self, start: int, n: int) -> list[str]:
-        """Return n sentences in a row from one of them on; a text that ends begins again."""
+        """Return n sentences in a row from number `start`; after the last one the text repeats."""
         size = len(self.sentences)
         return [self.sentences[(start + i) % size] for i in range(n)]
 
     def place(self, rng: random.Random) -> int:
-        """Return a random sentence's number."""
+        """Return the number of a random sentence."""
         return rng.randrange(len(self.sentences))
 
 
 def split_sentences(text: str) -> list[str]:
-    """Return the sentences of 10 to 100 words; headings and lines of code are no sentences.
+    """Return the sentences of 10 to 100 words, without headings and lines of code.
 
     Example:
         >>> from metafocus.evals.prose import split_sentences
@@ -70,7 +70,7 @@ def prose_from_file(path: str | Path) -> Prose:
     """Return the sentences of a UTF-8 text file, such as a book.
 
     Raises:
-        DataError: no such file, not UTF-8, or no sentence of 10 to 100 words in it.
+        DataError: if the file does not exist, is not UTF-8, or has no sentence of 10 to 100 words.
     """
     path = Path(path)
     if not path.is_file():
@@ -86,10 +86,13 @@ def prose_from_file(path: str | Path) -> Prose:
 
 @lru_cache(maxsize=3)
 def builtin_prose(split: str | None = None) -> Prose:
-    """Return the prose of the standard library's docstrings: "train", "heldout" or, for None, both.
+    """Return the prose of the standard library's docstrings.
+
+    Args:
+        split: "train", "heldout", or None for both.
 
     Raises:
-        DataError: an unknown split.
+        DataError: if the split is unknown.
     """
     texts = stdlib_qa.texts(split)
     # The first line of an entry is its signature.

@@ -1,4 +1,4 @@
-"""What people look at: a table with intervals and a heat map by depth."""
+"""A table of scores with intervals, and a heat map by depth."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def length_name(length: int) -> str:
-    """Return 4k for 4096.
+    """Return a short name of a length, such as 4k for 4096.
 
     Example:
         >>> from metafocus.evals.report import length_name
@@ -46,9 +46,9 @@ def table(cells: Sequence[Cell]) -> Table:
 
 
 def plot_depths(cells: Sequence[Cell], path: str | Path) -> bool:
-    """Draw the score by length and depth, a panel for each task; False if no task has depths.
+    """Draw the score by length and depth, with one panel for each task.
 
-    White places hold no evidence of any question.
+    White areas have no evidence of any question. Return False if no task has depths.
     """
     from matplotlib.figure import Figure
 

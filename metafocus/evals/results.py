@@ -12,7 +12,7 @@ from metafocus.evals.intervals import wilson
 from metafocus.evals.items import Item
 from metafocus.evals.scorers import babilong_official, lm_eval_substring, reference_hits
 
-# The first is what the depths are scored by.
+# The depths are scored by the first one.
 SCORERS: dict[str, tuple[str, ...]] = {
     "babilong": ("babilong_official", "lm_eval_substring"),
     "ruler": ("string_match_all",),
@@ -33,7 +33,10 @@ class Score:
 
 @dataclass(frozen=True)
 class Cell:
-    """One task at one length; `by_depth` has (mean, n) for each part of the context, or None."""
+    """One task at one length.
+
+    `by_depth` has (mean, n) for each part of the context, or None for a part without evidence.
+    """
 
     suite: str
     task: str
@@ -43,7 +46,7 @@ class Cell:
 
 
 def score(item: Item, output: str) -> dict[str, float]:
-    """Return each scorer's verdict on one answer, from 0 to 1.
+    """Return the score of one answer by each scorer, from 0 to 1.
 
     Example:
         >>> from metafocus.evals.items import Item
@@ -66,7 +69,7 @@ def score(item: Item, output: str) -> dict[str, float]:
 
 
 def depth_points(item: Item, output: str) -> list[tuple[float, float]]:
-    """Return (depth, score) for each needle, or one for the mean depth of what supports it all."""
+    """Return (depth, score) for each needle, or one pair with the mean depth of all evidence."""
     if not item.depths:
         return []
     if item.aligned:
@@ -77,10 +80,10 @@ def depth_points(item: Item, output: str) -> list[tuple[float, float]]:
 
 
 def cells(items: Sequence[Item], outputs: Sequence[str], bins: int = 10) -> list[Cell]:
-    """Score the answers and sum them up, task by task and length by length.
+    """Score the answers and average them for each task and length.
 
     Raises:
-        DataError: as many outputs as items are needed, and at least one bin.
+        DataError: if the numbers of items and outputs differ, or if there is no bin.
     """
     if len(items) != len(outputs) or bins < 1:
         raise DataError(
@@ -108,7 +111,7 @@ def _cell(suite: str, task: str, length: int, pairs: list[tuple[Item, str]], bin
 
 
 def as_record(cell: Cell) -> dict[str, Any]:
-    """Return a cell for JSON, each score under its scorer's name."""
+    """Return a cell for JSON, with each score under the name of its scorer."""
     found = asdict(cell)
     found["scores"] = {score["scorer"]: score for score in found["scores"]}
     return found

@@ -1,4 +1,4 @@
-"""Greedy answers of a model to many prompts, left-padded in batches."""
+"""Greedy answers of a model to many prompts, in batches that are padded on the left."""
 
 from __future__ import annotations
 
@@ -7,28 +7,30 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from metafocus.checks import whole
 from metafocus.errors import DataError
 from metafocus.evals.items import Count, Item
+from metafocus.rng import kept
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-# Whatever a checkpoint's own settings say.
+# These replace the generation settings of a checkpoint.
 _PLAIN: dict[str, Any] = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 
 
 def prompt_text(item: Item, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the chat of one user message, the answer's header, and the answer's first words.
+    """Return a chat with one user message, the header of the answer, and its first words.
 
     Raises:
-        DataError: the tokenizer has no chat template.
+        DataError: if the tokenizer has no chat template.
     """
     return _rendered(item.prompt, tokenizer) + item.answer_prefix
 
 
 def prompt_counter(tokenizer: PreTrainedTokenizerBase) -> Count:
-    """Return what counts a prompt with the tokens of the chat template around it."""
+    """Return a function that counts the tokens of a prompt, including the chat template."""
     return lambda text: len(_encode(_rendered(text, tokenizer), tokenizer))
 
 
@@ -42,21 +44,22 @@ def answers(
 ) -> list[str]:
     """Return the model's greedy continuation of each prompt, in the order of the items.
 
-    No sampling, no beams, no repetition penalty, whatever the checkpoint's own settings say. Items
-    that may answer equally long run together, the longest prompts first, padded on the left.
+    There is no sampling, no beam search and no repetition penalty; the generation settings of the
+    checkpoint are not used. A batch has items with the same number of new tokens, with the longest
+    prompts first, padded on the left.
 
     Args:
-        model: a causal language model; it is put into evaluation mode and back.
+        model: a causal language model. It runs in evaluation mode, and its mode is restored.
         tokenizer: its tokenizer, with a chat template.
         items: the questions.
-        batch_size: prompts at a time.
+        batch_size: the number of prompts in a batch.
         progress: called with the number of answers after each batch.
 
     Raises:
-        DataError: a batch size below 1, no token to pad with, or no chat template.
+        DataError: if the batch size is below 1, if there is no token for padding, or if there is no
+            chat template.
     """
-    if batch_size < 1:
-        raise DataError(f"batch_size={batch_size}: pass at least 1")
+    whole("batch_size", batch_size, 1, error=DataError)
     pad: Any = (
         tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     )
@@ -91,7 +94,7 @@ def _generate(
     embeddings: Any = model.get_input_embeddings()
     device = embeddings.weight.device
     batch = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
-    # By length, not by token: the padding token may be one that prompts contain.
+    # By length, not by token, because prompts may contain the padding token.
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
     output = model.generate(  # pyright: ignore[reportCallIssue]
         input_ids=batch,
@@ -113,7 +116,7 @@ def _until(row: list[int], ends: list[int]) -> list[int]:
 
 
 def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ends that the tokenizer and the checkpoint know; they need not be the same."""
+    """Return the end tokens of the tokenizer and of the checkpoint, which may differ."""
     config = getattr(model, "generation_config", None)
     own = getattr(config, "eos_token_id", None)
     own = own if isinstance(own, list) else [own]
@@ -130,7 +133,7 @@ def _rendered(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    # The template writes the special tokens itself.
+    # The template already contains the special tokens.
     return tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
 
@@ -146,8 +149,8 @@ def sample(
 ) -> str:
     """Return one continuation of a prompt, greedy if the temperature is 0.
 
-    It depends on the arguments alone, neither on the checkpoint's own settings nor on the global
-    random state, which stays as it was.
+    It depends only on the arguments: neither on the checkpoint's generation settings nor on the
+    global random state, which does not change.
     """
     embeddings: Any = model.get_input_embeddings()
     device = embeddings.weight.device
@@ -155,8 +158,7 @@ def sample(
     if temperature > 0:
         own = {"do_sample": True, "temperature": temperature, "top_p": top_p}
     batch = torch.tensor([list(ids)], device=device)
-    devices = [device] if device.type == "cuda" else []
-    with torch.inference_mode(), torch.random.fork_rng(devices):
+    with torch.inference_mode(), kept([batch]):
         torch.manual_seed(seed)
         output = model.generate(  # pyright: ignore[reportCallIssue]
             input_ids=batch,

@@ -1,8 +1,8 @@
 """Whether an answer is right, by the rules of BABILong, of lm-evaluation-harness and of RULER.
 
-The first two judge the same answers differently, so their numbers must never stand in one column:
-`babilong_official` wants the target to be the only label that is named, `lm_eval_substring` is
-content if it occurs anywhere.
+The first two score the same answers differently, so their numbers must not be mixed in one table.
+`babilong_official` requires that the target is the only label in the answer. For
+`lm_eval_substring` it is enough that the target occurs anywhere.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ from collections.abc import Sequence
 
 from metafocus.errors import DataError
 
-# Where a model begins to write examples of its own. A cut at "Question" is meant officially too,
-# but looks for a capital letter in lower-cased text and so never happens: nor does it here.
+# A model begins to write examples of its own there. The official code also cuts at "Question", but
+# with a capital letter in lower-case text. That cut never happens, so it does not happen here.
 _MARKERS = ("<context>", "<example>")
 
-# Above this a model's RULER length counts as effective: Llama2-7B at 4K tokens.
+# RULER calls a length effective if the score is above this, the score of Llama2-7B at 4K tokens.
 EFFECTIVE_THRESHOLD = 85.6
 
 
 def babilong_official(output: str, target: str, question: str, labels: Sequence[str]) -> bool:
-    """Return whether the first sentence names the target and no other label.
+    """Return whether the first sentence contains the target and no other label.
 
-    Everything is lower-cased; labels that occur in the question do not count, the target
-    included. Labels are found as substrings.
+    Everything is converted to lower case. Labels that occur in the question do not count, and
+    this includes the target. Labels are found as substrings.
 
     Raises:
-        DataError: no labels, or a target that is not one of them.
+        DataError: if there are no labels, or if the target is not one of them.
 
     Example:
         >>> from metafocus.evals.scorers import babilong_official
@@ -47,10 +47,10 @@ def babilong_official(output: str, target: str, question: str, labels: Sequence[
 
 
 def lm_eval_substring(output: str, target: str) -> bool:
-    """Return whether the target occurs anywhere in the output, whatever the case.
+    """Return whether the target occurs anywhere in the output; the case does not matter.
 
     Raises:
-        DataError: an empty target, which would occur in everything.
+        DataError: if the target is empty, because it would occur in every output.
 
     Example:
         >>> from metafocus.evals.scorers import lm_eval_substring
@@ -63,11 +63,12 @@ def lm_eval_substring(output: str, target: str) -> bool:
 def string_match_all(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Return the mean over outputs of the share of references that occur, from 0 to 100.
 
-    RULER's score of niah, vt, cwe and fwe: substrings, whatever the case; wrong extra words cost
-    nothing.
+    This is RULER's score of niah, vt, cwe and fwe. It looks for substrings and ignores the case.
+    Additional wrong words do not lower it.
 
     Raises:
-        DataError: lists of different lengths, no outputs, or an output without references.
+        DataError: if the lists differ in length, if there are no outputs, or if an output has no
+            references.
 
     Example:
         >>> from metafocus.evals.scorers import string_match_all
@@ -80,10 +81,11 @@ def string_match_all(outputs: Sequence[str], references: Sequence[Sequence[str]]
 def string_match_part(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Return the share of outputs in which at least one reference occurs, from 0 to 100.
 
-    RULER's score of qa.
+    This is RULER's score of qa.
 
     Raises:
-        DataError: lists of different lengths, no outputs, or an output without references.
+        DataError: if the lists differ in length, if there are no outputs, or if an output has no
+            references.
 
     Example:
         >>> from metafocus.evals.scorers import string_match_part

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from metafocus.adapters.protocol import Adapter
 from metafocus.lm.loss import LMLoss, lm_loss
-from metafocus.lm.tokens import Batch, TokenPolicy, all_tokens, answer_tokens, context_tokens
+from metafocus.lm.tokens import TokenPolicy, all_tokens, answer_tokens, context_tokens
+from metafocus.masks import Batch
 
 __all__ = [
     "Adapter",

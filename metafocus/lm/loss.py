@@ -13,19 +13,22 @@ from torch import Tensor, nn
 
 from metafocus import masks
 from metafocus.adapters.protocol import Adapter
-from metafocus.attention.hugging_face import attending, takes_spans
 from metafocus.errors import ProblemError
+from metafocus.lm.cross_entropy import IGNORED
 from metafocus.lm.hf import heads, prefix
+from metafocus.lm.hf.attention import attending
 from metafocus.lm.hf.checkpointing import exact_checkpointing
-from metafocus.lm.hf.checks import check_ids, check_parts, check_spans
-from metafocus.lm.hf.chunk import IGNORED, Tail, wide
-from metafocus.lm.tokens import Batch, TokenPolicy, answer_tokens, predicted
-from metafocus.masks import MaskPolicy
-from metafocus.masks.spans import Spans, windowed
+from metafocus.lm.hf.inputs import check_ids, model_inputs
+from metafocus.lm.hf.logit_head import logit_head_of
+from metafocus.lm.hf.trial import two_tokens
+from metafocus.lm.tokens import TokenPolicy, answer_tokens, predicted
+from metafocus.masks import Batch, MaskPolicy
+from metafocus.masks.spans import Spans
+from metafocus.precision import wide
 from metafocus.types import Params
 
 
-class Scored(NamedTuple):
+class Targets(NamedTuple):
     """What a loss needs to know of a batch besides the model's inputs."""
 
     policy: TokenPolicy
@@ -63,24 +66,28 @@ class LMLoss:
         if "model_inputs" in batch and scored is not None and scored.policy == self.tokens:
             return batch
         inputs = batch.get("model_inputs") or self._model_inputs(batch)
-        self._tail()
+        logit_head_of(self.model)
         return {**batch, "model_inputs": inputs, "scored": self._scored(batch)}
 
     def __call__(self, fast: Params, slow: Params, batch: Batch) -> Tensor:
         """Return the loss; with `slow={}` the model's own parameters are the slow weights."""
         batch = self.prepare(batch)
-        tail = self._tail()
+        logit_head = logit_head_of(self.model)
         with self.adapter.bind(self.model, fast), self._running():
-            if tail is None:
+            if logit_head is None:
                 logits = self._run(slow, batch).logits
                 return self._mean(batch, lambda scored: _full_loss(logits, scored))
 
             def reader(head: nn.Module, hidden: Tensor) -> Tensor:
-                return self._mean(batch, lambda scored: loss_of_hidden(head, hidden, scored, tail))
+                def total(scored: Targets) -> Tensor:
+                    rows = scored.select(hidden)
+                    return heads.head_loss(head, rows, scored.targets, logit_head)
 
-            return heads.read_hidden(self._head(), lambda: self._run(slow, batch), reader)
+                return self._mean(batch, total)
 
-    def _mean(self, batch: Batch, total: Callable[[Scored], Tensor]) -> Tensor:
+            return self._read(slow, batch, reader)
+
+    def _mean(self, batch: Batch, total: Callable[[Targets], Tensor]) -> Tensor:
         """Return the loss of a prepared batch, given the summed loss of scored positions."""
         scored = batch["scored"]
         return total(scored) / scored.number
@@ -93,30 +100,29 @@ class LMLoss:
             slow: the slow weights; `{}` means the model's own.
             batch: what `prepare` returned.
         """
-
-        def run() -> None:
-            heads.read_hidden(
-                self._head(), lambda: self._run(slow, batch), lambda head, hidden: hidden
-            )
-
         with self._running():
-            return prefix.hidden_before(self.model, *cut, run)
+            return prefix.hidden_before(self.model, *cut, lambda: self._read(slow, batch))
 
     def final_hidden(self, fast: Params, batch: Batch) -> Tensor:
         """Return what the model's head would see, `[B, S, D]`, of a prepared batch."""
         with self.adapter.bind(self.model, fast), self._running():
-            return heads.read_hidden(
-                self._head(), lambda: self._run({}, batch), lambda head, hidden: hidden
-            )
+            return self._read({}, batch)
 
-    def probe(self) -> Batch:
-        """Return a few tokens as a prepared batch, to look what the model does with them."""
-        return {"model_inputs": self._two_tokens()}
+    def trial_batch(self) -> Batch:
+        """Return two tokens as a prepared batch, to see what the model does with them."""
+        return {"model_inputs": two_tokens(self.model)}
 
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
         with attending(self.model), exact_checkpointing(self.model):
             yield
+
+    def _read(
+        self, slow: Params, batch: Batch, reader: heads.Reader = lambda head, hidden: hidden
+    ) -> Tensor:
+        return heads.read_hidden(
+            heads.output_head(self.model), lambda: self._run(slow, batch), reader
+        )
 
     def _run(self, slow: Params, batch: Batch) -> Any:
         inputs = batch["model_inputs"]
@@ -125,10 +131,7 @@ class LMLoss:
                 return torch.func.functional_call(self.model, slow, (), inputs)
             return self.model(**inputs)
 
-    def _head(self) -> nn.Module:
-        return self.model.get_output_embeddings()  # pyright: ignore
-
-    def _scored(self, batch: Batch) -> Scored:
+    def _scored(self, batch: Batch) -> Targets:
         # A token is predicted from the one before it.
         scored = predicted(self.tokens, batch)[:, 1:]
         targets = F.pad(
@@ -138,84 +141,19 @@ class LMLoss:
         rows = heads.scored_rows(targets)
         if rows is not None:
             targets = targets.index_select(0, rows)
-        return Scored(self.tokens, rows, targets, count)
-
-    def _tail(self) -> Tail | None:
-        """Return what follows the model's head; None: use the logits that it returns."""
-        with attending(self.model):
-            return heads.tail_after(self.model, self._two_tokens)
-
-    def _two_tokens(self) -> dict[str, Any]:
-        index = torch.arange(2, device=next(self.model.parameters()).device)[None]
-        # Not the first ids: the embedding of a padding token is zero.
-        ids = index + self.model.config.get_text_config().vocab_size // 2  # pyright: ignore
-        return self._inputs(ids, index, Spans(torch.zeros_like(index), index + 1))
+        return Targets(self.tokens, rows, targets, count)
 
     def _model_inputs(self, batch: Batch) -> dict[str, Any]:
         if "input_ids" not in batch:
             raise ProblemError(f"a batch needs input_ids [B, S]; this one has {sorted(batch)}.")
-        positions, spans = masks.positions(batch), check_spans(self.mask(batch))
+        positions, spans = masks.positions(batch), _checked(self.mask(batch))
         check_ids(self.model, batch["input_ids"])
-        return self._inputs(batch["input_ids"], positions, spans)
-
-    def _inputs(self, ids: Tensor, positions: Tensor, spans: Spans) -> dict[str, Any]:
-        return {
-            "input_ids": ids,
-            "position_ids": positions,
-            "attention_mask": self._attention_mask(spans),
-            "use_cache": False,
-        }
-
-    def _attention_mask(self, spans: Spans) -> Tensor | dict[str, Tensor]:
-        config = self.model.config.get_text_config()  # pyright: ignore
-        window = getattr(config, "sliding_window", None)
-        kinds = set(getattr(config, "layer_types", None) or ())
-        unknown = kinds - {"full_attention", "sliding_attention"}
-        if unknown:
-            raise ProblemError(
-                f"{type(self.model).__name__} has layers of type {sorted(unknown)}; only "
-                "full_attention and sliding_attention take an explicit mask."
-            )
-        if window is None or (kinds and "sliding_attention" not in kinds):
-            return self._mask(spans)
-        narrow = self._mask(windowed(spans, window))
-        if not kinds:
-            return narrow
-        return {"full_attention": self._mask(spans), "sliding_attention": narrow}
-
-    def _mask(self, spans: Spans) -> Tensor:
-        if takes_spans(self.model):
-            return spans.stack()
-        implementation = self.model.config.get_text_config()._attn_implementation  # pyright: ignore
-        # Eager attention adds its mask, so a boolean one would mask nothing, without an error.
-        if implementation == "eager":
-            return spans.dense(self.model.dtype)  # pyright: ignore
-        if implementation == "sdpa":
-            return spans.dense()
-        raise ProblemError(
-            f"attn_implementation={implementation!r} takes no explicit mask. Load the model with "
-            "attn_implementation='metafocus', 'sdpa' or 'eager', or call "
-            "model.set_attn_implementation('sdpa')."
-        )
+        return model_inputs(self.model, batch["input_ids"], positions, spans)
 
 
-def loss_of_hidden(head: nn.Module, hidden: Tensor, scored: Scored, tail: Tail) -> Tensor:
-    """Return the summed loss from the final hidden states `[B, S, D]`, at scored positions only.
-
-    Args:
-        head: the model's output embeddings, holding the weights to be used.
-        hidden: what the head would see.
-        scored: of the batch: `LMLoss.prepare(batch)["scored"]`.
-        tail: what follows the head.
-    """
-    return heads.head_loss(head, scored.select(hidden), scored.targets, tail)
-
-
-def _full_loss(logits: Tensor, scored: Scored) -> Tensor:
-    total = F.cross_entropy(
-        wide(scored.select(logits)), scored.targets, reduction="sum", ignore_index=IGNORED
-    )
-    return total
+def _full_loss(logits: Tensor, scored: Targets) -> Tensor:
+    logits = wide(scored.select(logits))
+    return F.cross_entropy(logits, scored.targets, reduction="sum", ignore_index=IGNORED)
 
 
 def lm_loss(
@@ -268,5 +206,33 @@ def lm_loss(
         >>> loss(lora.init(model), {}, batch).shape
         torch.Size([])
     """
-    check_parts(model, adapter, mask, tokens)
+    _check_parts(model, adapter, mask, tokens)
     return LMLoss(model, adapter, mask, tokens)
+
+
+def _check_parts(model: nn.Module, adapter: Any, mask: Any, tokens: Any) -> None:
+    if not hasattr(model, "config") or not hasattr(model.config, "get_text_config"):
+        raise ProblemError(
+            f"model must be a Hugging Face model, got {type(model).__name__} without a config."
+        )
+    if isinstance(adapter, type) or not (hasattr(adapter, "init") and hasattr(adapter, "bind")):
+        raise ProblemError(
+            f"adapter must be an adapter such as mf.LoRA(mf.all_linear), got {adapter!r}."
+        )
+    for name, policy, example in (
+        ("mask", mask, "mf.masks.context_bidirectional"),
+        ("tokens", tokens, "mf.answer_tokens"),
+    ):
+        if not callable(policy):
+            raise ProblemError(
+                f"{name} must be a function of the batch such as {example}, got {policy!r}."
+            )
+
+
+def _checked(spans: Any) -> Spans:
+    if not isinstance(spans, Spans):
+        raise ProblemError(
+            "a mask policy returns mf.Spans, one interval of keys per query; this one returned "
+            f"{type(spans).__name__}."
+        )
+    return spans

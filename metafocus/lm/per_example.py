@@ -15,10 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metafocus.lm import Batch, LMLoss, TokenPolicy
-from metafocus.lm.hf.chunk import IGNORED
-from metafocus.lm.loss import Scored
-from metafocus.lm.tokens import predicted
+from metafocus.lm.cross_entropy import IGNORED
+from metafocus.lm.hf.logit_head import logit_head_of
+from metafocus.lm.loss import LMLoss, Targets
+from metafocus.lm.tokens import TokenPolicy, predicted
+from metafocus.masks import Batch
 from metafocus.types import Params, Solver, State
 
 
@@ -67,7 +68,7 @@ class Each(NamedTuple):
 
     policy: TokenPolicy
     """Which tokens are scored."""
-    parts: list[Scored]
+    parts: list[Targets]
     """For each example with scored tokens (where that cannot be asked: for each)."""
 
 
@@ -86,10 +87,10 @@ class PerExampleLoss(LMLoss):
         if "model_inputs" in batch and each is not None and each.policy == self.tokens:
             return batch
         inputs = batch.get("model_inputs") or self._model_inputs(batch)
-        self._tail()
+        logit_head_of(self.model)
         return {**batch, "model_inputs": inputs, "each": self._each(batch)}
 
-    def _mean(self, batch: Batch, total: Callable[[Scored], Tensor]) -> Tensor:
+    def _mean(self, batch: Batch, total: Callable[[Targets], Tensor]) -> Tensor:
         return torch.stack([total(part) / part.number for part in batch["each"].parts]).sum()
 
     def _each(self, batch: Batch) -> Each:
@@ -104,7 +105,7 @@ class PerExampleLoss(LMLoss):
             sizes = found.tolist()
             index, targets = scored.rows.split(sizes), scored.targets.split(sizes)
             numbers = list(found.clamp(min=1))
-        parts = [Scored(self.tokens, *part) for part in zip(index, targets, numbers, strict=True)]
+        parts = [Targets(self.tokens, *part) for part in zip(index, targets, numbers, strict=True)]
         # A batch without any scored token keeps one, for a loss of 0 that has a graph.
         return Each(self.tokens, [part for part in parts if len(part.targets)] or parts[:1])
 

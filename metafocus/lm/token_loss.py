@@ -11,12 +11,14 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from metafocus.autodiff import grad as derivatives
 from metafocus.autodiff.recompute import recompute
 from metafocus.errors import ProblemError
-from metafocus.lm.hf.chunk import Tail, chunk_grads, chunk_loss, no_autocast
-from metafocus.lm.hf.taped import sweep, taped
+from metafocus.lm.cross_entropy import IGNORED, LogitHead, chunk_grads, chunk_loss
+from metafocus.precision import as_autocast, no_autocast, wide
 from metafocus.torch_internals import is_tracked, transforming
 
 
@@ -26,13 +28,13 @@ def token_loss(
     targets: Tensor,
     *,
     bias: Tensor | None = None,
-    tail: Tail = Tail(),  # noqa: B008 - frozen, so it can be shared
+    logit_head: LogitHead = LogitHead(),  # noqa: B008 - frozen, so it can be shared
     chunk: int | None = None,
 ) -> Tensor:
     """Return the sum of the cross entropies of a linear head, in memory `O(chunk * V)`.
 
-    `loss = sum_i [y_i != -100] (logsumexp_v z_iv - z_iy_i)` with `z = tail(h W' + b)`. Softmax
-    and sum are in float32, or in float64 for float64. Exact in every order and mode of
+    `loss = sum_i [y_i != -100] (logsumexp_v z_iv - z_iy_i)` with `z = logit_head(h W' + b)`.
+    Softmax and sum are in float32, or in float64 for float64. Exact in every order and mode of
     differentiation; the logits of all positions never exist at once up to the second derivative
     (under `torch.func.grad` and with `create_graph`: up to the first).
 
@@ -41,7 +43,7 @@ def token_loss(
         weight: `W`, `[V, D]`.
         targets: `y`, int64 `[N]`; -100 where a position is not scored.
         bias: `b`, `[V]`.
-        tail: what follows the linear map.
+        logit_head: what follows the linear map.
         chunk: rows at a time; default about 4 million logits (64 million on a GPU), and at
             least 128 rows.
 
@@ -58,20 +60,17 @@ def token_loss(
     """
     _check(hidden, weight, targets, bias, chunk)
     rows = chunk or _rows(len(weight), hidden.is_cuda)
-    kind = hidden.device.type
-    if torch.is_autocast_enabled(kind):
-        # As F.linear would do; what follows runs in the types it is given, in every pass.
-        low = torch.get_autocast_dtype(kind)
-        hidden, weight = (_cast(x, low) for x in (hidden, weight))
-        bias = None if bias is None else _cast(bias, low)
-    with no_autocast(kind):
+    # As F.linear would do; what follows runs in the types it is given, in every pass.
+    hidden, weight, *rest = as_autocast(hidden, weight, *([] if bias is None else [bias]))
+    bias = rest[0] if rest else None
+    with no_autocast(hidden.device):
         if transforming():
-            return _recomputed(tail, rows, hidden, weight, bias, targets)
+            return _recomputed(logit_head, rows, hidden, weight, bias, targets)
         inputs = (hidden, weight, bias)
         wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
         if any(wanted):
-            return taped(tail, rows, wanted, inputs, targets)
-        return sweep(tail, rows, wanted, *inputs, targets)[0]
+            return _TokenLoss.apply(logit_head, rows, wanted, *inputs, targets)[0]  # pyright: ignore
+        return _sweep(logit_head, rows, wanted, *inputs, targets)[0]
 
 
 def _check(
@@ -99,21 +98,19 @@ def _rows(vocabulary: int, gpu: bool) -> int:
     return max((1 << (26 if gpu else 22)) // vocabulary, 128)
 
 
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if x.dtype == torch.float64 else x.to(dtype)
-
-
-def _recomputed(tail: Tail, rows: int, h: Tensor, w: Tensor, b: Tensor | None, y: Tensor) -> Tensor:
+def _recomputed(
+    logit_head: LogitHead, rows: int, h: Tensor, w: Tensor, b: Tensor | None, y: Tensor
+) -> Tensor:
     chunks = zip(h.split(rows), y.split(rows), strict=True)
     if torch.compiler.is_compiling():
-        return _total([chunk_loss(tail, part, w, b, target) for part, target in chunks])
+        return _total([chunk_loss(logit_head, part, w, b, target) for part, target in chunks])
     wanted = [x is not None and is_tracked(x) for x in (h, w, b)]
 
     def pullback(args: tuple[Any, ...], cotangent: Tensor) -> tuple[Any, ...]:
-        found = iter(recompute(partial(chunk_grads, tail, wanted), *args, cotangent))
+        found = iter(recompute(partial(chunk_grads, logit_head, wanted), *args, cotangent))
         return *(next(found) if wants else None for wants in wanted), None
 
-    loss = partial(chunk_loss, tail)
+    loss = partial(chunk_loss, logit_head)
     return _total(
         [recompute(loss, part, w, b, target, pullback=pullback) for part, target in chunks]
     )
@@ -121,3 +118,122 @@ def _recomputed(tail: Tail, rows: int, h: Tensor, w: Tensor, b: Tensor | None, y
 
 def _total(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+
+def _sweep(
+    logit_head: LogitHead,
+    rows: int,
+    wanted: list[bool],
+    h: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    y: Tensor,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Return the loss and its gradients by `h`, `w`, `b`, None where not wanted; no graph."""
+    total = wide(h.new_zeros(()))
+    dh = torch.empty_like(h) if wanted[0] else None
+    # Sums over chunks in the wide type: bfloat16 would lose what each chunk adds.
+    dw = wide(torch.zeros_like(w)) if wanted[1] else None
+    db = wide(w.new_zeros(len(w))) if wanted[2] else None
+    start = 0
+    for part, target in zip(h.split(rows), y.split(rows), strict=True):
+        z = wide(F.linear(part, w, b))
+        if logit_head.scale != 1:
+            z = z.mul_(logit_head.scale)
+        if logit_head.softcap is not None:
+            z = z.div_(logit_head.softcap).tanh_().mul_(logit_head.softcap)
+        kept = target != IGNORED
+        index = torch.where(kept, target, 0).unsqueeze(-1)
+        # The largest probability is the inverse of the norm: cheaper than a logsumexp beside it.
+        p = z.softmax(-1)
+        norm = z.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()
+        total += torch.where(kept.unsqueeze(-1), norm - z.gather(-1, index), 0).sum()
+        if not any(wanted):
+            continue
+        slope = logit_head.slope(z)
+        p.scatter_add_(-1, index, -torch.ones_like(norm))
+        p = p.mul_(slope).masked_fill_(~kept.unsqueeze(-1), 0)
+        r = p.to(w.dtype)
+        stop = start + len(part)
+        if dh is not None:
+            torch.mm(r, w, out=dh[start:stop])
+        if dw is not None:
+            dw.addmm_(r.mT, part) if dw.dtype == w.dtype else dw.add_(r.mT @ part)
+        if db is not None:
+            db += p.sum(0)
+        start = stop
+        # Free these before allocating those of the next chunk.
+        del z, p, r
+    return total, [dh, *(None if x is None else x.to(w.dtype) for x in (dw, db))]
+
+
+class _TokenLoss(torch.autograd.Function):
+    """The loss, and as further outputs its gradients.
+
+    As outputs they carry their own derivative: a backward pass with `create_graph` multiplies
+    them with the cotangent of the loss, and so sends their cotangent here.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logit_head: LogitHead,
+        rows: int,
+        wanted: list[bool],
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        ctx.logit_head, ctx.rows, ctx.wanted = logit_head, rows, wanted
+        loss, grads = _sweep(logit_head, rows, wanted, hidden, weight, bias, targets)
+        ctx.save_for_backward(hidden, weight, bias, targets, *grads)
+        ctx.set_materialize_grads(False)
+        return loss, *grads
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        hidden, weight, bias, targets, *grads = ctx.saved_tensors
+        g, *into_grads = cotangents
+        found = [None if d is None or g is None else g * d for d in grads]
+        if any(c is not None for c in into_grads):
+            inputs = (hidden, weight, bias)
+            with no_autocast(hidden.device):
+                more = _second(ctx.logit_head, ctx.rows, ctx.wanted, inputs, targets, into_grads)
+            found = [b if a is None else a + b for a, b in zip(found, more, strict=True)]
+        return None, None, None, *found, None
+
+
+def _second(
+    logit_head: LogitHead,
+    rows: int,
+    wanted: list[bool],
+    inputs: tuple[Tensor, Tensor, Tensor | None],
+    targets: Tensor,
+    cotangents: list[Tensor | None],
+) -> list[Tensor | None]:
+    """Return the Hessian of the loss times the cotangents of its gradients."""
+    h, w, b = inputs
+    into_h, *rest = cotangents
+    asked = [c is not None for c in cotangents]
+    one = wide(h.new_ones(()))
+    into_w: list[Tensor | None] = [None, None]
+    into_rows: list[Tensor] = []
+    moves = h.split(rows) if into_h is None else into_h.split(rows)
+    for part, move, target in zip(h.split(rows), moves, targets.split(rows), strict=True):
+
+        def grads(*xs: Tensor, target: Tensor = target) -> list[Tensor]:
+            return chunk_grads(
+                logit_head, asked, xs[0], xs[1], xs[2] if len(xs) > 2 else None, target, one
+            )
+
+        at = [part, w] if b is None else [part, w, b]
+        toward = [c for c in (None if into_h is None else move, *rest) if c is not None]
+        # As cotangents, not as factors: is_grads_batched=True hides factors from the tape.
+        first, *others = derivatives.pullback(grads, at, toward, wanted[: len(at)])
+        if first is not None:
+            into_rows.append(first)
+        for i, value in enumerate(others):
+            old = into_w[i]
+            into_w[i] = value if old is None or value is None else old + value
+    return [torch.cat(into_rows) if into_rows else None, *into_w]

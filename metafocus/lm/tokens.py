@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from metafocus.errors import ProblemError
-from metafocus.masks import positions
+from metafocus.masks import Batch, positions
 from metafocus.masks.rows import take
-
-Batch = dict[str, Any]
-"""`input_ids`, `attention_mask`, `answer_mask`, `turn_ids`: each `[B, S]`; see `data.collate`."""
 
 TokenPolicy = Callable[[Batch], Tensor]
 """`batch -> [B, S]` boolean: which tokens are predicted and scored."""

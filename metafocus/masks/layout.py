@@ -13,7 +13,7 @@ from metafocus.masks.spans import Spans, nonempty
 
 
 class Layout(NamedTuple):
-    """Per token: its index and its document's range; `change` marks where a run begins."""
+    """The index of each token and the range of its document; `change` marks where a run begins."""
 
     valid: Tensor
     token: Tensor
@@ -22,16 +22,16 @@ class Layout(NamedTuple):
     stop: Tensor
 
     def spans(self, start: Tensor, stop: Tensor) -> Spans:
-        """Return spans that padding has no part in."""
+        """Return spans in which padding sees nothing."""
         return nonempty(start, torch.where(self.valid, stop, 0))
 
 
 def layout_of(batch: Batch) -> Layout:
-    """Read documents and padding off a batch.
+    """Return the documents and the padding of a batch.
 
     Raises:
-        ProblemError: Without `input_ids`.
-        DataError: If padding lies between tokens, or a document goes on after another one.
+        ProblemError: If `input_ids` is missing.
+        DataError: If padding lies between tokens, or a document continues after another one.
     """
     ids = take(batch, "input_ids", "every mask policy")
     if ids.ndim != 2:
@@ -58,7 +58,7 @@ def layout_of(batch: Batch) -> Layout:
 
 
 def positions(batch: Batch) -> Tensor:
-    """Index of each token inside its document, 0 on padding: the `position_ids` of a packed batch.
+    """Return the index of each token in its document, 0 on padding: the `position_ids` of a batch.
 
     Args:
         batch: `input_ids` and optionally `attention_mask`, `document_ids`, each `[B, S]`.
@@ -67,7 +67,7 @@ def positions(batch: Batch) -> Tensor:
         int64 `[B, S]`.
 
     Raises:
-        DataError: If padding lies between tokens, or a document goes on after another one.
+        DataError: If padding lies between tokens, or a document continues after another one.
 
     Example:
         >>> ids = torch.tensor([[7, 7, 7, 9, 9]])
@@ -79,13 +79,13 @@ def positions(batch: Batch) -> Tensor:
 
 
 def differs(value: Tensor) -> Tensor:
-    """True where a token differs from the one before it; the first token always does."""
+    """Return True where a token differs from the one before; the first token always does."""
     first = torch.ones_like(value[..., :1], dtype=torch.bool)
     return torch.cat((first, value[..., 1:] != value[..., :-1]), dim=-1)
 
 
 def runs_of(change: Tensor) -> tuple[Tensor, Tensor]:
-    """First index, and one past the last, of the run each token belongs to."""
+    """Return the first index of each token's run, and one past its last index."""
     length = change.shape[-1]
     index = torch.arange(length, device=change.device)
     start = torch.where(change, index, 0).cummax(-1).values
@@ -94,14 +94,14 @@ def runs_of(change: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def least_from(value: Tensor) -> Tensor:
-    """The smallest entry at or after each token."""
+    """Return the smallest entry at or after each token."""
     return value.flip(-1).cummin(-1).values.flip(-1)
 
 
 def _interleaved(documents: Tensor, change: Tensor, valid: Tensor) -> Tensor:
-    """Rows in which some document has more than one run of tokens, `[B]`."""
+    """Return in which rows a document has more than one run of tokens, `[B]`."""
     runs = (change & valid).sum(-1)
-    # Padding is sorted as a copy of the row's first document: it must not count as its own.
+    # Padding is sorted as part of the row's first document, so that it does not count as another.
     first = documents.gather(-1, valid.int().argmax(-1, keepdim=True))
     ordered = torch.where(valid, documents, first).sort(-1).values
     return runs > differs(ordered).sum(-1)

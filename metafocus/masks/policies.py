@@ -1,4 +1,4 @@
-"""The policies: causal, full, prefix-LM, FocuSFT's turns, sliding windows."""
+"""The mask policies: causal, full, prefix-LM, FocuSFT's turns, and sliding windows."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
+from metafocus.checks import whole
 from metafocus.errors import ProblemError
 from metafocus.masks.layout import differs, layout_of, least_from, runs_of
 from metafocus.masks.rows import Batch, take
 from metafocus.masks.spans import Spans
 
 MaskPolicy = Callable[[Batch], Spans]
-"""`batch -> Spans`, `[B, S]`: which keys each query may see."""
+"""`batch -> Spans`: which keys each query may see, `[B, S]`."""
 
 
 def causal(batch: Batch) -> Spans:
@@ -26,7 +27,7 @@ def causal(batch: Batch) -> Spans:
         The spans, `[B, S]`.
 
     Raises:
-        DataError: If padding lies between tokens, or a document goes on after another one.
+        DataError: If padding lies between tokens, or a document continues after another one.
 
     Example:
         >>> causal({"input_ids": torch.zeros(1, 3)}).stop.tolist()
@@ -46,7 +47,7 @@ def full(batch: Batch) -> Spans:
         The spans, `[B, S]`.
 
     Raises:
-        DataError: If padding lies between tokens, or a document goes on after another one.
+        DataError: If padding lies between tokens, or a document continues after another one.
 
     Example:
         >>> full({"input_ids": torch.zeros(1, 3)}).stop.tolist()
@@ -59,7 +60,7 @@ def full(batch: Batch) -> Spans:
 def prefix_lm(batch: Batch) -> Spans:
     """Tokens before the document's first answer see each other; later tokens are causal.
 
-    A document without an answer is bidirectional as a whole.
+    A document without an answer is bidirectional everywhere.
 
     Args:
         batch: `input_ids`, `answer_mask` and optionally `attention_mask`, `document_ids`, `[B, S]`.
@@ -69,7 +70,7 @@ def prefix_lm(batch: Batch) -> Spans:
 
     Raises:
         ProblemError: If `answer_mask` is missing.
-        DataError: If padding lies between tokens, or a document goes on after another one.
+        DataError: If padding lies between tokens, or a document continues after another one.
 
     Example:
         >>> answer = torch.tensor([[False, False, True, True]])
@@ -90,10 +91,10 @@ def prefix_lm(batch: Batch) -> Spans:
 
 
 def context_bidirectional(batch: Batch) -> Spans:
-    """Context turns are bidirectional blocks that see all before them; answers are causal.
+    """Context turns are bidirectional blocks that also see everything before; answers are causal.
 
-    A block is a maximal run of tokens with the same document and turn, outside `answer_mask` and
-    not padding. Its tokens see `[document start, end of the block)`; answer tokens see
+    A block is a maximal run of tokens of one document and one turn that are neither answers nor
+    padding. Its tokens see `[document start, end of the block)`. Answer tokens see
     `[document start, i + 1)`.
 
     Args:
@@ -105,7 +106,7 @@ def context_bidirectional(batch: Batch) -> Spans:
 
     Raises:
         ProblemError: If `answer_mask` or `turn_ids` is missing.
-        DataError: If padding lies between tokens, or a document goes on after another one.
+        DataError: If padding lies between tokens, or a document continues after another one.
 
     Example:
         >>> batch = {
@@ -117,7 +118,7 @@ def context_bidirectional(batch: Batch) -> Spans:
         [[2, 2, 3, 4, 5]]
 
     References:
-        FocuSFT, arXiv 2605.09932; blocks of GLM, Du et al., arXiv 2103.10360.
+        FocuSFT, arXiv 2605.09932; the blocks are those of GLM, Du et al., arXiv 2103.10360.
     """
     layout = layout_of(batch)
     answer = take(batch, "answer_mask", "context_bidirectional")
@@ -128,10 +129,12 @@ def context_bidirectional(batch: Batch) -> Spans:
 
 @dataclass(frozen=True)
 class sliding_window:
-    """Causal, and at most the `width` latest tokens: `[max(document start, i - width + 1), i + 1)`.
+    """Every token sees itself and at most `width - 1` tokens before it, in its document.
+
+    The interval is `[max(document start, i - width + 1), i + 1)`.
 
     Args:
-        width: Keys per query, the query's own included.
+        width: The number of keys per query, including the query itself.
 
     Raises:
         ProblemError: If `width` is not an integer of at least 1.
@@ -144,14 +147,11 @@ class sliding_window:
     width: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.width, bool) or not isinstance(self.width, int) or self.width < 1:
-            raise ProblemError(
-                f"sliding_window(width={self.width!r}) must be an integer of at least 1: "
-                "a query always sees itself"
-            )
+        note = ", since a query always sees itself"
+        whole("sliding_window: width", self.width, 1, note=note, error=ProblemError)
 
     def __call__(self, batch: Batch) -> Spans:
-        """The spans of `batch`."""
+        """Return the spans of `batch`."""
         layout = layout_of(batch)
         start = torch.maximum(layout.start, layout.token - (self.width - 1))
         return layout.spans(start, layout.token + 1)

@@ -1,17 +1,17 @@
-"""What a mask policy reads off a batch, and the refusal of what does not fit."""
+"""How a mask policy reads a batch, and the errors for batches that do not fit."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from metafocus.errors import DataError, ProblemError
-from metafocus.torch_internals import transforming
+from metafocus.torch_internals import assert_later, transforming
 
-Batch = Mapping[str, Tensor]
-"""`input_ids` and what else a policy reads, by name, each `[B, S]`."""
+Batch = dict[str, Any]
+"""`input_ids`, `attention_mask`, `answer_mask`, `turn_ids`: each `[B, S]`; see `data.collate`."""
 
 _MEANING = {
     "input_ids": "the tokens",
@@ -26,11 +26,11 @@ _BINARY = {
 
 
 def take(batch: Batch, key: str, user: str) -> Tensor:
-    """Return an entry of a batch, checked to fit its `input_ids`; the answer mask as booleans.
+    """Return an entry of a batch after checks; the answer mask is returned as booleans.
 
     Raises:
-        ProblemError: If it is missing; `user` names who needs it.
-        DataError: If its type, its shape or its values do not fit.
+        ProblemError: If the entry is missing; `user` says which function needs it.
+        DataError: If its type, shape or values do not fit the `input_ids`.
     """
     key = key if "input_ids" in batch else "input_ids"
     if key not in batch:
@@ -52,7 +52,7 @@ def take(batch: Batch, key: str, user: str) -> Tensor:
             "give one entry per token"
         )
     if key in _BINARY and value.dtype != torch.bool:
-        # An additive mask or labels, read as true and false, would mean the opposite.
+        # If an additive mask or labels were read as booleans, they would mean the opposite.
         refuse(
             ((value != 0) & (value != 1)).any(-1),
             f"{key} has entries other than 0 and 1; give {_BINARY[key]}",
@@ -61,10 +61,13 @@ def take(batch: Batch, key: str, user: str) -> Tensor:
 
 
 def refuse(bad: Tensor, message: str) -> None:
-    """Raise for rows `bad` `[B]` where values can be read; on CUDA queue a check instead."""
+    """Raise if any of the rows `bad`, `[B]`, is True; on CUDA queue the check instead.
+
+    Inside transforms, and for a tensor without values, nothing is checked.
+    """
     if transforming() or bad.is_meta:
         return
     if bad.is_cuda:
-        torch._assert_async(~bad.any(), message)  # pyright: ignore[reportPrivateImportUsage]
+        assert_later(~bad.any(), message)
     elif bool(bad.any()):
         raise DataError(f"row {bad.nonzero()[0].item()}: {message}")

@@ -1,4 +1,4 @@
-"""One interval of keys per query: what a mask is here, and what kernels can be given of it."""
+"""Masks as one interval of keys per query, and their conversion to what kernels take."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from metafocus.checks import whole
 from metafocus.errors import ProblemError
 
 if TYPE_CHECKING:
@@ -19,13 +20,14 @@ MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class Spans(NamedTuple):
-    """The keys each query may attend: `start[b, i] <= k < stop[b, i]`; empty where they are equal.
+    """The keys that each query may attend to: `start[b, i] <= k < stop[b, i]`.
 
-    A mask costs O(S) memory instead of O(S^2). Being a named tuple of two tensors it is a pytree:
-    it can be stacked, mapped over and passed through `torch.func.vmap`.
+    If both are equal, the query sees nothing. A mask costs O(S) memory instead of O(S^2). It is a
+    named tuple of two tensors and therefore a pytree: it can be stacked, and it passes through
+    `torch.func.vmap`.
 
     Attributes:
-        start: First key of each query, int64 `[B, S]`.
+        start: The first key of each query, int64 `[B, S]`.
         stop: One past the last key of each query, int64 `[B, S]`.
 
     Example:
@@ -38,7 +40,7 @@ class Spans(NamedTuple):
     stop: Tensor
 
     def __and__(self, other: Spans) -> Spans:
-        """The keys allowed by both: `[max(start), min(stop))`, and `[0, 0)` where that is empty.
+        """Return the keys that both allow: `[max(start), min(stop))`, or `[0, 0)` if it is empty.
 
         Example:
             >>> a = Spans(torch.tensor([[0, 0]]), torch.tensor([[1, 2]]))
@@ -47,7 +49,7 @@ class Spans(NamedTuple):
             [[[0, 1]], [[0, 2]]]
 
         Raises:
-            ProblemError: If `other` is no spans of the same shape.
+            ProblemError: If `other` has another shape.
         """
         if not isinstance(other, Spans):
             return NotImplemented
@@ -61,14 +63,14 @@ class Spans(NamedTuple):
         )
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The mask as a `[B, 1, S, S]` tensor: boolean (True = may attend), or additive in `dtype`.
+        """Return the mask as a `[B, 1, S, S]` tensor: boolean (True = may attend) or additive.
 
-        An additive mask is 0 where a key is allowed and `max(finfo(dtype).min, finfo(float32).min)`
-        elsewhere: eager attention takes its softmax in float32, where the minimum of float64 would
-        be -inf and a row without keys NaN.
+        An additive mask is 0 where a key is allowed, and `max(finfo(dtype).min,
+        finfo(float32).min)` elsewhere. Eager attention computes its softmax in float32. There the
+        minimum of float64 would be -inf, and a row without keys would be NaN.
 
         Args:
-            dtype: None for the boolean mask, else a floating-point type.
+            dtype: None for a boolean mask, or the floating-point type of an additive one.
 
         Returns:
             The mask, `[B, 1, S, S]`.
@@ -96,10 +98,10 @@ class Spans(NamedTuple):
 
     @property
     def mask_mod(self) -> MaskMod:
-        """`(b, h, q, k) -> bool`: whether query `q` of row `b` may attend key `k`.
+        """Return `(b, h, q, k) -> bool`: whether query `q` of row `b` may attend to key `k`.
 
-        The convention of transformers and flex_attention: the four are integer tensors that
-        broadcast, and the head `h` does not matter here.
+        This is the convention of transformers and flex_attention: the four arguments are integer
+        tensors that broadcast. The head `h` does not matter here.
 
         Example:
             >>> spans = Spans(torch.tensor([[0, 0]]), torch.tensor([[1, 2]]))
@@ -116,13 +118,13 @@ class Spans(NamedTuple):
         return mask_mod
 
     def block_mask(self, block_size: int = 128) -> BlockMask:
-        """The mask for `torch.nn.attention.flex_attention`, without ever forming `[S, S]`.
+        """Return the mask for `torch.nn.attention.flex_attention`, without forming `[S, S]`.
 
-        Per block of queries and block of keys it asks the intervals whether the block can be
-        skipped or is allowed as a whole: `(S / block_size)^2` numbers.
+        The intervals tell for each block of queries and keys whether it can be skipped or is
+        allowed completely. This needs `(S / block_size)^2` numbers.
 
         Args:
-            block_size: Queries and keys per block.
+            block_size: The number of queries and of keys per block.
 
         Returns:
             A `BlockMask` of shape `[B, 1, S, S]`.
@@ -136,8 +138,7 @@ class Spans(NamedTuple):
         """
         from torch.nn.attention.flex_attention import BlockMask
 
-        if block_size < 1:
-            raise ProblemError(f"block_mask(block_size={block_size}) must be at least 1")
+        whole("block_mask: block_size", block_size, 1, error=ProblemError)
         start, stop = self
         length = start.shape[-1]
 
@@ -145,14 +146,14 @@ class Spans(NamedTuple):
             padded = functional.pad(bound, (0, -length % block_size), value=fill)
             return padded.unflatten(-1, (-1, block_size))
 
-        # A query without keys, and the padding of the last block, must neither widen the range of
-        # keys that a block touches nor let the block pass as allowed as a whole.
+        # Queries without keys, and the padding of the last block, must not widen the range of keys
+        # of a block, and such a block must not count as allowed completely.
         first = blocks(torch.where(start < stop, start, length), length).amin(-1, keepdim=True)
         last = blocks(stop, 0).amax(-1, keepdim=True)
         left = torch.arange(first.shape[-2], device=start.device) * block_size
         right = left + block_size
         touched = (first < right) & (left < last)
-        whole = (blocks(start, length).amax(-1, keepdim=True) <= left) & (
+        all_of_it = (blocks(start, length).amax(-1, keepdim=True) <= left) & (
             right <= blocks(stop, 0).amin(-1, keepdim=True)
         )
 
@@ -161,15 +162,15 @@ class Spans(NamedTuple):
             return chosen.sum(-1).int().unsqueeze(1), order.int().unsqueeze(1)
 
         return BlockMask.from_kv_blocks(
-            *listed(touched & ~whole),
-            *listed(whole),
+            *listed(touched & ~all_of_it),
+            *listed(all_of_it),
             BLOCK_SIZE=block_size,
             mask_mod=self.mask_mod,
             seq_lengths=(length, length),
         )
 
     def stack(self) -> Tensor:
-        """The spans as one integer tensor `[B, 1, S, 2]`, which travels as a 4-D attention mask.
+        """Return the spans as one integer tensor `[B, 1, S, 2]`, for use as a 4-D attention mask.
 
         Example:
             >>> Spans(torch.tensor([[0, 0]]), torch.tensor([[1, 2]])).stack().tolist()
@@ -179,10 +180,10 @@ class Spans(NamedTuple):
 
     @classmethod
     def unstack(cls, stacked: Tensor) -> Spans:
-        """The inverse of `stack`.
+        """Return the spans from what `stack` returned.
 
         Args:
-            stacked: Integer tensor `[B, 1, S, 2]`.
+            stacked: An integer tensor `[B, 1, S, 2]`.
 
         Returns:
             The spans, `[B, S]` each.
@@ -207,10 +208,10 @@ class Spans(NamedTuple):
 
 
 def nonempty(start: Tensor, stop: Tensor) -> Spans:
-    """Spans in which every empty interval is written `[0, 0)`.
+    """Return spans in which every empty interval is written as `[0, 0)`.
 
     Args:
-        start: First keys, integer `[B, S]`.
+        start: The first keys, integer `[B, S]`.
         stop: One past the last keys, integer `[B, S]`.
 
     Returns:
@@ -225,11 +226,11 @@ def nonempty(start: Tensor, stop: Tensor) -> Spans:
 
 
 def windowed(spans: Spans, window: int) -> Spans:
-    """Spans without the keys `window` or more positions before their query.
+    """Return spans without the keys that are `window` or more positions before their query.
 
     Args:
         spans: The spans, `[B, S]`.
-        window: Keys up to and including the query that a causal query keeps, at least 1.
+        window: The number of keys that a causal query keeps, including itself; at least 1.
 
     Returns:
         The narrower spans.
@@ -242,7 +243,6 @@ def windowed(spans: Spans, window: int) -> Spans:
     Raises:
         ProblemError: If `window` is below 1, which would leave a causal query without keys.
     """
-    if window < 1:
-        raise ProblemError(f"windowed(window={window}) must be at least 1: a query sees itself")
+    whole("windowed: window", window, 1, error=ProblemError)
     query = torch.arange(spans.start.shape[-1], device=spans.start.device)
     return spans & Spans((query - window + 1).clamp(min=0).expand_as(spans.start), spans.stop)

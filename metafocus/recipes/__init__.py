@@ -1,4 +1,4 @@
-"""The literature in a few lines each."""
+"""Methods of the literature, each in a few lines."""
 
 from __future__ import annotations
 

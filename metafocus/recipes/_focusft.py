@@ -1,4 +1,4 @@
-"""FocuSFT (arXiv 2605.09932): fine-tuning conditioned on fast weights adapted to the context."""
+"""FocuSFT (arXiv 2605.09932): fine-tuning with fast weights that adapt to the context."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.stateless import _reparametrize_module
 
 from metafocus import masks
 from metafocus.adapters import LoRA, for_each, top_layers
@@ -15,11 +14,12 @@ from metafocus.engine import MetaLoss, bilevel
 from metafocus.errors import ProblemError
 from metafocus.estimators import Estimator, FirstOrder
 from metafocus.lm import Adapter, TokenPolicy, answer_tokens, lm_loss
-from metafocus.lm.hf.sharing import Shared
 from metafocus.lm.per_example import PerExampleLoss, PerExampleSolver, mean_loss
+from metafocus.lm.shared_prefix import SharedPrefix
 from metafocus.masks import MaskPolicy
 from metafocus.problem import Problem, as_episode, trainable
 from metafocus.solvers import SGD, clip_per_tensor
+from metafocus.torch_internals import swapped_weights
 from metafocus.types import Aux, Episode, Params, Solver
 
 PAPER_ADAPTER = LoRA(top_layers(0.35, ("gate_proj", "up_proj", "down_proj")), rank=32, alpha=64.0)
@@ -39,32 +39,33 @@ def focusft_problem(
     """Return FocuSFT's bilevel problem; see `focusft`.
 
     Args:
-        model: as all that is not said here, of `focusft`.
-        adapter: the fast weights.
-        mask: in both losses.
-        inner_tokens: what the inner loss scores.
-        outer_tokens: what the outer loss scores.
+        model: a Hugging Face causal language model, as for `focusft`; so are the arguments
+            that are not described here.
+        adapter: defines the fast weights.
+        mask: the mask policy of both losses.
+        inner_tokens: the tokens that the inner loss scores.
+        outer_tokens: the tokens that the outer loss scores.
         generator: draws the start.
-        examples: the number of rows in a batch, each with fast weights of its own (to be solved
-            by a `PerExampleSolver`); None: shared by the batch.
+        examples: the number of rows in a batch, if each has fast weights of its own (to be solved
+            by a `PerExampleSolver`). None: the batch shares its fast weights.
     """
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     inner = lm_loss(model, adapter=adapter, mask=mask, tokens=inner_tokens)
     outer = lm_loss(model, adapter=adapter, mask=mask, tokens=outer_tokens)
     if examples is not None:
         inner = PerExampleLoss(model, adapter, mask, inner_tokens)
-    shared = Shared(inner)
+    shared = SharedPrefix(inner)
 
     def prepare(slow: Params, episode: Episode) -> Episode:
         support = shared(slow, inner.prepare(episode.support))
         if episode.query is episode.support:
-            # The masks are shared; which tokens are scored may differ.
+            # Both losses share the masks, but they may score different tokens.
             return Episode(support, outer.prepare(support))
         return Episode(support, outer.prepare(episode.query))
 
     def start(slow: Params, support: Any) -> Params:
-        # Fast weights that start as copies of slow ones must see these.
-        with _reparametrize_module(model, slow, tie_weights=True):
+        # Fast weights that start as copies of slow weights must be copied from `slow`.
+        with swapped_weights(model, slow, tie_weights=True):
             fast = adapter.init(model, generator)
         return fast if examples is None else for_each(fast, examples)
 
@@ -84,32 +85,35 @@ def focusft(
 ) -> MetaLoss:
     """Return FocuSFT's training loss; the defaults are the paper's.
 
-    Before each outer step, fresh LoRA fast weights take a few steps of SGD on the batch's inner
-    tokens; the outer loss is the cross entropy of the answers, conditioned on them. They are then
-    thrown away: the trained model is a plain one.
+    Before each outer step, newly drawn LoRA fast weights take a few steps of SGD on the batch's
+    inner tokens. The outer loss is the cross entropy of the answers, computed with these fast
+    weights. The fast weights are then dropped, so the trained model is a plain one.
 
     Args:
-        model: a Hugging Face causal language model (see `lm_loss`). What requires grad is
-            trained.
+        model: a Hugging Face causal language model (see `lm_loss`). Its parameters that
+            require grad are trained.
         adapter: default `LoRA` of rank 32 and alpha 64 on the MLPs of the top 35 % of layers.
-            An adapter on nothing (`top_layers(0.0, ...)`) makes this plain fine-tuning.
-        mask: default bidirectional inside each context turn, causal over answers, in both loops.
-        solver: default two steps of SGD with learning rate 1 and each tensor's gradient clipped
-            to norm 1.
-        estimator: default `FirstOrder()`. Any other is one word: `mf.Unrolled(recompute=True)`.
-        inner_tokens: what the inner loss scores: default the answers, as the official code does.
-        generator: draws the fast weights' start, anew at every call; default seeded with 0. The
-            global random state is not touched.
-        per_example: give each row of a batch fast weights of its own, from one start, adapted on
-            its own tokens: exactly as if it were alone. Default: one set for the batch, as in the
-            official code. `Aux.inner_losses` are then means over the rows.
+            `mf.NoAdapter()` makes this plain fine-tuning.
+        mask: the mask policy of both losses. Default: bidirectional inside each context turn,
+            causal over answers.
+        solver: the inner optimiser. Default: two steps of SGD with learning rate 1, where the
+            gradient of each tensor is clipped to norm 1.
+        estimator: default `FirstOrder()`. For the exact hypergradient, pass
+            `mf.Unrolled(recompute=True)`.
+        inner_tokens: the tokens that the inner loss scores. Default: the answers, as in the
+            official code.
+        generator: draws a new start of the fast weights at every call. Default: a generator
+            seeded with 0. The global random state does not change.
+        per_example: gives each row of a batch fast weights of its own, which start equal and
+            adapt to the tokens of this row, exactly as if it were alone. `Aux.inner_losses` are
+            then means over the rows. Default: one set for the batch, as in the official code.
 
     Returns:
-        `meta_loss(outer, Episode(batch, batch)) -> (loss, Aux)`. With `outer={}` the trained
-        parameters are the model's own and `loss.backward()` fills their `.grad`.
+        `meta_loss(outer, Episode(batch, batch)) -> (loss, Aux)`. With `outer={}` the model's own
+        parameters are trained, and `loss.backward()` fills their `.grad`.
 
     Raises:
-        ProblemError: as `lm_loss`; at the call, if no parameter requires grad.
+        ProblemError: as for `lm_loss`; at the call, if no parameter requires grad.
         PlacementError: at the first call, if the adapter's placement matches nothing.
 
     Example:
@@ -150,8 +154,8 @@ def focusft(
 
     def meta_loss(outer: Params, episode: Any) -> tuple[Tensor, Aux]:
         support = as_episode(episode).support
-        # Explicit parameters suit every estimator, and a first-order inner loop then builds no
-        # graph below its fast weights.
+        # Every estimator accepts explicit parameters, and with them a first-order inner loop
+        # builds no graph below its fast weights.
         outer = outer or trainable(model)
         if not outer and torch.is_grad_enabled():
             raise ProblemError(

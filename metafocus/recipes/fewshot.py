@@ -1,6 +1,7 @@
 """Few-shot learning: sinusoid tasks, and the methods of the literature as problems.
 
-A method is a problem here; with what stands beside it, it is that of its paper:
+Each function returns the problem of a method. With the solver and the estimator of this table it is
+the method of its paper:
 
 | method | problem | solver | estimator |
 |---|---|---|---|
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from metafocus import params as pt
+from metafocus.checks import whole
 from metafocus.errors import ProblemError
 from metafocus.problem import Problem, from_slow, proximal
 from metafocus.types import Aux, Episode, InnerLoss, Params
@@ -32,7 +34,7 @@ Loss = Callable[[Params, Any], Tensor]
 """`(params, data) -> scalar`."""
 
 RATE = "lr."
-"""What the names of learned rates begin with."""
+"""The prefix of the names of learned rates."""
 
 
 def sinusoids(
@@ -45,21 +47,21 @@ def sinusoids(
 ) -> Episode:
     """Draw sinusoid regression tasks, stacked on axis 0 (MAML, section 5.1).
 
-    `y = a sin(x - p)` with `a ~ U[0.1, 5]` and `p ~ U[0, pi]`, one of each a task, and
-    `x ~ U[-5, 5]`, new for each point. Every call draws new tasks.
+    `y = a sin(x - p)` with `a ~ U[0.1, 5]` and `p ~ U[0, pi]`, drawn for each task, and
+    `x ~ U[-5, 5]`, drawn for each point. Every call draws new tasks.
 
     Args:
-        tasks: how many.
-        shots: points of each that the inner loop sees.
-        queries: further points of each, for the outer loss.
-        generator: where all randomness comes from; on the CPU.
-        dtype: of the data; None: torch's default.
+        tasks: the number of tasks.
+        shots: the number of points of each task that the inner loop sees.
+        queries: the number of further points of each task, for the outer loss.
+        generator: the source of all random numbers; on the CPU.
+        dtype: the type of the data. None: torch's default.
 
     Returns:
         `Episode((x, y), (x, y))` with shapes `[tasks, shots, 1]` and `[tasks, queries, 1]`.
 
     Raises:
-        ValueError: for a number below 1.
+        ValueError: if a number is below 1.
 
     Example:
         >>> episodes = sinusoids(25, shots=10, queries=5, generator=torch.Generator())
@@ -67,8 +69,7 @@ def sinusoids(
         torch.Size([25, 5, 1])
     """
     for name, value in (("tasks", tasks), ("shots", shots), ("queries", queries)):
-        if value < 1:
-            raise ValueError(f"{name} must be >= 1, got {value}.")
+        whole(name, value, 1)
 
     def uniform(low: float, high: float, count: int) -> Tensor:
         unit = torch.rand(tasks, count, 1, generator=generator, dtype=dtype)
@@ -82,8 +83,8 @@ def sinusoids(
 def maml(loss: Loss) -> Problem:
     """Return MAML's problem: all weights adapt, and their start is learned.
 
-    With `Unrolled()` exact, with `FirstOrder()` first-order MAML; with `steps=0` plain training
-    on the queries of all tasks together, the baseline of the paper.
+    The estimator `Unrolled()` makes it exact, and `FirstOrder()` makes it first-order MAML. With
+    `steps=0` it is plain training on the queries of all tasks, the baseline of the paper.
 
     Example:
         >>> import metafocus as mf
@@ -100,15 +101,15 @@ def maml(loss: Loss) -> Problem:
 
 
 def anil(loss: Loss, head: Sequence[str]) -> Problem:
-    """Return ANIL's problem: only the head adapts, everything is learned.
+    """Return ANIL's problem: only the head adapts, and all weights are learned.
 
     Args:
-        loss: of all parameters.
-        head: names of those that adapt: in the paper the weight and bias of the last layer.
+        loss: a function of all parameters.
+        head: the names of those that adapt. In the paper: weight and bias of the last layer.
 
     Raises:
-        ValueError: for an empty head.
-        ProblemError: at the call, for a name that `outer` does not hold.
+        ValueError: if the head is empty.
+        ProblemError: at the call, if `outer` does not hold one of the names.
     """
     if not head or isinstance(head, str):
         raise ValueError(f"head must be a tuple of parameter names, got {head!r}.")
@@ -128,8 +129,8 @@ def anil(loss: Loss, head: Sequence[str]) -> Problem:
 def meta_sgd(loss: Loss) -> Problem:
     """Return Meta-SGD's problem: the start and a rate for each weight are learned.
 
-    The outer parameters are `with_rates(weights, lr)`, the solver is
-    `SGD(learned_rates, steps=1)`. Rates are not kept positive, as in the paper.
+    The outer parameters are `with_rates(weights, lr)`, and the solver is
+    `SGD(learned_rates, steps=1)`. As in the paper, rates may become negative.
 
     Example:
         >>> import metafocus as mf
@@ -151,7 +152,7 @@ def meta_sgd(loss: Loss) -> Problem:
 
 
 def with_rates(weights: Params, lr: float) -> Params:
-    """Return the weights and, as `lr.<name>`, one rate for each of their entries."""
+    """Return the weights, and one rate for each of their entries under `lr.<name>`."""
     return weights | {RATE + k: torch.full_like(v, lr) for k, v in weights.items()}
 
 
@@ -161,13 +162,13 @@ def learned_rates(outer: Params) -> Params:
 
 
 def imaml(loss: Loss, strength: float = 2.0) -> Problem:
-    """Return iMAML's problem: all weights adapt near their start, which is learned.
+    """Return iMAML's problem: all weights adapt but stay near their start, which is learned.
 
     The inner loss is `loss + strength / 2 |fast - slow|^2`. With `Implicit(CG(5))` the inner
-    steps leave no graph: as many as converge cost no memory.
+    steps leave no graph, so many steps cost no more memory than few.
 
     Raises:
-        ValueError: for a negative strength.
+        ValueError: if the strength is negative.
     """
     adapted = _adapted(loss)
     return Problem(proximal(adapted, strength), adapted)
@@ -176,14 +177,15 @@ def imaml(loss: Loss, strength: float = 2.0) -> Problem:
 def reptile(loss: Loss) -> Problem:
     """Return Reptile's problem, whose hypergradient is `slow - fast`.
 
-    Reptile has an outer direction, `slow <- slow + rate (fast - slow)`, and no outer loss whose
-    derivative it is. It is the derivative of `|slow - fast|^2 / 2` with the adapted weights held
-    constant (arXiv 1803.02999, section 5.2: the distance to the solutions of the task). That is
-    the loss of this problem: it says how far adaptation goes, not how good it is, and does not
-    see the query. `torch.optim.SGD` with learning rate `rate` then makes the step of the paper,
-    the mean over tasks in its batched form. Measure with `maml`, whose start is the same.
+    Reptile has an outer direction, `slow <- slow + rate (fast - slow)`, but no outer loss with
+    this derivative. The loss of this problem is `|slow - fast|^2 / 2` with the adapted weights
+    held constant, whose derivative is `slow - fast` (arXiv 1803.02999, section 5.2: the distance
+    to the solutions of the task). Its value shows how far adaptation moves, not how good it is,
+    and it does not depend on the query. `torch.optim.SGD` with learning rate `rate` then takes
+    the step of the paper; over tasks it is the mean, as in the paper's batched form. Use `maml`,
+    which has the same start, to evaluate.
 
-    Any estimator gives the same, as nothing is differentiated through the inner loop;
+    All estimators give the same result, because nothing is differentiated through the inner loop.
     `FirstOrder()` is the cheapest.
 
     Example:
@@ -206,13 +208,15 @@ def reptile(loss: Loss) -> Problem:
 
 
 def diverging(aux: Aux) -> Tensor:
-    """Return which tasks' inner loss is above its first value, or not finite, before the last step.
+    """Return for which tasks the last inner loss is above the first one, or not finite.
+
+    The last inner loss is the one before the last step.
 
     Args:
-        aux: of one episode, or of `over_tasks`.
+        aux: the auxiliary output for one episode, or of `over_tasks`.
 
     Returns:
-        Booleans, `[]` or `[tasks]`. Of fewer than two inner steps none can be told.
+        Booleans, `[]` or `[tasks]`. With fewer than two inner steps all of them are False.
 
     Example:
         >>> diverging(Aux({}, torch.tensor([[2.0, 1.0], [2.0, 9.0], [2.0, torch.nan]])))

@@ -1,9 +1,10 @@
 """Hyper-parameters: regularisation, weights of data and data themselves, learned by validation.
 
-A problem each; the support is what is trained on, the query what is validated on. The solver is
-whatever trains the model (`mf.Given` for a closed form). The estimator is `Implicit(CG(n))` where
-training converges (arXiv 1911.02590, 2006.16218) and `Unrolled(last=k, recompute=True)` where it
-does not; the single-loop methods (`mf.algorithms.SOBA` and its family) take the same problems.
+Each function returns a problem. The support is the training data, and the query is the validation
+data. The solver is the optimiser that trains the model (`mf.Given` for a closed form). As estimator
+use `Implicit(CG(n))` if training converges (arXiv 1911.02590, 2006.16218), and
+`Unrolled(last=k, recompute=True)` if it does not. The single-loop methods (`mf.algorithms.SOBA` and
+others) take the same problems.
 
 `start()` returns the weights that training starts from.
 """
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metafocus.checks import not_negative
 from metafocus.errors import ProblemError
 from metafocus.problem import Problem
 from metafocus.types import Params
@@ -34,19 +36,20 @@ PREFIX = "log_l2."
 def log_l2(loss: Loss, start: Start) -> Problem:
     """Learn how strongly each weight is decayed.
 
-    Inner: `loss + 1/2 sum_k sum exp(log_l2_k) w_k^2`; outer: `loss`. With as many penalties as
-    weights a small validation set is overfitted (arXiv 1911.02590, section 5.1).
+    The inner loss is `loss + 1/2 sum_k sum exp(log_l2_k) w_k^2`, and the outer loss is `loss`.
+    One penalty per weight overfits a small validation set (arXiv 1911.02590, section 5.1).
 
     Args:
-        loss: of the weights.
-        start: the weights that training starts from.
+        loss: a function of the weights and the data.
+        start: returns the weights that training starts from.
 
     Returns:
-        A problem whose outer parameters are `log_l2.<name>` for some of the weights, of any shape
-        that broadcasts against the weight: one for all, for each column, for each entry.
+        A problem whose outer parameters are `log_l2.<name>` for some of the weights. Each has a
+        shape that broadcasts to its weight: one penalty for the tensor, or one for each column,
+        or one for each entry.
 
     Raises:
-        ProblemError: at the call, for a penalty without a weight, or of a larger shape.
+        ProblemError: at the call, if a penalty has no weight or a larger shape.
 
     Example:
         >>> import metafocus as mf
@@ -55,7 +58,8 @@ def log_l2(loss: Loss, start: Start) -> Problem:
         >>> problem = log_l2(loss, lambda: {"w": torch.ones(1)})
         >>> meta = mf.bilevel(problem, solver=mf.SGD(0.5, 60), estimator=mf.Implicit(mf.CG(1)))
         >>> data = mf.Episode(torch.tensor([1.0]), torch.tensor([0.5]))
-        >>> loss, aux = meta({"log_l2.w": torch.tensor(0.0)}, data)
+        >>> outer = {"log_l2.w": torch.tensor(0.0, requires_grad=True)}
+        >>> loss, aux = meta(outer, data)
         >>> aux.params
         {'w': tensor([0.5000])}
     """
@@ -89,24 +93,26 @@ def _penalties(fast: Params, slow: Params) -> Params:
 
 
 def reweight(losses: Losses, start: Start, l2: float = 0.0) -> Problem:
-    """Learn how much each group of training data counts, from clean validation data.
+    """Learn a weight for each group of training data, from clean validation data.
 
-    Inner: `mean_i sigmoid(weight[group_i]) loss_i + l2/2 |w|^2`; outer: the mean loss. With a
-    group for each sample this finds wrong labels; with one for each source it mixes data.
+    The inner loss is `mean_i sigmoid(weight[group_i]) loss_i + l2/2 |w|^2`, and the outer loss is
+    the mean loss. With one group for each sample this finds wrong labels. With one group for each
+    source it learns a mixture of sources.
 
     Args:
-        losses: one for each sample.
-        start: the weights that training starts from.
-        l2: strength of a penalty on all weights, which keeps the inner problem well-posed where
+        losses: returns one loss for each sample.
+        start: returns the weights that training starts from.
+        l2: strength of a penalty on all weights. It keeps the inner problem well-posed if the
             data alone do not.
 
     Returns:
         A problem with the outer parameter `weight`, `[groups]`, in logits. The support is
-        `(group, data)` with integers `[n]`; the query is `data`.
+        `(group, data)` with integers `group` of shape `[n]`. The query is `data`.
 
     Raises:
-        ValueError: for a negative `l2`.
-        ProblemError: at the call, if `weight` is missing or `losses` are not one for each group.
+        ValueError: if `l2` is negative.
+        ProblemError: at the call, if `weight` is missing, or if `losses` does not return one
+            value for each entry of `group`.
 
     Example:
         >>> import metafocus as mf
@@ -115,11 +121,10 @@ def reweight(losses: Losses, start: Start, l2: float = 0.0) -> Problem:
         >>> meta = mf.bilevel(problem, solver=mf.SGD(1.0, 60), estimator=mf.Implicit(mf.CG(1)))
         >>> outer = {"weight": torch.zeros(2)}
         >>> grads, _ = mf.hypergrad(meta)(outer, mf.Episode(support, torch.tensor([1.0])))
-        >>> grads["weight"].sign()  # the first sample agrees with validation
+        >>> grads["weight"].sign()  # the first sample agrees with the validation data
         tensor([-1.,  1.])
     """
-    if not l2 >= 0:
-        raise ValueError(f"l2 must be >= 0, got {l2}.")
+    not_negative("l2", l2)
 
     def weighted(fast: Params, slow: Params, support: Any) -> Tensor:
         if "weight" not in slow:
@@ -142,15 +147,16 @@ def reweight(losses: Losses, start: Start, l2: float = 0.0) -> Problem:
 
 
 def distill(loss: Loss, start: Start, labels: Any) -> Problem:
-    """Learn a few training examples that teach what a whole data set does.
+    """Learn a few training examples that replace a whole data set.
 
-    Inner: `loss` on `(slow["x"], labels)`; outer: `loss` on the real data, the query. The support
-    is not used. (arXiv 1811.10959; at scale by implicit differentiation, arXiv 1911.02590.)
+    The inner loss is `loss` on `(slow["x"], labels)`. The outer loss is `loss` on the real data,
+    the query. The support is not used. (arXiv 1811.10959; at scale by implicit differentiation,
+    arXiv 1911.02590.)
 
     Args:
-        loss: of `(x, labels)`.
-        start: the weights that training starts from.
-        labels: of the learned examples.
+        loss: a function of the weights and `(x, labels)`.
+        start: returns the weights that training starts from.
+        labels: the labels of the learned examples.
 
     Returns:
         A problem with the outer parameter `x`, the learned examples.

@@ -1,4 +1,4 @@
-"""Adaptation while reading: a sequence in chunks, each scored and then learned from."""
+"""Adaptation while reading: each chunk of a sequence is scored, and then a step is taken on it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from metafocus import params as pt
 from metafocus.autodiff.recompute import recompute
-from metafocus.autodiff.safe_operators.swapping import Swapped
-from metafocus.checks import check_finite
+from metafocus.autodiff.safe_operators.swapping import Swapped, differentiable_once
+from metafocus.checks import check_finite, whole
 from metafocus.engine import MetaLoss
 from metafocus.errors import ProblemError
 from metafocus.estimators import Estimator
@@ -26,7 +26,7 @@ from metafocus.types import Aux, Episode, Params, Solver, State
 
 @dataclass(frozen=True)
 class InChunk:
-    """A token policy within the chunk that `chunks` marks."""
+    """A token policy, restricted to the chunk that `chunks` marks."""
 
     tokens: TokenPolicy
 
@@ -36,16 +36,16 @@ class InChunk:
 
 
 def chunks(batch: Batch, size: int, window: int) -> Iterator[Batch]:
-    """Cut a batch into chunks of tokens, each behind the `window` tokens before it.
+    """Cut a batch into chunks of tokens, each together with the `window` tokens before it.
 
     Args:
         batch: tensors `[B, S]`.
-        size: tokens in a chunk; the last one may be shorter.
-        window: how many earlier tokens a chunk can see, at least 1.
+        size: the number of tokens in a chunk; the last chunk may be shorter.
+        window: the number of earlier tokens that a chunk can see, at least 1.
 
     Returns:
-        Batches with a further mask, `chunk`, that is True on the chunk's own tokens. Positions
-        count from the first token of the window.
+        Batches with an additional mask `chunk`, which is True on the tokens of the chunk itself.
+        Positions count from the first token of the window.
 
     Example:
         >>> batch = {"input_ids": torch.arange(5)[None]}
@@ -64,7 +64,7 @@ def chunks(batch: Batch, size: int, window: int) -> Iterator[Batch]:
 
 @dataclass(frozen=True)
 class _From:
-    """A solver whose steps are counted on from those of earlier chunks."""
+    """A solver whose step numbers continue those of earlier chunks."""
 
     solver: Solver
     first: int
@@ -85,40 +85,43 @@ class _From:
 def stream(
     problem: Problem, *, solver: Solver, estimator: Estimator, chunk: int, window: int
 ) -> MetaLoss:
-    """Return the mean loss of a sequence that is adapted to while it is read.
+    """Return the mean loss of a sequence that the fast weights adapt to while it is read.
 
-    `loss = sum_k n_k outer_loss(fast_k, slow, chunk_k) / sum_k n_k`, and `fast_{k+1}` is what
-    `solver.steps` inner steps on `chunk_k` make of `fast_k`: every chunk is scored before it is
-    learned from. The derivative goes through all chunks, in the way of the estimator.
+    `loss = sum_k n_k outer_loss(fast_k, slow, chunk_k) / sum_k n_k`, where `fast_{k+1}` results
+    from `solver.steps` inner steps on `chunk_k` from `fast_k`. So each chunk is scored before a
+    step is taken on it. The derivative goes through all chunks, as the estimator defines it.
 
     Args:
-        problem: of two language-model losses over `InChunk` tokens.
-        solver: without a state, which would be lost between chunks. Its steps are counted
-            through, so that `per_step` rates go on.
-        estimator: `Unrolled(recompute=True)` keeps the fast weights of each chunk, and no graph
-            but that of the layers below the first fast weight.
-        chunk: tokens in a chunk.
-        window: how many tokens before it a chunk can see.
+        problem: its two losses are language-model losses over `InChunk` tokens.
+        solver: an inner optimiser without a state, because a state would be lost between chunks.
+            Step numbers continue over chunks, and so do rates of `per_step`.
+        estimator: `Unrolled(recompute=True)` keeps the fast weights of each chunk, and only the
+            graph of the layers below the first fast weight.
+        chunk: the number of tokens in a chunk.
+        window: the number of tokens before a chunk that it can see.
 
     Returns:
-        `meta_loss(outer, episode) -> (loss, Aux)`, with `outer` explicit. The support is learned
-        from, the query scored; both are the same sequence.
+        `meta_loss(outer, episode) -> (loss, Aux)`, with explicit `outer`. The inner steps use the
+        support, and the scores use the query; both are the same sequence.
 
     Raises:
-        ProblemError: for sizes below 1; at the call for a batch of several sequences, and for a
-            solver with a state.
+        ProblemError: if a size is below 1; at the call, if the batch has several sequences or the
+            solver has a state.
     """
-    if chunk < 1 or window < 1:
-        raise ProblemError(f"chunk={chunk} and window={window} must be at least 1.")
+    whole("chunk", chunk, 1, error=ProblemError)
+    whole("window", window, 1, error=ProblemError)
     explicit = getattr(estimator, "explicit", False)
     checked = False
 
     def learn(solver: Solver, fast: Params, slow: Params, support: Batch) -> Any:
         nonlocal checked
         if not checked and not torch.compiler.is_compiling():
-            preflight(problem.inner_loss, solver, fast, slow, support, explicit=explicit)
+            twice = getattr(estimator, "twice", True)
+            preflight(
+                problem.inner_loss, solver, fast, slow, support, explicit=explicit, twice=twice
+            )
             checked = True
-        solution = estimator(problem.inner_loss, solver, fast, slow, support)
+        solution = estimator(differentiable_once(problem.inner_loss), solver, fast, slow, support)
         if not transforming():
             check_finite(solution.losses)
         return solution
@@ -151,7 +154,7 @@ def stream(
 def _parts(episode: Episode, size: int, window: int) -> Iterator[Episode]:
     support = chunks(episode.support, size, window)
     if episode.query is episode.support:
-        # The same object, which is then prepared once.
+        # The same object is prepared once.
         yield from (Episode(part, part) for part in support)
         return
     for pair in zip(support, chunks(episode.query, size, window), strict=True):

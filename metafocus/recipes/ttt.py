@@ -1,4 +1,4 @@
-"""Test-time training as inner objectives, and the way of adapted fast weights to a file."""
+"""Test-time training as inner objectives, and how adapted fast weights are saved to files."""
 
 from __future__ import annotations
 
@@ -41,25 +41,26 @@ def qttt(
 ) -> MetaLoss:
     """Return the answer loss after adapting the query projections to the context: qTTT.
 
-    Each example's fast weights take a few steps on the next-token loss of its own context. The
-    paper keeps the context's keys and values of before the first step, and takes each step on
-    random short spans; here every step sees the whole context, with the keys and values that it
-    then has. The steps and the rate are not the paper's.
+    The fast weights of each example take a few steps on the next-token loss of its own context.
+    The paper keeps the keys and values of the context from before the first step, and takes each
+    step on random short spans. Here every step sees the whole context with its current keys and
+    values. The number of steps and the rate are not the paper's.
 
     Args:
-        model: as all that is not said here, of `focusft`.
+        model: a Hugging Face causal language model, as for `focusft`.
         adapter: default LoRA on every `q_proj`. The paper's form is
-            `mf.FullWeights(mf.top_layers(1.0, ("q_proj",)))`, one example a batch, with
+            `mf.FullWeights(mf.top_layers(1.0, ("q_proj",)))` with one example in a batch and
             `per_example=False`.
-        mask: causal: a bidirectional one would show the inner loss what it predicts.
+        mask: default causal. A bidirectional mask would show the inner loss the tokens that it
+            predicts.
         solver: the inner optimiser.
-        estimator: default `FirstOrder()`; matters only if the loss is trained.
-        inner_tokens: what is learned: default the context, never an answer.
+        estimator: default `FirstOrder()`; it matters only if the loss is trained.
+        inner_tokens: the tokens that the inner loss scores. Default: the context, never an answer.
         generator: draws the start.
-        per_example: fast weights for each row of a batch.
+        per_example: gives each row of a batch fast weights of its own.
 
     Returns:
-        `meta_loss(outer, Episode(batch, batch)) -> (loss, Aux)`; `Aux.params` are the adapted
+        `meta_loss(outer, Episode(batch, batch)) -> (loss, Aux)`; `Aux.params` holds the adapted
         fast weights.
 
     References:
@@ -90,34 +91,36 @@ def ttt_e2e(
     outer_tokens: TokenPolicy = all_tokens,
     generator: torch.Generator | None = None,
 ) -> MetaLoss:
-    """Return the next-token loss of a model that goes on learning while it reads: TTT-E2E.
+    """Return the next-token loss of a model that continues to learn while it reads: TTT-E2E.
 
-    The MLPs of the last quarter of the layers are fast and start as the model's own. One step of
-    SGD on each chunk of tokens; each chunk is scored with what was learned from the chunks before
-    it. The mean of these losses is differentiated through all steps.
+    The MLPs of the last quarter of the layers are fast, and start as the model's own. Each chunk
+    of tokens is scored with the fast weights that the earlier chunks left, and then SGD takes one
+    step on it. The mean of these losses is differentiated through all steps.
 
-    A chunk sees the `window` tokens before it; a model of its own with sliding windows sees
-    further through its layers. Keys and values of the window are computed with the fast weights
-    of the chunk. The paper caches them, and keeps a second, slow MLP beside each fast one.
+    A chunk sees the `window` tokens before it. (Through its layers, a model with sliding windows
+    of its own would see further.) The keys and values of the window are computed with the fast
+    weights of the chunk. The paper caches them, and keeps a second, slow MLP next to each fast
+    one.
 
     Args:
-        model: a Hugging Face causal language model. What requires grad is trained.
-        chunk: tokens learned in one step.
-        window: tokens before a chunk that it sees.
+        model: a Hugging Face causal language model. Its parameters that require grad are trained.
+        chunk: the number of tokens for one step.
+        window: the number of tokens before a chunk that it sees.
         adapter: default `FullWeights` on the modules called `mlp` of the last quarter of layers.
         mask: which keys a query sees within chunk and window.
         solver: the inner optimiser, without a state.
-        estimator: default exact, in memory that grows by the fast weights of each chunk.
-        inner_tokens: what is learned.
-        outer_tokens: what is scored: default every token; `answer_tokens` for fine-tuning.
+        estimator: default exact. Its memory grows by the fast weights of each chunk.
+        inner_tokens: the tokens that the inner loss scores.
+        outer_tokens: the tokens that the outer loss scores. Default: every token. Use
+            `answer_tokens` for fine-tuning.
         generator: draws the start, if the adapter draws one.
 
     Returns:
         `meta_loss(outer, Episode(batch, batch)) -> (loss, Aux)` for a batch of one sequence;
-        `Aux.params` are the fast weights after the last chunk.
+        `Aux.params` holds the fast weights after the last chunk.
 
     Raises:
-        ProblemError: as `stream`.
+        ProblemError: as for `stream`.
 
     References:
         Tandon et al., arXiv 2512.23675.
@@ -145,20 +148,20 @@ class Saved(Adapter, Protocol):
 def export(model: nn.Module, adapter: Saved, fast: Params, directory: str | Path) -> list[Path]:
     """Write adapted fast weights as files: LoRA as PEFT adapters, FullWeights as safetensors.
 
-    Fast weights that a batch shares go to `directory`; those of B examples to `directory/0`, ...,
-    `directory/B-1`, each a whole adapter.
+    Fast weights that a batch shares are written to `directory`. Those of B examples are written to
+    `directory/0`, ..., `directory/B-1`, each as a whole adapter.
 
     Args:
         model: the model that the fast weights belong to.
-        adapter: what they are.
-        fast: such as `Aux.params`.
-        directory: created if missing.
+        adapter: the adapter that made the fast weights.
+        fast: the fast weights, such as `Aux.params`.
+        directory: it is created if it does not exist.
 
     Returns:
         The directories that were written.
 
     Raises:
-        ProblemError: as `adapter.save`.
+        ProblemError: as for `adapter.save`.
 
     Example:
         >>> import tempfile

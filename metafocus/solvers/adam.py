@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from metafocus import params as pt
 from metafocus.autodiff.guarded import safe_sqrt
-from metafocus.solvers.checks import check_common, fraction, positive
+from metafocus.checks import fraction, positive
 from metafocus.solvers.clipping import Clip
-from metafocus.solvers.rates import Rate, rates
+from metafocus.solvers.rates import Rate, check_settings, rates
 from metafocus.solvers.stepping import moved
 from metafocus.types import Params, State
 
@@ -49,7 +49,7 @@ class Adam:
     clip: Clip | None = None
 
     def __post_init__(self) -> None:
-        check_common(self.lr, self.steps, self.weight_decay)
+        check_settings(self.lr, self.steps, self.weight_decay)
         for beta in self.betas:
             fraction("betas", beta)
         positive("eps", self.eps)

@@ -8,9 +8,9 @@ import torch
 
 from metafocus import params as pt
 from metafocus.autodiff.guarded import safe_sqrt
-from metafocus.solvers.checks import check_common, fraction, not_negative, positive
+from metafocus.checks import fraction, not_negative, positive
 from metafocus.solvers.clipping import Clip
-from metafocus.solvers.rates import Rate, rates
+from metafocus.solvers.rates import Rate, check_settings, rates
 from metafocus.solvers.stepping import all_moved, coupled, moved
 from metafocus.types import Params, State
 
@@ -56,7 +56,7 @@ class RMSprop:
     clip: Clip | None = None
 
     def __post_init__(self) -> None:
-        check_common(self.lr, self.steps, self.weight_decay)
+        check_settings(self.lr, self.steps, self.weight_decay)
         fraction("alpha", self.alpha)
         fraction("momentum", self.momentum)
         positive("eps", self.eps)
@@ -124,7 +124,7 @@ class Adagrad:
     clip: Clip | None = None
 
     def __post_init__(self) -> None:
-        check_common(self.lr, self.steps, self.weight_decay)
+        check_settings(self.lr, self.steps, self.weight_decay)
         not_negative("lr_decay", self.lr_decay)
         not_negative("initial", self.initial)
         positive("eps", self.eps)

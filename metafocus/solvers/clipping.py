@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metafocus import params as pt
-from metafocus.solvers.checks import positive
+from metafocus.checks import positive
 from metafocus.types import Params
 
 Clip = Callable[[Params], Params]

@@ -51,6 +51,13 @@ class Given:
 
     solution: Callable[[Params, Any], Params]
 
+    def __post_init__(self) -> None:
+        if not callable(self.solution):
+            raise ProblemError(
+                "solution must be a function (slow, support) -> fast, got "
+                f"{type(self.solution).__name__}: write mf.Given(lambda slow, support: fast)."
+            )
+
     @property
     def steps(self) -> int:
         """One: from the start to the solution."""
@@ -64,7 +71,11 @@ class Given:
         self, params: Params, grads: Params, state: State, step: int, outer: Params
     ) -> tuple[Params, State]:
         """Refuse: there are no steps."""
-        raise ProblemError(
+        raise self.without_steps()
+
+    def without_steps(self) -> ProblemError:
+        """Return the error of an estimator or a method that needs inner steps."""
+        return ProblemError(
             f"{self} has no inner steps to differentiate or to run one by one. Use Implicit, "
             "FixedPoint or Penalty, or a solver such as SGD."
         )

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from metafocus import params as pt
+from metafocus.checks import fraction, positive, whole
 from metafocus.solvers.adam import adam_direction
-from metafocus.solvers.checks import check_common, fraction, positive
 from metafocus.solvers.clipping import Clip, normalised
-from metafocus.solvers.rates import Rate, rates
+from metafocus.solvers.rates import Rate, check_settings, rates
 from metafocus.types import Params, State
 
 _ADJUST = ("original", "match_rms_adamw")
@@ -70,11 +70,9 @@ class Muon:
     adjust: str = "original"
 
     def __post_init__(self) -> None:
-        check_common(self.lr, self.steps, self.weight_decay)
+        check_settings(self.lr, self.steps, self.weight_decay)
         fraction("momentum", self.momentum)
-        if isinstance(self.ns_steps, bool) or not isinstance(self.ns_steps, int):
-            raise ValueError(f"ns_steps must be an integer, got {self.ns_steps!r}.")
-        positive("ns_steps", self.ns_steps)
+        whole("ns_steps", self.ns_steps, 1)
         positive("eps", self.eps)
         if len(self.ns_coefficients) != 3:
             raise ValueError(f"ns_coefficients must be three, got {self.ns_coefficients}.")

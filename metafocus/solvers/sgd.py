@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from metafocus import params as pt
-from metafocus.solvers.checks import check_common, fraction
+from metafocus.checks import fraction
 from metafocus.solvers.clipping import Clip
-from metafocus.solvers.rates import Rate, rates
+from metafocus.solvers.rates import Rate, check_settings, rates
 from metafocus.solvers.stepping import all_moved, coupled, moved
 from metafocus.types import Params, State
 
@@ -45,7 +45,7 @@ class SGD:
     clip: Clip | None = None
 
     def __post_init__(self) -> None:
-        check_common(self.lr, self.steps, self.weight_decay)
+        check_settings(self.lr, self.steps, self.weight_decay)
         fraction("momentum", self.momentum)
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov=True needs momentum > 0, got momentum=0.0.")

@@ -1,13 +1,32 @@
 """FocuSFT inside Hugging Face's Trainer, TRL and accelerate.
 
-`FocusTrainer` is `transformers.Trainer` with the meta loss in place of the loss; `FocusMixin` adds
+`FocusTrainer` is `transformers.Trainer` with the meta-loss in place of the loss; `FocusMixin` adds
 the same to any other trainer of that family.
 """
 
 from __future__ import annotations
 
-from metafocus.trainer.config import FocusArguments, FocusOptions
-from metafocus.trainer.mixin import FocusMixin
-from metafocus.trainer.trainer import FocusTrainer
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from metafocus.trainer.config import FocusArguments, FocusOptions
+    from metafocus.trainer.mixin import FocusMixin
+    from metafocus.trainer.trainer import FocusTrainer
 
 __all__ = ["FocusArguments", "FocusMixin", "FocusOptions", "FocusTrainer"]
+
+
+_HOMES = {
+    "FocusArguments": "config",
+    "FocusMixin": "mixin",
+    "FocusOptions": "config",
+    "FocusTrainer": "trainer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # transformers' Trainer takes seconds to import: only those who use it wait for it.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,4 +1,4 @@
-"""Between the Trainer's words for a batch and ours: `labels` and `answer_mask`."""
+"""Batches as the Trainer has them, with `labels`, and as losses and masks take them."""
 
 from __future__ import annotations
 
@@ -106,6 +106,22 @@ def prompts(batch: Batch) -> Batch:
     present = torch.ones_like(batch["input_ids"], dtype=torch.int64) if present is None else present
     kept = present * (answers.cumsum(-1) == 0).to(present.dtype)
     return {**batch, "attention_mask": kept, "answer_mask": torch.zeros_like(answers)}
+
+
+def without_repeats(batch: Batch, remainder: int, rank: int) -> Batch:
+    """The last batch without the answers of samples that only fill it up, to keep ranks even.
+
+    Args:
+        batch: of one rank.
+        remainder: how many samples are left for all ranks together; none are repeated if it is 0.
+        rank: of this process.
+    """
+    if remainder <= 0:
+        return batch
+    size = len(batch["input_ids"])
+    row = torch.arange(rank * size, (rank + 1) * size, device=batch["input_ids"].device)
+    kept = (row < remainder)[:, None]
+    return {**batch, "answer_mask": batch["answer_mask"].bool() & kept}
 
 
 def most_positions(model: nn.Module) -> int | None:

@@ -1,4 +1,4 @@
-"""Which checkpoint of a training run can be resumed: the newest one that was written to its end."""
+"""Checkpoints: which one is resumed, the newest that was written to its end; and full disks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import re
 import struct
 import warnings
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from metafocus.errors import DataError
@@ -165,3 +167,25 @@ def _whole(file: Path) -> bool:
 def _warn_passed_over(faults: dict[Path, str], outcome: str) -> None:
     for path, fault in faults.items():
         warnings.warn(f"{path} is passed over: {fault}; {outcome}.", stacklevel=4)
+
+
+@contextmanager
+def saving(place: str | Path, what: str) -> Iterator[None]:
+    """Turn what goes wrong in writing into one error that names the place.
+
+    Raises:
+        DataError: for a full disk, a limit on the size of files, a directory that has gone.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except Exception as error:
+        # tokenizers raises bare exceptions.
+        if not isinstance(error, OSError | SafetensorError) and type(error) is not Exception:
+            raise
+        reason = " ".join((getattr(error, "strerror", None) or str(error)).split())
+        raise DataError(
+            f"{what} could not be written to {place}: {reason}. What lies there is not whole; make "
+            "room, or name another directory."
+        ) from error

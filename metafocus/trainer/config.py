@@ -1,4 +1,4 @@
-"""FocuSFT's settings as command lines and configuration files write them: words and numbers.
+"""FocuSFT's settings as command lines and configuration files write them: names and numbers.
 
 In Python, objects are passed to `FocusTrainer(recipe={...})`.
 """
@@ -12,12 +12,11 @@ from typing import Any
 from torch import nn
 from transformers import TrainingArguments
 
-from metafocus import masks
-from metafocus.adapters import LoRA, NoAdapter, top_layers
+from metafocus.adapters import LoRA, NoAdapter, Placement, top_layers
 from metafocus.errors import ProblemError
 from metafocus.masks import MaskPolicy
 from metafocus.solvers import SGD, clip_per_tensor
-from metafocus.trainer import words
+from metafocus.trainer.names import ESTIMATORS, MASKS, TOKENS, named
 from metafocus.trainer.peft import BelowPeft, is_peft
 
 NO_DEEPSPEED = (
@@ -36,10 +35,10 @@ class FocusOptions:
     """How FocuSFT adapts; the defaults are the paper's.
 
     `FocusArguments` is this and `TrainingArguments` in one. Where a trainer has a class of
-    arguments of its own, as in TRL, it is passed beside it: `focus=FocusOptions(...)`.
+    arguments of its own, as in TRL, this is passed beside it: `focus=FocusOptions(...)`.
 
     Raises:
-        ProblemError: for a word that stands for nothing.
+        ProblemError: for a name that stands for nothing, or a number out of range.
 
     Example:
         >>> FocusOptions(inner_steps=4).solver()
@@ -47,29 +46,34 @@ class FocusOptions:
 clip=clip_per_tensor(limit=1.0))
     """
 
+    _argument_group_name = "FocuSFT"
+
     method: str = described("focusft", "focusft, or sft: the same run without fast weights")
-    inner_steps: int = described(2, "inner steps")
-    inner_lr: float = described(1.0, "inner learning rate")
-    inner_clip: float = described(1.0, "largest gradient norm of each fast weight")
-    lora_rank: int = described(32, "rank of the fast weights")
-    lora_alpha: float = described(64.0, "alpha of the fast weights")
-    layer_fraction: float = described(0.35, "share of the layers, from the top, with fast weights")
-    target_modules: str = described("gate_proj,up_proj,down_proj", "modules with fast weights")
     mask: str | None = described(
         None,
-        f"{', '.join(words.MASKS)}; default: context-bidirectional for focusft, causal for sft",
+        f"which keys a token sees: {', '.join(MASKS)}; default: context-bidirectional for "
+        "focusft, causal for sft",
     )
-    estimator: str = described("first-order", ", ".join(words.ESTIMATORS))
-    inner_tokens: str = described(
-        "answer", f"what the inner loss scores: {', '.join(words.TOKENS)}"
+    estimator: str = described("first-order", f"the hypergradient: {', '.join(ESTIMATORS)}")
+    inner_steps: int = described(2, "steps of the inner loop")
+    inner_lr: float = described(1.0, "learning rate of the inner loop")
+    inner_clip: float = described(1.0, "largest gradient norm of each fast weight")
+    inner_tokens: str = described("answer", f"what the inner loss scores: {', '.join(TOKENS)}")
+    layer_fraction: float = described(0.35, "share of the layers, from the top, with fast weights")
+    lora_rank: int = described(32, "rank of the fast weights")
+    lora_alpha: float | None = described(
+        None, "the fast weights are scaled by lora_alpha / lora_rank; default: twice lora_rank"
     )
-    per_example: bool = described(False, "fast weights of its own for each sample of a batch")
-    adaptation_seed: int = described(0, "of the fast weights' starts")
+    lora_modules: str = described(
+        "gate_proj,up_proj,down_proj", "modules with fast weights, separated by commas"
+    )
+    per_example: bool = described(False, "each sample of a batch has fast weights of its own")
+    adaptation_seed: int = described(0, "seed of the fast weights' starts")
     adaptation_start: str = described(
         "micro-batch", "micro-batch: a start for each; step: one start for an optimiser step"
     )
     evaluate_on: str = described(
-        "deployed", "deployed: without fast weights; prompt: adapted on each prompt, no labels"
+        "deployed", "deployed: without fast weights; prompt: adapted to each prompt, no labels"
     )
     eval_mask: str = described(
         "causal", "mask in evaluation; causal is what a saved model runs with"
@@ -78,65 +82,72 @@ clip=clip_per_tensor(limit=1.0))
 
     def __post_init__(self) -> None:
         for name, table in {
-            "method": ("focusft", "sft"),
-            "estimator": words.ESTIMATORS,
-            "inner_tokens": words.TOKENS,
-            "adaptation_start": ("micro-batch", "step"),
-            "evaluate_on": ("deployed", "prompt"),
-            "eval_mask": words.MASKS,
+            "method": dict.fromkeys(("focusft", "sft")),
+            "estimator": ESTIMATORS,
+            "inner_tokens": TOKENS,
+            "adaptation_start": dict.fromkeys(("micro-batch", "step")),
+            "evaluate_on": dict.fromkeys(("deployed", "prompt")),
+            "eval_mask": MASKS,
         }.items():
-            _known(name, getattr(self, name), table)
-        if self.mask is not None:
-            _known("mask", self.mask, words.MASKS)
+            named(name, getattr(self, name), table)
+        self.policy()
         if not 0 <= self.adaptation_seed < 2**63:
             raise ProblemError(
                 f"adaptation_seed must be in [0, 2**63), got {self.adaptation_seed}."
             )
         if self.max_skipped < 0:
             raise ProblemError(f"max_skipped must be >= 0, got {self.max_skipped}.")
-        # By the names that a file or a command line gave; build once, to fail early.
-        for name, good in (
-            ("inner_steps", self.inner_steps >= 0),
-            ("inner_lr", 0 <= self.inner_lr < math.inf),
-            ("inner_clip", 0 < self.inner_clip < math.inf),
+        # Checked here as well, by the names that a file or a command line gave.
+        for name, good, low in (
+            ("inner_steps", self.inner_steps >= 0, ">= 0"),
+            ("inner_lr", 0 <= self.inner_lr < math.inf, ">= 0"),
+            ("inner_clip", 0 < self.inner_clip < math.inf, "> 0"),
+            ("lora_rank", self.lora_rank >= 1, ">= 1"),
+            ("lora_alpha", self.lora_alpha is None or 0 < self.lora_alpha < math.inf, "> 0"),
         ):
             if not good:
-                low = "> 0" if name == "inner_clip" else ">= 0"
                 raise ProblemError(f"{name} must be finite and {low}, got {getattr(self, name)}.")
-        self.solver()
-        LoRA(top_layers(self.layer_fraction, self._names()), self.lora_rank, self.lora_alpha)
+        self.placement()
         after = getattr(super(), "__post_init__", None)
         if after is not None:
             after()
 
-    def _names(self) -> tuple[str, ...]:
-        return tuple(name.strip() for name in self.target_modules.split(",") if name.strip())
+    def mask_name(self) -> str:
+        """The mask in training: the method's own, where none is given."""
+        return self.mask or ("causal" if self.method == "sft" else "context-bidirectional")
+
+    def policy(self) -> MaskPolicy:
+        """Which keys a token sees in training."""
+        return named("mask", self.mask_name(), MASKS)
 
     def solver(self) -> SGD:
         """The inner optimiser."""
         return SGD(self.inner_lr, self.inner_steps, clip=clip_per_tensor(self.inner_clip))
 
-    def adapter(self, model: nn.Module) -> LoRA:
+    def placement(self) -> Placement:
+        """Where a plain model has fast weights."""
+        names = tuple(name.strip() for name in self.lora_modules.split(",") if name.strip())
+        return top_layers(self.layer_fraction, names)
+
+    def adapter(self, model: nn.Module) -> LoRA | NoAdapter:
         """The fast weights; below PEFT's adapters if the model has some, none for sft."""
         if self.method == "sft":
             return NoAdapter()
-        where = top_layers(self.layer_fraction, self._names())
-        placed = BelowPeft(where) if is_peft(model) else where
-        return LoRA(placed, rank=self.lora_rank, alpha=self.lora_alpha)
+        where = self.placement()
+        return LoRA(BelowPeft(where) if is_peft(model) else where, self.lora_rank, self.lora_alpha)
 
     def evaluation_mask(self) -> MaskPolicy:
-        """Which keys a query sees in evaluation."""
-        return words.MASKS[self.eval_mask]
+        """Which keys a token sees in evaluation."""
+        return MASKS[self.eval_mask]
 
     def recipe(self, model: nn.Module) -> dict[str, Any]:
         """The keywords of `mf.recipes.focusft` that these settings stand for."""
-        default = masks.causal if self.method == "sft" else masks.context_bidirectional
         found = {
             "adapter": self.adapter(model),
-            "mask": default if self.mask is None else words.MASKS[self.mask],
+            "mask": self.policy(),
             "solver": self.solver(),
-            "estimator": words.ESTIMATORS[self.estimator](),
-            "inner_tokens": words.TOKENS[self.inner_tokens],
+            "estimator": ESTIMATORS[self.estimator](),
+            "inner_tokens": TOKENS[self.inner_tokens],
         }
         return {**found, "per_example": True} if self.per_example else found
 
@@ -145,8 +156,9 @@ clip=clip_per_tensor(limit=1.0))
 class FocusArguments(FocusOptions, TrainingArguments):
     """`transformers.TrainingArguments` with the settings of `FocusOptions`.
 
-    One default differs from transformers': `remove_unused_columns` is False, because batches carry
-    `answer_mask` and `turn_ids`, which no model's forward takes.
+    Two defaults differ from transformers': `remove_unused_columns` is False, because batches carry
+    `answer_mask` and `turn_ids`, which no model's forward takes; and `logging_steps` is 10, so that
+    a short run has a history too.
 
     Raises:
         ProblemError: for settings that a FocuSFT run would silently ignore.
@@ -157,6 +169,7 @@ class FocusArguments(FocusOptions, TrainingArguments):
     """
 
     remove_unused_columns: bool = described(False, "must stay False")
+    logging_steps: float = described(10, "optimiser steps from one log entry to the next")
 
     def __post_init__(self) -> None:
         if self.deepspeed:
@@ -175,13 +188,11 @@ class FocusArguments(FocusOptions, TrainingArguments):
             if getattr(self, name) < 1:
                 raise ProblemError(f"{name} must be >= 1, got {getattr(self, name)}.")
         super().__post_init__()
+        if self.device.type == "cpu":
+            # torch warns that it does nothing there.
+            self.dataloader_pin_memory = False
         if self.remove_unused_columns:
             raise ProblemError(
                 "remove_unused_columns=True would drop answer_mask and turn_ids from every sample: "
                 "leave it False."
             )
-
-
-def _known(name: str, word: Any, table: Any) -> None:
-    if not isinstance(word, str) or word not in table:
-        raise ProblemError(f"{name}={word!r} is unknown: use one of {', '.join(table)}.")

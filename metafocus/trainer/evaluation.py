@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from metafocus import masks
 from metafocus.adapters import NoAdapter
 from metafocus.estimators import Estimator
 from metafocus.lm import Adapter, Batch, all_tokens, answer_tokens, lm_loss
@@ -14,10 +15,52 @@ from metafocus.lm.tokens import predicted
 from metafocus.masks import MaskPolicy, positions
 from metafocus.problem import trainable
 from metafocus.trainer.batch import prompts, rows
+from metafocus.trainer.config import FocusOptions
 from metafocus.types import Params, Solver
 
 
-class Scored(NamedTuple):
+class Way(NamedTuple):
+    """How a held-out loss is measured: the mask, and whether fast weights adapt to each prompt."""
+
+    mask: MaskPolicy
+    adapt: bool
+
+
+def configured(focus: FocusOptions) -> Way:
+    """Return the way of `eval_loss`: by the settings `eval_mask` and `evaluate_on`.
+
+    Example:
+        >>> from metafocus.trainer import FocusOptions
+        >>> configured(FocusOptions()) == Way(masks.causal, adapt=False)
+        True
+    """
+    return Way(focus.evaluation_mask(), focus.evaluate_on == "prompt" and focus.method != "sft")
+
+
+def ways(focus: FocusOptions) -> dict[str, Way]:
+    """Return the ways that a run reports by name; of equal ones, the first.
+
+    A saved checkpoint runs causally and without fast weights, whatever it was trained with: that
+    is "deployed". Under the training mask the loss may fall where the deployed one does not.
+
+    Example:
+        >>> from metafocus.trainer import FocusOptions
+        >>> list(ways(FocusOptions())), list(ways(FocusOptions(method="sft")))
+        (['deployed', 'training mask'], ['deployed'])
+    """
+    named = {
+        "deployed": Way(masks.causal, adapt=False),
+        "training mask": Way(focus.policy(), adapt=False),
+        "as evaluated": configured(focus),
+    }
+    found: dict[str, Way] = {}
+    for name, way in named.items():
+        if way not in found.values():
+            found[name] = way
+    return found
+
+
+class AnswerLoss(NamedTuple):
     """The summed answer loss of a batch, how many tokens it sums, and the logits if asked for."""
 
     total: Tensor
@@ -33,7 +76,7 @@ def score(
     adapter: Adapter | None = None,
     fast: Params | None = None,
     logits: bool = False,
-) -> Scored:
+) -> AnswerLoss:
     """Return the answer loss of a batch, without fast weights or with given ones.
 
     Args:
@@ -49,7 +92,7 @@ def score(
     with torch.no_grad():
         total = lm_loss(model, adapter=adapter, mask=mask)(fast, {}, batch) * count
         if not logits:
-            return Scored(total, count, None)
+            return AnswerLoss(total, count, None)
         with adapter.bind(model, fast):
             # As generation runs the model: causal, with transformers' own mask.
             out = model(
@@ -58,7 +101,7 @@ def score(
                 position_ids=positions(batch),
                 use_cache=False,
             )
-    return Scored(total, count, out.logits)
+    return AnswerLoss(total, count, out.logits)
 
 
 def score_adapted(
@@ -71,7 +114,7 @@ def score_adapted(
     estimator: Estimator,
     seed: int,
     logits: bool = False,
-) -> Scored:
+) -> AnswerLoss:
     """Return the answer loss after adapting to each prompt: test-time training on context tokens.
 
     Each row gets fast weights of its own, from the same start, adapted on the next-token loss of
@@ -100,7 +143,7 @@ def score_adapted(
         with torch.no_grad():
             fast = estimator(inner, solver, start, slow, support).params
         found.append(score(model, row, mask=mask, adapter=adapter, fast=fast, logits=logits))
-    return Scored(
+    return AnswerLoss(
         torch.stack([x.total for x in found]).sum(),
         torch.stack([x.tokens for x in found]).sum(),
         torch.cat([x.logits for x in found if x.logits is not None]) if logits else None,

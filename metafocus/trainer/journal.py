@@ -1,7 +1,8 @@
-"""What the inner loops of a logging window did: summed on the device, read once per log entry."""
+"""Sums over the inner loops of a logging window: kept on the device, read once per log entry."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -94,6 +95,15 @@ class Journal:
         """Raise if an outer loss of this window was not finite on this rank; a host sync."""
         if "non_finite" in self._sums:
             self._check(float(self._sums["non_finite"]), step)
+
+    def check_gradient(self, norm: float, step: int) -> None:
+        """Raise if the norm of a gradient, read from the device, is not finite."""
+        if self._raise_on_nan and not math.isfinite(norm):
+            self.check(step)
+            raise NonFiniteError(
+                f"the gradient norm is {norm} at step {step}. The model keeps the weights from "
+                "before this step. Lower learning_rate, or look at the data."
+            )
 
     def _check(self, non_finite: float, step: int) -> None:
         if self.skipped > self._max_skipped:

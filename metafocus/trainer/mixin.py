@@ -1,8 +1,9 @@
 """What turns a Hugging Face Trainer into a FocuSFT trainer, and nothing else.
 
-What is overridden: the loss of a training batch, the loss of an evaluation batch and its mean, and
-which checkpoint is resumed. Everything else is the Trainer's: optimiser, schedule, accumulation,
-mixed precision, DDP, FSDP, callbacks, logging, saving, the hub.
+What is overridden: the loss of a training batch, the loss of an evaluation batch and its mean, what
+is done about a value that is not finite, and which checkpoint is resumed. Everything else is the
+Trainer's: optimiser, schedule, accumulation, mixed precision, DDP, FSDP, callbacks, logging,
+saving, the hub.
 """
 
 from __future__ import annotations
@@ -15,21 +16,21 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
+from metafocus import rng
 from metafocus.engine import MetaLoss
 from metafocus.estimators import FirstOrder
 from metafocus.lm import Batch, answer_tokens
 from metafocus.lm.tokens import predicted
 from metafocus.recipes._focusft import focusft
 from metafocus.trainer import checks
-from metafocus.trainer.batch import as_batch, check_length, labels_of
-from metafocus.trainer.checkpoints import SEAL, require_complete, resumable
+from metafocus.trainer.batch import as_batch, check_length, labels_of, without_repeats
+from metafocus.trainer.checkpoints import SEAL, require_complete, resumable, saving
 from metafocus.trainer.compilation import compile_below
 from metafocus.trainer.config import FocusOptions
-from metafocus.trainer.evaluation import Scored, score, score_adapted
+from metafocus.trainer.distributed import focusft_sharded, is_sharded, through
+from metafocus.trainer.evaluation import AnswerLoss, Way, configured, score, score_adapted, ways
 from metafocus.trainer.inner import Guarded, Stopwatch, start_seed
 from metafocus.trainer.journal import Journal
-from metafocus.trainer.sharded import focusft_sharded, is_sharded
-from metafocus.trainer.wrapped import through
 from metafocus.types import Episode
 
 MetaLossFactory = Callable[[nn.Module, torch.Generator], MetaLoss]
@@ -72,23 +73,23 @@ class FocusMixin(Trainer):
         if args is not None:
             checks.check_supported(args, kwargs.get("compute_loss_func"))
             checks.check_writable(args)
-        self.focus: FocusOptions = focus or (
-            args if isinstance(args, FocusOptions) else FocusOptions()
-        )
+        own = args if isinstance(args, FocusOptions) else FocusOptions()
+        self.focus: FocusOptions = focus or own
         self._recipe, self._factory = dict(recipe or {}), meta_loss_factory
         super().__init__(model, args, **kwargs)  # pyright: ignore[reportArgumentType]
         checks.check_dtypes(self._plain, self.args)
         checks.check_samples("train_dataset", self.train_dataset, self._plain)
         checks.check_samples("eval_dataset", self.eval_dataset, self._plain)
-        # compute_loss scales by the token count of the accumulated batches, as such models do.
+        # compute_loss divides by the token count of the accumulated batches, as such models do.
         self.model_accepts_loss_kwargs = True
         device = self.args.device
+        # A gradient scaler leaves out a step that is not finite by itself.
         scaled = self.accelerator.scaler is not None
-        # A gradient scaler leaves a step that is not finite out by itself.
         self._journal = Journal(device, self.focus.max_skipped, raise_on_nan=not scaled)
         self._generator = torch.Generator(device="cuda" if device.type == "cuda" else "cpu")
         self._built: tuple[Any, MetaLoss] | None = None
-        self._scored: list[tuple[Tensor, Tensor]] = []
+        self._way = configured(self.focus)
+        self._losses: list[tuple[Tensor, Tensor]] = []
         self._micro_step = 0
         self.add_callback(_FirstMicroStep(self))
 
@@ -161,7 +162,7 @@ class FocusMixin(Trainer):
         return build(self._plain, generator=self._generator, **settings)
 
     def _settings(self) -> dict[str, Any]:
-        """The keywords of the recipe: words resolved, then what was given as objects."""
+        """The keywords of the recipe: names resolved, then what was given as objects."""
         return {**self.focus.recipe(self._plain), **self._recipe}
 
     def _seed(self) -> int:
@@ -176,6 +177,12 @@ class FocusMixin(Trainer):
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         return start_seed(*key, self._micro_step * ranks + rank)
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        # The loss may be finite where its gradient is not: the optimiser must not see that.
+        norm: Any = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._journal.check_gradient(float(norm), self.state.global_step)
+        return norm
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the window's means of the inner loops beside the training loss."""
         if "loss" in logs:
@@ -184,6 +191,23 @@ class FocusMixin(Trainer):
         super().log(logs, start_time)
 
     # Evaluation -----------------------------------------------------------------------------
+
+    def heldout_losses(self) -> dict[str, float]:
+        """Return the mean loss per answer token of the evaluation set, by the way it is measured.
+
+        The ways are "deployed" (causal, no fast weights: what a saved checkpoint does), "training
+        mask" and "as evaluated" (the settings `eval_mask` and `evaluate_on`), each named once.
+        Nothing is logged, and the random state stays as it is.
+        """
+        losses, loader = {}, self.get_eval_dataloader()
+        try:
+            for name, way in ways(self.focus).items():
+                self._way = way
+                output = self.evaluation_loop(loader, "held-out loss", prediction_loss_only=True)
+                losses[name] = output.metrics["eval_loss"]
+        finally:
+            self._way = configured(self.focus)
+        return losses
 
     def prediction_step(
         self,
@@ -195,46 +219,36 @@ class FocusMixin(Trainer):
         """Return the answer loss of a batch as the model is deployed, or adapted on each prompt."""
         batch = as_batch(self._prepare_inputs(inputs))
         check_length(batch, self._plain)
-        found = self._score(self._without_repeats(batch), not prediction_loss_only)
-        self._scored.append((found.total, found.tokens))
+        state, rank = self.accelerator.gradient_state, self.accelerator.process_index
+        real = without_repeats(batch, state.remainder, rank) if state.end_of_dataloader else batch
+        with self.accelerator.autocast():
+            found = self._score(real, self._way, logits=not prediction_loss_only)
+        self._losses.append((found.total, found.tokens))
         loss = found.total / found.tokens.clamp(min=1)
         return loss, found.logits, None if prediction_loss_only else labels_of(batch)
 
-    def _score(self, batch: Batch, logits: bool) -> Scored:
-        mask = self.focus.evaluation_mask()
-        with self.accelerator.autocast():
-            if self.focus.evaluate_on == "deployed" or self.focus.method == "sft":
-                return score(self._plain, batch, mask=mask, logits=logits)
-            settings = self._settings()
-            clock = Stopwatch(self.args.device)
-            return score_adapted(
-                self._plain,
-                batch,
-                mask=mask,
-                adapter=settings["adapter"],
-                solver=settings["solver"],
-                estimator=Guarded(FirstOrder(), lambda _: None, clock),
-                seed=self.focus.adaptation_seed,
-                logits=logits,
-            )
-
-    def _without_repeats(self, batch: Batch) -> Batch:
-        """Without the answers of samples that only fill up the last batch, to keep ranks even."""
-        state = self.accelerator.gradient_state
-        if not state.end_of_dataloader or state.remainder <= 0:
-            return batch
-        size = len(batch["input_ids"])
-        first = self.accelerator.process_index * size
-        row = torch.arange(first, first + size, device=batch["input_ids"].device)
-        kept = (row < state.remainder)[:, None]
-        return {**batch, "answer_mask": batch["answer_mask"].bool() & kept}
+    def _score(self, batch: Batch, way: Way, logits: bool) -> AnswerLoss:
+        if not way.adapt:
+            return score(self._plain, batch, mask=way.mask, logits=logits)
+        settings = self._settings()
+        return score_adapted(
+            self._plain,
+            batch,
+            mask=way.mask,
+            adapter=settings["adapter"],
+            solver=settings["solver"],
+            estimator=Guarded(FirstOrder(), lambda _: None, Stopwatch(self.args.device)),
+            seed=self.focus.adaptation_seed,
+            logits=logits,
+        )
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate; the loss is the mean over tokens, whatever the batches and the ranks."""
-        self._scored = []
-        output = super().evaluation_loop(*args, **kwargs)
-        sums = [torch.stack(parts).sum().float() for parts in zip(*self._scored, strict=True)]
-        self._scored = []
+        self._losses = []
+        with rng.kept(self._plain.parameters()):
+            output = super().evaluation_loop(*args, **kwargs)
+        sums = [torch.stack(parts).sum().float() for parts in zip(*self._losses, strict=True)]
+        self._losses = []
         name = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
         if sums and output.metrics and name in output.metrics:
             reduced: Any = self.accelerator.reduce(torch.stack(sums), "sum")
@@ -257,15 +271,18 @@ class FocusMixin(Trainer):
             resume_from_checkpoint = None if found is None else str(found)
         elif resume_from_checkpoint:
             require_complete(resume_from_checkpoint, ranks=ranks)
-        return super().train(resume_from_checkpoint or None, *args, **kwargs)
+        result = super().train(resume_from_checkpoint or None, *args, **kwargs)
+        self._journal.check(self.state.global_step)
+        return result
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # A model that has just become NaN must not push whole checkpoints out.
         self._journal.check(self.state.global_step)
-        if self.args.should_save:
-            name = f"checkpoint-{self.state.global_step}"
-            (Path(self._get_output_dir(trial)) / name / SEAL).unlink(missing_ok=True)
-        super()._save_checkpoint(model, trial)
+        place = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        with saving(place, "the checkpoint"):
+            if self.args.should_save:
+                (place / SEAL).unlink(missing_ok=True)
+            super()._save_checkpoint(model, trial)
 
 
 class _FirstMicroStep(TrainerCallback):

@@ -7,17 +7,15 @@ from typing import Any
 from metafocus.data import Collator
 from metafocus.trainer import checks
 from metafocus.trainer.batch import Labelled
-from metafocus.trainer.config import FocusArguments, FocusOptions
+from metafocus.trainer.config import FocusArguments
 from metafocus.trainer.mixin import FocusMixin
-
-__all__ = ["FocusArguments", "FocusMixin", "FocusOptions", "FocusTrainer"]
 
 
 class FocusTrainer(FocusMixin):
     """`transformers.Trainer` that trains with FocuSFT.
 
     Args:
-        model: see `FocusMixin`, as for all that is not said here.
+        model: a Hugging Face causal language model, or a PEFT model of one.
         args: `FocusArguments`.
         data_collator: default `metafocus.data.Collator` with the padding token of
             `processing_class` or of the model's configuration.

@@ -1,4 +1,4 @@
-"""Bad input, one table: see catalogue.py."""
+"""Bad input, one table: see catalogue.py for what the columns mean."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ CHECKPOINTS = [
             'require_complete(folder / "checkpoint-1")'
         ),
         "DataError",
-        (
-            "resume_from_checkpoint='FOLDER/checkpoint-1' cannot be resumed: it is not a "
-            "directory. Pass True to use the newest complete checkpoint of the output directory."
-        ),
+        "resume_from_checkpoint='FOLDER/checkpoint-1' cannot be resumed: it is not a directory",
+        "Pass True to use the newest complete checkpoint",
     ),
     (
         "a process killed while it saved",
@@ -25,10 +23,10 @@ CHECKPOINTS = [
         ),
         "DataError",
         (
-            "resume_from_checkpoint='FOLDER/checkpoint-1' cannot be resumed: "
-            "trainer_state.json is missing, which is written last: saving was interrupted. "
-            "Pass True to use the newest complete checkpoint of the output directory."
+            "resume_from_checkpoint='FOLDER/checkpoint-1' cannot be resumed: trainer_state.json "
+            "is missing"
         ),
+        "Pass True to use the newest complete checkpoint",
     ),
     (
         "a state that was cut off",
@@ -39,11 +37,8 @@ CHECKPOINTS = [
             "resumable(folder)"
         ),
         "DataError",
-        (
-            "no checkpoint in FOLDER can be resumed; the newest that was saved to its end, "
-            "checkpoint-1, is damaged: trainer_state.json is cut off. Restore it, name "
-            "another with resume_from_checkpoint=PATH, or delete it to start over."
-        ),
+        "no checkpoint in FOLDER can be resumed … trainer_state.json is cut off",
+        "Restore it, name another with resume_from_checkpoint=PATH, or delete it to start over",
     ),
     (
         "weights that were cut off",
@@ -57,11 +52,8 @@ CHECKPOINTS = [
             "resumable(folder)"
         ),
         "DataError",
-        (
-            "no checkpoint in FOLDER can be resumed; the newest that was saved to its end, "
-            "checkpoint-1, is damaged: model.safetensors is missing or cut off. Restore it, "
-            "name another with resume_from_checkpoint=PATH, or delete it to start over."
-        ),
+        "no checkpoint in FOLDER can be resumed … model.safetensors is missing or cut off",
+        "Restore it, name another with resume_from_checkpoint=PATH, or delete it to start over",
     ),
     (
         "a state of another step",
@@ -73,17 +65,15 @@ CHECKPOINTS = [
             "resumable(folder)"
         ),
         "DataError",
-        (
-            "no checkpoint in FOLDER can be resumed; the newest that was saved to its end, "
-            "checkpoint-2, is damaged: trainer_state.json is of step 1. Restore it, name "
-            "another with resume_from_checkpoint=PATH, or delete it to start over."
-        ),
+        "no checkpoint in FOLDER can be resumed … trainer_state.json is of step 1",
+        "Restore it, name another with resume_from_checkpoint=PATH, or delete it to start over",
     ),
     (
         "fast weights that were never saved",
         "mf.FullWeights(mf.all_linear).load(linear, folder)",
         "DataError",
-        "FOLDER/fast_weights.safetensors is missing; save the fast weights again",
+        "FOLDER/fast_weights.safetensors is missing",
+        "save the fast weights again",
     ),
     (
         "fast weights that were cut off",
@@ -95,11 +85,8 @@ CHECKPOINTS = [
             "full.load(linear, folder)"
         ),
         "DataError",
-        (
-            "FOLDER/fast_weights.safetensors is cut off or no safetensors (Error while "
-            "deserializing header: incomplete metadata, file not fully covered); save the "
-            "fast weights again"
-        ),
+        "FOLDER/fast_weights.safetensors is cut off or no safetensors",
+        "save the fast weights again",
     ),
     (
         "fast weights of another placement",
@@ -111,9 +98,9 @@ CHECKPOINTS = [
         "ProblemError",
         (
             "FullWeights: fast weights of another model or placement: missing ['2.bias', "
-            "'2.weight'] (2), unknown ['0.bias', '0.weight'] (2); make them with init(model) "
-            "of this adapter"
+            "'2.weight'] (2), unknown ['0.bias', '0.weight']"
         ),
+        "make them with init(model) of this adapter",
     ),
     (
         "fast weights below a file",
@@ -123,26 +110,21 @@ CHECKPOINTS = [
             'full.save(linear, full.init(linear), folder / "file")'
         ),
         "DataError",
-        (
-            "FOLDER/file/fast_weights.safetensors could not be written (File exists); what "
-            "was there before is untouched"
-        ),
+        "FOLDER/file/fast_weights.safetensors could not be written",
+        "what was there before is untouched",
     ),
     (
         "an output directory below a file",
         (
             'write("file", "")\n'
             'write("c.jsonl", (line + "\\n") * 4)\n'
-            'write("run.yaml", f"output_dir: {folder}/file/run\\ndata: '
-            "{folder}/c.jsonl\\nuse_cpu: true\\nreport_to: none\\nvocab_size: 300\\nhidden_size: "
-            '64\\n")\n'
+            'write("run.yaml", f"output_dir: {folder}/file/run\\ntrain_file: '
+            '{folder}/c.jsonl\\nuse_cpu: true\\n")\n'
             'command("train {folder}/run.yaml")'
         ),
         "Refused",
-        (
-            "output_dir='FOLDER/file/run' cannot be written to: Not a directory. Name "
-            "another directory."
-        ),
+        "--output_dir FOLDER/file/run: FOLDER/file is a file",
+        "Name a directory",
     ),
     (
         "a model whose weights were cut off",
@@ -151,14 +133,11 @@ CHECKPOINTS = [
             'tokenizer().save_pretrained(folder / "m")\n'
             'path = folder / "m" / "model.safetensors"\n'
             "path.write_bytes(path.read_bytes()[:-8])\n"
-            'command("compare --quick --model {folder}/m")'
+            'command("compare --quick --model_name_or_path {folder}/m")'
         ),
         "Refused",
-        (
-            "--model 'FOLDER/m' cannot be loaded: Error while deserializing header: "
-            "incomplete metadata, file not fully covered. Give a directory with a model and "
-            "its tokenizer, or a hub id."
-        ),
+        "name_or_path='FOLDER/m' cannot be loaded … metadata",
+        "Give a directory with a model and its tokenizer, or a hub id",
     ),
     (
         "a model whose weights are a pickle",
@@ -168,12 +147,10 @@ CHECKPOINTS = [
             '(folder / "m" / "model.safetensors").unlink()\n'
             "import pickle\n"
             '(folder / "m" / "pytorch_model.bin").write_bytes(pickle.dumps(print, protocol=2))\n'
-            'command("compare --quick --model {folder}/m")'
+            'command("compare --quick --model_name_or_path {folder}/m")'
         ),
         "Refused",
-        (
-            "--model 'FOLDER/m' cannot be loaded: its weights are a pickle that holds more "
-            "than tensors and could run any code. Save the model as safetensors."
-        ),
+        "name_or_path='FOLDER/m' cannot be loaded: its weights are a pickle … could run any code",
+        "Save the model as safetensors",
     ),
 ]

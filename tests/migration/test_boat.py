@@ -40,7 +40,7 @@ def test_rgt_walks_a_straight_line(page):
     (theirs,) = names["boat"](*models, losses, batches, 20, ["RGT", "RAD"], **settings)
 
     hyper, log_l2, episode = names["hyper"], names["log_l2"], names["episode"]
-    start = hyper.init(log_l2)
+    start = hyper.init(log_l2, episode.support)
     slope = torch.func.grad(hyper.inner_loss)(start, log_l2, episode.support)
 
     def gradient(head):

@@ -22,12 +22,10 @@ import torch
 
 import metafocus as mf
 from metafocus.recipes import fewshot
-from repro.budget import pick
 
 pytestmark = [pytest.mark.repro, pytest.mark.xdist_group("sinusoid")]
 
 SEEDS, TASKS, LR = 3, 25, 0.01
-ITERATIONS, OUTER_LR = pick((1500, 3e-3), (4000, 1e-3))
 HEAD = ("w3", "b3")
 
 
@@ -72,7 +70,7 @@ def batch(name, shots, generator):
     return mf.Episode(*map(tuple, stacked))
 
 
-def train(name, shots=10):
+def train(iterations, rate, name, shots=10):
     """Return the outer parameters of all seeds, stacked on axis 0."""
     problem, solver, estimator = METHODS[name]
     meta = mf.over_tasks(mf.bilevel(problem, solver=solver, estimator=estimator))
@@ -82,8 +80,8 @@ def train(name, shots=10):
     if name == "Meta-SGD":
         outer = fewshot.with_rates(outer, LR)
     leaves = [v.requires_grad_() for v in outer.values()]
-    optimizer = torch.optim.Adam(leaves, OUTER_LR)
-    for _ in range(ITERATIONS):
+    optimizer = torch.optim.Adam(leaves, rate)
+    for _ in range(iterations):
         now = {k: v.detach() for k, v in outer.items()}
         grads, _ = hypergrad(now, batch(name, shots, generator))
         for v, g in zip(leaves, grads.values(), strict=True):
@@ -93,9 +91,10 @@ def train(name, shots=10):
 
 
 @pytest.fixture(scope="module")
-def trained():
+def trained(pytestconfig):
     """`trained(method, shots)`, trained once."""
-    return functools.cache(train)
+    budget = (4000, 1e-3) if pytestconfig.getoption("claims_full") else (1500, 3e-3)
+    return functools.cache(functools.partial(train, *budget))
 
 
 @functools.cache

@@ -3,35 +3,30 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from metafocus.attention.kernels.kernel import Shape
-from metafocus.attention.kernels.walk import wide
+from metafocus.attention.kernels.kernel import QKV, Attended, Scaling
 from metafocus.masks.spans import Spans
+from metafocus.precision import wide
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, spans: Spans, shape: Shape) -> tuple[Tensor, Tensor]:
+def dense(inputs: QKV, spans: Spans, scaling: Scaling) -> Attended:
     """Return the output and the logsumexp of each row, from the whole `[S, S]` matrix.
 
     Args:
-        q: `[B, H, S, D]`.
-        k: `[B, Hkv, S, D]`.
-        v: `[B, Hkv, S, Dv]`.
+        inputs: Queries, keys and values.
         spans: `[B, S]`.
-        shape: Scale and soft cap.
-
-    Returns:
-        `[B, H, S, Dv]` and `[B, H, S]`, both 0 in rows without keys.
+        scaling: Scale and soft cap.
     """
+    q, k, v = inputs
     group = q.shape[1] // k.shape[1]
     keys, values = (wide(x).repeat_interleave(group, dim=1) for x in (k, v))
-    z = (wide(q) * shape.scale) @ keys.transpose(-1, -2)
-    if shape.softcap is not None:
-        z = torch.tanh(z / shape.softcap) * shape.softcap
+    z = (wide(q) * scaling.scale) @ keys.transpose(-1, -2)
+    if scaling.softcap is not None:
+        z = torch.tanh(z / scaling.softcap) * scaling.softcap
     allowed = spans.dense()
     some = (spans.start < spans.stop)[:, None, :, None]
     # A row without keys takes part with all of them, so that no -inf reaches a derivative.
     z = torch.where(allowed | ~some, z, -torch.inf)
     lse = torch.logsumexp(z, dim=-1, keepdim=True)
     out = torch.where(some, torch.exp(z - lse) @ values, 0.0)
-    return out.to(q.dtype), torch.where(some, lse, 0.0).squeeze(-1)
+    return Attended(out.to(q.dtype), torch.where(some, lse, 0.0).squeeze(-1))

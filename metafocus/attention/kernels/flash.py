@@ -1,4 +1,4 @@
-"""Fused attention without masks: spans are cut into turns, which flash kernels serve exactly."""
+"""Fused attention without masks: spans are cut into runs of queries that flash kernels serve."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from metafocus.attention.kernels import flash_cpu, flash_cuda
-from metafocus.attention.kernels.kernel import Shape
+from metafocus.attention.kernels.kernel import QKV, Attended, Scaling
+from metafocus.attention.kernels.query_runs import QueryRun, find_query_runs
 from metafocus.attention.kernels.tiled import Tiled
-from metafocus.attention.kernels.turns import Turn, find_turns
 from metafocus.attention.kernels.varlen import FlashAttn, Varlen, installed
 from metafocus.errors import ProblemError
 from metafocus.masks.spans import Spans
+from metafocus.torch_internals import version
 
 CPU_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CUDA_TYPES = (torch.bfloat16, torch.float16)
@@ -28,7 +29,7 @@ class Known(NamedTuple):
 
     spans: Spans
     versions: tuple[int | None, ...]
-    turns: tuple[Turn, ...]
+    runs: tuple[QueryRun, ...]
 
     def of(self, spans: Spans) -> bool:
         """Whether these are the same numbers in the same memory, not changed since."""
@@ -45,79 +46,73 @@ class Flash:
     """Attention by fused kernels: first derivatives, `O(S)` memory, no mask in any form.
 
     Any spans are served exactly, in the worst case by one call or copy of keys per query, which is
-    slow: `prepare` says so. It also makes a kernel that has found the turns already; one without
+    slow: `prepare` says so. It also makes a kernel that has found the runs already; one without
     finds them at each call, which on CUDA waits for the device.
 
     Attributes:
-        known: Spans and their turns.
+        known: Spans and their runs.
     """
 
     known: Known | None = None
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, shape: Shape
-    ) -> tuple[Tensor, Tensor]:
-        """Return the output `[B, H, S, D]` and the logsumexp `[B, H, S]`.
+    def forward(self, inputs: QKV, spans: Spans, scaling: Scaling) -> Attended:
+        """Return the output and the logsumexp of each row; see `Kernel`.
 
         Raises:
             ProblemError: If the kernels of this device cannot serve the arguments.
         """
-        turns = self._turns(q, k, v, spans, shape)
-        if q.is_cuda:
-            return flash_cuda.forward(q, k, v, turns, shape, installed())
-        return flash_cpu.forward(q, k, v, turns, shape.scale)
+        return _forward(inputs, self._runs_of(inputs, spans, scaling), scaling)
 
     def backward(
-        self,
-        do: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        o: Tensor,
-        lse: Tensor,
-        spans: Spans,
-        shape: Shape,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients of `<do, output>` with respect to `q`, `k` and `v`.
+        self, do: Tensor, inputs: QKV, found: Attended, spans: Spans, scaling: Scaling
+    ) -> QKV:
+        """Return the gradients of `<do, output>`; see `Kernel`.
 
         Raises:
             ProblemError: If the kernels of this device cannot serve the arguments.
         """
-        turns = self._turns(q, k, v, spans, shape)
-        if q.is_cuda:
-            return flash_cuda.backward(do, q, k, v, o, lse, turns, shape, installed())
-        return flash_cpu.backward(do, q, k, v, o, lse, turns, shape.scale)
+        return _backward(do, inputs, found, self._runs_of(inputs, spans, scaling), scaling)
 
-    def _turns(
-        self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, shape: Shape
-    ) -> tuple[Turn, ...]:
-        reason = unserved(q, k, v, shape)
+    def _runs_of(self, inputs: QKV, spans: Spans, scaling: Scaling) -> tuple[QueryRun, ...]:
+        reason = unserved(inputs, scaling)
         if reason is not None:
             raise ProblemError(
                 f'backend="flash" cannot serve this call: {reason}. Use backend="auto" or "tiled"'
             )
         if self.known is not None and self.known.of(spans):
-            return self.known.turns
-        return find_turns(spans)
+            return self.known.runs
+        return find_query_runs(spans)
 
     @property
-    def turns(self) -> tuple[Turn, ...]:
-        """The turns found by `prepare`; none without it."""
-        return () if self.known is None else self.known.turns
+    def runs(self) -> tuple[QueryRun, ...]:
+        """The runs found by `prepare`; none without it."""
+        return () if self.known is None else self.known.runs
 
 
-def prepare(q: Tensor, k: Tensor, v: Tensor, spans: Spans, shape: Shape) -> Flash | str:
-    """Return a kernel that has found the turns of `spans`, or why tiles should serve them.
+def _forward(inputs: QKV, runs: tuple[QueryRun, ...], scaling: Scaling) -> Attended:
+    if inputs.q.is_cuda:
+        return flash_cuda.forward(inputs, runs, scaling, installed())
+    return flash_cpu.forward(inputs, runs, scaling.scale)
 
-    That is where fused kernels cannot, and where they would need so many turns that tiles are as
-    fast; see `turn_limit`.
+
+def _backward(
+    do: Tensor, inputs: QKV, found: Attended, runs: tuple[QueryRun, ...], scaling: Scaling
+) -> QKV:
+    if do.is_cuda:
+        return flash_cuda.backward(do, inputs, found, runs, scaling, installed())
+    return flash_cpu.backward(do, inputs, found, runs, scaling.scale)
+
+
+def prepare(inputs: QKV, spans: Spans, scaling: Scaling) -> Flash | str:
+    """Return a kernel that has found the runs of `spans`, or why tiles should serve them.
+
+    That is where fused kernels cannot, and where they would need so many runs that tiles are as
+    fast; see `run_limit`.
 
     Args:
-        q: Queries `[B, H, S, D]`.
-        k: Keys `[B, Hkv, S, D]`.
-        v: Values `[B, Hkv, S, Dv]`.
+        inputs: Queries, keys and values.
         spans: The keys of each query, `[B, S]`.
-        shape: Shape of the logits.
+        scaling: The scale and the soft cap of the logits.
 
     Returns:
         The kernel; or half a sentence for an error text or a log line.
@@ -125,20 +120,21 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, spans: Spans, shape: Shape) -> Flas
     Example:
         >>> x = torch.randn(1, 1, 3, 8)
         >>> spans = Spans(torch.zeros(1, 3).long(), torch.tensor([[1, 2, 3]]))
-        >>> isinstance(prepare(x, x, x, spans, Shape(1.0)), Flash)
+        >>> isinstance(prepare(QKV(x, x, x), spans, Scaling(1.0)), Flash)
         True
-        >>> prepare(x, x, x[..., :4], spans, Shape(1.0))
+        >>> prepare(QKV(x, x, x[..., :4]), spans, Scaling(1.0))
         'values have head size 4 and keys 8, and fused kernels want one'
     """
-    reason = unserved(q, k, v, shape)
+    reason = unserved(inputs, scaling)
     if reason is not None:
         return reason
+    q = inputs.q
     batch, length = spans.start.shape
-    most = turn_limit(batch, length, q.device.type)
-    turns = find_turns(spans, most)
-    if turns is None:
+    most = run_limit(batch, length, q.device.type)
+    runs = find_query_runs(spans, most)
+    if runs is None:
         return (
-            f"the spans need more than {most} turns ({batch} rows of {length} tokens), of which "
+            f"the spans need more than {most} runs ({batch} rows of {length} tokens), of which "
             "each costs a call or a copy of its keys"
         )
     if q.is_cuda:
@@ -146,23 +142,23 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, spans: Spans, shape: Shape) -> Flas
         if found is not None:
             return found
     else:
-        calls = sum(len(group.pieces) for group in flash_cpu.groups(turns))
+        calls = sum(len(group.pieces) for group in flash_cpu.groups(runs))
         if calls > most:
             return f"the spans need {calls} calls of the kernel, more than {most}"
-    return Flash(Known(spans, _versions(spans), turns))
+    return Flash(Known(spans, _versions(spans), runs))
 
 
 @functools.cache
 def fault(device: torch.device, dtype: torch.dtype, size: int) -> str | None:
     """Return what is wrong with the fused kernels of a device, or None; looked at once.
 
-    Kernels come with the installation. So the first use of one is a small attention of turns,
+    Kernels come with the installation. So the first use of one is a small attention of runs,
     windows and grouped heads, with its gradient, against tiles.
 
     Args:
-        device: Of the tensors.
-        dtype: Of the tensors.
-        size: Of a head.
+        device: The device of the tensors.
+        dtype: The type of the tensors.
+        size: The size of a head.
     """
     length = 40
     stop = torch.arange(1, length + 1)
@@ -171,44 +167,40 @@ def fault(device: torch.device, dtype: torch.dtype, size: int) -> str | None:
     start[30:] = torch.arange(10)
     spans = Spans(start[None].to(device), stop[None].to(device))
     draw = torch.Generator().manual_seed(0)
-    q, k, v, do = (
+    do, *tensors = (
         torch.randn(1, heads, length, size, generator=draw).to(device, dtype)
-        for heads in (4, 2, 2, 4)
+        for heads in (4, 4, 2, 2)
     )
-    shape, turns = Shape(size**-0.5), find_turns(spans)
-    assert turns is not None
-    expected = Tiled().forward(q, k, v, spans, shape)
-    expected += Tiled().backward(do, q, k, v, *expected, spans, shape)
+    inputs = QKV(*tensors)
+    scaling, runs = Scaling(size**-0.5), find_query_runs(spans)
+    assert runs is not None
+    expected = Tiled().forward(inputs, spans, scaling)
+    exact = Tiled().backward(do, inputs, expected, spans, scaling)
     try:
-        if device.type == "cuda":
-            out, lse = flash_cuda.forward(q, k, v, turns, shape, installed())
-            grads = flash_cuda.backward(do, q, k, v, out, lse, turns, shape, installed())
-        else:
-            out, lse = flash_cpu.forward(q, k, v, turns, shape.scale)
-            grads = flash_cpu.backward(do, q, k, v, out, lse, turns, shape.scale)
+        found = _forward(inputs, runs, scaling)
+        grads = _backward(do, inputs, found, runs, scaling)
     except (RuntimeError, TypeError, ValueError) as error:
         return f"the fused kernels of {device} failed on a small example: {error}"
-    for got, want in zip((out, lse, *grads), expected, strict=True):
+    for got, want in zip((*found, *grads), (*expected, *exact), strict=True):
         # Some ten roundings of the type, where a wrong kernel is off by the numbers themselves.
         if not (got - want).float().norm() <= 32 * torch.finfo(dtype).eps * want.float().norm():
             return f"the fused kernels of {device} are wrong on a small example of {dtype}"
     return None
 
 
-def unserved(q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> str | None:
+def unserved(inputs: QKV, scaling: Scaling) -> str | None:
     """Return why no fused kernel can serve tensors like these, whatever the spans; None if one can.
 
     Args:
-        q: Queries `[B, H, S, D]`.
-        k: Keys `[B, Hkv, S, D]`.
-        v: Values `[B, Hkv, S, Dv]`.
-        shape: Shape of the logits.
+        inputs: Queries, keys and values.
+        scaling: The scale and the soft cap of the logits.
 
     Example:
         >>> x = torch.randn(1, 1, 3, 8)
-        >>> unserved(x, x, x, Shape(1.0, softcap=30.0))
+        >>> unserved(QKV(x, x, x), Scaling(1.0, softcap=30.0))
         'softcap=30.0, and only flash-attn (2.7 or later) on CUDA has soft caps'
     """
+    q, k, v = inputs
     device = q.device.type
     if device not in ("cpu", "cuda"):
         return f"the tensors are on {device}, and there are fused kernels for cpu and cuda"
@@ -220,8 +212,10 @@ def unserved(q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> str | None:
             "and fused kernels want one"
         )
     varlen = installed() if device == "cuda" else None
-    if shape.softcap is not None and not isinstance(varlen, FlashAttn):
-        return f"softcap={shape.softcap}, and only flash-attn (2.7 or later) on CUDA has soft caps"
+    if scaling.softcap is not None and not isinstance(varlen, FlashAttn):
+        return (
+            f"softcap={scaling.softcap}, and only flash-attn (2.7 or later) on CUDA has soft caps"
+        )
     if varlen is None:
         return None if q.dtype in CPU_TYPES else f"the CPU kernel has no {q.dtype}"
     return _unserved_on_cuda(
@@ -245,13 +239,13 @@ def _unserved_on_cuda(
     return None
 
 
-def turn_limit(batch: int, length: int, device: str) -> int:
-    """Return up to how many turns, on the CPU up to how many calls, fused kernels are used.
+def run_limit(batch: int, length: int, device: str) -> int:
+    """Return up to how many runs, on the CPU up to how many calls, fused kernels are used.
 
     On the CPU each call costs some 0.06 ms forward and 0.2 ms with the gradient beside its
     arithmetic. Measured at S = 1024 and 4096, tiles are as fast at one call per 8 tokens with 8
     heads of 64, and at one per 12 with 2 heads of 32. On CUDA the bound is a guess: a block of the
-    kernel has 64 to 128 queries, and shorter turns leave it empty.
+    kernel has 64 to 128 queries, and shorter runs leave it empty.
 
     Args:
         batch: Rows of the batch.
@@ -259,7 +253,7 @@ def turn_limit(batch: int, length: int, device: str) -> int:
         device: Type of the device.
 
     Example:
-        >>> turn_limit(2, 1024, "cpu")
+        >>> run_limit(2, 1024, "cpu")
         128
     """
     # Proportional to the rows: what is served stays served where vmap repeats it.
@@ -267,4 +261,4 @@ def turn_limit(batch: int, length: int, device: str) -> int:
 
 
 def _versions(spans: Spans) -> tuple[int | None, ...]:
-    return tuple(None if x.is_inference() else x._version for x in spans)
+    return tuple(version(x) for x in spans)

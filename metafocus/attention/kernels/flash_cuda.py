@@ -1,10 +1,11 @@
-"""Turns served by fused variable-length kernels: one call for all context turns, one for answers.
+"""Runs of queries served by fused variable-length kernels, many of them in one call.
 
-The turns of a batch that look in the same way (bidirectional, causal, windows of one width) are
-laid out one after another and go through the kernel together. Turns share keys: a later one sees
-what all earlier ones saw. Their keys are therefore repeated, and so that this costs no more than
-linear memory, a call takes turns only until their keys are twice as many as the tokens of the
-batch; eight context turns with all that is before them make three calls.
+The runs of a batch that see keys in one pattern (bidirectional, causal, windows of one width) are
+laid out one after another and go through the kernel together: one call for all context turns, one
+for all answers. Runs share keys: a later one sees what all earlier ones saw. Their keys are
+therefore repeated. So that this costs no more than linear memory, a call takes runs only until
+their keys are twice as many as the tokens of the batch; eight context turns with all that is
+before them make three calls.
 """
 
 from __future__ import annotations
@@ -14,23 +15,25 @@ from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
-from metafocus.attention.kernels.kernel import Shape
-from metafocus.attention.kernels.turns import Turn
+from metafocus.attention.kernels.kernel import QKV, Attended, Scaling
+from metafocus.attention.kernels.query_runs import QueryRun
 from metafocus.attention.kernels.varlen import Lengths, Varlen
+from metafocus.precision import wide_type
 
 REPEATED = 2
 """Keys per call, in units of the tokens of the batch."""
 
 
-class Layout(NamedTuple):
+class VarlenCall(NamedTuple):
     """One call: which tokens of the flattened batch `[B S]` it takes, and where sequences end.
 
     Attributes:
         queries: The queries: a slice where they lie together, else their indices, int64 `[Tq]`.
-        keys: The keys, the same way; indices repeat where turns share keys.
-        lengths: What the kernel is told.
+        keys: The keys, the same way; indices repeat where runs share keys.
+        lengths: Where each sequence begins, and what its queries see.
     """
 
     queries: slice | Tensor
@@ -38,52 +41,56 @@ class Layout(NamedTuple):
     lengths: Lengths
 
 
-def layouts(
-    turns: Iterable[Turn], batch: int, length: int, device: torch.device, repeated: int = REPEATED
-) -> Iterator[Layout]:
-    """Yield the calls that serve the turns.
+def varlen_calls(
+    runs: Iterable[QueryRun],
+    batch: int,
+    length: int,
+    device: torch.device,
+    repeated: int = REPEATED,
+) -> Iterator[VarlenCall]:
+    """Yield the calls that serve the runs.
 
     Args:
-        turns: The turns of a batch.
+        runs: The runs of a batch.
         batch: Rows of the batch.
         length: Tokens of a row.
         device: Where the indices go.
-        repeated: The keys of one call, at most, in units of `batch * length`. A single turn never
+        repeated: The keys of one call, at most, in units of `batch * length`. A single run never
             has more than `length`.
 
     Example:
-        >>> turns = [Turn(0, 0, 2, 0, 2, -1, -1), Turn(0, 2, 4, 0, 4, -1, 0)]
-        >>> [call.lengths.keys.tolist() for call in layouts(turns, 1, 4, torch.device("cpu"))]
+        >>> runs = [QueryRun(0, 0, 2, 0, 2, -1, -1), QueryRun(0, 2, 4, 0, 4, -1, 0)]
+        >>> [call.lengths.keys.tolist() for call in varlen_calls(runs, 1, 4, torch.device("cpu"))]
         [[0, 2], [0, 4]]
     """
-    kinds: dict[tuple[int, int], list[Turn]] = {}
-    for turn in turns:
-        kinds.setdefault(turn.window, []).append(turn)
+    kinds: dict[tuple[int, int], list[QueryRun]] = {}
+    for run in runs:
+        kinds.setdefault(run.window, []).append(run)
     for members in kinds.values():
         for some in _portions(members, repeated * batch * length):
-            rows = [turn.row * length for turn in some]
+            rows = [run.row * length for run in some]
             queries = [(r + t.query, r + t.query_end) for r, t in zip(rows, some, strict=True)]
             keys = [(r + t.key, r + t.key_end) for r, t in zip(rows, some, strict=True)]
             lengths = Lengths(
-                _cumulative([turn.queries for turn in some], device),
-                _cumulative([turn.keys for turn in some], device),
-                max(turn.queries for turn in some),
-                max(turn.keys for turn in some),
+                _cumulative([run.queries for run in some], device),
+                _cumulative([run.keys for run in some], device),
+                max(run.queries for run in some),
+                max(run.keys for run in some),
                 *some[0].window,
             )
-            yield Layout(_tokens(queries, device), _tokens(keys, device), lengths)
+            yield VarlenCall(_tokens(queries, device), _tokens(keys, device), lengths)
 
 
-def _portions(turns: Iterable[Turn], most: int) -> Iterator[list[Turn]]:
-    """Consecutive turns that together have at most `most` keys."""
-    some: list[Turn] = []
+def _portions(runs: Iterable[QueryRun], most: int) -> Iterator[list[QueryRun]]:
+    """Consecutive runs that together have at most `most` keys."""
+    some: list[QueryRun] = []
     total = 0
-    for turn in turns:
-        if some and total + turn.keys > most:
+    for run in runs:
+        if some and total + run.keys > most:
             yield some
             some, total = [], 0
-        some.append(turn)
-        total += turn.keys
+        some.append(run)
+        total += run.keys
     if some:
         yield some
 
@@ -106,100 +113,79 @@ def _tokens(ranges: Sequence[tuple[int, int]], device: torch.device) -> slice | 
 
 
 def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    turns: Iterable[Turn],
-    shape: Shape,
+    inputs: QKV,
+    runs: Iterable[QueryRun],
+    scaling: Scaling,
     varlen: Varlen,
     repeated: int = REPEATED,
-) -> tuple[Tensor, Tensor]:
-    """Return the output `[B, H, S, D]` and the logsumexp `[B, H, S]`; 0 where no turn is.
+) -> Attended:
+    """Return the output and the logsumexp of each row, 0 where no run is.
 
     Args:
-        q: Queries `[B, H, S, D]`.
-        k: Keys `[B, Hkv, S, D]`.
-        v: Values `[B, Hkv, S, D]`.
-        turns: The turns of the batch.
-        shape: Shape of the logits.
+        inputs: Queries, keys and values, with heads of one size.
+        runs: The runs of the batch.
+        scaling: The scale and the soft cap of the logits.
         varlen: The kernels.
         repeated: The keys of one call, at most, in units of the tokens of the batch.
     """
-    batch, _, length, _ = q.shape
-    flat_q, flat_k, flat_v = (_flat(x) for x in (q, k, v))
-    out = torch.zeros_like(flat_q, memory_format=torch.contiguous_format)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    lse = torch.zeros(flat_q.shape[:2], dtype=wide, device=q.device)
-    for queries, keys, lengths in layouts(turns, batch, length, q.device, repeated):
-        tensors = _take(flat_q, queries), _take(flat_k, keys), _take(flat_v, keys)
-        o, total = varlen.forward(*tensors, lengths, shape)
+    batch, _, length, _ = inputs.q.shape
+    q, k, v = map(_flat, inputs)
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    lse = torch.zeros(q.shape[:2], dtype=wide_type(q.dtype), device=q.device)
+    for queries, keys, lengths in varlen_calls(runs, batch, length, q.device, repeated):
+        taken = QKV(_take(q, queries), _take(k, keys), _take(v, keys))
+        o, total = varlen.forward(taken, lengths, scaling)
         out[queries] = o
         lse[queries] = total.mT
-    return _unflat(out, batch), lse.unflatten(0, (batch, length)).transpose(1, 2)
+    return Attended(_unflat(out, batch), rearrange(lse, "(b s) h -> b h s", b=batch))
 
 
 def backward(
     do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    turns: Iterable[Turn],
-    shape: Shape,
+    inputs: QKV,
+    found: Attended,
+    runs: Iterable[QueryRun],
+    scaling: Scaling,
     varlen: Varlen,
     repeated: int = REPEATED,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of `<do, output>` with respect to `q`, `k` and `v`.
-
-    The gradients of repeated keys are added in float32.
+) -> QKV:
+    """Return the gradients of `<do, output>`; those of repeated keys are added in float32.
 
     Args:
-        do: Cotangent of the output `[B, H, S, D]`.
-        q: Queries `[B, H, S, D]`.
-        k: Keys `[B, Hkv, S, D]`.
-        v: Values `[B, Hkv, S, D]`.
-        o: The output.
-        lse: The logsumexp.
-        turns: The turns of the batch.
-        shape: Shape of the logits.
+        do: Cotangent of the output.
+        inputs: Queries, keys and values, with heads of one size.
+        found: What `forward` found.
+        runs: The runs of the batch.
+        scaling: The scale and the soft cap of the logits.
         varlen: The kernels.
         repeated: The keys of one call, at most, in units of the tokens of the batch.
     """
-    batch, _, length, _ = q.shape
-    flat_do, flat_q, flat_k, flat_v, flat_o = (_flat(x) for x in (do, q, k, v, o))
-    flat_lse = lse.transpose(1, 2).flatten(0, 1)
-    dq = torch.zeros_like(flat_q, memory_format=torch.contiguous_format)
-    wide = torch.promote_types(k.dtype, torch.float32)
-    dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (flat_k, flat_v))
-    for queries, keys, lengths in layouts(turns, batch, length, q.device, repeated):
-        gq, gk, gv = varlen.backward(
-            _take(flat_do, queries),
-            _take(flat_q, queries),
-            _take(flat_k, keys),
-            _take(flat_v, keys),
-            _take(flat_o, queries),
-            _take(flat_lse, queries).mT.contiguous(),
-            lengths,
-            shape,
-        )
+    batch, _, length, _ = inputs.q.shape
+    do, q, k, v, o = map(_flat, (do, *inputs, found.o))
+    lse = rearrange(found.lse, "b h s -> (b s) h")
+    dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    dk, dv = (torch.zeros(x.shape, dtype=wide_type(x.dtype), device=x.device) for x in (k, v))
+    for queries, keys, lengths in varlen_calls(runs, batch, length, q.device, repeated):
+        taken = QKV(_take(q, queries), _take(k, keys), _take(v, keys))
+        rows = Attended(_take(o, queries), _take(lse, queries).mT.contiguous())
+        gq, gk, gv = varlen.backward(_take(do, queries), taken, rows, lengths, scaling)
         dq[queries] = gq
         for total, share in ((dk, gk), (dv, gv)):
             if isinstance(keys, slice):
                 total[keys] += share
             else:
-                total.index_add_(0, keys, share.to(wide))
-    return _unflat(dq, batch), _unflat(dk.to(k.dtype), batch), _unflat(dv.to(v.dtype), batch)
+                total.index_add_(0, keys, share.to(total.dtype))
+    return QKV(*(_unflat(x, batch) for x in (dq, dk.to(k.dtype), dv.to(v.dtype))))
 
 
 def _flat(x: Tensor) -> Tensor:
     """`[B, H, S, D]` as `[B S, H, D]`, with dense rows: a view where the model made it so."""
-    x = x.transpose(1, 2).flatten(0, 1)
+    x = rearrange(x, "b h s d -> (b s) h d")
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _unflat(x: Tensor, batch: int) -> Tensor:
-    return x.unflatten(0, (batch, -1)).transpose(1, 2)
+    return rearrange(x, "(b s) h d -> b h s d", b=batch)
 
 
 def _take(x: Tensor, tokens: slice | Tensor) -> Tensor:

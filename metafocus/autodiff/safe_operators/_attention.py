@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from metafocus.precision import as_autocast, no_autocast, wide
+
 
 def attention(
     query: Tensor,
@@ -22,11 +24,8 @@ def attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """Compute `softmax(q k' scale + mask) v` like `F.scaled_dot_product_attention`."""
-    device = query.device.type
-    if torch.is_autocast_enabled(device):
-        low = torch.get_autocast_dtype(device)
-        query, key, value = query.to(low), key.to(low), value.to(low)
-    with torch.autocast(device, enabled=False):
+    query, key, value = as_autocast(query, key, value)
+    with no_autocast(query.device):
         return _attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -44,13 +43,13 @@ def _attention(
     enable_gqa: bool,
 ) -> Tensor:
     dtype = query.dtype
-    wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    query, key, value = wide(query), wide(key), wide(value)
     if enable_gqa:
         repeats = query.shape[-3] // key.shape[-3]
         key = key.repeat_interleave(repeats, dim=-3)
         value = value.repeat_interleave(repeats, dim=-3)
     factor = query.shape[-1] ** -0.5 if scale is None else scale
-    scores = (query.to(wide) * factor) @ key.to(wide).transpose(-1, -2)
+    scores = (query * factor) @ key.transpose(-1, -2)
     allowed = None
     if is_causal and attn_mask is not None:
         raise ValueError("attention takes is_causal=True or attn_mask, not both.")
@@ -63,14 +62,14 @@ def _attention(
         allowed = ~torch.isneginf(attn_mask)
         scores = scores + attn_mask.masked_fill(~allowed, 0.0)
     if allowed is not None:
-        scores = scores.masked_fill(~allowed, torch.finfo(wide).min)
+        scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
     weights = scores.softmax(-1)
     if allowed is not None:
         # A query that may see no key gets zeros, as from the fused kernels.
         weights = weights.masked_fill(~allowed, 0.0)
     if dropout_p:
         weights = F.dropout(weights, dropout_p)
-    return (weights @ value.to(wide)).to(dtype)
+    return (weights @ value).to(dtype)
 
 
 def multi_head_attention(*args: Any, **kwargs: Any) -> Any:

@@ -29,7 +29,7 @@ def batch_norm(
     eps: float = 1e-5,
     cudnn_enabled: bool = True,
 ) -> Tensor:
-    """Normalise over all axes but the second, like `F.batch_norm`."""
+    """Normalise over all axes but the second, like `F.batch_norm`; running statistics stay."""
     single = input.dtype in (torch.float32, torch.float64)
     alike = all(x is None or x.dtype == input.dtype for x in (weight, bias, running_mean))
     if not (training and single and alike) or transforming():
@@ -39,7 +39,7 @@ def batch_norm(
     axes = [0, *range(2, input.ndim)]
     # The kernel below looks at no shape: a weight too short is read beyond its end.
     norms.check_channels(input, running_mean, running_var, weight, bias, True, axes)
-    return _Norm.apply(input, weight, bias, (running_mean, running_var, True, momentum, eps))
+    return _Norm.apply(input, weight, bias, (None, None, True, momentum, eps))
 
 
 def _second(
@@ -58,10 +58,10 @@ def _second(
     Args:
         g: its cotangent.
         x: the input.
-        weight: of the norm.
+        weight: the weight of the norm.
         moments: mean and `s` of `x` as constants; None: computed here, to be differentiated.
-        eps: of the norm.
-        cotangents: of its results.
+        eps: the `eps` of the norm.
+        cotangents: the cotangents of its results.
     """
     u, by_weight, by_bias = cotangents
     axes, shape = [0, *range(2, x.ndim)], [1, -1, *[1] * (x.ndim - 2)]

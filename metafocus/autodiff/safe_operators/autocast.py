@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+
+from metafocus.precision import no_autocast, wide
+from metafocus.torch_internals import pytree
 
 
 def in_float32(composite: Callable[..., Tensor], devices: tuple[str, ...] = ()) -> Any:
     """Return the composite of an operator that autocast takes to float32.
 
     Args:
-        composite: of tensors, and other arguments.
+        composite: a function of tensors and other arguments.
         devices: types of device on which autocast does so; default: all.
     """
 
@@ -27,12 +29,7 @@ def in_float32(composite: Callable[..., Tensor], devices: tuple[str, ...] = ()) 
             return composite(*args, **kwargs)
         args, kwargs = pytree.tree_map_only(Tensor, wide, (args, kwargs))
         # Its products would be taken back to half types.
-        with torch.autocast(device, enabled=False):
+        with no_autocast(first.device):
             return composite(*args, **kwargs)
 
     return run
-
-
-def wide(x: Tensor) -> Tensor:
-    """Return `x` in the type that torch's kernels add up in: half types only hold the result."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

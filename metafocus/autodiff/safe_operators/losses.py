@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import _reduction as _Reduction
+
+from metafocus.torch_internals import reduction_of
 
 
 def mse_loss(
@@ -18,7 +19,7 @@ def mse_loss(
 ) -> Tensor:
     """Compute the squared error, like `F.mse_loss`."""
     if size_average is not None or reduce is not None:
-        reduction = _Reduction.legacy_get_string(size_average, reduce)
+        reduction = reduction_of(size_average, reduce)
     return _reduced((input - target) ** 2, reduction, weight)
 
 
@@ -48,7 +49,7 @@ def soft_margin_loss(
 ) -> Tensor:
     """Compute `log(1 + exp(-target * input))`, like `F.soft_margin_loss`."""
     if size_average is not None or reduce is not None:
-        reduction = _Reduction.legacy_get_string(size_average, reduce)
+        reduction = reduction_of(size_average, reduce)
     return _reduced(-F.logsigmoid(target * input), reduction, None)
 
 

@@ -1,4 +1,8 @@
-"""Normalisation, with statistics that are differentiated like everything else."""
+"""Normalisation, with statistics that are differentiated like everything else.
+
+Running statistics are read in eval mode, and never written to: an evaluation of a loss inside an
+estimator must not change the module.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from metafocus.autodiff.safe_operators.autocast import wide
 from metafocus.errors import ProblemError
+from metafocus.precision import wide
 
 
 def batch_norm(
@@ -23,11 +27,9 @@ def batch_norm(
     eps: float = 1e-5,
     cudnn_enabled: bool = True,
 ) -> Tensor:
-    """Normalise over all axes but the second, like `F.batch_norm`."""
+    """Normalise over all axes but the second, like `F.batch_norm`; running statistics stay."""
     axes = [0, *range(2, input.ndim)]
-    return _norm(
-        input, axes, running_mean, running_var, weight, bias, training, momentum, eps, axes
-    )
+    return _norm(input, axes, running_mean, running_var, weight, bias, training, eps)
 
 
 def instance_norm(
@@ -41,12 +43,9 @@ def instance_norm(
     eps: float = 1e-5,
     cudnn_enabled: bool = True,
 ) -> Tensor:
-    """Normalise over the spatial axes, like `F.instance_norm`."""
+    """Normalise over the spatial axes, like `F.instance_norm`; running statistics stay."""
     axes = list(range(2, input.ndim))
-    every = [0, *axes]
-    return _norm(
-        input, axes, running_mean, running_var, weight, bias, use_input_stats, momentum, eps, every
-    )
+    return _norm(input, axes, running_mean, running_var, weight, bias, use_input_stats, eps)
 
 
 def _norm(
@@ -57,9 +56,7 @@ def _norm(
     weight: Tensor | None,
     bias: Tensor | None,
     use_batch: bool,
-    momentum: float,
     eps: float,
-    running_axes: list[int],
 ) -> Tensor:
     shape = [1, -1, *[1] * (x.ndim - 2)]
     check_channels(x, running_mean, running_var, weight, bias, use_batch, axes)
@@ -67,13 +64,6 @@ def _norm(
     if use_batch:
         mean = x.mean(axes, keepdim=True)
         var = ((x - mean) ** 2).mean(axes, keepdim=True)
-        if running_mean is not None and running_var is not None:
-            size = x.numel() // mean.numel()
-            others = [a for a in running_axes if a not in axes]
-            with torch.no_grad():
-                for running, new in ((running_mean, mean), (running_var, var * size / (size - 1))):
-                    new = new.detach().mean(others, keepdim=True) if others else new.detach()
-                    running.mul_(1 - momentum).add_(momentum * new.reshape(-1))
     else:
         assert running_mean is not None and running_var is not None
         mean, var = (wide(t).reshape(shape) for t in (running_mean, running_var))
@@ -155,6 +145,6 @@ def group_norm(
 
 
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """Compute `v g / |v|` like `torch._weight_norm`, the norm over all axes but `dim`."""
+    """Compute `v g / |v|` for `torch.nn.utils.weight_norm`, the norm over all axes but `dim`."""
     axes = None if dim == -1 else [a for a in range(v.ndim) if a != dim]
     return v * (g / torch.linalg.vector_norm(v, dim=axes, keepdim=dim != -1))

@@ -1,4 +1,4 @@
-"""Who is asked: anything that turns a chat into a reply."""
+"""Endpoints: functions that turn a chat into a reply."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Message = dict[str, str]
 
 
 class TooLong(MetafocusError):
-    """A chat that leaves the model no room for a reply."""
+    """A chat that is too long for a reply of the model."""
 
 
 class Endpoint(Protocol):
-    """Turns a chat into a reply; the same chat and seed give the same reply where it can."""
+    """Turns a chat into a reply. If possible, the same chat and seed give the same reply."""
 
     def __call__(self, messages: Sequence[Message], *, seed: int) -> str:
         """Return the assistant's next message."""
@@ -34,18 +34,18 @@ class Endpoint(Protocol):
 class LocalEndpoint:
     """A Hugging Face model with its chat template, sampled one reply at a time.
 
-    The settings here hold, whatever the checkpoint's own say; a seed fixes a reply, and leaves the
-    global random state as it was.
+    These settings replace those of the checkpoint. A seed determines a reply, and the global random
+    state does not change.
 
     Args:
         model: a causal language model, in evaluation mode.
         tokenizer: its tokenizer, with a chat template.
         temperature: 0 for greedy replies.
         top_p: the share of probability to sample from.
-        new_tokens: of a reply, at most.
+        new_tokens: the largest number of tokens of a reply.
 
     Raises:
-        DataError: a setting out of its range, or no chat template.
+        DataError: if a setting is out of its range, or if there is no chat template.
     """
 
     model: PreTrainedModel = field(repr=False)
@@ -68,7 +68,7 @@ class LocalEndpoint:
         """Return a reply.
 
         Raises:
-            TooLong: the chat fills the model's positions.
+            TooLong: if the chat fills all positions of the model.
         """
         from metafocus.evals.run import sample
 
@@ -86,15 +86,15 @@ class LocalEndpoint:
 
 @dataclass(frozen=True)
 class HTTPEndpoint:
-    """A server that speaks OpenAI's chat completions, such as vLLM or llama.cpp.
+    """A server with OpenAI's chat completions API, such as vLLM or llama.cpp.
 
     Args:
-        url: up to and with the version, such as "http://localhost:8000/v1".
-        model: the name it knows the model by.
-        temperature: of sampling.
-        new_tokens: of a reply, at most.
-        key: sent as a bearer token; not shown.
-        timeout: seconds to wait for a reply.
+        url: the address with the version, such as "http://localhost:8000/v1".
+        model: the name of the model on the server.
+        temperature: the temperature of sampling.
+        new_tokens: the largest number of tokens of a reply.
+        key: sent as a bearer token; it is not printed.
+        timeout: the number of seconds to wait for a reply.
     """
 
     url: str
@@ -105,10 +105,10 @@ class HTTPEndpoint:
     timeout: float = 600.0
 
     def __call__(self, messages: Sequence[Message], *, seed: int) -> str:
-        """Return a reply; the server is asked to sample by the seed.
+        """Return a reply; the seed is sent to the server.
 
         Raises:
-            DataError: the server cannot be reached, refuses, or answers something else.
+            DataError: if the server cannot be reached, refuses, or returns an unknown format.
         """
         address = f"{self.url.rstrip('/')}/chat/completions"
         body = {

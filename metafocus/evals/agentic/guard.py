@@ -1,9 +1,9 @@
-"""What runs in the tool's process before the program: namespaces, limits, a filter, a hook.
+"""Runs in the tool's process before the program: namespaces, limits, a filter and a hook.
 
-Started as a script by `sandbox`, by path and with `python -I`: it imports the standard library
-only. Namespaces of its own leave the program without network and end every process with it; on
-x86-64 and arm64 the kernel takes a filter of system calls, so that starting a process or opening a
-socket fails for compiled code too; an audit hook says the same in Python everywhere.
+`sandbox` starts this file as a script, by path and with `python -I`, so it imports the standard
+library only. In namespaces of its own the program has no network, and all its processes end with
+it. On x86-64 and arm64 the kernel filters system calls, so that starting a process or opening a
+socket fails for compiled code too. An audit hook does the same in Python on all machines.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ import traceback
 import types
 from typing import Any
 
-# By machine: the audit number, clone, and what is refused outright: fork, vfork, socket, ptrace,
-# process_vm_readv and -writev, kill; io_uring_setup, which can do some of it too.
+# For each machine: the audit number, the number of clone, and the refused calls: fork, vfork,
+# socket, ptrace, process_vm_readv and -writev, kill, and io_uring_setup, which can do some of them
+# too.
 _CALLS = {
     "x86_64": (0xC000003E, 56, (57, 58, 41, 101, 310, 311, 62, 425)),
     "aarch64": (0xC00000B7, 220, (198, 117, 270, 271, 129, 425)),
@@ -29,7 +30,8 @@ _CALLS = {
 _CLONE3, _OTHER_ABI, _THREAD = 435, 0x40000000, 0x10000
 _EPERM, _ENOSYS = 1, 38
 _ALLOW, _ERROR = 0x7FFF0000, 0x00050000
-# Of BPF: load a word at an offset, jump if equal, if greater or equal, if a bit is set, return.
+# Codes of BPF: load a word at an offset; jump if equal, if greater or equal, if a bit is set;
+# return.
 _LOAD, _EQUAL, _AT_LEAST, _BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _NUMBER, _MACHINE, _FIRST_ARGUMENT = 0, 4, 16
 
@@ -45,17 +47,17 @@ _REFUSED = (
 _HARMLESS = ("socket.__new__", "socket.gethostname")
 
 
-# Of unshare, prctl and mount.
+# Arguments of unshare, prctl and mount.
 _USER, _NET, _PROCESSES, _MOUNTS = 0x10000000, 0x40000000, 0x20000000, 0x00020000
 _DEATH_SIGNAL, _NO_NEW_PRIVILEGES, _SET_FILTER, _FILTER = 1, 38, 22, 2
 _RECURSIVE_PRIVATE = 0x4000 | 0x40000
 
 
 def enter_namespaces() -> bool:
-    """Go on in a child with no network and no other processes in sight; False if not allowed.
+    """Continue in a child process without network; return False if this is not allowed.
 
-    The child is the first process of its namespace: whatever it starts ends with it. This process
-    waits for it and ends as it ends.
+    The child is the first process of its namespace. It sees no other processes, and everything that
+    it starts ends with it. This process waits for it and ends in the same way.
     """
     libc = ctypes.CDLL(None)
     user, group = os.getuid(), os.getgid()
@@ -76,14 +78,14 @@ def enter_namespaces() -> bool:
             os.kill(os.getpid(), -code)
         os._exit(abs(code))
     libc.prctl(_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
-    # Not every container lets one mount: then other processes are seen, but not reached.
+    # If a container does not allow mounts, other processes are visible, but cannot be reached.
     libc.mount(b"none", b"/", None, _RECURSIVE_PRIVATE, None)
     libc.mount(b"proc", b"/proc", b"proc", 0, None)
     return True
 
 
 def refuse_system_calls() -> bool:
-    """Have the kernel refuse new processes and sockets for good; False if it takes no filter."""
+    """Let the kernel refuse new processes and sockets; return False if it accepts no filter."""
     if platform.machine() not in _CALLS:
         return False
     machine, clone, refused = _CALLS[platform.machine()]
@@ -95,7 +97,7 @@ def refuse_system_calls() -> bool:
         (_LOAD, 0, 0, _NUMBER),
         (_AT_LEAST, 0, 1, _OTHER_ABI),
         refuse,
-        # The C library then takes clone, whose flags can be seen.
+        # The C library then uses clone, whose flags the filter can read.
         (_EQUAL, 0, 1, _CLONE3),
         (_RETURN, 0, 0, _ERROR | _ENOSYS),
     ]
@@ -104,7 +106,7 @@ def refuse_system_calls() -> bool:
     code += [
         (_EQUAL, 0, 3, clone),
         (_LOAD, 0, 0, _FIRST_ARGUMENT),
-        (_BIT, 1, 0, _THREAD),  # a thread is no process: the limit of memory bounds their number
+        (_BIT, 1, 0, _THREAD),  # threads are allowed: the memory limit bounds their number
         refuse,
         (_RETURN, 0, 0, _ALLOW),
     ]
@@ -128,17 +130,17 @@ def _limit(cpu: int, memory: int, file: int) -> None:
         (resource.RLIMIT_FSIZE, file),
         (resource.RLIMIT_CORE, 0),
     ):
-        # Lower limits that the evaluation itself has stay.
+        # Lower limits of the evaluation itself are kept.
         with contextlib.suppress(ValueError):
             resource.setrlimit(what, (most, most))
 
 
 def _main(path: str) -> None:
     def show(kind: type[BaseException], value: BaseException, where: Any) -> None:
-        told = traceback.TracebackException(kind, value, where)
-        kept = [frame for frame in told.stack if frame.filename != __file__]
-        told.stack = traceback.StackSummary.from_list(kept)
-        print("".join(told.format()), end="", file=sys.stderr)
+        report = traceback.TracebackException(kind, value, where)
+        kept = [frame for frame in report.stack if frame.filename != __file__]
+        report.stack = traceback.StackSummary.from_list(kept)
+        print("".join(report.format()), end="", file=sys.stderr)
 
     sys.excepthook = show
     sys.argv = [path]

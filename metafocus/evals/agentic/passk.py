@@ -8,17 +8,17 @@ from metafocus.errors import DataError
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
-    r"""Return the chance that k of n samples, drawn without replacement, hold a correct one.
+    r"""Return the probability that k of n samples, drawn without replacement, hold a correct one.
 
     .. math:: 1 - \binom{n-c}{k} / \binom{n}{k}
 
-    Its mean over sets of n samples is the chance that the best of k fresh samples is correct,
-    which `1 - (1 - c/n)^k` underestimates. (Chen et al., 2021, arXiv 2107.03374.)
+    Its mean over sets of n samples is the probability that at least one of k new samples is
+    correct, which `1 - (1 - c/n)^k` underestimates. (Chen et al., 2021, arXiv 2107.03374.)
 
     Args:
-        n: samples of the question.
-        correct: how many of them are right.
-        k: how many may be tried.
+        n: the number of samples of the question.
+        correct: the number of correct samples.
+        k: the number of samples that are drawn.
 
     Raises:
         DataError: unless `0 <= correct <= n` and `1 <= k <= n`.

@@ -1,4 +1,4 @@
-"""Multiple-choice questions: their prompt, and the letter that an answer names."""
+"""Multiple-choice questions: their prompt, and the letter of an answer."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ _ALONE = re.compile(r"[\s(\[*]*([A-Ja-j])[\s)\].*:]*")
 
 @dataclass(frozen=True)
 class Choice:
-    """A question with its choices, one of which, `answer`, is right.
+    """A question with its choices; `answer` is the number of the right one.
 
     Raises:
-        DataError: fewer than 2 choices or more than 10, two alike, or an answer that is none.
+        DataError: if there are fewer than 2 or more than 10 choices, if two are equal, or if
+            `answer` is not the number of a choice.
     """
 
     question: str
@@ -58,10 +59,10 @@ class Choice:
 
 
 def answer_letter(text: str, n: int) -> str | None:
-    r"""Return the letter that a text answers with, of the first n letters; None if it names none.
+    r"""Return the letter of the answer in a text, one of the first n letters, or None.
 
-    The last "answer: C", "the answer is (C)" or "\\boxed{C}" counts, or a text that is nothing but
-    a letter.
+    The last "answer: C", "the answer is (C)" or "\\boxed{C}" counts, or a text that is only a
+    letter.
 
     Example:
         >>> from metafocus.evals.agentic.questions import answer_letter
@@ -69,7 +70,7 @@ def answer_letter(text: str, n: int) -> str | None:
         ('C', None)
     """
     found = [*_ANSWER.finditer(text), *_BOXED.finditer(text)]
-    # "answer a question": a small letter counts only where nothing but it could be meant.
+    # In "answer a question" the small letter is not an answer, so it counts only if it is alone.
     said = [m for m in sorted(found, key=lambda m: m.start(1)) if m[1].isupper() or _plain(text, m)]
     alone = _ALONE.fullmatch(text)
     letter = said[-1][1] if said else alone[1] if alone else None
@@ -79,7 +80,7 @@ def answer_letter(text: str, n: int) -> str | None:
 
 
 def _plain(text: str, match: re.Match[str]) -> bool:
-    """Whether a small letter stands at the end of its line or in brackets."""
+    """Return whether a small letter is at the end of its line or in brackets."""
     rest = text[match.end(1) :].partition("\n")[0]
     return re.fullmatch(r"[\s)\]}.*$]*", rest) is not None or rest[:1] in (")", "]", "}")
 
@@ -87,7 +88,7 @@ def _plain(text: str, match: re.Match[str]) -> bool:
 def shuffled(
     question: str, right: str, wrong: Sequence[str], rng: random.Random, topic: str = ""
 ) -> Choice:
-    """Return a question whose right choice stands anywhere with the same chance."""
+    """Return a question whose right choice is at each place with the same probability."""
     choices = [right, *wrong]
     rng.shuffle(choices)
     return Choice(question, tuple(choices), choices.index(right), topic)
@@ -96,13 +97,14 @@ def shuffled(
 def read_gpqa(path: str | Path, seed: int = 0) -> list[Choice]:
     """Read questions from a CSV file with GPQA's columns; the choices are shuffled by the seed.
 
-    The columns are `Question`, `Correct Answer` and `Incorrect Answer 1` to `3`, and, if there,
-    `High-level domain` as the topic; others are ignored. GPQA's files (gpqa_diamond.csv and so
-    on) are to be had by whoever accepts their terms, and must not be published. The order of the
-    choices of a question depends on the seed and its row alone.
+    The columns are `Question`, `Correct Answer` and `Incorrect Answer 1` to `3`. If there is a
+    column `High-level domain`, it gives the topic. Other columns are ignored. GPQA's files (such
+    as gpqa_diamond.csv) are available to those who accept their terms, and must not be published.
+    The order of the choices of a question depends only on the seed and its row.
 
     Raises:
-        DataError: no such file, not UTF-8, a column or a cell missing, or two choices alike.
+        DataError: if the file does not exist or is not UTF-8, if a column or a cell is missing, or
+            if two choices are equal.
     """
     path = Path(path)
     if not path.is_file():

@@ -1,9 +1,10 @@
-"""Python that a model wrote, run in a process with limits.
+"""Runs Python code that a model wrote, in a process with limits.
 
-The limits keep a program that went wrong from harming the evaluation: an endless loop, all memory,
-endless output, a bomb of processes, a forgotten child. They are no wall against an attacker: the
-program reads what this user may read, and may fill the disk. For hostile code run the whole
-evaluation in a virtual machine. Which of the kernel's walls stand here is what `walls` says.
+The limits protect the evaluation against faulty programs: endless loops, too much memory, endless
+output, too many processes, and child processes that are left behind. They do not protect against an
+attacker: the program can read what this user can read, and it can fill the disk. For hostile code,
+run the whole evaluation in a virtual machine. `walls` says which protections of the kernel are
+active here.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from metafocus.checks import positive, whole
 from metafocus.errors import DataError
 
 _GUARD = str(Path(__file__).with_name("guard.py"))
@@ -31,17 +33,17 @@ _TRIAL_SECONDS = 30
 
 @dataclass(frozen=True)
 class Limits:
-    """What one call of the tool may use.
+    """The limits of one call of the tool.
 
     Args:
-        seconds: of wall time.
-        cpu_seconds: of processor time, whole ones, all threads together.
+        seconds: seconds of wall time.
+        cpu_seconds: whole seconds of processor time, over all threads.
         memory: bytes of address space.
         output: bytes of standard output and error together; a program that prints more is ended.
         file: bytes of each file that it writes.
 
     Raises:
-        DataError: for a limit that is not positive, or a fraction where a whole number is needed.
+        DataError: if a limit is not positive, or if a whole number is needed and it is not one.
     """
 
     seconds: float = 10.0
@@ -52,18 +54,19 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not value > 0 or (name != "seconds" and not isinstance(value, int)):
-                kind = "number" if name == "seconds" else "whole number"
-                raise DataError(f"{name}={value!r}: a limit must be a positive {kind}")
+            if name == "seconds":
+                positive(name, value, error=DataError)
+            else:
+                whole(name, value, 1, error=DataError)
 
 
 @dataclass(frozen=True)
 class Walls:
-    """What the kernel enforces on this machine, whatever the program is made of.
+    """The protections that the kernel enforces on this machine, for compiled programs too.
 
     Attributes:
-        namespaces: it has no network interface that leads anywhere, and no process outlives it.
-        system_calls: it can neither open a socket nor start a process.
+        namespaces: whether the program has no network, and all its processes end with it.
+        system_calls: whether it can neither open a socket nor start a process.
     """
 
     namespaces: bool
@@ -72,13 +75,13 @@ class Walls:
 
 @dataclass(frozen=True)
 class Ran:
-    """What a program did.
+    """The result of a program.
 
     Attributes:
-        output: standard output and error as they came; bytes that are no UTF-8 are replaced.
-        code: the exit status; minus the signal's number if one ended it.
-        stopped: "", or which limit ended it: "wall time", "CPU time" or "output".
-        seconds: of wall time.
+        output: standard output and error in their order; bytes that are not UTF-8 are replaced.
+        code: the exit status, or minus the number of the signal that ended it.
+        stopped: "", or the limit that ended it: "wall time", "CPU time" or "output".
+        seconds: seconds of wall time.
     """
 
     output: str
@@ -88,25 +91,25 @@ class Ran:
 
     @property
     def text(self) -> str:
-        """The output and, if it did not end well, why: what a model is told."""
+        """The output for the model, with the reason if the program failed."""
         if self.stopped:
             return f"{self.output}\n[stopped: limit of {self.stopped}]"
         return f"{self.output}\n[exit status {self.code}]" if self.code else self.output
 
 
 def run_python(code: str, limits: Limits | None = None) -> Ran:
-    r"""Run a program in a fresh temporary directory, and return what it printed.
+    r"""Run a program in a new temporary directory, and return its output.
 
-    It runs in isolated mode (`python -I`) with the installed packages, without the evaluation's
-    environment variables and without input. It can start threads but no processes, and open no
-    sockets. At the end its process group is killed and its directory removed.
+    It runs in isolated mode (`python -I`) with the installed packages, without the environment
+    variables of the evaluation and without input. It can start threads but no processes, and it
+    cannot open sockets. At the end its process group is killed and its directory is removed.
 
     Args:
         code: Python source.
         limits: default `Limits()`.
 
     Raises:
-        DataError: not on Linux.
+        DataError: if the system is not Linux.
 
     Example:
         >>> from metafocus.evals.agentic import run_python
@@ -122,7 +125,7 @@ def run_python(code: str, limits: Limits | None = None) -> Ran:
     with tempfile.TemporaryDirectory(
         prefix="metafocus-tool-", ignore_cleanup_errors=True
     ) as folder:
-        # A lone surrogate is no text: it stands as an escape then.
+        # A lone surrogate cannot be encoded, so it is written as an escape sequence.
         (Path(folder) / "program.py").write_bytes(code.encode("utf-8", "backslashreplace"))
         start = time.monotonic()
         process = subprocess.Popen(
@@ -147,26 +150,26 @@ def run_python(code: str, limits: Limits | None = None) -> Ran:
 
 @functools.cache
 def walls() -> Walls:
-    """Try which of the kernel's walls this user can put up."""
+    """Return which protections of the kernel this user can activate."""
     found = subprocess.run([*_PYTHON, "--check"], capture_output=True, timeout=_TRIAL_SECONDS)
     words = found.stdout.split()
     return Walls(*(word == b"1" for word in words)) if len(words) == 2 else Walls(False, False)
 
 
 def _environment(folder: str) -> dict[str, str]:
-    # One thread: each thread of a BLAS takes a share of the address space.
+    # One thread, because each thread of a BLAS uses some of the address space.
     names = {"HOME": folder, "TMPDIR": folder, "PATH": os.defpath, "LANG": "C.UTF-8"}
     return {**names, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 def _read(process: subprocess.Popen[bytes], limits: Limits) -> tuple[bytes, str]:
-    """Read until the program ends or a limit does; of a flood only the start is kept."""
+    """Read until the program ends or a limit stops it; too long output is cut at the end."""
     pipe: Any = process.stdout
     kept, open_ = bytearray(), True
-    ready = select.poll()  # unlike select() it takes any number of open files
+    ready = select.poll()  # works for any number of open files, unlike select()
     ready.register(pipe, select.POLLIN)
     deadline = time.monotonic() + limits.seconds
-    # It may also close its output and go on.
+    # The program may also close its output and continue.
     while open_ or not _ended(process):
         left = deadline - time.monotonic()
         if left <= 0:
@@ -184,13 +187,13 @@ def _read(process: subprocess.Popen[bytes], limits: Limits) -> tuple[bytes, str]
 
 
 def _ended(process: subprocess.Popen[bytes]) -> bool:
-    """Whether it ended, without reaping it: its number must stay its own until the kill."""
+    """Return whether it ended, without reaping it, so that its number is not reused yet."""
     how = os.WEXITED | os.WNOHANG | os.WNOWAIT
     return os.waitid(os.P_PID, process.pid, how) is not None
 
 
 def _end(process: subprocess.Popen[bytes]) -> float:
-    """Kill what is left, reap the first process, and return the processor time of all."""
+    """Kill the remaining processes, reap the first, and return the processor time of all."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     if process.stdout is not None:

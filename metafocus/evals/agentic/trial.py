@@ -1,4 +1,4 @@
-"""Many tries at many questions: pass@k with intervals, and everything that they depend on."""
+"""Many trials at many questions: pass@k with intervals."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 from metafocus.errors import DataError
+from metafocus.evals.agentic.attempt import Attempt, Tool, play
 from metafocus.evals.agentic.endpoints import Endpoint
-from metafocus.evals.agentic.episode import Episode, Tool, play
 from metafocus.evals.agentic.passk import pass_at_k
 from metafocus.evals.agentic.questions import Choice
 from metafocus.evals.intervals import wilson
@@ -18,8 +18,8 @@ from metafocus.evals.intervals import wilson
 class PassRate:
     """Mean pass@k over the questions, from 0 to 1, with its 95 % Wilson interval.
 
-    The interval is over questions: it says how far another set of as many questions may be from
-    this one. For k < n a question's pass@k may lie between 0 and 1, and the interval is then too
+    The interval is over questions: it shows how much the mean may differ for another set of as many
+    questions. For k < n the pass@k of a question may be between 0 and 1. The interval is then too
     wide rather than too narrow.
     """
 
@@ -32,16 +32,16 @@ class PassRate:
 
 @dataclass(frozen=True)
 class Trial:
-    """`episodes[i]` are the tries at question i."""
+    """The results; `attempts[i]` has the trials at question i."""
 
     rates: tuple[PassRate, ...]
-    episodes: tuple[tuple[Episode, ...], ...]
+    attempts: tuple[tuple[Attempt, ...], ...]
 
     def summary(self) -> dict[str, object]:
-        """Return the rates, how tries ended, and how often the tool was called, for JSON."""
-        every = [episode for row in self.episodes for episode in row]
-        ends = [episode.ended for episode in every]
-        runs = [run for episode in every for run in episode.runs]
+        """Return the rates, how trials ended, and how often the tool was called, for JSON."""
+        every = [attempt for row in self.attempts for attempt in row]
+        ends = [attempt.ended for attempt in every]
+        runs = [run for attempt in every for run in attempt.runs]
         return {
             "pass_at_k": {str(rate.k): asdict(rate) for rate in self.rates},
             "ended": {end: ends.count(end) for end in sorted(set(ends))},
@@ -65,23 +65,24 @@ def evaluate(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Trial:
-    """Try each question `samples` times, and estimate pass@k without bias.
+    """Ask each question `samples` times, and estimate pass@k without bias.
 
-    Try j at question i has a seed of its own, which depends on neither the number of questions
-    nor of samples.
+    Trial j at question i has a seed of its own, which depends neither on the number of questions
+    nor on the number of samples.
 
     Args:
-        endpoint: who is asked.
-        questions: what.
-        samples: tries at each question.
-        ks: for which pass@k is estimated; at most `samples`.
-        tool: such as `run_python`; None for none.
-        calls: of the tool in one try, at most.
-        seed: of all tries.
-        progress: called with 1 after each try.
+        endpoint: the endpoint that replies.
+        questions: the questions.
+        samples: the number of trials at each question.
+        ks: the values of k, at most `samples`.
+        tool: such as `run_python`; None for no tool.
+        calls: the largest number of calls of the tool in one trial.
+        seed: the seed of all trials.
+        progress: called with 1 after each trial.
 
     Raises:
-        DataError: no questions, fewer than one sample, or a k that is not in 1..samples.
+        DataError: if there are no questions, if `samples` is below 1, or if a k is not in
+            1..samples.
 
     Example:
         >>> from metafocus.evals.agentic import evaluate, science
@@ -94,7 +95,7 @@ def evaluate(
             f"{len(questions)} questions, samples={samples}, ks={tuple(ks)}: needs at least one of "
             "each and 1 <= k <= samples"
         )
-    found: list[tuple[Episode, ...]] = []
+    found: list[tuple[Attempt, ...]] = []
     for i, question in enumerate(questions):
         row = []
         for j in range(samples):
@@ -106,7 +107,7 @@ def evaluate(
     return Trial(tuple(_rate(found, k) for k in dict.fromkeys(ks)), tuple(found))
 
 
-def _rate(episodes: Sequence[Sequence[Episode]], k: int) -> PassRate:
-    shares = [pass_at_k(len(row), sum(e.correct for e in row), k) for row in episodes]
+def _rate(attempts: Sequence[Sequence[Attempt]], k: int) -> PassRate:
+    shares = [pass_at_k(len(row), sum(e.correct for e in row), k) for row in attempts]
     mean = sum(shares) / len(shares)
     return PassRate(k, mean, *wilson(mean, len(shares)), len(shares))

@@ -1,4 +1,4 @@
-"""BABILong qa1 to qa5: bAbI stories hidden in prose, an oracle, prompts and training chats."""
+"""BABILong qa1 to qa5: bAbI stories hidden in prose, a solver, prompts and training chats."""
 
 from metafocus.evals.babilong.build import generate
 from metafocus.evals.babilong.oracle import solve

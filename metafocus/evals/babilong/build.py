@@ -1,4 +1,4 @@
-"""A story hidden in prose, as one prompt of a measured number of tokens."""
+"""Hides a story in prose, as one prompt of a measured number of tokens."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 NEW_TOKENS = 20
 _MOST_SENTENCES = 1_000_000
-_SHOTS, _EXAMPLE_DRAWS = 2, 40  # short examples: the shortest of so many stories
-_DRAWS = 200  # stories, until one is short enough
+_SHOTS, _EXAMPLE_DRAWS = 2, 40  # an example is the shortest of this many stories
+_DRAWS = 200  # the largest number of stories that are drawn until one is short enough
 
 _RULES = {
     "qa1": "The text tells where people go. Say where the person is now, the last place they went "
@@ -46,29 +46,29 @@ def generate(
     world: World | None = None,
     window: tuple[float, float] = (0.0, 1.0),
 ) -> list[Item]:
-    """Make `n` questions; prompt and answer have nearly, and never more than, `length` tokens.
+    """Make `n` questions. Prompt and answer have almost `length` tokens, and never more.
 
-    The facts of a story keep their order. Each draws one of the gaps between the sentences of
-    the noise, uniformly and with replacement; the last sentence of the noise is cut to fit. The
-    same tokenizer, prose and seed give the same prompts. Story i depends neither on `n` nor on
-    `length`, so that lengths are compared on the same questions; only where its facts are too
-    many for the length another story is drawn.
+    The facts of a story keep their order. Each is put into a gap between two sentences of the
+    noise, which is drawn uniformly and with replacement. The last sentence of the noise is cut to
+    fit. The same tokenizer, prose and seed give the same prompts. Story i depends neither on `n`
+    nor on `length`, so lengths are compared on the same questions. Only if it has too many facts
+    for the length, another story is drawn.
 
     Args:
         tokenizer: a tokenizer, or a function that counts the tokens of a prompt.
         task: "qa1" to "qa5".
-        length: tokens of the prompt, instruction and examples included, and of the answer, for
-            which 20 are kept free; 0 for facts without noise.
-        n: how many questions.
-        seed: which questions.
-        prose: the noise; default: the docstrings of the standard library. Sentences with a name
+        length: the number of tokens of the prompt (with instruction and examples) and of the
+            answer, for which 20 are reserved. 0 means facts without noise.
+        n: the number of questions.
+        seed: selects the questions.
+        prose: the noise. Default: the docstrings of the standard library. Sentences with a name
             of the world are left out.
-        world: names and verbs.
-        window: the part of the noise that facts may stand in, as fractions.
+        world: the names and verbs.
+        window: the part of the noise that facts may be in, as fractions.
 
     Raises:
-        DataError: an unknown task, a window that is none, prose without a usable sentence, or a
-            length that cannot hold the facts.
+        DataError: if the task is unknown, the window is invalid, the prose has no usable sentence,
+            or the length is too small for the facts.
 
     Example:
         >>> from metafocus.evals import babilong
@@ -156,7 +156,7 @@ def _fitting_story(
 def _prompt(
     heading: str, story: Story, sentences: list[str], depths: list[float]
 ) -> tuple[str, list[tuple[int, int]], int]:
-    """The prompt, the spans of the facts in it, and the number of characters of the context."""
+    """Return the prompt, the spans of the facts in it, and the length of the context."""
     gaps = len(sentences) + 1
     slots = [min(int(depth * gaps), gaps - 1) for depth in depths]
     pieces: list[str] = []
@@ -182,7 +182,7 @@ def _prompt(
 
 @lru_cache(maxsize=32)
 def _heading(task: str, world: World) -> str:
-    """The instruction with short solved examples, up to where the context begins."""
+    """Return the instruction with short solved examples, up to the start of the context."""
     rng = random.Random(f"babilong examples {task}")
     shots = []
     while len(shots) < _SHOTS:

@@ -1,7 +1,7 @@
-"""An independent solver: reads the context and the question, knows nothing of the simulator.
+"""An independent solver, which reads the context and the question and does not use the simulator.
 
-It finds the fact sentences anywhere in a text by the tables of the world, and reasons backwards
-from the question; the simulator goes forward through hidden state.
+It finds the fact sentences in a text by the tables of the world, and reasons backwards from the
+question. The simulator goes forward through a hidden state.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ def solve(task: str, context: str, question: str, world: World | None = None) ->
     """Derive the answer of a question from the text alone.
 
     Raises:
-        DataError: if the text does not determine the answer, or the question is not understood.
+        DataError: if the text does not determine the answer, or if the question has an unknown
+            form.
 
     Example:
         >>> from metafocus.evals.babilong import solve
@@ -72,7 +73,7 @@ def _room_of(facts: list[_Fact], thing: str) -> str | None:
     for i in range(len(facts) - 1, -1, -1):
         fact = facts[i]
         if fact.what == thing:
-            # Whoever dropped it may have gone elsewhere; whoever holds it takes it along.
+            # The person who dropped it may have moved on; a person who holds it carries it.
             return _last_room(facts[:i] if fact.kind == "drop" else facts, fact.actor)
     return None
 
@@ -96,7 +97,7 @@ def _before(facts: list[_Fact], question: str) -> str | None:
         room = _room_of(facts[:end], match[1])
         if room and stays[-1:] != [room]:
             stays.append(room)
-    # Two visits to the room leave two answers.
+    # With two visits to the room there are two answers.
     at = [i for i, room in enumerate(stays) if room == match[2]]
     return stays[at[0] - 1] if len(at) == 1 and at[0] else None
 
@@ -116,7 +117,7 @@ def _beside(context: str, question: str, world: World) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-_GIFTS = {  # what a question fixes, and what it asks for
+_GIFTS = {  # what a question gives, and what it asks for
     r"Who gave the (?P<what>\w+) to (?P<receiver>\w+)\?": "actor",
     r"Who gave the (?P<what>\w+)\?": "actor",
     r"What did (?P<actor>\w+) give to (?P<receiver>\w+)\?": "what",

@@ -1,8 +1,8 @@
-"""Stories: people who move about rooms and carry things, and a question with its supports.
+"""Makes stories of people who move between rooms and carry objects, with a question each.
 
-The rules are those of bAbI's tasks 1 to 5, written anew. An action happens only if it changes the
-world; kinds and arguments are drawn uniformly until one is possible, at most 100 times. Where
-people and things are at first is part of the world but not of the text.
+The rules are those of bAbI's tasks 1 to 5, in a new implementation. An action happens only if it
+changes the world. Kinds and arguments are drawn uniformly until an action is possible, at most 100
+times. The first places of people and objects are part of the world but not of the text.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from metafocus.errors import DataError
 from metafocus.evals.babilong.state import Event, State
 from metafocus.evals.babilong.worlds import AXES, MOST_FACTS, World
 
-_STORIES = 2000  # drawn before giving up
-_QUESTIONS = 5  # of one story; a sample ends at one of them
+_STORIES = 2000  # the largest number of attempts
+_QUESTIONS = 5  # the largest number of questions in a story; a sample ends at one of them
 
 
 @dataclass(frozen=True)
 class Story:
-    """Facts in order, a question, its answer in one word and as a sentence, and its supports.
+    """Facts in order, a question, and its answer in one word and as a sentence.
 
-    `supports` are the numbers of the facts that the answer follows from.
+    `supports` has the numbers of the facts that the answer follows from.
     """
 
     facts: tuple[str, ...]
@@ -39,7 +39,7 @@ def tell(task: str, rng: random.Random, world: World) -> Story:
     """Return a random story of a task.
 
     Raises:
-        DataError: if the tables of the world hold no such story.
+        DataError: if the tables of the world allow no such story.
     """
     makers = {"qa1": _moves, "qa2": _objects, "qa3": _histories, "qa4": _line, "qa5": _gifts}
     for _ in range(_STORIES):
@@ -71,7 +71,7 @@ def _histories(rng: random.Random, world: World) -> Story | None:
 
 
 def _dynamics(rng: random.Random, world: World, ask, task: str) -> Story | None:
-    """Get, drop and move; after more than two facts a question with probability 1/2."""
+    """Get, drop and move; after more than two facts ask a question with probability 1/2."""
     state = State(world, world.people, rng)
     wanted, since, asked = rng.randint(1, _QUESTIONS), 0, None
     while wanted and len(state.events) < MOST_FACTS[task]:
@@ -94,7 +94,7 @@ def _ask_where(state: State, rng: random.Random) -> _Asked | None:
 
 
 def _ask_before(state: State, rng: random.Random) -> _Asked | None:
-    """Ask only for a room that the thing has entered once: then one answer is true."""
+    """Ask only for a room that the object has entered once, so that there is one answer."""
     options = []
     for thing, past in state.history.items():
         rooms = [room for room, _ in past]
@@ -112,7 +112,7 @@ def _ask_before(state: State, rng: random.Random) -> _Asked | None:
 
 
 def _line(rng: random.Random, world: World) -> Story:
-    """Three rooms on a line; only the middle one has a single neighbour on either side."""
+    """Make three rooms on a line; only the middle one has a neighbour on either side."""
     first, middle, last = rng.sample(world.rooms, 3)
     toward, away = rng.choice(AXES)
     pairs = rng.sample([(first, middle), (middle, last)], 2)
@@ -133,7 +133,7 @@ def _line(rng: random.Random, world: World) -> Story:
 
 
 def _gifts(rng: random.Random, world: World) -> Story | None:
-    """Get, give and move; after a gift none to five facts that do not blur it, all of them true."""
+    """Get, give and move; after a gift come up to five facts that keep its answer unique."""
     state = State(world, world.givers, rng)
     kinds, gift, at = ("get", "give", "move"), None, 0
     for _ in range(rng.randint(1, _QUESTIONS)):

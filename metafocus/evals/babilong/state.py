@@ -1,4 +1,4 @@
-"""The state of a world, the actions that change it, and what the text so far lets one know."""
+"""The state of a world, the actions that change it, and what follows from the text so far."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _TRIES = 100
 
 @dataclass(frozen=True)
 class Event:
-    """One action: `what` is the room of a move, else the object."""
+    """One action; `what` is the room of a move, or the object of any other action."""
 
     kind: str
     actor: str
@@ -22,7 +22,7 @@ class Event:
 
 
 class State:
-    """A world in motion. `history` has the known rooms of each object, with their supports."""
+    """The state of a world; `history` has the known rooms of each object, with their supports."""
 
     def __init__(self, world: World, people: tuple[str, ...], rng: random.Random):
         self.world: World = world
@@ -34,14 +34,14 @@ class State:
         self.events: list[Event] = []
         self.last_move: dict[str, int] = {}
         self.history: dict[str, list[tuple[str, tuple[int, ...]]]] = {o: [] for o in world.objects}
-        # Of each object: its last event, and the last move of the one who dropped it there.
+        # For each object its last event, and the last move of the person who dropped it there.
         self._event: dict[str, int] = {}
         self._dropped_at: dict[str, int | None] = {}
 
     def act(
         self, kinds: tuple[str, ...], allowed: Callable[[Event], bool] = lambda event: True
     ) -> Event | None:
-        """Do a random possible action and return it; None if 100 draws found none."""
+        """Do a random possible action and return it, or None if 100 draws found none."""
         for _ in range(_TRIES):
             event = self._draw(self.rng.choice(kinds))
             if self._possible(event) and allowed(event):
@@ -54,7 +54,7 @@ class State:
         return self.room[self.holder[thing]] if thing in self.holder else self.floor[thing]
 
     def supports(self, thing: str) -> tuple[int, ...]:
-        """Return the object's last event and the move that tells its room; empty if none does."""
+        """Return the last event of an object and the move that gives its room, or nothing."""
         if thing not in self._event:
             return ()
         if thing in self.holder:
@@ -104,5 +104,5 @@ class State:
                 continue
             room = self.place(thing)
             if past and past[-1][0] == room:
-                past.pop()  # the same stay, better explained
+                past.pop()  # the same stay, with newer supports
             past.append((room, why))

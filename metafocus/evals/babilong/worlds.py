@@ -1,4 +1,4 @@
-"""The names and verbs of a bAbI world: tables, so that another world is another value."""
+"""The names and verbs of a bAbI world, as tables that can be replaced."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from itertools import chain
 
 from metafocus.errors import DataError
 
-# Most facts of a published sample; a longer story is drawn again.
+# The largest number of facts of a published sample; a longer story is drawn again.
 MOST_FACTS = {"qa1": 10, "qa2": 68, "qa3": 32, "qa4": 2, "qa5": 126}
 TASKS = tuple(MOST_FACTS)
 
-# In the order of an axis: the first lies on this side of the second.
+# The two directions of each axis.
 AXES = (("north", "south"), ("east", "west"))
 
 
@@ -20,11 +20,11 @@ AXES = (("north", "south"), ("east", "west"))
 class World:
     """Names and verbs. `givers` are the people of qa5; `tails` may end a get or a drop.
 
-    The defaults are the names and the verbs found in the published BABILong samples.
+    The defaults are the names and verbs of the published BABILong samples.
 
     Raises:
-        DataError: a table with too few entries, a word in two tables, or a name inside another
-            (scorers look for names as substrings).
+        DataError: if a table has too few entries, if a word is in two tables, or if a name is
+            inside another (scorers look for names as substrings).
 
     Example:
         >>> from metafocus.evals.babilong import World
@@ -69,10 +69,10 @@ class World:
             raise DataError(f"the verbs {sorted(twice)} mean two things: keep each in one table")
 
     def labels(self, task: str) -> tuple[str, ...]:
-        """Return the answers a task chooses from: rooms, or for qa5 people and objects."""
+        """Return the possible answers of a task: rooms, or for qa5 people and objects."""
         return self.givers + self.objects if task == "qa5" else self.rooms
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every name of the world: what noise may not contain."""
+        """All names of the world, which the noise must not contain."""
         return tuple(dict.fromkeys(self.rooms + self.people + self.objects + self.givers))

@@ -1,4 +1,4 @@
-"""RULER's tasks by name, sized to a number of tokens."""
+"""Makes the tasks of RULER by name, for a given number of tokens."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TASKS = (*niah.NIAH, "vt", "cwe", "fwe", "qa")
-# The published numbers of tokens to generate; those of niah are for each of its tasks.
+# The published numbers of new tokens; all tasks of niah have the same number.
 NEW_TOKENS = {**dict.fromkeys(niah.NIAH, 128), "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}
-_TOKENS_PER_WORD = 10  # of cwe, where an uncommon word comes three times with a number before it
+_TOKENS_PER_WORD = 10  # for cwe, where an uncommon word occurs three times with a number before it
 
 
 def generate(
@@ -37,27 +37,27 @@ def generate(
     words: Sequence[str] | None = None,
     questions: Sequence[qa.Question] | None = None,
 ) -> list[Item]:
-    """Make `n` questions; prompt and answer have nearly, and never more than, `length` tokens.
+    """Make `n` questions. Prompt and answer have almost `length` tokens, and never more.
 
-    For the answer the published number of tokens is kept free. The words that the answer begins
-    with (`answer_prefix`) are no part of the prompt, but counted. The same tokenizer, texts and
-    seed give the same prompts, and question i does not depend on `n`; every question has its own
-    order, keys and values. A task that runs out of documents stays shorter.
+    The published number of tokens is reserved for the answer. The first words of the answer
+    (`answer_prefix`) are not part of the prompt, but they are counted. The same tokenizer, texts
+    and seed give the same prompts, and question i does not depend on `n`. Every question has an
+    order, keys and values of its own. If there are too few documents, the prompt is shorter.
 
     Args:
         tokenizer: a tokenizer, or a function that counts the tokens of a prompt.
         task: one of `TASKS`.
-        length: tokens of prompt, prefix and answer.
-        n: how many questions.
-        seed: which questions.
-        prose: the essays of niah; default: the docstrings of the standard library.
-        words: the words of cwe; default: those of these docstrings, and pairs of words where
-            they do not suffice.
-        questions: those of qa, from `read_questions`.
+        length: the number of tokens of prompt, prefix and answer.
+        n: the number of questions.
+        seed: selects the questions.
+        prose: the essays of niah. Default: the docstrings of the standard library.
+        words: the words of cwe. Default: the words of these docstrings, and pairs of words if
+            there are too few.
+        questions: the questions of qa, from `read_questions`.
 
     Raises:
-        DataError: an unknown task, qa without questions, too few words, or a length that cannot
-            hold the question.
+        DataError: if the task is unknown, if qa has no questions, if there are too few words, or
+            if the length is too small for the question.
 
     Example:
         >>> from metafocus.evals import ruler
@@ -113,7 +113,7 @@ def _item(count: Count, task: str, length: int, plan: Plan) -> Item:
         draft = plan.build(n)
         return count(f"{draft.prompt}\n{draft.prefix}") + new
 
-    # Half a per cent short of the length is near enough; the last steps are the dear ones.
+    # Stop within half a per cent of the length, because the last steps are the most expensive.
     n = largest(size, length, least=plan.least, most=plan.most, slack=max(8, length // 200))
     if n is None:
         raise DataError(
@@ -133,7 +133,7 @@ def _as_item(draft: Draft, task: str, length: int) -> Item:
 
 
 def _without_numbers(prose: Prose) -> Prose:
-    """Leave out what could be taken for a value."""
+    """Return the prose without sentences that hold a number like the values."""
     kept = tuple(s for s in prose.sentences if not re.search(r"\d{7}|[0-9a-f]{8}-", s))
     if not kept:
         raise DataError("prose: every sentence contains a long number; pass another text")
@@ -141,7 +141,7 @@ def _without_numbers(prose: Prose) -> Prose:
 
 
 def _word_pool(length: int) -> tuple[str, ...]:
-    """Plain words, and from about 40k tokens on pairs of words among them, common ones or not."""
+    """Return plain words and, from about 40k tokens on, pairs of words too."""
     words = builtin_words()
     missing = length // _TOKENS_PER_WORD - len(words)
     return words if missing <= 0 else (*words, *islice(word_keys(random.Random("cwe")), missing))

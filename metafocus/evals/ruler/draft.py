@@ -1,4 +1,4 @@
-"""What a RULER task makes for a haystack of n units, and pieces of text with tracked places."""
+"""A question of RULER with n units of noise, and needles hidden at known places."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Draft:
-    """A question over a haystack; `evidence` are character spans of the prompt."""
+    """A question over a text with noise; `evidence` has character spans of the prompt."""
 
     prompt: str
     question: str
@@ -22,7 +22,7 @@ class Draft:
 
 @dataclass(frozen=True)
 class Plan:
-    """`build(n)` makes the draft of a haystack of n units, `least` <= n <= `most`."""
+    """`build(n)` makes the question with n units of noise, for `least` <= n <= `most`."""
 
     build: Callable[[int], Draft]
     least: int = 0
@@ -32,9 +32,9 @@ class Plan:
 def hide(
     heading: str, units: Sequence[str], needles: Sequence[str], slots: Sequence[int], gap: str
 ) -> tuple[str, tuple[tuple[int, int], ...], tuple[float, ...]]:
-    """Return heading + units with needle i before unit `slots[i]`, the needles' spans and depths.
+    """Return a text with needle i before unit `slots[i]`, and the spans and depths of needles.
 
-    Spans and depths are in the order of the needles; needles in one slot keep their order.
+    Spans and depths are in the order of the needles. Needles in one slot keep their order.
 
     Example:
         >>> from metafocus.evals.ruler.draft import hide

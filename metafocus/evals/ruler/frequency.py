@@ -1,4 +1,4 @@
-"""Counting words: the common ones in a list (cwe), the frequent ones in a Zipfian text (fwe)."""
+"""Tasks of counting words: common words in a list (cwe), frequent words in a text (fwe)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from metafocus.evals.ruler.draft import Draft, Plan
 from metafocus.evals.ruler.words import letters
 
 COMMON = 10
-LONG = 4096  # tokens from which words are repeated 30 and 3 times instead of 6 and 1
-ALPHA, LETTERS, TOKENS_PER_WORD = 2.0, 6, 50  # fwe: a word of vocabulary for 50 tokens
-# The ranks 2 to 5 occur differently often from 53 words on, whatever the rounding.
+LONG = 4096  # from this many tokens on, words occur 30 and 3 times instead of 6 and 1
+ALPHA, LETTERS, TOKENS_PER_WORD = 2.0, 6, 50  # fwe: one word of vocabulary for 50 tokens
+# From 53 words on, the ranks 2 to 5 have different counts after rounding.
 _FEWEST = 53
-_SHOWN = (2, 1, 10)  # of the solved example, whose size is ours: common, uncommon, how many
+_SHOWN = (2, 1, 10)  # the solved example (our choice): common, uncommon, number of uncommon words
 
 
 def repeats(length: int) -> tuple[int, int]:
@@ -25,7 +25,7 @@ def repeats(length: int) -> tuple[int, int]:
 
 
 def plan_common(rng: random.Random, length: int, words: Sequence[str]) -> Plan:
-    """Draw the words; the number of uncommon ones is what remains to be sized."""
+    """Draw the words; the number of uncommon words is still to be chosen."""
     pool = rng.sample(words, len(words))
     spare = COMMON + _SHOWN[2]
     shown, pool = pool[:spare], pool[spare:]
@@ -65,7 +65,7 @@ def _numbered(words: Sequence[str]) -> str:
 
 
 def zipf_counts(n: int, vocabulary: int) -> list[int]:
-    """Return how often the word of each rank occurs: the whole part of n k^-2 / zeta(2).
+    """Return how often the word of each rank k occurs: n k^-2 / zeta(2), rounded down.
 
     Example:
         >>> from metafocus.evals.ruler.frequency import zipf_counts
@@ -77,7 +77,7 @@ def zipf_counts(n: int, vocabulary: int) -> list[int]:
 
 
 def plan_frequent(rng: random.Random, length: int, new_tokens: int) -> Plan:
-    """Draw the vocabulary, most frequent first; the first is noise, the next three the answer."""
+    """Draw the vocabulary by rank; the first word is noise, the next three are the answer."""
     size = (length - new_tokens) // TOKENS_PER_WORD
     if size < 5:
         least = 5 * TOKENS_PER_WORD + new_tokens

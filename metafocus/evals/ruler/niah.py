@@ -1,4 +1,4 @@
-"""Needles in a haystack: a secret value for each key, to be found by key."""
+"""Needles in a haystack: a secret value for each key, which the question asks for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from metafocus.evals.ruler.words import ADJECTIVES, NOISE, NOUNS, numbers, uuids
 
 @dataclass(frozen=True)
 class Niah:
-    """`haystack` is noise, essay or needle; `key` word or uuid; `value` number or uuid."""
+    """`haystack` is noise, essay or needle; `key` is word or uuid; `value` is number or uuid."""
 
     haystack: str
     key: str = "word"
@@ -36,11 +36,11 @@ NIAH = {
     "niah_multiquery": Niah("essay", queries=4),
 }
 
-DEPTHS = 40  # points from 0 to 100 % that needles in an essay stand at
+DEPTHS = 40  # the number of depths from 0 to 100 % for needles in an essay
 
 
 def plan(settings: Niah, rng: random.Random, prose: Prose | None) -> Plan:
-    """Draw keys, values and places; the haystack is what remains to be sized."""
+    """Draw keys, values and places; the size of the haystack is still to be chosen."""
     keys = word_keys(rng) if settings.key == "word" else uuids(rng)
     values = numbers(rng) if settings.value == "number" else uuids(rng)
     kind = settings.value
@@ -56,7 +56,7 @@ def plan(settings: Niah, rng: random.Random, prose: Prose | None) -> Plan:
     ]
     asked = rng.sample(table, settings.queries)
     others = [row for row in table if row not in asked]
-    # The needles asked for come first: they are the evidence.
+    # The needles of the question come first, because they are the evidence.
     pairs = [(key, value) for key, own in [*asked, *others] for value in own]
     needles = [needle(key, value) for key, value in pairs]
     references = tuple(value for _, own in asked for value in own)

@@ -1,4 +1,4 @@
-"""Questions from the user's file, their documents among those of other questions."""
+"""Questions from a file, with their documents among those of other questions."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ class Question:
 def read_questions(path: str | Path) -> tuple[Question, ...]:
     """Read questions from JSON lines, or from a file in the form of SQuAD or of HotpotQA.
 
-    A line is `{"question": ..., "answers": [...], "documents": [...]}`. SQuAD's impossible
-    questions are left out; of a HotpotQA context the supporting documents are taken as the
-    question's own.
+    A line is `{"question": ..., "answers": [...], "documents": [...]}`. Questions of SQuAD that
+    have no answer are left out. In HotpotQA, the supporting documents of a context belong to the
+    question.
 
     Raises:
-        DataError: no such file, not JSON, or a record without question, answers or documents.
+        DataError: if the file does not exist or is not JSON, or if a record has no question,
+            answers or documents.
     """
     path = Path(path)
     if not path.is_file():
@@ -76,7 +77,7 @@ def _hotpot(record: dict[str, Any]) -> Question:
 
 
 def plan(rng: random.Random, questions: Sequence[Question], chosen: int) -> Plan:
-    """Ask question `chosen`; how many other documents stand around is what remains to be sized."""
+    """Ask question `chosen`; the number of other documents is still to be chosen."""
     asked = questions[chosen]
     others = {document for question in questions for document in question.documents}
     pool = sorted(others - set(asked.documents))
@@ -87,7 +88,7 @@ def plan(rng: random.Random, questions: Sequence[Question], chosen: int) -> Plan
     prefix = "Answer:"
 
     def build(n: int) -> Draft:
-        # No numbers: they would tell how many documents there are and where one is.
+        # Without numbers, which would show how many documents there are and where one is.
         slots = [int((n + 1) * draw) for draw in draws]
         units = [f"Document: {document}" for document in pool[:n]]
         needles = [f"Document: {document}" for document in asked.documents]

@@ -1,4 +1,4 @@
-"""Variable tracking: which variables hold a value, through a chain of assignments."""
+"""Variable tracking: which variables have a value, after a chain of assignments."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CHAINS, HOPS = 1, 4  # the published settings
 
 
 def plan(rng: random.Random) -> Plan:
-    """Draw the chain and its places; statements keep their order among lines of noise."""
+    """Draw the chain and its places; statements keep their order between lines of noise."""
     names = tuple(islice(letters(rng, 5, string.ascii_uppercase), HOPS + 1))
     value = str(rng.randint(10000, 99998))
     sources = [value, *(f"VAR {name}" for name in names)]

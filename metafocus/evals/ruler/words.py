@@ -1,4 +1,4 @@
-"""Keys, values and filler: own lists, so that nothing is downloaded."""
+"""Keys, values and noise from lists of our own, so that nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ NOISE = (
 
 
 def word_keys(rng: random.Random) -> Iterator[str]:
-    """Yield distinct adjective-noun keys in random order, until none is left."""
+    """Yield all distinct adjective-noun keys in random order."""
     size = len(NOUNS)
     for number in rng.sample(range(len(ADJECTIVES) * size), len(ADJECTIVES) * size):
         yield f"{ADJECTIVES[number // size]}-{NOUNS[number % size]}"
@@ -62,7 +62,7 @@ def numbers(rng: random.Random) -> Iterator[str]:
 
 
 def uuids(rng: random.Random) -> Iterator[str]:
-    """Yield distinct random UUIDs, reproducible unlike those of the system."""
+    """Yield distinct random UUIDs, which a seed reproduces."""
     return _distinct(lambda: str(uuid.UUID(int=rng.getrandbits(128), version=4)))
 
 

@@ -13,11 +13,11 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.utils.stateless import _reparametrize_module
 
 from metafocus.adapters import slots
-from metafocus.attention.hugging_face import attention_as
 from metafocus.autodiff.recompute import recompute
+from metafocus.lm.hf.attention import attention_as
+from metafocus.torch_internals import swapped_weights
 
 
 @contextlib.contextmanager
@@ -82,7 +82,7 @@ def _recomputed(model: nn.Module, layer: nn.Module, forward: Any, args: Any, kwa
     def run(parameters: dict[str, Tensor], fast: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
         with (
             attention_as(config, implementation),
-            _reparametrize_module(layer, parameters),
+            swapped_weights(layer, parameters),
             slots.rebind(layer, fast, functions),
         ):
             return forward(*args, **kwargs)

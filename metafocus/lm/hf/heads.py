@@ -6,51 +6,56 @@ a hook takes the hidden states that its head is about to see and lets it see one
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.stateless import _reparametrize_module
 
 from metafocus.adapters import slots
 from metafocus.autodiff.recompute import recompute
 from metafocus.errors import ProblemError
-from metafocus.lm.hf.checkpointing import exact_checkpointing
-from metafocus.lm.hf.chunk import IGNORED, Tail, entropies, wide
+from metafocus.lm.cross_entropy import IGNORED, LogitHead, entropies
 from metafocus.lm.token_loss import token_loss
-from metafocus.torch_internals import is_batched, outside_transforms, tracing
+from metafocus.precision import wide
+from metafocus.torch_internals import (
+    forward_hooks,
+    has_backward_hooks,
+    is_batched,
+    swapped_weights,
+    tracing,
+)
 
 Reader = Callable[[nn.Module, Tensor], Tensor]
 """`(head, hidden [B, S, D]) -> result`."""
 
 _ROWS = 256
-_SCALES = (("logit_scale", 1), ("lm_head_multiplier", 1), ("logits_scaling", -1))
-_CAPS = ("final_logit_softcapping", "logits_soft_cap")
 
 
-class Tap:
+def output_head(model: nn.Module) -> nn.Module:
+    """Return the module that makes logits of the final hidden states."""
+    return model.get_output_embeddings()  # pyright: ignore
+
+
+class HeadHook:
     """A hook before a head: hands its input to a reader, and one position of it to the head.
 
     Installed once and then kept, as a slot is: a compiler does not see hooks that come and go. A
-    copied or unpickled tap is idle and knows nothing.
+    copied or unpickled one is idle and empty.
 
     Attributes:
         reader: what the next hidden states go to, or None.
         result: what it returned.
-        tails: what was found to follow the head, by class of the model and what its
+        logit_heads: what was found to follow the head, by class of the model and what its
             configuration says; None where the head cannot be split off.
     """
 
-    __slots__ = ("reader", "result", "tails")
+    __slots__ = ("logit_heads", "reader", "result")
 
     def __init__(self) -> None:
         self.reader: Reader | None = None
         self.result: Tensor | None = None
-        self.tails: dict[tuple[type[nn.Module], Tail], Tail | None] = {}
+        self.logit_heads: dict[tuple[type[nn.Module], LogitHead], LogitHead | None] = {}
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Return the shortened input, or None, which leaves it as it is."""
@@ -61,8 +66,8 @@ class Tap:
         self.result = reader(module, args[0])
         return args[0][..., :1, :], *args[1:]
 
-    def __reduce__(self) -> tuple[type[Tap], tuple[()]]:
-        return Tap, ()
+    def __reduce__(self) -> tuple[type[HeadHook], tuple[()]]:
+        return HeadHook, ()
 
 
 def read_hidden(head: nn.Module, run: Callable[[], Any], reader: Reader) -> Tensor:
@@ -79,35 +84,33 @@ def read_hidden(head: nn.Module, run: Callable[[], Any], reader: Reader) -> Tens
         >>> read_hidden(head, lambda: head(layer(x)), lambda head, hidden: hidden).shape
         torch.Size([1, 4, 3])
     """
-    tap = install(head)
-    tap.reader, tap.result = reader, None
+    hook = install(head)
+    hook.reader, hook.result = reader, None
     try:
         run()
-        if tap.result is None:
+        if hook.result is None:
             raise ProblemError(f"the model did not call its head, {type(head).__name__}.")
-        return tap.result
+        return hook.result
     finally:
-        tap.reader = tap.result = None
+        hook.reader = hook.result = None
 
 
-def install(head: nn.Module) -> Tap:
-    """Return the tap of a head, installed at the first call."""
-    tap = _find(head)
-    if tap is None:
-        tap = Tap()
+def install(head: nn.Module) -> HeadHook:
+    """Return the hook of a head, installed at the first call."""
+    hook = find_hook(head)
+    if hook is None:
+        hook = HeadHook()
         # Before other hooks: what it sees can be given to the head again.
-        head.register_forward_pre_hook(tap, prepend=True)
-    return tap
+        head.register_forward_pre_hook(hook, prepend=True)
+    return hook
 
 
-def _find(head: nn.Module) -> Tap | None:
-    for hook in head._forward_pre_hooks.values():
-        if isinstance(hook, Tap):
-            return hook
-    return None
+def find_hook(head: nn.Module) -> HeadHook | None:
+    """Return the hook of a head, if one is installed."""
+    return next((hook for hook in forward_hooks(head) if isinstance(hook, HeadHook)), None)
 
 
-def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor, tail: Tail) -> Tensor:
+def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor, logit_head: LogitHead) -> Tensor:
     """Return the summed cross entropy of rows of final hidden states, in chunks of rows.
 
     A plain linear head is taken as its weight; any other, and one with fast weights, is called on
@@ -117,18 +120,18 @@ def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor, tail: Tail) -> T
         head: the model's own.
         hidden: what the head would see, `[n, D]`.
         targets: `[n]`, -100 where a row is not scored.
-        tail: what follows the head.
+        logit_head: what follows the head.
     """
-    if _is_plain(head):
-        return token_loss(hidden, head.weight, targets, bias=head.bias, tail=tail)  # pyright: ignore
+    if is_plain(head):
+        return token_loss(hidden, head.weight, targets, bias=head.bias, logit_head=logit_head)  # pyright: ignore
     parameters = {**dict(head.named_parameters()), **dict(head.named_buffers())}
     functions = slots.functions(head)
 
     def loss(
         parameters: dict[str, Tensor], fast: dict[str, Tensor], rows: Tensor, targets: Tensor
     ) -> Tensor:
-        with _reparametrize_module(head, parameters), slots.rebind(head, fast, functions):
-            return entropies(tail(wide(head(rows))), targets)
+        with swapped_weights(head, parameters), slots.rebind(head, fast, functions):
+            return entropies(logit_head(wide(head(rows))), targets)
 
     fast = slots.bound(head)
     parts = [
@@ -138,134 +141,16 @@ def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor, tail: Tail) -> T
     return torch.stack(parts).sum()
 
 
-def _is_plain(head: nn.Module) -> bool:
-    hooks = [*head._forward_hooks.values(), *head._forward_pre_hooks.values()]
+def is_plain(head: nn.Module) -> bool:
+    """Return whether a head is no more than the product with its weight."""
     return (
         type(head) is nn.Linear
         and type(head.weight) in (Tensor, nn.Parameter)
         and "forward" not in vars(head)
-        and all(isinstance(hook, slots.Slot | Tap) for hook in hooks)
-        and not head._backward_hooks
-        and not head._backward_pre_hooks
+        and all(isinstance(hook, slots.Slot | HeadHook) for hook in forward_hooks(head))
+        and not has_backward_hooks(head)
         and not slots.functions(head)
     )
-
-
-def tail_of(config: Any) -> Tail:
-    """Return what a configuration says about the way from the head's output to the logits."""
-    scale = 1.0
-    for name, power in _SCALES:
-        value = getattr(config, name, None)
-        scale *= 1.0 if value is None else float(value) ** power
-    caps = [getattr(config, name, None) for name in _CAPS]
-    return Tail(scale, next((float(cap) for cap in caps if cap), None))
-
-
-def tail_after(model: nn.Module, probe: Callable[[], dict[str, Any]]) -> Tail | None:
-    """Return what follows the head of a model, or None if the head cannot be split off.
-
-    What the configuration says is checked by one forward pass of a few tokens, once per model;
-    a compiler that comes before that check, and a model without values, get None.
-
-    Args:
-        model: a Hugging Face causal language model.
-        probe: makes inputs for it: `input_ids [1, T]` and more.
-
-    Warns:
-        UserWarning: once, with the class of the model and the reason, if it cannot.
-    """
-    head = model.get_output_embeddings()  # pyright: ignore
-    told = tail_of(model.config.get_text_config())  # pyright: ignore
-    key = (type(model), told)
-    tap = None if head is None else _find(head)
-    if tap is not None and key in tap.tails:
-        return tap.tails[key]
-    weight = next(model.parameters())
-    # Sharded weights meet plain ones in the check.
-    if torch.compiler.is_compiling() or weight.is_meta or hasattr(weight, "full_tensor"):
-        return None
-    found = checked_tail(model, head, told, probe())
-    tail = found if isinstance(found, Tail) else None
-    if head is not None:
-        install(head).tails[key] = tail
-    if tail is None:
-        warnings.warn(
-            f"{type(model).__name__}: {found}. Logits are computed at all positions and not at "
-            "the scored ones alone: correct, but slower and with more memory.",
-            stacklevel=2,
-        )
-    return tail
-
-
-def checked_tail(
-    model: nn.Module, head: nn.Module | None, told: Tail, inputs: dict[str, Any]
-) -> Tail | str:
-    """Return the tail that a model really has, or why its head cannot be split off.
-
-    One forward pass outside of all transforms and without a graph. The output of the head is
-    replaced by a ladder of values, so that what follows it shows, whatever the weights.
-
-    Args:
-        model: a causal language model.
-        head: its output embeddings.
-        told: what its configuration says; a plain tail is tried as well.
-        inputs: of the model: `input_ids [1, T]` and more.
-    """
-    if head is None:
-        return "get_output_embeddings() returns None"
-    outputs: list[Tensor] = []
-    ladders: list[Tensor] = []
-
-    def climb(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        steps = torch.linspace(-200, 200, output.numel(), device=output.device)
-        outputs.append(output)
-        ladders.append(steps.to(output.dtype).view(output.shape))
-        return ladders[-1]
-
-    with bystander(model):
-        handle = head.register_forward_hook(climb)
-        logits: list[Tensor] = []
-        try:
-            hidden = read_hidden(
-                head, lambda: logits.append(model(**inputs).logits), lambda head, hidden: hidden
-            )
-        except (RuntimeError, TypeError, ValueError, LookupError) as error:
-            return f"it cannot run with one position for its head ({error})"
-        finally:
-            handle.remove()
-        if len(outputs) != 1:
-            return f"its head is called {len(outputs)} times in a forward pass"
-        if hidden.ndim != 3 or hidden.shape[:-1] != inputs["input_ids"].shape:
-            return f"its head takes {list(hidden.shape)} and not [batch, sequence, width]"
-        if logits[0].shape != outputs[0].shape:
-            return "its logits have another shape than the output of its head"
-        rows = hidden[:, :1]
-        again = F.linear(rows, head.weight, head.bias) if _is_plain(head) else head(rows)  # pyright: ignore
-        size = outputs[0].abs().amax().item()
-        if not size > 0 or not _agree(again / size, outputs[0] / size):
-            return "its head gives zeros, or something else when it is called again"
-        for tail in (told, Tail()):
-            if _agree(tail(wide(ladders[0])), logits[0]):
-                return tail
-    return f"its logits are neither {told} of the output of its head nor that output"
-
-
-def _agree(a: Tensor, b: Tensor) -> bool:
-    # A few roundings in the narrower of the two types.
-    eps = max(torch.finfo(a.dtype).eps, torch.finfo(b.dtype).eps)
-    return torch.allclose(a.double(), b.double(), rtol=8 * eps, atol=8 * eps)
-
-
-@contextlib.contextmanager
-def bystander(model: nn.Module) -> Iterator[None]:
-    """Run a model on the side: no transforms, no graph, and the random state given back."""
-    devices = sorted({p.get_device() for p in model.parameters() if p.is_cuda})
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(outside_transforms())
-        stack.enter_context(torch.random.fork_rng(devices))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(exact_checkpointing(model))
-        yield
 
 
 def scored_rows(targets: Tensor) -> Tensor | None:

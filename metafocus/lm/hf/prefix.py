@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from metafocus.adapters.placement import layer_of
 from metafocus.errors import ProblemError
+from metafocus.torch_internals import is_compiled
 
 
 class Hidden(NamedTuple):
@@ -36,7 +37,7 @@ def fast_layers(model: nn.Module, names: Iterable[str]) -> tuple[str, int] | Non
 
     Args:
         model: The model.
-        names: Of the fast weights: module paths, with the name of the weight.
+        names: The names of the fast weights: module paths, with the name of the weight.
 
     Returns:
         `(path, index)`; None without fast weights, or if one lies elsewhere.
@@ -94,6 +95,25 @@ def resumed(model: nn.Module, hidden: Hidden | None) -> Iterator[None]:
     layers = list(model.get_submodule(hidden.home).children())[: hidden.first]
     with _instead(layers[:-1], _pass), _instead(layers[-1:], lambda _: hidden.states):
         yield
+
+
+def draws_random_numbers(model: nn.Module) -> bool:
+    """Return whether layers draw random numbers, of which each pass must have its own."""
+    if not model.training:
+        return False
+    if any(m.p for m in model.modules() if isinstance(m, nn.Dropout)):
+        return True
+    # Some layers call the function and keep its rate in the configuration.
+    config = vars(model.config.get_text_config())  # pyright: ignore
+    rates = [v for k, v in config.items() if "drop" in k or "jitter" in k]
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
+
+
+def has_own_call(model: nn.Module) -> bool:
+    """Return whether layers are compiled or sharded: then their own call must stay."""
+    return any(is_compiled(m) for m in model.modules()) or any(
+        hasattr(p, "full_tensor") for p in model.parameters()
+    )
 
 
 def _pass(states: Tensor) -> Tensor:

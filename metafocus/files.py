@@ -1,0 +1,113 @@
+"""Files that are whole: each is written beside its place first and then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from metafocus.errors import DataError
+
+
+@contextlib.contextmanager
+def replaced(path: str | Path) -> Iterator[Path]:
+    """Yield the name of a temporary file, which takes the place of `path` when the block ends.
+
+    After an exception the temporary file is removed, and what was at `path` stays.
+    """
+    path = Path(path)
+    # The number of the process: two of them may write the same file.
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
+
+
+def write_whole(path: str | Path, text: str) -> None:
+    """Write a text so that a file of this name is whole or as it was before.
+
+    Raises:
+        OSError: if it cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_whole(f"{folder}/note.txt", "all of it")
+        ...     [path.name for path in Path(folder).iterdir()]
+        ['note.txt']
+    """
+    with replaced(path) as part, part.open("w", encoding="utf-8") as file:
+        file.write(text)
+
+
+def write_json(path: str | Path, value: Any, *, indent: int = 2) -> None:
+    """Write a value as JSON with `write_whole`; numbers that are not finite become null."""
+    write_whole(path, json.dumps(finite(value), indent=indent, ensure_ascii=False) + "\n")
+
+
+def write_json_lines(path: str | Path, records: Iterable[Any]) -> None:
+    """Write one JSON object a line, so that the file is whole or as it was before."""
+    with replaced(path) as part, part.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def finite(value: Any) -> Any:
+    """Return a value as JSON takes it, with None for each number that is not finite.
+
+    Example:
+        >>> finite({"error": float("nan"), "steps": (1, 2)})
+        {'error': None, 'steps': [1, 2]}
+    """
+    if isinstance(value, Mapping):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file that is whole or as it was before; its directory is created.
+
+    Raises:
+        DataError: if it cannot be written: a full disk, or a directory that is a file.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replaced(path) as part:
+            save_file(dict(tensors), part, metadata={"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise DataError(
+            f"{path} could not be written ({reason}); what was there before is untouched"
+        ) from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        DataError: if it is missing or cut off.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        reason = "is missing" if not path.is_file() else f"is cut off or no safetensors ({error})"
+        raise DataError(f"{path} {reason}; save the fast weights again") from error

@@ -1,0 +1,87 @@
+"""What does not depend on the fast weights, computed once for all inner steps and the outer pass.
+
+The layers below the first fast weight give the same hidden states at every inner step. They are
+run once, with a graph, and each loss starts above them: a first-order estimator takes the states
+of the inner loop detached, every other one as the explicit tensors that they are.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from metafocus.lm.hf import prefix
+from metafocus.lm.hf.trial import side_run
+from metafocus.lm.loss import LMLoss
+from metafocus.masks import Batch
+from metafocus.types import Params
+
+
+class SharedPrefix:
+    """Puts the hidden states below the first fast layer into prepared batches.
+
+    Where to cut is found at the first call and checked there: a few tokens must come out of the
+    model in two parts as they come out of it whole, with fast weights that are not zero. Where
+    they do not, or where layers draw random numbers, batches are returned as they are.
+
+    Args:
+        loss: a language-model loss.
+    """
+
+    def __init__(self, loss: LMLoss):
+        self.loss = loss
+        self.checked: bool = False
+        self.cut: tuple[str, int] | None = None
+
+    def __call__(self, slow: Params, batch: Batch) -> Batch:
+        """Return the prepared batch with its hidden states, if they can be shared.
+
+        Args:
+            slow: the slow weights; `{}` means the model's own.
+            batch: what `loss.prepare` returned.
+
+        Warns:
+            UserWarning: once, with the class of the model and the reason, if the check fails.
+        """
+        if prefix.draws_random_numbers(self.loss.model):
+            return batch
+        if not self.checked and not torch.compiler.is_compiling():
+            self.cut, self.checked = self._find(), True
+        if self.cut is None:
+            return batch
+        return {**batch, "hidden": self.loss.hidden_before(self.cut, slow, batch)}
+
+    def _find(self) -> tuple[str, int] | None:
+        model = self.loss.model
+        with side_run(model):
+            fast = self.loss.adapter.init(model, torch.Generator().manual_seed(0))
+            cut = prefix.fast_layers(model, fast)
+            if cut is None or cut[1] == 0 or prefix.has_own_call(model):
+                return None
+            reason = self._difference(cut, fast)
+        if reason is None:
+            return cut
+        warnings.warn(
+            f"{type(model).__name__}: the layers below the fast weights cannot be run once for "
+            f"all inner steps ({reason}). They are run in each of them: correct, but slower.",
+            stacklevel=4,
+        )
+        return None
+
+    def _difference(self, cut: tuple[str, int], fast: Params) -> str | None:
+        loss, draw = self.loss, torch.Generator().manual_seed(1)
+        fast = {name: (torch.rand(x.shape, generator=draw) - 0.5).to(x) for name, x in fast.items()}
+        batch = loss.trial_batch()
+        try:
+            hidden = loss.hidden_before(cut, {}, batch)
+            whole, parts = (
+                loss.final_hidden(fast, b) for b in (batch, {**batch, "hidden": hidden})
+            )
+        except (RuntimeError, TypeError, AttributeError, ValueError, LookupError) as error:
+            return f"it cannot run in two parts: {error}"
+        size = whole.abs().amax()
+        eps = 64 * torch.finfo(whole.dtype).eps
+        if size > 0 and torch.allclose(parts / size, whole / size, rtol=0, atol=eps):
+            return None
+        return "a few tokens come out in two parts otherwise than they come out whole"

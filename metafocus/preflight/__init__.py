@@ -1,0 +1,96 @@
+"""One trial of a bilevel problem that finds an ill-posed one before it goes wrong.
+
+`names` asks what the loss reads and closes over, `state` what it changes outside, `kernels` whether
+its second derivative exists; `trial` runs the loss and one update once for all of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from metafocus import params as pt
+from metafocus import streams
+from metafocus.autodiff.grad import refuse_inference_mode
+from metafocus.autodiff.safe_operators.swapping import Swapped, differentiable_once
+from metafocus.errors import ProblemError
+from metafocus.preflight.kernels import trust
+from metafocus.preflight.names import refuse_hidden
+from metafocus.preflight.trial import Trial
+from metafocus.rng import kept
+from metafocus.torch_internals import transforming, unused_by
+from metafocus.types import InnerLoss, Params, Solver
+
+__all__ = ["preflight", "refuse_ignored_fast_weights", "trust"]
+
+
+def preflight(
+    inner_loss: InnerLoss,
+    solver: Solver,
+    start: Params,
+    outer: Params,
+    support: Any,
+    *,
+    explicit: bool = False,
+    twice: bool = False,
+) -> InnerLoss:
+    """Try the inner loss, its gradient and one update on constants; return the loss to use.
+
+    Random numbers used by the trial are given back, and so is whatever the trial writes to.
+
+    Args:
+        inner_loss: `(fast, slow, data) -> scalar`.
+        solver: the inner optimiser.
+        start: the fast weights before the first step.
+        outer: the slow weights.
+        support: what the inner loss sees; of a stream, the data of step 0.
+        explicit: whether the estimator differentiates explicit tensors only.
+        twice: whether the estimator differentiates the gradient of the inner loss.
+
+    Returns:
+        The loss, such that batch norm in training mode leaves its running statistics alone.
+
+    Raises:
+        ProblemError: if the loss is not a scalar, asks for a name that it is not given, or does
+            not depend on one of the fast weights; if the loss or the solver changes anything in
+            place or keeps a state that a forward pass changes; if a second derivative is needed
+            and a kernel loses it.
+        ClosureError: with `explicit`, if the loss or the solver still needs a derivative although
+            all arguments are constants: it closes over a tensor that the estimator cannot see.
+    """
+    refuse_inference_mode()
+    data = streams.at(support, 0)
+    if explicit and streams.is_opaque(support):
+        refuse_hidden(support, data)
+    at = pt.detach((start, outer, data))
+    trial = Trial(inner_loss, solver, explicit=explicit, twice=twice)
+    with kept(pt.tensors(at)), torch.enable_grad():
+        if transforming():
+            trial.in_transforms(*at)
+        else:
+            trial.on_tape(*at)
+    return differentiable_once(inner_loss) if trial.swapped.needed else inner_loss
+
+
+def refuse_ignored_fast_weights(outer_loss: Any, fast: Params) -> None:
+    """Raise if an outer loss depends on none of the fast weights.
+
+    Args:
+        outer_loss: `fast -> scalar`.
+        fast: the adapted fast weights.
+
+    Raises:
+        ProblemError: the inner loop would change nothing.
+    """
+    point = pt.detach(fast)
+    if not point:
+        return
+    with kept(point.values()), Swapped(once=True):
+        unused = unused_by(outer_loss, point)
+    if unused == set(point):
+        raise ProblemError(
+            f"outer_loss depends on none of the fast weights {sorted(point)}: the inner loop would "
+            "change nothing. Use fast in it, as in torch.func.functional_call(net, fast, (x,)); "
+            "net(x) sees the weights before the adaptation."
+        )

@@ -1,0 +1,141 @@
+"""The trial itself: one evaluation of the inner loss, its gradient, and one update."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metafocus import params as pt
+from metafocus.autodiff import recompute
+from metafocus.autodiff.safe_operators.swapping import Swapped
+from metafocus.autodiff.tape import foreign_nodes
+from metafocus.errors import MetafocusError, ProblemError
+from metafocus.preflight.kernels import refuse_lost_second_derivatives
+from metafocus.preflight.names import evaluated, new_tensors, refuse_closures, refuse_ignored
+from metafocus.preflight.state import refused_writes
+from metafocus.solvers import Given
+from metafocus.solvers.descent import checked
+from metafocus.torch_internals import (
+    outside_transforms,
+    plain,
+    unused_by,
+)
+from metafocus.types import InnerLoss, Params, Solver
+
+
+class Trial:
+    """Runs a loss and an update on constants, and refuses what would go wrong later.
+
+    Args:
+        inner_loss: `(fast, slow, data) -> scalar`.
+        solver: the inner optimiser.
+        explicit: whether the estimator differentiates explicit tensors only.
+        twice: whether the estimator differentiates the gradient of the inner loss.
+
+    Attributes:
+        swapped: the block in which the loss ran.
+    """
+
+    def __init__(self, inner_loss: InnerLoss, solver: Solver, *, explicit: bool, twice: bool):
+        self.inner_loss = inner_loss
+        self.solver = solver
+        self.explicit = explicit
+        self.twice = twice
+        self.own_rule = getattr(solver, "direction", None)
+        self.swapped = Swapped(once=True)
+
+    def on_tape(self, fast: Params, slow: Params, data: Any) -> None:
+        """Try outside transforms: one evaluation for all checks."""
+        given = [(f"the fast weight {k!r}", v) for k, v in fast.items()]
+        given += [(f"the outer parameter {k!r}", v) for k, v in slow.items()]
+        given += [("the support", x) for x in pt.tensors(data)]
+        leaves = {k: v.detach().requires_grad_() for k, v in fast.items()}
+        with refused_writes("inner_loss", given, self.inner_loss):
+            with new_tensors() as made, self.swapped, recompute.searched() as inside:
+                value = evaluated(self.inner_loss, leaves, slow, data)
+            kernels = sorted({*foreign_nodes([value]), *inside})
+            self._judge(_unused(value, leaves), [value], [*made, *leaves.values()], fast)
+        if self._takes_steps(fast):
+            state = self.solver.init(fast)
+            given += [("the solver's state", x) for x in pt.tensors(state)]
+            with refused_writes("solver.update", given, self.solver):
+                self._update(state, fast, slow, data)
+        if self.twice and kernels:
+            refuse_lost_second_derivatives("inner_loss", self.inner_loss, fast, slow, data, kernels)
+
+    def in_transforms(self, fast: Params, slow: Params, data: Any) -> None:
+        """Try inside transforms: the first task as if there were none, then what they hide."""
+        try:
+            with outside_transforms():
+                self.on_tape(*_plain((fast, slow, data)))
+            alone = True
+        except MetafocusError:
+            raise
+        except Exception:
+            # What closes over a tensor of a transform cannot run outside of it. The names are
+            # looked at below, and in there torch itself refuses to write to what is captured.
+            alone = False
+        if alone and not self.explicit:
+            return
+
+        def loss(point: Params) -> Tensor:
+            return evaluated(self.inner_loss, point, slow, data)
+
+        with new_tensors() as made, self.swapped:
+            unused = unused_by(loss, fast)
+            self._judge(unused, [loss(fast)] if self.explicit else [], made, fast)
+        if self.explicit and self._takes_steps(fast):
+            self._update(self.solver.init(fast), fast, slow, data)
+
+    def _takes_steps(self, fast: Params) -> bool:
+        # A given solution has no steps and is a constant.
+        return bool(fast) and not isinstance(self.solver, Given)
+
+    def _judge(
+        self, unused: set[str], results: list[Tensor], made: list[Tensor], fast: Params
+    ) -> None:
+        if self._takes_steps(fast) and self.own_rule is None:
+            refuse_ignored(unused, fast)
+        if self.explicit:
+            refuse_closures("inner_loss", results, made)
+
+    def _update(self, state: Any, fast: Params, slow: Params, data: Any) -> None:
+        with new_tensors() as made:
+            move = pt.zeros_like(fast)
+            results: list[Tensor] = []
+            if self.own_rule is not None:
+                value, move = checked(self.own_rule(self.inner_loss, fast, slow, data), fast)
+                results = [value, *move.values()]
+            after = self.solver.update(dict(fast), pt.detach(move), state, 0, dict(slow))
+        _check_update(after, fast)
+        if self.explicit:
+            refuse_closures("the solver (its direction)", results, made)
+            refuse_closures("the solver (its lr?)", pt.tensors(after), made)
+
+
+def _unused(value: Tensor, leaves: Params) -> set[str]:
+    if not value.requires_grad or not leaves:
+        return set(leaves)
+    found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+    return {k for k, g in zip(leaves, found, strict=True) if g is None}
+
+
+def _check_update(after: Any, point: Params) -> None:
+    if not isinstance(after, tuple) or len(after) != 2 or not isinstance(after[0], dict):
+        raise ProblemError(
+            "solver.update must return (fast weights, state), a dict and any pytree, got "
+            f"{type(after).__name__}."
+        )
+    if set(after[0]) != set(point):
+        odd = sorted(set(after[0]) ^ set(point))
+        raise ProblemError(
+            f"solver.update must return every fast weight; {odd[0]!r} is on one side only. Fast "
+            f"weights: {sorted(point)}."
+        )
+
+
+def _plain(tree: Any) -> Any:
+    inputs, rebuild = pt.partition(tree)
+    return rebuild([plain(x).detach() for x in inputs])

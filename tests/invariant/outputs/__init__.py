@@ -1,0 +1,1 @@
+"""What `before_after.py` computes, on the code before and after the redesign."""

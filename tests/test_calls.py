@@ -75,12 +75,18 @@ def test_changes_nest_and_may_end_in_any_order():
 
 
 def test_an_interrupted_exit_is_made_good_by_the_next_call():
+    done = []
+    broken_exit(calls.undone(lambda: done.append(1)))
+    assert done == []
+    with calls.inside():
+        assert done == [1]
+    assert is_clean()
+
+
+def test_an_interrupted_exit_is_made_good_by_the_call_around_it():
     table = {"a": 0}
     broken_exit(calls.changed((table, "a", 1)))
-    assert table == {"a": 1}
-    with calls.inside():
-        assert table == {"a": 0}
-    assert is_clean()
+    assert table == {"a": 0} and is_clean()
 
 
 def test_an_interrupted_exit_is_made_good_by_the_next_change_of_the_place():
@@ -95,11 +101,11 @@ def test_an_interrupted_exit_is_made_good_by_the_next_change_of_the_place():
 
 def test_what_a_user_has_changed_since_stays():
     table = {"a": 0}
-    broken_exit(calls.changed((table, "a", 1)))
-    table["a"] = 7
     with calls.inside():
-        assert table == {"a": 7}
-    assert is_clean()
+        broken_exit(calls.changed((table, "a", 1)))
+        assert table == {"a": 1}
+        table["a"] = 7
+    assert table == {"a": 7} and is_clean()
 
 
 def test_what_is_newer_is_undone_first():

@@ -19,7 +19,11 @@ from torch import nn
 import metafocus as mf
 from metafocus import masks
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
+    # Two steps are no solution.
+    pytest.mark.filterwarnings("ignore::metafocus.errors.NotStationaryWarning"),
+]
 
 LORA = mf.LoRA(mf.top_layers(0.5, ("gate_proj", "up_proj", "down_proj")), 2, 4.0)
 COPIES = mf.FullWeights(mf.top_layers(0.5, ("mlp",)))

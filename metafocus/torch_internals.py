@@ -238,7 +238,8 @@ def parameter_table(module: nn.Module) -> dict[str, Tensor | None]:
 
 def weight_tables(module: nn.Module) -> tuple[dict[str, Tensor | None], ...]:
     """Return the module's own tables of parameters and of buffers; one without any is left out."""
-    return tuple(table for table in (module._parameters, module._buffers) if table)
+    tables: Any = module._parameters, module._buffers
+    return tuple(table for table in tables if table)
 
 
 def forward_hooks(module: nn.Module) -> tuple[Any, ...]:

@@ -260,10 +260,11 @@ def test_metrics_are_stacked_and_constants(how):
 
 def metrics_by_task(*by_task):
     """A meta loss whose metrics are given, task by task, in a loop."""
-    calls = itertools.cycle(by_task)
+    queries = [loops.slices(CASE.episode(i).query)[-1] for i in range(len(by_task))]
 
     def upper(fast, slow, data):
-        return loops.upper(fast, slow, data), next(calls)
+        (task,) = (i for i, q in enumerate(queries) if torch.equal(q[0], data[0]))
+        return loops.upper(fast, slow, data), by_task[task]
 
     problem = mf.Problem(loops.inner, upper, loops.start)
     meta = mf.bilevel(problem, solver=loops.solver(), estimator=mf.FirstOrder())

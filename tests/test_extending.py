@@ -57,6 +57,20 @@ def test_the_mix_is_linear_in_its_parts(share):
     assert (first - exact).norm() > 1e-2 * exact.norm()
 
 
+def test_the_mix_works_with_a_path():
+    problem, outer, episodes = quartic()
+    one = mf.Episode(episodes.support[0], episodes.query[0])
+    Mix = load("estimator").Mix
+    got, first, exact = (
+        mf.hypergrad(
+            mf.bilevel(problem, solver=mf.SGD(0.01, 3), estimator=e, path=[0.2, 0.3, 0.5])
+        )(outer, one)[0]["w"]
+        for e in (Mix(0.3), mf.FirstOrder(), mf.Unrolled())
+    )
+    assert torch.allclose(got, 0.7 * first + 0.3 * exact, rtol=1e-12)
+    assert isinstance(Mix(0.3), mf.Estimator)
+
+
 def test_the_mix_works_under_every_transform():
     problem, outer, episodes = quartic()
     meta = mf.bilevel(problem, solver=mf.SGD(0.01, 4), estimator=load("estimator").Mix(0.3))
@@ -94,7 +108,8 @@ def test_own_inner_objective_has_the_hypergradient_of_central_differences():
     meta = mf.bilevel(module.problem, solver=mf.SGD(0.5, 3), estimator=mf.Unrolled())
     along = torch.randn(3, 3, dtype=torch.float64, generator=generator)
     step = 1e-5
-    up, down = (meta({**outer, "w": outer["w"] + s * along}, episode)[0] for s in (step, -step))
+    with torch.no_grad():
+        up, down = (meta({**outer, "w": outer["w"] + s * along}, episode)[0] for s in (step, -step))
     slope = (mf.hypergrad(meta)(outer, episode)[0]["w"] * along).sum()
     # Central differences: error of order step^2 and rounding over step, both below 1e-9.
     assert torch.allclose(slope, (up - down) / (2 * step), rtol=1e-7)

@@ -60,7 +60,7 @@ STEPS: list[tuple[str, str]] = [
     ),
     (
         "Compare the estimators and their costs on a small language model:",
-        ".venv/bin/metafocus compare --quick --output out/compare",
+        ".venv/bin/metafocus compare --quick --output_dir out/compare",
     ),
     (
         "Run MAML: it learns a network that fits a sinusoid after one step.",

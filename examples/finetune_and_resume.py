@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 import yaml
-from metafocus.trainer.launch import main as train
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,10 +1,11 @@
 """Write an estimator of your own: an unbiased truncation of back-propagation, in ten lines.
 
-An estimator is any function `(inner_loss, solver, start, outer, support) -> mf.Solution`. It returns the
-adapted fast weights, and their dependence on `outer` *is* the hypergradient. So estimators can be
-added: with `D_k` that of `mf.Unrolled(last=k)`, the telescope `D_0 + (D_1 - D_0) + ... ` is exact,
-and one of its differences, drawn at random and divided by its probability, is exact on average
-(randomised telescopes, arXiv 1905.07006). All `D_k` have the same values, so the loss is exact.
+An estimator is any function `(inner_loss, solver, start, outer, support) -> mf.Solution`. It
+returns the adapted fast weights, and their dependence on `outer` *is* the hypergradient. So
+estimators can be added: with `D_k` that of `mf.Unrolled(last=k)`, the telescope
+`D_0 + (D_1 - D_0) + ... ` is exact, and one of its differences, drawn at random and divided by its
+probability, is exact on average (randomised telescopes, arXiv 1905.07006). All `D_k` have the same
+values, so the loss is exact.
 """
 
 import argparse
@@ -22,7 +23,7 @@ class Telescope:
 
     decay: float = 0.7
 
-    def __call__(self, problem, solver, outer, support):
+    def __call__(self, inner_loss, solver, start, outer, support):
         chance = self.decay ** torch.arange(1, solver.steps + 1.0)
         chance = chance / chance.sum()
         k = int(torch.multinomial(chance, 1)) + 1

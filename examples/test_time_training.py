@@ -9,7 +9,6 @@ import random
 from pathlib import Path
 
 import torch
-from metafocus.training import Schedule, train
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 

@@ -37,7 +37,7 @@ class _Same:
         return f"{type(self.value).__name__} object"
 
 
-def captured(fn: Any) -> dict[str, Any]:
+def closures_of(fn: Any) -> dict[str, Any]:
     """Return what a function reads besides its arguments, by name: `{"loss.scale": 0.5}`.
 
     Seen are closures, defaults, attributes of objects and of modules with the mode they are in,
@@ -48,7 +48,7 @@ def captured(fn: Any) -> dict[str, Any]:
         >>> scale = [0.5]
         >>> def make(scale):
         ...     return lambda x: scale[0] * x
-        >>> [value for value in captured(make(scale)).values() if isinstance(value, float)]
+        >>> [value for value in closures_of(make(scale)).values() if isinstance(value, float)]
         [0.5]
     """
     found: dict[str, Any] = {}

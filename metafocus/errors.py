@@ -33,3 +33,7 @@ class DataError(MetafocusError):
 
 class NotStationaryWarning(UserWarning):
     """An implicit estimate is taken where the inner gradient is not small."""
+
+
+class NotConvergedWarning(NotStationaryWarning):
+    """The linear system of an implicit estimate has no solution, or its series did not converge."""

@@ -54,7 +54,7 @@ def write_whole(path: str | Path, text: str) -> None:
 
 def write_json(path: str | Path, value: Any, *, indent: int = 2) -> None:
     """Write a value as JSON with `write_whole`; numbers that are not finite become null."""
-    write_whole(path, json.dumps(finite(value), indent=indent) + "\n")
+    write_whole(path, json.dumps(finite(value), indent=indent, ensure_ascii=False) + "\n")
 
 
 def write_json_lines(path: str | Path, records: Iterable[Any]) -> None:

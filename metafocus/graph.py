@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from metafocus import params as pt
-from metafocus.closures import captured
+from metafocus.closures import closures_of
 from metafocus.errors import MetafocusError, ProblemError, TransformError
 from metafocus.problem import check_params
-from metafocus.torch_internals import argument_names, fake_tensors, pytree, transforming
+from metafocus.torch_internals import fake_tensors, operator_arguments, pytree, transforming
 from metafocus.types import Aux, Params
 
 Hypergrad = Callable[[Params, Any], tuple[Params, tuple[Tensor, Aux]]]
@@ -88,18 +88,18 @@ def compiled(
         outer, episode = pt.detach((outer, episode))
         leaves, spec = pytree.tree_flatten((outer, episode))
         key = (spec, *map(_kind, leaves), *_ambient(leaves))
-        trace, now = traces.get(key), captured(hypergradient)
-        if trace is None or trace.captured != now:
+        trace, now = traces.get(key), closures_of(hypergradient)
+        if trace is None or trace.closures != now:
             count = 0 if trace is None else trace.retraces + 1
             if trace is not None and count > RETRACES:
                 raise TransformError(
-                    f"compiled: {_changed(trace.captured, now)} changes from call to call, and "
+                    f"compiled: {_changed(trace.closures, now)} changes from call to call, and "
                     "each change is compiled anew. Pass it in outer or in the episode, as a tensor."
                 )
             traces.pop(key, None)
             run, out_spec = _compile(hypergradient, outer, episode, backend, mode, options)
             # The eager call has left its traces, such as what was probed.
-            trace = traces[key] = _Trace(run, out_spec, captured(hypergradient), count)
+            trace = traces[key] = _Trace(run, out_spec, closures_of(hypergradient), count)
         with torch.no_grad():
             outputs = trace.run(*pt.tensors(leaves))
         return pytree.tree_unflatten(outputs, trace.out_spec)
@@ -110,7 +110,7 @@ def compiled(
 class _Trace(NamedTuple):
     run: Callable[..., Any]
     out_spec: pytree.TreeSpec
-    captured: dict[str, Any]
+    closures: dict[str, Any]
     retraces: int
 
 
@@ -186,7 +186,7 @@ def _refuse_random(graph: torch.fx.GraphModule) -> None:
     for node in graph.graph.nodes:
         if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
             continue
-        names = argument_names(node.target)
+        names = [argument.name for argument in operator_arguments(node.target)]
         given = dict(zip(names, node.args, strict=False)) | node.kwargs
         # Attention says that it draws numbers, and does with dropout only.
         if "dropout_p" in names and not given.get("dropout_p"):

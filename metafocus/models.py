@@ -112,7 +112,7 @@ def small(
         raise DataError(f"hidden_size={hidden_size} must be a multiple of 64.")
     if num_hidden_layers < 1:
         raise DataError(f"num_hidden_layers={num_hidden_layers} must be at least 1.")
-    tokenizer = train_tokenizer(texts, vocab_size=vocab_size)
+    tokenizer: Any = train_tokenizer(texts, vocab_size=vocab_size)
     heads = hidden_size // 32
     config = Qwen2Config(
         vocab_size=len(tokenizer),

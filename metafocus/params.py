@@ -58,19 +58,6 @@ def is_differentiable(x: Tensor) -> bool:
     return x.is_floating_point() or x.is_complex()
 
 
-def wide_type(dtype: torch.dtype) -> torch.dtype:
-    """Return the type in which sums of numbers of this type are taken: at least float32."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def wide(x: Tensor) -> Tensor:
-    """Return half-precision tensors in float32, others as they are.
-
-    The one rule of the package: half types hold inputs and results, never what is added up.
-    """
-    return x.to(wide_type(x.dtype)) if x.is_floating_point() else x
-
-
 def tensors(tree: Any) -> list[Tensor]:
     """Return the tensor leaves of a pytree."""
     return [x for x in pytree.tree_leaves(tree) if isinstance(x, Tensor)]

@@ -8,7 +8,6 @@ name, that test fails, and this file is the only one to change.
 from __future__ import annotations
 
 import contextlib
-import re
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -89,7 +88,7 @@ def outside_transforms() -> Iterator[None]:
 
 
 class VmapLevel(NamedTuple):
-    """A `vmap` over the plain tape, and the way of tensors out of it and into it.
+    """A `vmap` over the plain tape, with functions that take tensors out of it and into it.
 
     Attributes:
         level: number of the transform.
@@ -165,94 +164,6 @@ def is_batched(x: Tensor) -> bool:
     return False
 
 
-def foreign_leaves(result: Tensor, own: Sequence[Tensor]) -> list[Tensor]:
-    """Return the leaves that a tensor of the tape depends on and that are not among `own`."""
-    mine = {id(x) for x in own}
-    if result.grad_fn is None:
-        return [] if not result.requires_grad or id(result) in mine else [result]
-    # Only the node of a leaf has a variable.
-    found = [getattr(node, "variable", None) for node in _nodes([result])]
-    return [leaf for leaf in found if leaf is not None and id(leaf) not in mine]
-
-
-def foreign_nodes(results: Iterable[Tensor]) -> list[str]:
-    """Return the names of custom kernels that tensors of the tape depend on.
-
-    Nodes of ATen's own, of torch.distributed and of this package have all derivatives.
-    """
-    return sorted({n.name() for n in _nodes(results) if not _has_all_derivatives(n)})
-
-
-_ATEN_NODE = re.compile(r"(Backward\d+|AccumulateGrad|CopyBackwards|CopySlices|Barrier|Error)$")
-
-
-def _has_all_derivatives(node: Any) -> bool:
-    custom = getattr(type(node), "_forward_cls", None)
-    if custom is not None:
-        return custom.__module__.startswith(("metafocus.", "torch.distributed."))
-    return bool(_ATEN_NODE.search(node.name()))
-
-
-def _nodes(results: Iterable[Tensor]) -> Iterator[Any]:
-    seen, pending = set(), [x.grad_fn for x in results if x.grad_fn is not None]
-    while pending:
-        node = pending.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        yield node
-        pending += [parent for parent, _ in node.next_functions if parent is not None]
-
-
-class Writes(TorchDispatchMode):
-    """Records what is written to inside a block and was not made there.
-
-    Attributes:
-        saved: each tensor that was written to, and a copy of what it held before.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.saved: list[tuple[Tensor, Tensor]] = []
-        self._made: set[int] = set()
-        self._seen: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        for argument, value in _bound(func, args, kwargs):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                for x in pytree.tree_leaves(value):
-                    self._note(x)
-        out = func(*args, **kwargs)
-        self._made |= _storages(out) - _storages((args, kwargs))
-        return out
-
-    def _note(self, x: Any) -> None:
-        if _has_storage(x):
-            key = storage_key(x.untyped_storage())
-            if key not in self._made and key not in self._seen:
-                self._seen.add(key)
-                self.saved.append((x, x.clone()))
-
-
-def _storages(tree: Any) -> set[int]:
-    found = (x for x in pytree.tree_leaves(tree) if _has_storage(x))
-    return {storage_key(x.untyped_storage()) for x in found}
-
-
-def _has_storage(x: Any) -> bool:
-    # Wrappers such as DTensor have none of their own.
-    return type(x) in (Tensor, torch.nn.Parameter)
-
-
-def _bound(func: Any, args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
-    for i, argument in enumerate(func._schema.arguments):
-        if i < len(args):
-            yield argument, args[i]
-        elif argument.name in kwargs:
-            yield argument, kwargs[argument.name]
-
-
 def plain(x: Tensor) -> Tensor:
     """Return a tensor as it is outside all transforms; of a batch that `vmap` maps, the first."""
     batched = []
@@ -285,6 +196,11 @@ def _unused(
         return set(leaves)
     found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
     return {k for k, g in zip(leaves, found, strict=True) if g is None}
+
+
+def forward_class(node: Any) -> type | None:
+    """Return the custom Function that a node of the tape belongs to; None for a node of ATen."""
+    return getattr(type(node), "_forward_cls", None)
 
 
 def is_view(x: Tensor) -> bool:
@@ -332,6 +248,11 @@ def is_compiled(module: nn.Module) -> bool:
     return module._compiled_call_impl is not None
 
 
+def uncompiled(module: nn.Module) -> nn.Module:
+    """Return the module that `torch.compile(module)` has wrapped, or the module itself."""
+    return getattr(module, "_orig_mod", module)
+
+
 def raised_by_functional_call(error: BaseException) -> bool:
     """Return whether `torch.func.functional_call` raised an error because of a name."""
     accessor = "torch.nn.utils._named_member_accessor"
@@ -342,24 +263,6 @@ def raised_by_functional_call(error: BaseException) -> bool:
 
 
 # Modes: what torch functions and operators pass through.
-
-
-@contextlib.contextmanager
-def new_tensors() -> Iterator[list[Tensor]]:
-    """Collect the tensors that torch functions return inside a `with` block."""
-    with _Recorded() as recorded:
-        yield recorded.made
-
-
-class _Recorded(TorchFunctionMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.made: list[Tensor] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.made += [x for x in pytree.tree_leaves(out) if isinstance(x, Tensor)]
-        return out
 
 
 def function_modes() -> list[TorchFunctionMode]:
@@ -404,6 +307,6 @@ def reduction_of(size_average: bool | None, reduce: bool | None) -> str:
     return _reduction.legacy_get_string(size_average, reduce)
 
 
-def argument_names(operator: Any) -> list[str]:
-    """Return the names of the arguments of an operator of a traced graph."""
-    return [argument.name for argument in operator._schema.arguments]
+def operator_arguments(operator: Any) -> Sequence[Any]:
+    """Return the arguments of an operator: each has a name, and says whether it is written to."""
+    return operator._schema.arguments

@@ -1,4 +1,4 @@
-"""Episodes with scripted endpoints, pass@k by enumeration, and a small model from end to end."""
+"""Attempts with scripted endpoints, pass@k by enumeration, and a small model from end to end."""
 
 from __future__ import annotations
 
@@ -112,34 +112,34 @@ def test_the_letter_of_an_answer(text, letter):
 
 def test_a_call_and_an_answer():
     script = Script(CODE + "\nIt prints 43.\nAnswer: C", "Answer: B")
-    episode = play(script, QUESTION, tool=run_python)
-    assert (episode.answer, episode.correct, episode.ended) == ("B", True, "answered")
-    assert [m["role"] for m in episode.messages] == ["user", "assistant", "user", "assistant"]
+    attempt = play(script, QUESTION, tool=run_python)
+    assert (attempt.answer, attempt.correct, attempt.ended) == ("B", True, "answered")
+    assert [m["role"] for m in attempt.messages] == ["user", "assistant", "user", "assistant"]
     # What it made up after the call is not kept, and its answer there does not count.
-    assert episode.messages[1]["content"] == CODE
-    assert episode.messages[2]["content"] == "Output:\n42\n"
-    assert script.seen[1] == list(episode.messages[:3])
-    (run,) = episode.runs
-    assert (run["code"], run["stopped"], episode.calls) == (0, "", 1)
-    first = episode.messages[0]["content"]
+    assert attempt.messages[1]["content"] == CODE
+    assert attempt.messages[2]["content"] == "Output:\n42\n"
+    assert script.seen[1] == list(attempt.messages[:3])
+    (run,) = attempt.runs
+    assert (run["code"], run["stopped"], attempt.calls) == (0, "", 1)
+    first = attempt.messages[0]["content"]
     assert all(part in first for part in (QUESTION.question, "(B) 42", "A to D", "at most 5"))
     assert len(set(script.seeds)) == 2
 
 
 def test_the_model_sees_what_went_wrong():
     crash = "```python\nprint('a')\n1 / 0\n```"
-    episode = play(Script(crash, "Answer: B"), QUESTION, tool=run_python)
-    told = episode.messages[2]["content"]
+    attempt = play(Script(crash, "Answer: B"), QUESTION, tool=run_python)
+    told = attempt.messages[2]["content"]
     assert "ZeroDivisionError" in told and "[exit status 1]" in told and "a\n" in told
 
 
 def test_it_never_answers():
-    episode = play(Script("Hm."), QUESTION, tool=echo)
-    assert (episode.answer, episode.ended, episode.calls) == (None, "no answer", 0)
-    assert not episode.correct
+    attempt = play(Script("Hm."), QUESTION, tool=echo)
+    assert (attempt.answer, attempt.ended, attempt.calls) == (None, "no answer", 0)
+    assert not attempt.correct
     # It is asked once more, and then no more.
-    assert [m["role"] for m in episode.messages] == ["user", "assistant"] * 2
-    assert "no answer" in episode.messages[2]["content"]
+    assert [m["role"] for m in attempt.messages] == ["user", "assistant"] * 2
+    assert "no answer" in attempt.messages[2]["content"]
     assert play(Script("Hm.", "Answer: B"), QUESTION).correct
     assert play(Script("Hm.", CODE, "Answer: B"), QUESTION, tool=echo).correct
 
@@ -147,10 +147,10 @@ def test_it_never_answers():
 @pytest.mark.parametrize("calls", [0, 1, 3])
 def test_too_many_calls(calls):
     script = Script(CODE)
-    episode = play(script, QUESTION, tool=echo, calls=calls)
-    assert episode.calls == calls and episode.ended == "no answer"
+    attempt = play(script, QUESTION, tool=echo, calls=calls)
+    assert attempt.calls == calls and attempt.ended == "no answer"
     assert len(script.seen) == calls + 2
-    told = [m["content"] for m in episode.messages if m["role"] == "user"]
+    told = [m["content"] for m in attempt.messages if m["role"] == "user"]
     assert sum("No runs are left" in text for text in told) == bool(calls)
     assert ("```python" in told[0]) == bool(calls)
     # After the last call what the next reply answers counts, code or not.
@@ -161,25 +161,25 @@ def test_too_many_calls(calls):
 def test_malformed_calls():
     """A block that does not end is a call that is not run; another language is no call."""
     script = Script("```python\nprint(1)", "``` py\nprint(2)```", "Answer: B")
-    episode = play(script, QUESTION, tool=echo)
-    assert episode.runs[0] is None and episode.runs[1] is not None and episode.correct
-    assert "has no end" in episode.messages[2]["content"]
-    assert "'print(2)'" in episode.messages[4]["content"]
-    episode = play(Script("```text\n42\n```\nAnswer: B"), QUESTION, tool=echo)
-    assert episode.calls == 0 and episode.correct
+    attempt = play(script, QUESTION, tool=echo)
+    assert attempt.runs[0] is None and attempt.runs[1] is not None and attempt.correct
+    assert "has no end" in attempt.messages[2]["content"]
+    assert "'print(2)'" in attempt.messages[4]["content"]
+    attempt = play(Script("```text\n42\n```\nAnswer: B"), QUESTION, tool=echo)
+    assert attempt.calls == 0 and attempt.correct
     twice = play(Script(CODE + CODE.replace("6", "5"), "Answer: B"), QUESTION, tool=echo)
     assert twice.calls == 1 and "'print(6 * 7)'" in twice.messages[2]["content"]
 
 
 def test_without_a_tool_code_is_text():
-    episode = play(Script(CODE + "\nAnswer: B"), QUESTION)
-    assert episode.correct and episode.calls == 0
-    assert "```" not in episode.messages[0]["content"]
+    attempt = play(Script(CODE + "\nAnswer: B"), QUESTION)
+    assert attempt.correct and attempt.calls == 0
+    assert "```" not in attempt.messages[0]["content"]
 
 
 def test_a_chat_that_grows_too_long():
-    episode = play(Script(CODE, TooLong("full")), QUESTION, tool=echo)
-    assert (episode.ended, episode.answer, episode.calls) == ("too long", None, 1)
+    attempt = play(Script(CODE, TooLong("full")), QUESTION, tool=echo)
+    assert (attempt.ended, attempt.answer, attempt.calls) == ("too long", None, 1)
     with pytest.raises(DataError, match=r"calls must be.*got -1"):
         play(Script("B"), QUESTION, calls=-1)
 
@@ -195,7 +195,7 @@ def test_a_trial():
     seen = []
     trial = evaluate(endpoint, questions, samples=6, ks=(1, 3, 6), seed=1, progress=seen.append)
     assert sum(seen) == 30
-    counts = [sum(e.correct for e in row) for row in trial.episodes]
+    counts = [sum(e.correct for e in row) for row in trial.attempts]
     assert 0 < sum(counts) < 30  # chance 1/3: neither has one seed in 10^5
     for rate, k in zip(trial.rates, (1, 3, 6), strict=True):
         mean = sum(pass_at_k(6, c, k) for c in counts) / 5
@@ -204,8 +204,8 @@ def test_a_trial():
     assert trial.rates[0].mean == pytest.approx(sum(counts) / 30)
     # More samples or fewer questions leave the other tries as they were.
     fewer = evaluate(endpoint, questions[:2], samples=4, seed=1)
-    assert fewer.episodes == tuple(row[:4] for row in trial.episodes[:2])
-    assert evaluate(endpoint, questions, samples=6, seed=2).episodes != trial.episodes
+    assert fewer.attempts == tuple(row[:4] for row in trial.attempts[:2])
+    assert evaluate(endpoint, questions, samples=6, seed=2).attempts != trial.attempts
     summary = json.loads(json.dumps(trial.summary()))
     assert summary["pass_at_k"]["3"]["mean"] == trial.rates[1].mean
     assert sum(summary["ended"].values()) == 30 and summary["tool"]["calls"] == 0
@@ -251,9 +251,9 @@ def test_a_local_model_from_end_to_end(local):
     assert torch.equal(state, torch.get_rng_state())
     assert trial == evaluate(endpoint, questions, samples=2, ks=(1, 2), tool=run_python, seed=5)
     assert 0 <= trial.rates[0].mean <= trial.rates[1].mean <= 1
-    replies = [row[j].messages[1]["content"] for row in trial.episodes for j in range(2)]
+    replies = [row[j].messages[1]["content"] for row in trial.attempts for j in range(2)]
     assert len(set(replies)) > 1
-    assert all(row[0].messages[0]["content"].endswith("LETTER") for row in trial.episodes)
+    assert all(row[0].messages[0]["content"].endswith("LETTER") for row in trial.attempts)
 
 
 def test_local_replies(local):

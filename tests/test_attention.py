@@ -296,6 +296,19 @@ def test_autocast():
             assert relative(out.double(), expected) < 2 * 2.0**-8
 
 
+def test_autocast_leaves_float64_alone():
+    """As torch does; half precision would be wrong in the third digit."""
+    args = inputs(0, 72, torch.float64, width=D)
+    spans = policies()["runs"]
+    want = span_attention(*args, spans, backend="dense")
+    with torch.autocast("cpu", torch.bfloat16):
+        for backend in ("auto", "dense", "tiled"):
+            out = span_attention(*args, spans, backend=backend)
+            assert out.dtype == torch.float64
+            # Sums over 72 keys in another order.
+            assert relative(out, want) < 1e-13
+
+
 def test_one_row_of_spans_serves_all():
     args = inputs()
     spans = random_spans(rows=1)

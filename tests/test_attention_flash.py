@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_attention_turns import (
+from test_attention_query_runs import (
     LENGTH,
     PADDINGS,
     POLICIES,
@@ -23,7 +23,7 @@ from metafocus import masks
 from metafocus.attention.kernels import flash, flash_cpu
 from metafocus.attention.kernels import varlen as flash_varlen
 from metafocus.attention.kernels.flash import Flash, prepare, run_limit
-from metafocus.attention.kernels.kernel import Scaling
+from metafocus.attention.kernels.kernel import QKV, Attended, Scaling
 from metafocus.attention.kernels.query_runs import find_query_runs
 from metafocus.attention.kernels.varlen import FlashAttn, Lengths, TorchVarlen
 from metafocus.comparison.memory import peak_bytes
@@ -45,12 +45,12 @@ def test_equals_dense_attention(policy, padding, packed):
     spans = POLICIES[policy](chat(padding, packed))
     do, q, k, v = tensors(2, LENGTH)
     kernel = Flash()
-    o, lse = kernel.forward(q, k, v, spans, SHAPE)
+    o, lse = kernel.forward(QKV(q, k, v), spans, SHAPE)
     exact, exact_lse = attention(q, k, v, spans, SHAPE)
     # Sums of at most 24 terms of order one, in float64.
     torch.testing.assert_close(o, exact, rtol=0, atol=1e-12)
     torch.testing.assert_close(lse, exact_lse, rtol=0, atol=1e-12)
-    grads = kernel.backward(do, q, k, v, o, lse, spans, SHAPE)
+    grads = kernel.backward(do, QKV(q, k, v), Attended(o, lse), spans, SHAPE)
     for got, want in zip(grads, gradients(do, q, k, v, spans, SHAPE), strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
@@ -59,9 +59,9 @@ def test_equals_dense_attention(policy, padding, packed):
 def test_grouped_heads(heads, kv):
     spans = masks.context_bidirectional(chat("left"))
     do, q, k, v = tensors(2, LENGTH, heads, kv, size=5)
-    o, lse = Flash().forward(q, k, v, spans, SHAPE)
+    o, lse = Flash().forward(QKV(q, k, v), spans, SHAPE)
     torch.testing.assert_close(o, attention(q, k, v, spans, SHAPE)[0], rtol=0, atol=1e-12)
-    grads = Flash().backward(do, q, k, v, o, lse, spans, SHAPE)
+    grads = Flash().backward(do, QKV(q, k, v), Attended(o, lse), spans, SHAPE)
     for got, want in zip(grads, gradients(do, q, k, v, spans, SHAPE), strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
@@ -78,13 +78,19 @@ def test_any_strides(policy, order):
     # torch's kernel reads rows as if they were dense, and is silently wrong where they are not.
     spans = POLICIES[policy](chat())
     do, q, k, v = tensors(2, LENGTH)
-    o, lse = Flash().forward(q, k, v, spans, SHAPE)
-    grads = Flash().backward(do, q, k, v, o, lse, spans, SHAPE)
+    o, lse = Flash().forward(QKV(q, k, v), spans, SHAPE)
+    grads = Flash().backward(do, QKV(q, k, v), Attended(o, lse), spans, SHAPE)
     other = [strided(x, order) for x in (do, q, k, v)]
     assert not all(x.is_contiguous() for x in other)
-    o2, lse2 = Flash().forward(*other[1:], spans, SHAPE)
+    o2, lse2 = Flash().forward(QKV(*other[1:]), spans, SHAPE)
     torch.testing.assert_close(o2, o, rtol=0, atol=1e-14)
-    grads2 = Flash().backward(*other, strided(o, order), lse2.mT.contiguous().mT, spans, SHAPE)
+    grads2 = Flash().backward(
+        other[0],
+        QKV(*other[1:]),
+        Attended(strided(o, order), lse2.mT.contiguous().mT),
+        spans,
+        SHAPE,
+    )
     for got, want in zip(grads2, grads, strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-13)
 
@@ -100,7 +106,7 @@ def test_types(policy, dtype):
     spans = POLICIES[policy](chat("right"))
     inputs = [x.to(dtype) for x in tensors(2, LENGTH, size=32)]
     do, q, k, v = inputs
-    o, lse = Flash().forward(q, k, v, spans, SHAPE)
+    o, lse = Flash().forward(QKV(q, k, v), spans, SHAPE)
     assert o.dtype == dtype and lse.dtype == torch.float32
     wide = [x.double() for x in inputs]
     exact, exact_lse = attention(*wide[1:], spans, SHAPE)
@@ -108,7 +114,7 @@ def test_types(policy, dtype):
     close(o, exact, forward)
     # From exact products of the rounded inputs, in float32.
     close(lse, exact_lse, 1e-5)
-    grads = Flash().backward(do, q, k, v, o, lse, spans, SHAPE)
+    grads = Flash().backward(do, QKV(q, k, v), Attended(o, lse), spans, SHAPE)
     for got, want in zip(grads, gradients(*wide, spans, SHAPE), strict=True):
         assert got.dtype == dtype
         close(got, want, backward)
@@ -119,12 +125,12 @@ def test_large_logits_stay_finite(size):
     spans = masks.context_bidirectional(chat("left"))
     do, q, k, v = tensors(2, LENGTH)
     q = q * size
-    o, lse = Flash().forward(q, k, v, spans, SHAPE)
+    o, lse = Flash().forward(QKV(q, k, v), spans, SHAPE)
     exact, exact_lse = attention(q, k, v, spans, SHAPE)
     # A logit of size z is known to 1e-16 z, and so is the exponent of its probability.
     torch.testing.assert_close(o, exact, rtol=0, atol=1e-13 * size)
     torch.testing.assert_close(lse, exact_lse, rtol=1e-13, atol=1e-12)
-    for x in Flash().backward(do, q, k, v, o, lse, spans, SHAPE):
+    for x in Flash().backward(do, QKV(q, k, v), Attended(o, lse), spans, SHAPE):
         assert x.isfinite().all()
 
 
@@ -135,9 +141,9 @@ def test_equal_turns_of_neighbouring_rows_go_together():
     groups = flash_cpu.groups(find_query_runs(spans))
     assert {(g.row, g.row_end) for g in groups} == {(0, 2), (2, 3), (3, 4)}
     do, q, k, v = tensors(4, LENGTH)
-    o, lse = Flash().forward(q, k, v, spans, SHAPE)
+    o, lse = Flash().forward(QKV(q, k, v), spans, SHAPE)
     torch.testing.assert_close(o, attention(q, k, v, spans, SHAPE)[0], rtol=0, atol=1e-12)
-    grads = Flash().backward(do, q, k, v, o, lse, spans, SHAPE)
+    grads = Flash().backward(do, QKV(q, k, v), Attended(o, lse), spans, SHAPE)
     for got, want in zip(grads, gradients(do, q, k, v, spans, SHAPE), strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
@@ -154,8 +160,8 @@ def test_memory_is_linear():
         do, q, k, v = (x.float() for x in tensors(1, length, heads=2, kv=2, size=16))
 
         def run():
-            o, lse = Flash().forward(q, k, v, spans, SHAPE)
-            return Flash().backward(do, q, k, v, o, lse, spans, SHAPE)
+            o, lse = Flash().forward(QKV(q, k, v), spans, SHAPE)
+            return Flash().backward(do, QKV(q, k, v), Attended(o, lse), spans, SHAPE)
 
         return peak_bytes(run)[1]
 
@@ -167,7 +173,7 @@ def test_memory_is_linear():
 def test_the_output_is_laid_out_for_merging_heads():
     spans = masks.causal(chat())
     _, q, k, v = tensors(2, LENGTH)
-    o, _ = Flash().forward(q, k, v, spans, SHAPE)
+    o, _ = Flash().forward(QKV(q, k, v), spans, SHAPE)
     assert o.transpose(1, 2).is_contiguous()
 
 
@@ -191,11 +197,11 @@ CAUSAL = Spans(torch.zeros(1, LENGTH).long(), torch.arange(1, LENGTH + 1)[None])
     ids=["values", "softcap", "type", "types", "device"],
 )
 def test_says_what_it_cannot_serve(arguments, scaling, words):
-    assert isinstance(prepare(*arguments, CAUSAL, scaling), str)
+    assert isinstance(prepare(QKV(*arguments), CAUSAL, scaling), str)
     with pytest.raises(ProblemError, match=words):
-        Flash().forward(*arguments, CAUSAL, scaling)
+        Flash().forward(QKV(*arguments), CAUSAL, scaling)
     with pytest.raises(ProblemError, match=r'backend="flash" .* Use backend="auto" or'):
-        Flash().forward(*arguments, CAUSAL, scaling)
+        Flash().forward(QKV(*arguments), CAUSAL, scaling)
 
 
 @pytest.mark.parametrize(
@@ -229,12 +235,12 @@ def test_spans_of_many_turns_are_better_served_by_tiles(what):
         spans = Spans(torch.zeros_like(place), torch.randint(1, length, (1, length)))
         words = "more than 16 runs (1 rows of 256 tokens)"
     do, q, k, v = tensors(1, length)
-    text = prepare(q, k, v, spans, SHAPE)
+    text = prepare(QKV(q, k, v), spans, SHAPE)
     assert isinstance(text, str) and words in text
     # And yet they are served, where that is asked for.
-    o, lse = Flash().forward(q, k, v, spans, SHAPE)
+    o, lse = Flash().forward(QKV(q, k, v), spans, SHAPE)
     torch.testing.assert_close(o, attention(q, k, v, spans, SHAPE)[0], rtol=0, atol=1e-12)
-    grads = Flash().backward(do, q, k, v, o, lse, spans, SHAPE)
+    grads = Flash().backward(do, QKV(q, k, v), Attended(o, lse), spans, SHAPE)
     for got, want in zip(grads, gradients(do, q, k, v, spans, SHAPE), strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
@@ -251,41 +257,41 @@ def test_turns_are_found_once(monkeypatch):
     monkeypatch.setattr(flash, "find_query_runs", lambda *args: calls.append(1) or real(*args))
     spans = masks.context_bidirectional(chat())
     do, q, k, v = tensors(2, LENGTH)
-    kernel = prepare(q, k, v, spans, SHAPE)
+    kernel = prepare(QKV(q, k, v), spans, SHAPE)
     assert isinstance(kernel, Flash) and len(kernel.runs) == len(real(spans))
     # As an autograd Function hands them over: other objects on the same memory.
     same = Spans(*(x.view_as(x) for x in spans))
-    o, lse = kernel.forward(q, k, v, same, SHAPE)
-    kernel.backward(do, q, k, v, o, lse, same, SHAPE)
+    o, lse = kernel.forward(QKV(q, k, v), same, SHAPE)
+    kernel.backward(do, QKV(q, k, v), Attended(o, lse), same, SHAPE)
     assert len(calls) == 1
 
 
 def test_known_turns_are_not_used_for_other_spans():
     spans = masks.context_bidirectional(chat())
     _, q, k, v = tensors(2, LENGTH)
-    kernel = prepare(q, k, v, spans, SHAPE)
+    kernel = prepare(QKV(q, k, v), spans, SHAPE)
     assert isinstance(kernel, Flash)
     other = masks.causal(chat())
     torch.testing.assert_close(
-        kernel.forward(q, k, v, other, SHAPE)[0], attention(q, k, v, other, SHAPE)[0]
+        kernel.forward(QKV(q, k, v), other, SHAPE)[0], attention(q, k, v, other, SHAPE)[0]
     )
     spans.stop.copy_(other.stop)
     torch.testing.assert_close(
-        kernel.forward(q, k, v, spans, SHAPE)[0], attention(q, k, v, other, SHAPE)[0]
+        kernel.forward(QKV(q, k, v), spans, SHAPE)[0], attention(q, k, v, other, SHAPE)[0]
     )
     # What the kernel cannot do at all, it refuses with known runs as well.
     with pytest.raises(ProblemError, match="soft caps"):
-        kernel.forward(q, k, v, spans, Scaling(0.4, softcap=3.0))
+        kernel.forward(QKV(q, k, v), spans, Scaling(0.4, softcap=3.0))
 
 
 def test_inference_tensors():
     with torch.inference_mode():
         spans = masks.causal(chat())
         _, q, k, v = tensors(2, LENGTH)
-        kernel = prepare(q, k, v, spans, SHAPE)
+        kernel = prepare(QKV(q, k, v), spans, SHAPE)
         assert isinstance(kernel, Flash)
         torch.testing.assert_close(
-            kernel.forward(q, k, v, spans, SHAPE)[0], attention(q, k, v, spans, SHAPE)[0]
+            kernel.forward(QKV(q, k, v), spans, SHAPE)[0], attention(q, k, v, spans, SHAPE)[0]
         )
 
 
@@ -305,9 +311,9 @@ def test_torch_kernels_take_the_arguments(window):
     q = torch.empty(5, 4, 16, dtype=torch.bfloat16, device="meta")
     k = torch.empty(9, 2, 16, dtype=torch.bfloat16, device="meta")
     call = lengths(*window, device="meta")
-    o, lse = TorchVarlen().forward(q, k, k, call, SHAPE)
+    o, lse = TorchVarlen().forward(QKV(q, k, k), call, SHAPE)
     assert o.shape == q.shape and lse.shape == (4, 5) and lse.dtype == torch.float32
-    grads = TorchVarlen().backward(o, q, k, k, o, lse, call, SHAPE)
+    grads = TorchVarlen().backward(o, QKV(q, k, k), Attended(o, lse), call, SHAPE)
     assert [x.shape for x in grads] == [q.shape, k.shape, k.shape]
 
 
@@ -340,7 +346,11 @@ def fake_flash_attn() -> types.ModuleType:
             window_size_left,
             window_size_right,
         )
-        return *Reference().forward(q, k, v, call, Scaling(softmax_scale, softcap or None)), None, 0
+        return (
+            *Reference().forward(QKV(q, k, v), call, Scaling(softmax_scale, softcap or None)),
+            None,
+            0,
+        )
 
     def _flash_attn_varlen_backward(
         dout,
@@ -377,7 +387,7 @@ def fake_flash_attn() -> types.ModuleType:
             window_size_right,
         )
         scaling = Scaling(softmax_scale, softcap or None)
-        grads = Reference().backward(dout, q, k, v, out, softmax_lse, call, scaling)
+        grads = Reference().backward(dout, QKV(q, k, v), Attended(out, softmax_lse), call, scaling)
         for x, y in zip((dq, dk, dv), grads, strict=True):
             x.copy_(y)
 
@@ -397,11 +407,11 @@ def test_flash_attn_takes_the_arguments(monkeypatch, window, softcap):
     q, do = torch.randn(2, 5, 4, 8, dtype=torch.float64)
     k, v = torch.randn(2, 9, 2, 8, dtype=torch.float64)
     call, scaling = lengths(*window), Scaling(0.3, softcap)
-    o, lse = FlashAttn().forward(q, k, v, call, scaling)
-    want = Reference().forward(q, k, v, call, scaling)
+    o, lse = FlashAttn().forward(QKV(q, k, v), call, scaling)
+    want = Reference().forward(QKV(q, k, v), call, scaling)
     assert torch.equal(o, want[0]) and torch.equal(lse, want[1])
-    grads = FlashAttn().backward(do, q, k, v, o, lse, call, scaling)
-    exact = Reference().backward(do, q, k, v, o, lse, call, scaling)
+    grads = FlashAttn().backward(do, QKV(q, k, v), Attended(o, lse), call, scaling)
+    exact = Reference().backward(do, QKV(q, k, v), Attended(o, lse), call, scaling)
     assert all(map(torch.equal, grads, exact))
 
 
@@ -447,14 +457,14 @@ def test_cuda(monkeypatch, varlen, policy, padding, dtype):
     inputs = [x.to("cuda", dtype) for x in tensors(2, LENGTH, size=64)]
     do, q, k, v = inputs
     there = Spans(*(x.cuda() for x in spans))
-    o, lse = Flash().forward(q, k, v, there, SHAPE)
+    o, lse = Flash().forward(QKV(q, k, v), there, SHAPE)
     assert o.dtype == dtype and lse.dtype == torch.float32
     wide = [x.double().cpu() for x in inputs]
     exact, exact_lse = attention(*wide[1:], spans, SHAPE)
     forward, backward = BOUNDS[dtype]
     close(o.cpu(), exact, forward)
     close(lse.cpu(), exact_lse, 1e-4)
-    grads = Flash().backward(do, q, k, v, o, lse, there, SHAPE)
+    grads = Flash().backward(do, QKV(q, k, v), Attended(o, lse), there, SHAPE)
     for got, want in zip(grads, gradients(*wide, spans, SHAPE), strict=True):
         close(got.cpu(), want, backward)
 
@@ -465,14 +475,14 @@ def test_cuda(monkeypatch, varlen, policy, padding, dtype):
 def test_cuda_does_not_wait_when_turns_are_known():
     spans = Spans(*(x.cuda() for x in focus(4096, 16)))
     do, q, k, v = (x.to("cuda", torch.bfloat16) for x in tensors(1, 4096, size=64))
-    kernel = prepare(q, k, v, spans, SHAPE)
+    kernel = prepare(QKV(q, k, v), spans, SHAPE)
     assert isinstance(kernel, Flash)
-    kernel.backward(do, q, k, v, *kernel.forward(q, k, v, spans, SHAPE), spans, SHAPE)
+    kernel.backward(do, QKV(q, k, v), kernel.forward(QKV(q, k, v), spans, SHAPE), spans, SHAPE)
     torch.cuda.synchronize()
     try:
         torch.cuda.set_sync_debug_mode("error")
-        o, lse = kernel.forward(q, k, v, spans, SHAPE)
-        kernel.backward(do, q, k, v, o, lse, spans, SHAPE)
+        o, lse = kernel.forward(QKV(q, k, v), spans, SHAPE)
+        kernel.backward(do, QKV(q, k, v), Attended(o, lse), spans, SHAPE)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metafocus import masks
 from metafocus.attention.kernels import flash_cpu, flash_cuda
-from metafocus.attention.kernels.kernel import Scaling
+from metafocus.attention.kernels.kernel import QKV, Attended, Scaling
 from metafocus.attention.kernels.query_runs import QueryRun, find_query_runs
 from metafocus.attention.kernels.varlen import Lengths
 from metafocus.masks import Spans
@@ -112,9 +112,8 @@ class Reference:
         z = z.masked_fill(~allowed, -math.inf)
         return (z.softmax(-1) @ v).transpose(0, 1), z.logsumexp(-1)
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, scaling: Scaling
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: QKV, lengths: Lengths, scaling: Scaling) -> Attended:
+        q, k, v = inputs
         assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
         assert lengths.queries.dtype == lengths.keys.dtype == torch.int32
         assert int(lengths.queries[-1]) == len(q) and int(lengths.keys[-1]) == len(k) == len(v)
@@ -122,23 +121,22 @@ class Reference:
         parts = [
             self._one(q[i], k[j], v[j], ends, scaling) for i, j, ends in self._sequences(lengths)
         ]
-        return torch.cat([o for o, _ in parts]), torch.cat([lse for _, lse in parts], dim=1)
+        lse = torch.cat([lse for _, lse in parts], dim=1)
+        return Attended(torch.cat([o for o, _ in parts]), lse)
 
     def backward(
         self,
         do: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        o: Tensor,
-        lse: Tensor,
+        inputs: QKV,
+        found: Attended,
         lengths: Lengths,
         scaling: Scaling,
     ) -> tuple[Tensor, ...]:
+        o, lse = found
         # Kernels rebuild the probabilities from the saved logsumexp; here they must agree.
         with torch.enable_grad():
-            inputs = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-            again, again_lse = self.forward(*inputs, lengths, scaling)
+            inputs = QKV(*(x.detach().clone().requires_grad_() for x in inputs))
+            again, again_lse = self.forward(inputs, lengths, scaling)
             grads = torch.autograd.grad(again, inputs, do)
         torch.testing.assert_close(again.detach(), o)
         assert lse.is_contiguous() and lse.shape == again_lse.shape
@@ -212,11 +210,13 @@ def test_both_planners_equal_dense_attention(spans, repeated):
         (flash_cuda.forward, flash_cuda.backward, (runs, scaling, Reference(), repeated)),
     )
     for forward, backward, rest in results:
-        o, lse = forward(q, k, v, *rest)
+        o, lse = forward(QKV(q, k, v), *rest)
         # Sums of at most 24 terms of order one, in float64.
         torch.testing.assert_close(o, exact, rtol=0, atol=1e-12)
         torch.testing.assert_close(lse, exact_lse, rtol=0, atol=1e-12)
-        for got, want in zip(backward(do, q, k, v, o, lse, *rest), exact_grads, strict=True):
+        for got, want in zip(
+            backward(do, QKV(q, k, v), Attended(o, lse), *rest), exact_grads, strict=True
+        ):
             torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
@@ -273,11 +273,11 @@ def test_policies_through_varlen_calls(policy, padding, packed):
     assert all(map(torch.equal, seen(runs, spans), spans))
     do, q, k, v = tensors(2, LENGTH)
     scaling, varlen = Scaling(0.4, softcap=2.0), Reference()
-    o, lse = flash_cuda.forward(q, k, v, runs, scaling, varlen)
+    o, lse = flash_cuda.forward(QKV(q, k, v), runs, scaling, varlen)
     exact, exact_lse = attention(q, k, v, spans, scaling)
     torch.testing.assert_close(o, exact, rtol=0, atol=1e-12)
     torch.testing.assert_close(lse, exact_lse, rtol=0, atol=1e-12)
-    grads = flash_cuda.backward(do, q, k, v, o, lse, runs, scaling, varlen)
+    grads = flash_cuda.backward(do, QKV(q, k, v), Attended(o, lse), runs, scaling, varlen)
     for got, want in zip(grads, gradients(do, q, k, v, spans, scaling), strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
@@ -321,7 +321,7 @@ def test_spans_without_keys_make_no_turn():
     assert find_query_runs(Spans(empty, empty)) == ()
     assert find_query_runs(Spans(empty, empty), limit=0) == ()
     _, q, k, v = tensors(2, 5)
-    o, lse = flash_cuda.forward(q, k, v, (), Scaling(1.0), Reference())
+    o, lse = flash_cuda.forward(QKV(q, k, v), (), Scaling(1.0), Reference())
     assert not o.any() and not lse.any()
 
 
@@ -342,7 +342,7 @@ def focus_turns() -> tuple[QueryRun, ...]:
 
 def test_context_turns_are_one_call_and_answers_another():
     cpu = torch.device("cpu")
-    calls = list(flash_cuda.layouts(focus_turns(), 1, 1600, cpu, repeated=9))
+    calls = list(flash_cuda.varlen_calls(focus_turns(), 1, 1600, cpu, repeated=9))
     assert [(call.lengths.left, call.lengths.right) for call in calls] == [(-1, -1), (-1, 0)]
     for call, keys in zip(calls, (range(100, 1600, 200), range(200, 1601, 200)), strict=True):
         assert call.lengths.queries.tolist() == list(range(0, 801, 100))
@@ -354,7 +354,7 @@ def test_context_turns_are_one_call_and_answers_another():
 @pytest.mark.parametrize("repeated", [1, 2, 3])
 def test_a_call_repeats_a_bounded_number_of_keys(repeated):
     runs = focus_turns()
-    calls = list(flash_cuda.layouts(runs, 1, 1600, torch.device("cpu"), repeated))
+    calls = list(flash_cuda.varlen_calls(runs, 1, 1600, torch.device("cpu"), repeated))
     sizes = [int(call.lengths.keys[-1]) for call in calls]
     assert max(sizes) <= repeated * 1600
     assert sum(sizes) == sum(run.keys for run in runs) == 13600
@@ -371,6 +371,8 @@ def test_nothing_is_copied_where_turns_lie_together():
         "document_ids": torch.tensor([[0, 0, 0, 1, 1, 1]] * 2),
     }
     for policy in (masks.causal, masks.full):
-        (call,) = flash_cuda.layouts(find_query_runs(policy(packed)), 2, 6, torch.device("cpu"))
+        (call,) = flash_cuda.varlen_calls(
+            find_query_runs(policy(packed)), 2, 6, torch.device("cpu")
+        )
         assert call.queries == call.keys == slice(0, 12)
         assert call.lengths.keys.tolist() == [0, 3, 6, 9, 12]

@@ -660,3 +660,35 @@ def test_nested_forward_mode_is_right_on_the_tape(name):
     _, want = torch.func.jvp(torch.func.grad(loss), (x,), (d,))
     # The same number by two orders of differentiation.
     assert abs(got - want @ d) <= 1e-9 * abs(want @ d)
+
+
+@pytest.mark.parametrize("eps", [None, 1e-3])
+@pytest.mark.parametrize("scale", [1e-36, 1e-24, 1e24, 1e36])
+def test_finite_differences_at_any_scale_of_the_direction(scale, eps):
+    x = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float32)
+    _, product = mf.hvp_finite(eps)(lambda p: (p["x"] ** 2).sum(), {"x": x})
+    got = product({"x": scale * x})[0]["x"]
+    # u / h, with u = 6e-8 and h = 1e-3; the square of the direction alone is 1e-72 or 1e72.
+    assert_close((got / scale).double(), 2 * x.double(), 1e-3)
+    assert not product({"x": 0 * x})[0]["x"].any()
+    assert product({"x": x * torch.nan})[0]["x"].isnan().all()
+
+
+@pytest.mark.parametrize("size", [1e-3, 0.5, 1.0, 8.0])
+def test_the_relative_step_is_never_shorter_than_that_of_weights_of_norm_one(size):
+    """The step `u^(1/3) max(|fast|, 1)`: small weights do not make a step of nothing but noise."""
+    seen = []
+
+    def loss(f):
+        seen.append(f["w"].detach().clone())
+        return (f["w"] ** 2).sum()
+
+    start = size * torch.tensor([0.6, 0.8])
+    _, product = mf.hvp_finite()(loss, {"w": start})
+    seen.clear()
+    product({"w": torch.tensor([3.0, 4.0])})
+    want = 2.0 ** (-52 / 3) * max(size, 1.0)
+    assert len(seen) == 2
+    for x in seen:
+        # The difference of two weights is rounded as the weights are: u |fast| / want <= 4e-11.
+        assert abs((x - start).norm() - want) < 1e-10 * want + 2.0**-52 * size

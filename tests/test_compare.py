@@ -211,6 +211,23 @@ def test_verdicts_far_from_the_minimum():
     }
 
 
+@pytest.mark.parametrize(("left", "verdict"), [(0.0098, "close"), (0.0102, "not stationary")])
+def test_stationary_means_a_hundredth_of_the_initial_gradient(left, verdict):
+    # One step of 1 - left on a quadratic of curvature 1 leaves this part of the gradient.
+    result = mf.compare(
+        quadratic(),
+        {"p": P},
+        mf.Episode(torch.ones(3), T),
+        solver=mf.SGD(1 - left, steps=1),
+        estimators={"dense": mf.Implicit(mf.Dense())},
+        reference={"p": EXACT},
+        repeats=1,
+    )
+    (row,) = result.rows
+    assert row["inner_residual"] == pytest.approx(left, rel=1e-10)
+    assert row["verdict"] == verdict
+
+
 def test_verdicts_at_the_minimum():
     result = run(ESTIMATORS, {"p": EXACT}, steps=400)
     assert {row["name"]: row["verdict"] for row in result.rows} == {

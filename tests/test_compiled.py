@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import metafocus as mf
-from metafocus.closures import captured
+from metafocus.closures import closures_of
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -227,12 +227,12 @@ def test_captured_sees_through_objects_and_cycles():
             return RATE * self.scale * factor * x
 
     loss = Loss()
-    before = captured(loss)
-    assert captured(loss) == before
+    before = closures_of(loss)
+    assert closures_of(loss) == before
     loss.scale = 3.0
-    assert [k for k in before if captured(loss)[k] != before[k]] == ["Loss.scale"]
+    assert [k for k in before if closures_of(loss)[k] != before[k]] == ["Loss.scale"]
     assert "RATE" in before and any("defaults" in k for k in before)
-    nan = captured(lambda x: (float("nan"), loss))
+    nan = closures_of(lambda x: (float("nan"), loss))
     assert nan == nan
 
 

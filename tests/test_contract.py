@@ -421,7 +421,9 @@ def test_metrics_in_windows():
     window = windows.init(CASE.outer, CASE.episode().support)
     _, (_, aux) = windows.loss(CASE.outer, window, CASE.episode())
     meta = mf.bilevel(MEASURED, solver=loops.solver(), estimator=mf.Unrolled())
-    torch.testing.assert_close(aux.metrics, meta(CASE.outer, CASE.episode())[1].metrics)
+    torch.testing.assert_close(
+        aux.metrics, torch.no_grad()(meta)(CASE.outer, CASE.episode())[1].metrics
+    )
 
 
 # --- classes and functions ----------------------------------------------------------------------
@@ -503,7 +505,7 @@ def test_an_explicit_estimator_of_ones_own_is_protected():
             with pytest.raises(mf.errors.ProblemError, match=r"outer=\{\}"):
                 meta({}, CASE.episode())
         else:
-            meta(CASE.outer, CASE.episode())
+            torch.no_grad()(meta)(CASE.outer, CASE.episode())
 
 
 def test_an_estimator_never_sees_the_query():
@@ -514,7 +516,7 @@ def test_an_estimator_never_sees_the_query():
         return mf.FirstOrder()(inner_loss, solver, start, outer, support)
 
     episode = CASE.episode()
-    mf.bilevel(PROBLEM, solver=loops.solver(), estimator=spy)(CASE.outer, episode)
+    torch.no_grad()(mf.bilevel(PROBLEM, solver=loops.solver(), estimator=spy))(CASE.outer, episode)
     assert seen == [episode.support]
 
 
@@ -683,7 +685,7 @@ def test_a_rule_of_its_own(name, way):
         for i in range(CASE.tasks)
     ]
     assert_close(WAYS[way](meta, CASE), expected(want, way), tolerance(name))
-    _, aux = meta(CASE.outer, CASE.episode())
+    _, aux = torch.no_grad()(meta)(CASE.outer, CASE.episode())
     assert_close(aux.inner_losses, perceptron_by_hand(CASE.outer, CASE.episode())[1], 1e-13)
 
 
@@ -731,7 +733,7 @@ def test_a_fixed_point_does_not_need_the_gradient():
     estimator = mf.FixedPoint(step, mf.Neumann(3, 1.0), data=lambda stream: stream.at(0))
     meta = mf.bilevel(PROBLEM, solver=Perceptron(), estimator=estimator)
     with pytest.warns(mf.errors.NotStationaryWarning):
-        meta(CASE.outer, CASE.episode())
+        torch.no_grad()(meta)(CASE.outer, CASE.episode())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -777,7 +779,7 @@ def test_a_rule_that_closes_over_a_learned_tensor(name):
         with pytest.raises(mf.errors.ClosureError, match="direction"):
             meta(CASE.outer, CASE.episode())
         return
-    loss, _ = meta(CASE.outer, CASE.episode())
+    loss, _ = torch.no_grad()(meta)(CASE.outer, CASE.episode())
     if last == 0:
         assert not loss.requires_grad
         return
@@ -787,9 +789,9 @@ def test_a_rule_that_closes_over_a_learned_tensor(name):
     def at(moved):
         frozen = torch.tensor(moved, dtype=torch.float64)
         solver = Odd(change=lambda loss, d: (loss, {k: frozen * v for k, v in d.items()}))
-        return mf.bilevel(PROBLEM, solver=solver, estimator=estimator)(CASE.outer, CASE.episode())[
-            0
-        ].detach()
+        return torch.no_grad()(mf.bilevel(PROBLEM, solver=solver, estimator=estimator))(
+            CASE.outer, CASE.episode()
+        )[0].detach()
 
     if last is None or last >= STEPS:
         # Central differences: error of order step^2 and rounding over step.

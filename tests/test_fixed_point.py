@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from problems import F64, Ridge, assert_close, grads_of
@@ -95,7 +97,10 @@ def test_neumann_is_a_finite_number_of_adjoint_steps(terms):
     v = torch.func.grad(lambda w: RIDGE.outer_loss({"w": w}, {}, case.episode(0).query))(fast["w"])
     u = sum(torch.linalg.matrix_power(jacobian.T, j) @ v for j in range(terms))
     want = torch.func.jacrev(by_slow)(case.outer["log_l2"]).T @ u
-    got, _ = mf.hypergrad(meta)(case.outer, case.episode(0))
+    with contextlib.ExitStack() as stack:
+        if terms > 1:
+            stack.enter_context(pytest.warns(mf.errors.NotConvergedWarning, match="the last term"))
+        got, _ = mf.hypergrad(meta)(case.outer, case.episode(0))
     # The same sums by matrices.
     assert_close(got["log_l2"], want, 1e-12)
     if terms == 1:
@@ -194,6 +199,62 @@ def test_a_solution_that_is_not_fixed_is_warned_about():
     warned = pytest.warns(mf.errors.NotStationaryWarning, match=r"FixedPoint: the residual \|step")
     with torch.no_grad(), warned:
         meta(case.outer, case.episode(0))
+
+
+def contraction(rate):
+    """`w = rate w + c`: the adjoint series has the terms rate^j."""
+    return mf.bilevel(
+        mf.Problem(
+            lambda fast, slow, x: ((fast["w"] - slow["c"] / (1 - rate)) ** 2).sum(),
+            lambda fast, slow, x: fast["w"].sum(),
+            lambda slow, support: {"w": torch.zeros(2)},
+        ),
+        solver=mf.Given(lambda slow, x: {"w": slow["c"] / (1 - rate)}),
+        estimator=mf.FixedPoint(lambda fast, slow, x: {"w": rate * fast["w"] + slow["c"]}),
+    )
+
+
+@pytest.mark.parametrize("way", ["backward", "hypergrad", "func.grad"])
+@pytest.mark.parametrize("rate", [0.5, 0.78, 0.79, 0.99])
+def test_the_default_says_when_the_step_contracts_too_slowly_for_it(rate, way):
+    meta, leaf, empty = contraction(rate), {"c": torch.ones(2, requires_grad=True)}, (None, None)
+
+    def run():
+        if way == "backward":
+            meta(leaf, empty)[0].backward()
+            return grads_of(leaf)["c"]
+        outer = {"c": torch.ones(2)}
+        if way == "hypergrad":
+            return mf.hypergrad(meta)(outer, empty)[0]["c"]
+        return torch.func.grad(lambda o: meta(o, empty)[0])(outer)["c"]
+
+    # The last term of twenty is rate^19: 0.0089 for 0.78 and 0.011 for 0.79.
+    if rate > 0.785 and way != "func.grad":
+        message = r"FixedPoint: the last term of Neumann\(steps=20.*from 0.01 on .*GMRES"
+        with pytest.warns(mf.errors.NotConvergedWarning, match=message):
+            got = run()
+    else:
+        got = run()  # a warning would be an error
+    # The geometric sum.
+    assert_close(got, torch.full((2,), (1 - rate**20) / (1 - rate)), 1e-12)
+
+
+def test_a_map_without_a_unique_fixed_point_is_said():
+    meta = mf.bilevel(
+        mf.Problem(
+            lambda fast, slow, x: ((fast["w"] - slow["c"]) ** 2).sum(),
+            lambda fast, slow, x: fast["w"].sum(),
+            lambda slow, support: {"w": torch.zeros(2)},
+        ),
+        solver=mf.Given(lambda slow, x: {"w": slow["c"]}),
+        # Every point is fixed: I - J = 0.
+        estimator=mf.FixedPoint(
+            lambda fast, slow, x: {"w": fast["w"] + 0 * slow["c"]}, mf.GMRES(2)
+        ),
+    )
+    with pytest.warns(mf.errors.NotConvergedWarning, match="I - d step / d fast is singular"):
+        grads, _ = mf.hypergrad(meta)({"c": torch.ones(2)}, (None, None))
+    assert grads["c"].isnan().all()
 
 
 def test_refusals():

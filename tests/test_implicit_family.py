@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from problems import F64, Quadratic, Ridge, assert_close, grads_of, maml, relative_error
@@ -116,6 +118,140 @@ def test_second_derivatives_where_cg_converges_early(way):
             got = getattr(torch.func, way)(torch.func.grad(loss))(a)
         # Two exact steps.
         assert_close(got, want, 1e-13)
+
+
+# --- systems without a solution, types and scales ------------------------------------------------
+
+
+def by_tape(meta, outer):
+    leaf = {k: v.clone().requires_grad_() for k, v in outer.items()}
+    meta(leaf, (None, None))[0].backward()
+    return grads_of(leaf)
+
+
+def by_two_tasks(meta, outer):
+    empty = torch.zeros(2, 0)
+    return torch.func.grad(lambda o: mf.over_tasks(meta)(o, (empty, empty))[0])(outer)
+
+
+LOOKS = {"backward": by_tape, "hypergrad": lambda m, o: mf.hypergrad(m)(o, (None, None))[0]}
+BLIND = {
+    "func.grad": lambda m, o: torch.func.grad(lambda o: m(o, (None, None))[0])(o),
+    "grad(vmap)": by_two_tasks,
+}
+
+
+def flat_problem(*curvatures):
+    """At the solution w = c the Hessian has twice these on its diagonal."""
+    weight = torch.tensor(curvatures)
+    return mf.Problem(
+        lambda f, s, x: (weight * (f["w"] - s["c"]) ** 2).sum() + ((f["w"] - s["c"]) ** 4).sum(),
+        lambda f, s, x: (f["w"] * torch.tensor([1.0, 2.0])).sum(),
+        lambda s, support: {"w": torch.zeros(2)},
+    )
+
+
+def at_solution(solve, *curvatures):
+    solver = mf.Given(lambda slow, x: {"w": slow["c"]})
+    return mf.bilevel(flat_problem(*curvatures), solver=solver, estimator=mf.Implicit(solve))
+
+
+WITHOUT = {
+    "CG": mf.CG(3),
+    "GMRES": mf.GMRES(3),
+    "warm": mf.WarmStart(mf.CG(3), {"w": ONE["w"][:2]}),
+}
+
+
+@pytest.mark.parametrize("way", [*LOOKS, *BLIND])
+@pytest.mark.parametrize("curvature", [0.0, 1.0], ids=["zero", "singular"])
+@pytest.mark.parametrize("name", WITHOUT)
+def test_a_singular_hessian_gives_nan_and_is_said(name, curvature, way):
+    meta, outer = at_solution(WITHOUT[name], curvature, 0.0), {"c": torch.ones(2)}
+    if way in BLIND:
+        got = BLIND[way](meta, outer)  # a warning here would be an error
+    else:
+        with pytest.warns(
+            mf.errors.NotConvergedWarning,
+            match=r"Implicit: .*no finite solution of the linear system: the Hessian is singular",
+        ):
+            got = LOOKS[way](meta, outer)
+    assert got["c"].isnan().all()
+
+
+def test_what_else_a_singular_hessian_can_meet():
+    outer = {"c": torch.ones(2)}
+    dense = at_solution(mf.Dense(), 1.0, 0.0)
+    for way in ("backward", "hypergrad"):
+        with pytest.raises(torch.linalg.LinAlgError, match="singular"):
+            LOOKS[way](dense, outer)
+    assert BLIND["grad(vmap)"](dense, outer)["c"].isnan().all()
+    # H (H + d)^-1 v, for the flat coordinate 0.
+    got = by_tape(at_solution(mf.Nystrom(2, 1e-3), 1.0, 0.0), outer)["c"]
+    assert_close(got, torch.tensor([2 / 2.001, 0.0]), 1e-12)
+    fast, cotangent = {"w": outer["c"]}, {"w": torch.ones(2)}
+    with pytest.warns(mf.errors.NotConvergedWarning, match="adjoint: CG"):
+        u = mf.adjoint(flat_problem(1.0, 0.0), outer, fast, None, cotangent, solve=mf.CG(3))
+    assert u["w"].isnan().all()
+
+
+@pytest.mark.parametrize("way", LOOKS)
+@pytest.mark.parametrize("curvature", [(0.0, 0.0), (1.0, -0.5), (1.0, 30.0)], ids=str)
+def test_a_neumann_series_that_does_not_converge_is_said(curvature, way):
+    meta = at_solution(mf.Neumann(12, 0.25), *curvature)
+    with pytest.warns(
+        mf.errors.NotConvergedWarning, match=r"Implicit: the last term of Neumann\(steps=12"
+    ):
+        got = LOOKS[way](meta, {"c": torch.ones(2)})["c"]
+    value = 2 * torch.tensor(curvature)
+    series = sum(0.25 * (1 - 0.25 * value) ** j for j in range(12))
+    # The truncation that it is.
+    assert_close(got, value * series * torch.tensor([1.0, 2.0]), 1e-12)
+
+
+def test_a_neumann_series_whose_terms_get_smaller_says_nothing():
+    # Slow: compare reports how far it is.
+    by_tape(at_solution(mf.Neumann(3, 0.25), 1.0, 0.1), {"c": torch.ones(2)})
+    # No product, so nothing is known.
+    by_tape(at_solution(mf.Neumann(1, 0.25), 0.0, 0.0), {"c": torch.ones(2)})
+
+
+HALF_SOLVES = {
+    "CG": mf.CG(6),
+    "GMRES": mf.GMRES(12),
+    "Neumann": mf.Neumann(60, 0.4),
+    "Dense": mf.Dense(),
+    "Nystrom": mf.Nystrom(6, 1e-6),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "hvp", [mf.hvp_reverse, mf.hvp_forward, mf.hvp_finite()], ids=["reverse", "forward", "finite"]
+)
+@pytest.mark.parametrize("name", HALF_SOLVES)
+def test_any_type_and_any_scale_of_the_outer_loss(name, hvp, dtype):
+    A, q = torch.linspace(1, 3, 6), torch.linspace(1, 2, 6)
+    low, high = (x.to(dtype) for x in (A, q))
+
+    def gradient(scale):
+        problem = mf.Problem(
+            lambda f, s, x: 0.5 * (low * f["w"] ** 2).sum() - (s["t"] * f["w"]).sum(),
+            lambda f, s, x: scale * (high * f["w"]).sum(),
+            lambda s, support: {"w": torch.zeros(6, dtype=dtype)},
+        )
+        solver = mf.Given(lambda slow, x: {"w": slow["t"] / low})
+        meta = mf.bilevel(problem, solver=solver, estimator=mf.Implicit(HALF_SOLVES[name], hvp))
+        got = mf.hypergrad(meta)({"t": torch.ones(6, dtype=dtype)}, (None, None))[0]["t"]
+        assert got.dtype == dtype
+        return got.double() / scale
+
+    finite = hvp not in (mf.hvp_reverse, mf.hvp_forward)
+    eps = torch.finfo(dtype).eps
+    # A few roundings of the type; of differences u^(2/3).
+    bound = 2 * eps ** (2 / 3) if finite else 8 * eps if dtype != torch.bfloat16 else 3 * eps
+    for scale in (1e-4, 1.0, 1e3) if dtype == torch.float16 else (1e-36, 1e-24, 1.0, 1e30):
+        assert_close(gradient(scale), q / A, max(bound, 2e-6))
 
 
 # --- adjoint -------------------------------------------------------------------------------------
@@ -333,6 +469,29 @@ def test_implicit_warns_about_a_given_solution_that_is_none():
     warned = pytest.warns(mf.errors.NotStationaryWarning, match="Implicit: the inner gradient norm")
     with torch.no_grad(), warned:
         meta(case.outer, case.episode(0))
+
+
+@pytest.mark.parametrize(("left", "warned"), [(0.0098, False), (0.0102, True)])
+@pytest.mark.parametrize("name", ["Implicit", "FixedPoint"])
+def test_the_warning_begins_at_a_hundredth_of_the_first_residual(name, left, warned):
+    """One step of 1 - left on a quadratic of curvature 1 leaves this part of every residual."""
+    estimator = {
+        "Implicit": mf.Implicit(mf.Dense()),
+        "FixedPoint": mf.FixedPoint(
+            lambda fast, slow, x: {"w": fast["w"] / 2 + slow["p"] / 2}, mf.Neumann(60, 1.0)
+        ),
+    }[name]
+    problem = mf.Problem(
+        lambda fast, slow, x: 0.5 * ((fast["w"] - slow["p"]) ** 2).sum(),
+        lambda fast, slow, x: (fast["w"] ** 2).sum(),
+        lambda slow, support: {"w": torch.zeros(2)},
+    )
+    meta = mf.bilevel(problem, solver=mf.SGD(1 - left, 1), estimator=estimator)
+    outer, episode = {"p": torch.tensor([1.0, -2.0])}, mf.Episode(None, None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        mf.hypergrad(meta)(outer, episode)
+    assert [w.category for w in caught] == [mf.errors.NotStationaryWarning] * warned
 
 
 def test_on_the_tape_the_warning_comes_with_the_derivative_and_costs_no_gradient():

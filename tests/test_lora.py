@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import io
 import json
@@ -458,8 +459,8 @@ def test_slots_serve_any_adapter() -> None:
 
 @peft_warnings
 @pytest.mark.parametrize("name", ["qwen2", "llama", "gpt2"])
-@pytest.mark.parametrize("alpha", [8.0, 2.5])
-def test_peft_loads_what_was_saved(name: str, alpha: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("alpha", [8.0, 2.5, None])
+def test_peft_loads_what_was_saved(name: str, alpha: float | None, tmp_path: Path) -> None:
     from peft import PeftModel
 
     model = build(name, torch.float32)
@@ -473,14 +474,22 @@ def test_peft_loads_what_was_saved(name: str, alpha: float, tmp_path: Path) -> N
     assert tuple(adapted) == lora.modules(model)
     torch.testing.assert_close(run(loaded.eval()), expected, rtol=0, atol=1e-6)
     config = json.loads((tmp_path / "new" / "adapter" / "adapter_config.json").read_text())
-    assert config["r"] == 3 and config["lora_alpha"] == alpha
+    number = 6.0 if alpha is None else alpha
+    assert config["r"] == 3 and config["lora_alpha"] == number
     assert config["fan_in_fan_out"] == (name == "gpt2")
 
     from peft import LoraConfig
 
     back = LoRA.from_peft(LoraConfig.from_pretrained(tmp_path / "new" / "adapter"))
     assert back.modules(model) == lora.modules(model)
-    assert (back.rank, back.alpha) == (3, alpha)
+    assert (back.rank, back.alpha, back.scale) == (3, number, lora.scale)
+
+
+def test_alpha_follows_the_rank() -> None:
+    """A sweep over ranks by `dataclasses.replace` keeps the scale of the update."""
+    lora = LoRA(lambda model: ())
+    assert lora.scale == dataclasses.replace(lora, rank=4).scale == 2.0
+    assert dataclasses.replace(lora, rank=4, alpha=2.0).scale == 0.5
 
 
 @peft_warnings

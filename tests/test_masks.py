@@ -52,9 +52,10 @@ def reference(name: str, batch: dict[str, Tensor]) -> Tensor:
     return torch.tensor([[[[allowed(name, r, i, j) for j in size] for i in size]] for r in rows])
 
 
-# One message: (context tokens, answer tokens, whether a context turn follows at once without
-# sharing the turn id); an assistant turn without answer tokens only moves the turn number.
-message = st.tuples(st.integers(0, 4), st.integers(0, 3))
+# One message: (context tokens, answer tokens, whether the answer lies inside the turn of its
+# context, as where part of a message is trained on, with a token of context after it). An assistant
+# turn without answer tokens only moves the turn number.
+message = st.tuples(st.integers(0, 4), st.integers(0, 3), st.booleans())
 document = st.lists(message, max_size=4)
 row_plan = st.tuples(
     st.lists(document, max_size=3), st.integers(0, 3), st.integers(0, 3), st.permutations(range(3))
@@ -67,9 +68,10 @@ def render(plans: list[Any]) -> dict[str, Tensor]:
         tokens: list[tuple[int, bool, int, int]] = []  # valid, answer, turn, document
         for number, messages in enumerate(documents):
             turn = 0
-            for context, answers in messages:
+            for context, answers, inside in messages:
                 tokens += [(1, False, turn, 10 * names[number])] * context
-                tokens += [(1, True, turn + 1, 10 * names[number])] * answers
+                tokens += [(1, True, turn + 1 - inside, 10 * names[number])] * answers
+                tokens += [(1, False, turn, 10 * names[number])] * inside
                 turn += 2
         rows.append([(0, False, -1, -1)] * left + tokens + [(0, True, -1, 7)] * right)
     length = max(1, *(len(row) for row in rows))
@@ -107,12 +109,24 @@ def test_policies_equal_the_definitions(plans: list[Any]) -> None:
 
 BATCH = render(
     [
-        ([[(3, 2), (2, 1)], [(2, 3)]], 0, 2, (0, 1, 2)),
-        ([[(2, 0), (3, 2), (1, 0)]], 3, 0, (0, 1, 2)),
+        ([[(3, 2, False), (2, 1, False)], [(2, 3, False)]], 0, 2, (0, 1, 2)),
+        ([[(2, 0, False), (2, 2, True), (1, 0, False)]], 3, 0, (0, 1, 2)),
         ([], 4, 0, (0, 1, 2)),
-        ([[(4, 0)], [(0, 4)], [(1, 1)]], 1, 0, (2, 0, 1)),
+        ([[(4, 0, False)], [(0, 4, False)], [(1, 1, False)]], 1, 0, (2, 0, 1)),
     ]
 )
+
+
+def test_a_context_never_sees_the_answer_inside_its_own_turn() -> None:
+    """Every border between context and answer ends a block, whatever the turn ids say."""
+    batch = {
+        "input_ids": torch.zeros(2, 6),
+        "turn_ids": torch.tensor([[0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 0, 0]]),
+        "answer_mask": torch.tensor([[0, 0, 1, 0, 1, 1], [1, 1, 0, 0, 1, 0]], dtype=torch.bool),
+    }
+    stops = masks.context_bidirectional(batch).stop.tolist()
+    assert stops == [[2, 2, 3, 4, 5, 6], [1, 2, 4, 4, 5, 6]]
+    assert masks.prefix_lm(batch).stop.tolist() == [[2, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6]]
 
 
 def test_an_empty_assistant_turn_does_not_merge_two_contexts() -> None:
@@ -235,6 +249,29 @@ def test_holes_and_interleaved_documents_are_refused_outside_transforms() -> Non
     mixed = {"input_ids": ids, "document_ids": torch.tensor([[0, 1, 1, 0], [0, 0, 0, 0]])}
     with pytest.raises(DataError, match=r"row 0: document_ids.*together"):
         masks.positions(mixed)
+    for valid, documents in (
+        ([1, 1, 1, 1, 0, 0], [0, 1, 0, 0, 7, 7]),
+        ([0, 1, 1, 1, 1, 0], [7, 0, 1, 0, 0, 8]),
+        ([0, 0, 1, 1, 1, 1], [7, 8, 0, 1, 1, 0]),
+    ):
+        # Ids of padding do not count as documents, which would hide the one that comes back.
+        padding = {
+            "input_ids": torch.zeros(1, 6),
+            "attention_mask": torch.tensor([valid]),
+            "document_ids": torch.tensor([documents]),
+        }
+        with pytest.raises(DataError, match=r"row 0: document_ids.*together"):
+            masks.causal(padding)
+    for valid, documents in (
+        ([1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 0, 7]),
+        ([0, 0, 1, 1, 1, 0], [1, 1, 0, 1, 1, 0]),
+    ):
+        again = {
+            "input_ids": torch.zeros(1, 6),
+            "attention_mask": torch.tensor([valid]),
+            "document_ids": torch.tensor([documents]),
+        }
+        masks.causal(again)  # padding may repeat the id of a document
     padded = dict(mixed, attention_mask=torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]))
     masks.causal(padded)  # what a document id says on padding does not matter
     torch.func.vmap(masks.causal)({key: value[None] for key, value in holes.items()})

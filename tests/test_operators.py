@@ -11,7 +11,7 @@ Everything is exact but for the refusals in `REFUSED`, each by an error that nam
 
 | operator | ways refused | what to use instead |
 |---|---|---|
-| LSTM, GRU, RNN | forward mode under vmap: no batching rule | `over_tasks(how="loop")`: exact, tested |
+| LSTM, GRU, RNN | forward mode under vmap: no batching rule | `over_tasks(how="loop")`: exact |
 | rrelu, gaussian_nll_loss | both under vmap: no batching rule, a branch on values | the same |
 | grid_sample | both with jvp: no forward mode | `hvp_reverse`, the default |
 | the same in torch 2.11 | all: no double backward there | `hvp_finite()`: exact, tested |

@@ -220,7 +220,10 @@ def test_all_adapted_weights_are_kept_once():
 
 @pytest.mark.parametrize("how", HOWS)
 def test_losses_alone_keep_no_adapted_weights(how):
-    for way in (value_and_grads, lambda m: (None, None, m(CASE.outer, CASE.episodes)[1])):
+    for way in (
+        value_and_grads,
+        lambda m: (None, None, torch.no_grad()(m)(CASE.outer, CASE.episodes)[1]),
+    ):
         aux = way(mf.over_tasks(meta_of(), aux="losses", **HOWS[how]))[2]
         whole = way(mf.over_tasks(meta_of(), **WHOLE))[2]
         assert aux.params == {}
@@ -244,7 +247,7 @@ def test_metrics_are_stacked_and_constants(how):
     problem = mf.Problem(loops.inner, measured, loops.start)
     meta = mf.bilevel(problem, solver=loops.solver(), estimator=mf.Unrolled())
     _, _, aux = value_and_grads(mf.over_tasks(meta, **HOWS[how]))
-    each = [meta(CASE.outer, CASE.episode(i))[1] for i in range(5)]
+    each = [torch.no_grad()(meta)(CASE.outer, CASE.episode(i))[1] for i in range(5)]
     assert list(aux.metrics) == list(each[0].metrics)
     for name, got in aux.metrics.items():
         want = torch.stack([a.metrics[name] for a in each])
@@ -271,14 +274,19 @@ def test_other_metrics_of_another_task_are_refused():
     episodes = mf.stack_episodes([CASE.episode(0), CASE.episode(1)])
     for other in ({"b": 1.0}, {}, {"a": 1.0, "b": 2.0}):
         with pytest.raises(mf.errors.ProblemError, match=r"task 1 and task 0.*different metrics"):
-            metrics_by_task({"a": 0.5}, other)(CASE.outer, episodes)
+            torch.no_grad()(metrics_by_task({"a": 0.5}, other))(CASE.outer, episodes)
     with pytest.raises(mf.errors.ProblemError, match=r"task 1.*shape \[3\].*task 0.*\[2\]"):
-        metrics_by_task({"a": torch.zeros(2)}, {"a": torch.zeros(3)})(CASE.outer, episodes)
+        torch.no_grad()(metrics_by_task({"a": torch.zeros(2)}, {"a": torch.zeros(3)}))(
+            CASE.outer, episodes
+        )
 
 
 def test_the_order_of_metrics_does_not_matter():
     episodes = mf.stack_episodes([CASE.episode(0), CASE.episode(1)])
-    for way in (lambda m: m(CASE.outer, episodes), lambda m: value_and_grads(m, None, episodes)):
+    for way in (
+        lambda m: torch.no_grad()(m)(CASE.outer, episodes),
+        lambda m: value_and_grads(m, None, episodes),
+    ):
         meta = metrics_by_task({"a": 1.0, "b": 2.0}, {"b": 20.0, "a": 10.0})
         metrics = way(meta)[-1].metrics
         assert metrics["a"].tolist() == [1.0, 10.0] and metrics["b"].tolist() == [2.0, 20.0]
@@ -287,7 +295,7 @@ def test_the_order_of_metrics_does_not_matter():
 def test_an_integer_for_one_task_does_not_cut_the_numbers_of_the_others():
     episodes = mf.stack_episodes([CASE.episode(0), CASE.episode(1)])
     meta = metrics_by_task({"accuracy": 1}, {"accuracy": 0.5})
-    assert meta(CASE.outer, episodes)[1].metrics["accuracy"].tolist() == [1.0, 0.5]
+    assert torch.no_grad()(meta)(CASE.outer, episodes)[1].metrics["accuracy"].tolist() == [1.0, 0.5]
 
 
 def test_any_auxiliary_output_of_a_meta_loss_is_stacked():
@@ -467,7 +475,9 @@ def test_the_same_numbers_for_all_tasks_whatever_the_chunks(how):
     # The same episode five times: five times the same.
     twins = mf.stack_episodes([CASE.episode()] * 5)
     torch.manual_seed(0)
-    losses = noisy_meta(randomness="same", **options)(CASE.outer, twins)[1].inner_losses
+    losses = torch.no_grad()(noisy_meta(randomness="same", **options))(CASE.outer, twins)[
+        1
+    ].inner_losses
     assert_close(losses, losses[:1].expand(5, -1), 1e-13)
 
 
@@ -475,7 +485,9 @@ def test_the_same_numbers_for_all_tasks_whatever_the_chunks(how):
 def test_different_numbers_for_each_task(how):
     options = WHOLE if how == "whole" else HOWS[how]
     twins = mf.stack_episodes([CASE.episode()] * 5)
-    losses = noisy_meta(randomness="different", **options)(CASE.outer, twins)[1].inner_losses
+    losses = torch.no_grad()(noisy_meta(randomness="different", **options))(CASE.outer, twins)[
+        1
+    ].inner_losses
     assert len(set(losses[:, 0].tolist())) > 1
 
 

@@ -134,7 +134,7 @@ def test_functional_call_reads_everything_and_an_unknown_name_is_refused():
     assert loss.isfinite()
     with pytest.raises(
         mf.errors.ProblemError,
-        match=r"does not know one of the fast weights \['layer.weight'\].*as in dict\(module.named_parameters",
+        match=r"does not know one of the fast weights \['layer.weight'\].*as in dict\(module",
     ):
         run(inner, init=lambda slow, support: {"layer.weight": torch.ones(1, 2)})
 

@@ -11,8 +11,8 @@ import pytest
 
 from metafocus.errors import DataError
 from metafocus.evals.agentic import Choice, read_gpqa, science
+from metafocus.evals.agentic._science import MAKERS
 from metafocus.evals.agentic.questions import COLUMNS
-from metafocus.evals.agentic.science import MAKERS
 
 # Each oracle reads the numbers of the question and goes another way than the formula:
 # it steps, counts or bisects.

@@ -9,7 +9,6 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from models import build
 

@@ -242,7 +242,7 @@ def test_init_and_prepare_see_the_stream():
 
     problem = mf.Problem(loops.inner, upper, init, prepare)
     meta = mf.bilevel(problem, solver=loops.solver(), estimator=mf.Unrolled())
-    meta(CASE.outer, CASE.episode())
+    torch.no_grad()(meta)(CASE.outer, CASE.episode())
     assert seen == [("prepare", mf.PerStep), ("init", mf.PerStep)]
 
 

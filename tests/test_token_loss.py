@@ -385,3 +385,17 @@ def test_refusals():
     ]:
         with pytest.raises(mf.errors.ProblemError, match=match):
             bad()
+
+
+def test_autocast_leaves_float64_alone():
+    """As torch does: loss and gradients are those without autocast, to the last bit."""
+    floats, y = inputs()
+    found = []
+    for on in (False, True):
+        leaves = [x.clone().requires_grad_() for x in floats]
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            loss = token_loss(leaves[0], leaves[1], y, bias=leaves[2], chunk=3)
+        found.append([loss, *torch.autograd.grad(loss, leaves)])
+    for got, want in zip(found[1], found[0], strict=True):
+        assert got.dtype == torch.float64
+        assert torch.equal(got, want)

@@ -108,9 +108,15 @@ def test_texts_for_numbers_in_yaml(tmp_path):
 
 
 def test_alpha_is_twice_the_rank_that_is_given():
-    assert parse([*GIVEN, "--lora_rank", "4"]).args.alpha() == 8.0
-    assert parse(GIVEN).args.alpha() == 64.0
-    assert parse([*GIVEN, "--lora_rank", "4", "--lora_alpha", "3"]).args.alpha() == 3.0
+    """The scale of fast weights, `alpha / rank`, stays that of the paper for every rank."""
+
+    def scale(*words: str) -> float:
+        adapter = parse([*GIVEN, *words]).args.adapter(torch.nn.Linear(1, 1))
+        assert isinstance(adapter, mf.LoRA)
+        return adapter.scale
+
+    assert scale() == scale("--lora_rank", "4") == 2.0
+    assert scale("--lora_rank", "4", "--lora_alpha", "3") == 0.75
 
 
 def test_defaults_of_ours_count():
@@ -220,7 +226,7 @@ def test_the_papers_configuration(tmp_path):
     model, data, args, _ = parse([written(tmp_path, kept), *("--use_cpu", "true")])
     assert model.model_name_or_path == "Qwen/Qwen2.5-7B" and data.max_length == 4096
     assert (args.inner_steps, args.inner_lr, args.inner_clip) == (2, 1.0, 1.0)
-    assert (args.lora_rank, args.alpha(), args.layer_fraction) == (32, 64.0, 0.35)
+    assert (args.lora_rank, args.lora_alpha, args.layer_fraction) == (32, 64.0, 0.35)
     assert (args.learning_rate, args.weight_decay, args.num_train_epochs) == (1e-5, 0.01, 5)
     assert args.per_device_train_batch_size * args.gradient_accumulation_steps * 8 == 32
     assert args.get_warmup_steps(100) == 10 and args.seed == 1234

@@ -10,6 +10,7 @@ import problems
 import pytest
 import torch
 from problems import F64, SOLVERS, assert_close, flat, grads_of
+from torch.utils import _pytree as pytree
 
 import metafocus as mf
 
@@ -68,6 +69,52 @@ def test_one_window_of_all_steps_is_unrolled(name):
     assert_close(got.params, aux.params, 1e-14)
     assert_close(got.inner_losses, aux.inner_losses, 1e-14)
     assert_close(window.fast, aux.params, 1e-14)
+
+
+@dataclass(frozen=True)
+class Anchored:
+    """Gradient descent that is pulled to where it began: its state is the start itself."""
+
+    steps: int
+
+    def init(self, params):
+        return {"anchor": params, "count": None}
+
+    def update(self, params, grads, state, step, outer):
+        moved = {k: p - 0.1 * grads[k] for k, p in params.items()}
+        return {k: p - 0.3 * (p - state["anchor"][k]) for k, p in moved.items()}, state
+
+
+@pytest.mark.parametrize("recompute", [False, True, 2])
+def test_a_state_that_depends_on_the_start_is_differentiated_in_the_first_window(recompute):
+    case = problems.maml()
+    episode, solver = case.episode(), Anchored(3)
+    meta = mf.bilevel(case.problem, solver=solver, estimator=mf.Unrolled())
+    want, (value, _) = mf.hypergrad(meta)(case.outer, episode)
+    windows = mf.algorithms.Windows(case.problem, solver=solver, recompute=recompute)
+    start = windows.init(case.outer)
+    grads, (window, _) = torch.func.grad(windows.loss, has_aux=True)(case.outer, start, episode)
+    loss, _ = windows.loss(case.outer, start, episode)
+    # The same operations; a rebuilt step sums in another order.
+    assert_close(loss, value, 1e-14)
+    assert_close(grads, want, 1e-12)
+
+    # In the second window the anchor is a constant, as the fast weights are.
+    def second(outer):
+        held = mf.Problem(
+            case.problem.inner_loss, case.problem.outer_loss, lambda slow, support: window.fast
+        )
+        state = {"anchor": start.fast, "count": None}
+
+        @dataclass(frozen=True)
+        class Going(Anchored):
+            def init(self, params):
+                return state
+
+        return mf.bilevel(held, solver=Going(3), estimator=mf.Unrolled())(outer, episode)[0]
+
+    later, _ = torch.func.grad(windows.loss, has_aux=True)(case.outer, window, episode)
+    assert_close(later, torch.func.grad(second)(case.outer), 1e-12)
 
 
 @pytest.mark.parametrize("name", ["plain", "nesterov", "adam", "learned_rate"])
@@ -182,11 +229,14 @@ def test_backward_grad_vmap_and_their_compositions(recompute, name):
 def test_the_window_is_a_constant_of_the_loss():
     case, unroll, windows, _ = second_window()
     fast = {k: v.clone().requires_grad_() for k, v in windows[0].fast.items()}
+    state = pytree.tree_map(lambda x: x.clone().requires_grad_(), windows[0].solver_state)
     loss, (after, aux) = unroll.loss(
-        case.leaves(), mf.algorithms.Window(fast, windows[0].solver_state, 3), case.episode()
+        case.leaves(), mf.algorithms.Window(fast, state, 3), case.episode()
     )
     loss.backward()
-    assert all(v.grad is None for v in fast.values())
+    leaves = [*fast.values(), *pytree.tree_leaves(state)]
+    assert len(leaves) == 2 * len(fast)
+    assert all(v.grad is None for v in leaves)
     assert not any(x.requires_grad for x in (*after.fast.values(), *aux.params.values()))
 
 

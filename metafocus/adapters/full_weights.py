@@ -15,6 +15,7 @@ from metafocus.adapters import checks, slots
 from metafocus.adapters.placement import Placement
 from metafocus.errors import PlacementError, ProblemError
 from metafocus.files import read_tensors, write_tensors
+from metafocus.precision import wide_type
 from metafocus.torch_internals import parameter_table
 
 FILE = "fast_weights.safetensors"
@@ -116,7 +117,7 @@ class FullWeights:
                     f"FullWeights: {name!r} is of type {own.dtype}, which cannot be adapted; use "
                     "LoRA on a quantised model"
                 )
-            fast[name] = own.to(torch.promote_types(own.dtype, torch.float32), copy=True)
+            fast[name] = own.to(wide_type(own.dtype), copy=True)
         return fast
 
     @contextmanager

@@ -17,6 +17,7 @@ from metafocus.adapters import checks, low_rank, peft_format, slots
 from metafocus.adapters.placement import Placement, adaptable
 from metafocus.checks import number, whole
 from metafocus.errors import PlacementError, ProblemError
+from metafocus.precision import wide_type
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -40,7 +41,7 @@ class LoRA:
     Args:
         where: The placement, a function from a model to module paths.
         rank: Rank of the update, at least 1.
-        alpha: Numerator of its scale.
+        alpha: Numerator of its scale; None: twice the rank.
 
     Raises:
         ProblemError: If `rank` is not an integer of at least 1 or `alpha` is not finite.
@@ -63,7 +64,7 @@ class LoRA:
 
     where: Placement
     rank: int = 32
-    alpha: float = 64.0
+    alpha: float | None = None
 
     def __post_init__(self) -> None:
         checks.check_where("LoRA", self.where)
@@ -72,12 +73,13 @@ class LoRA:
             raise ProblemError(
                 f"LoRA(rank={self.rank}) must be at most {MOST}: no layer is that wide"
             )
-        number("LoRA: alpha", self.alpha, error=ProblemError)
+        if self.alpha is not None:
+            number("LoRA: alpha", self.alpha, error=ProblemError)
 
     @property
     def scale(self) -> float:
-        """`alpha / rank`."""
-        return self.alpha / self.rank
+        """`alpha / rank`, which is 2 where no alpha is given."""
+        return 2.0 if self.alpha is None else self.alpha / self.rank
 
     def modules(self, model: nn.Module) -> tuple[str, ...]:
         """Return the paths of the modules of `model` that get fast weights, in model order.
@@ -127,7 +129,7 @@ class LoRA:
             inputs, outputs = low_rank.sizes(module)
             weight = module.weight
             assert isinstance(weight, Tensor)
-            dtype = torch.promote_types(weight.dtype, torch.float32)
+            dtype = wide_type(weight.dtype)
             # Draw in float32 for all types, so that a test in float64 starts from equal values.
             unit = torch.rand(
                 self.rank,

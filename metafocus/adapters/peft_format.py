@@ -48,8 +48,8 @@ class LowRank(Protocol):
         ...
 
     @property
-    def alpha(self) -> float:
-        """Numerator of its scale."""
+    def alpha(self) -> float | None:
+        """Numerator of its scale; None: twice the rank."""
         ...
 
 
@@ -188,7 +188,8 @@ def write(
     # Use an expression, because PEFT would match paths in a list as ends of other paths too.
     targets = "|".join(re.escape(path) for path in paths)
     generates = getattr(model, "can_generate", None)
-    alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
+    alpha = 2 * lora.rank if lora.alpha is None else lora.alpha
+    alpha = int(alpha) if alpha == int(alpha) else alpha
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=alpha,  # pyright: ignore[reportArgumentType] (PEFT computes with any number)

@@ -12,9 +12,10 @@ from metafocus.attention.custom_op import attention_operator
 from metafocus.attention.function import Attention, Call
 from metafocus.attention.kernels.auto import KERNELS, SMALL
 from metafocus.attention.kernels.dense import dense
-from metafocus.attention.kernels.kernel import Scaling
+from metafocus.attention.kernels.kernel import QKV, Scaling
 from metafocus.errors import ProblemError
 from metafocus.masks.spans import Spans
+from metafocus.precision import as_autocast, no_autocast
 from metafocus.torch_internals import without_function_modes
 
 BACKENDS = ("dense", *KERNELS, "flex")
@@ -88,16 +89,17 @@ def _span_attention(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    q, k, v = _autocast(q, k, v)
-    spans = _checked(q, k, v, spans, softcap, sinks, backend)
+    inputs = QKV(*as_autocast(q, k, v))
+    q = inputs.q
+    spans = _checked(inputs, spans, softcap, sinks, backend)
     scaling = Scaling(q.shape[-1] ** -0.5 if scale is None else float(scale), softcap)
     if backend == "flex":
         # Imported here: it loads much of the compiler.
         from metafocus.attention.kernels.flex import flex
 
-        return flex(q, k, v, spans, scaling.scale, softcap)
-    with torch.autocast(q.device.type, enabled=False):
-        out, lse = _attend(q, k, v, spans, scaling, backend)
+        return flex(inputs, spans, scaling)
+    with no_autocast(q.device):
+        out, lse = _attend(inputs, spans, scaling, backend)
     if sinks is None:
         return out
     # The share of the keys in a sum that the sink takes part in; its logit is not capped.
@@ -105,33 +107,18 @@ def _span_attention(
     return (out * share.unsqueeze(-1)).to(q.dtype)
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, spans: Spans, scaling: Scaling, backend: str
-) -> tuple[Tensor, Tensor]:
-    if backend == "dense" or (backend == "auto" and q.shape[-2] <= SMALL):
-        return dense(q, k, v, spans, scaling)
+def _attend(inputs: QKV, spans: Spans, scaling: Scaling, backend: str) -> tuple[Tensor, Tensor]:
+    if backend == "dense" or (backend == "auto" and inputs.q.shape[-2] <= SMALL):
+        return dense(inputs, spans, scaling)
     if torch.compiler.is_compiling():
-        return attention_operator(q, k, v, spans, scaling, backend)
-    return Attention.apply(Call(KERNELS[backend](), scaling), q, k, v, *spans)
-
-
-def _autocast(*inputs: Tensor) -> tuple[Tensor, ...]:
-    device = inputs[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return inputs
-    low = torch.get_autocast_dtype(device)
-    return tuple(x if x.dtype == torch.float64 else x.to(low) for x in inputs)
+        return attention_operator(inputs, spans, scaling, backend)
+    return Attention.apply(Call(KERNELS[backend](), scaling), *inputs, *spans)
 
 
 def _checked(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    spans: Spans,
-    softcap: float | None,
-    sinks: Tensor | None,
-    backend: str,
+    inputs: QKV, spans: Spans, softcap: float | None, sinks: Tensor | None, backend: str
 ) -> Spans:
+    q, k, v = inputs
     if backend not in BACKENDS:
         raise ProblemError(f"backend={backend!r} must be one of {', '.join(BACKENDS)}.")
     if not isinstance(spans, Spans):
@@ -139,7 +126,7 @@ def _checked(
             f"spans must be mf.Spans, the keys [start, stop) of each query, got "
             f"{type(spans).__name__}; a mask policy makes them: mf.masks.causal(batch)."
         )
-    for name, x in (("q", q), ("k", k), ("v", v)):
+    for name, x in zip(QKV._fields, inputs, strict=True):
         if x.ndim != 4 or not x.is_floating_point() or x.dtype != q.dtype or x.device != q.device:
             raise ProblemError(
                 f"{name} must be a floating-point tensor [B, heads, S, D] of the type and device "
@@ -153,7 +140,7 @@ def _checked(
             f"Hkv; got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}. There are as many keys "
             "as queries: attention from a cache is not served."
         )
-    for name, x in (("start", spans.start), ("stop", spans.stop)):
+    for name, x in zip(Spans._fields, spans, strict=True):
         integer = not (x.is_floating_point() or x.dtype == torch.bool or x.is_complex())
         if not integer or x.shape not in ((batch, length), (1, length)) or x.device != q.device:
             raise ProblemError(

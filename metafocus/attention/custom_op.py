@@ -15,23 +15,21 @@ from torch import Tensor
 
 from metafocus.attention.kernels.auto import KERNELS
 from metafocus.attention.kernels.dense import dense
-from metafocus.attention.kernels.kernel import Scaling
+from metafocus.attention.kernels.kernel import QKV, Attended, Scaling
 from metafocus.attention.kernels.tiled import Tiled
 from metafocus.errors import TransformError
 from metafocus.masks.spans import Spans
-from metafocus.params import wide_type
+from metafocus.precision import wide_type
 from metafocus.torch_internals import transform_active
 
 
 def attention_operator(
-    q: Tensor, k: Tensor, v: Tensor, spans: Spans, scaling: Scaling, backend: str
+    inputs: QKV, spans: Spans, scaling: Scaling, backend: str
 ) -> tuple[Tensor, Tensor]:
     """Return the output and the logsumexp of each row, by one opaque operator.
 
     Args:
-        q: `[B, H, S, D]`.
-        k: `[B, Hkv, S, D]`.
-        v: `[B, Hkv, S, Dv]`.
+        inputs: Queries, keys and values.
         spans: `[B, S]`.
         scaling: Scale and soft cap.
         backend: A name in `auto.KERNELS`.
@@ -45,8 +43,8 @@ def attention_operator(
                 f"span_attention(backend={backend!r}) inside a function transform that is being "
                 'compiled: use backend="auto" or "dense", or compile without the transform.'
             )
-        return dense(q, k, v, spans, scaling)
-    return _attention(q, k, v, *spans, scaling.scale, scaling.softcap, backend)
+        return dense(inputs, spans, scaling)
+    return _attention(*inputs, *spans, scaling.scale, scaling.softcap, backend)
 
 
 @torch.library.custom_op("metafocus::span_attention", mutates_args=())
@@ -61,7 +59,7 @@ def _attention(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     scaling = Scaling(scale, softcap)
-    out, lse = KERNELS[backend]().forward(q, k, v, Spans(start, stop), scaling)
+    out, lse = KERNELS[backend]().forward(QKV(q, k, v), Spans(start, stop), scaling)
     return out.contiguous(), lse.contiguous()
 
 
@@ -96,11 +94,11 @@ def _gradient(
     softcap: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    spans, scaling = Spans(start, stop), Scaling(scale, softcap)
+    rest = QKV(q, k, v), Attended(o, lse), Spans(start, stop), Scaling(scale, softcap)
     if dl is None:
-        grads = KERNELS[backend]().backward(do, q, k, v, o, lse, spans, scaling)
+        grads = KERNELS[backend]().backward(do, *rest)
     else:
-        grads = Tiled().backward(do, q, k, v, o, lse, spans, scaling, dl)
+        grads = Tiled().backward(do, *rest, dl)
     dq, dk, dv = (x.contiguous() for x in grads)
     return dq, dk, dv
 

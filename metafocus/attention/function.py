@@ -7,17 +7,16 @@ order of differentiation need not be known when the forward pass chooses a kerne
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from metafocus.attention.kernels import tiled
-from metafocus.attention.kernels.kernel import Kernel, Scaling
+from metafocus.attention.kernels.kernel import QKV, Attended, Kernel, Scaling
 from metafocus.errors import TransformError
 from metafocus.masks.spans import Spans
+from metafocus.precision import no_autocast
 from metafocus.torch_internals import is_view, refuse_nested_forward_mode, unwrap_dead
 
 
@@ -26,13 +25,6 @@ class Call(NamedTuple):
 
     kernel: Kernel
     scaling: Scaling
-
-
-@contextlib.contextmanager
-def _raw(x: Tensor) -> Iterator[None]:
-    """Compute in the given types: autocast has done its work before."""
-    with torch.autocast(x.device.type, enabled=False):
-        yield
 
 
 def _own(x: Tensor) -> Tensor:
@@ -81,8 +73,8 @@ class Attention(torch.autograd.Function):
         call: Call, q: Tensor, k: Tensor, v: Tensor, start: Tensor, stop: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Run the kernel."""
-        with _raw(q):
-            out, lse = call.kernel.forward(q, k, v, Spans(start, stop), call.scaling)
+        with no_autocast(q.device):
+            out, lse = call.kernel.forward(QKV(q, k, v), Spans(start, stop), call.scaling)
         return _own(out), _own(lse)
 
     @staticmethod
@@ -134,12 +126,12 @@ class _Backward(torch.autograd.Function):
         do: Tensor,
         dl: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        spans = Spans(start, stop)
-        with _raw(q):
+        rest = QKV(q, k, v), Attended(o, lse), Spans(start, stop), call.scaling
+        with no_autocast(q.device):
             if dl is None:
-                grads = call.kernel.backward(do, q, k, v, o, lse, spans, call.scaling)
+                grads = call.kernel.backward(do, *rest)
             else:
-                grads = tiled.Tiled().backward(do, q, k, v, o, lse, spans, call.scaling, dl)
+                grads = tiled.Tiled().backward(do, *rest, dl)
         dq, dk, dv = (_own(x) for x in grads)
         return dq, dk, dv
 
@@ -179,11 +171,11 @@ class _ForwardMode(torch.autograd.Function):
     """`(q, k, v, start, stop, o, lse, tq, tk, tv) -> (to, tlse)`."""
 
     @staticmethod
-    def forward(call: Call, *args: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(call: Call, *args: Tensor) -> tuple[Tensor, ...]:
         q, k, v, start, stop, _, lse, tq, tk, tv = args
-        with _raw(q):
-            spans = Spans(start, stop)
-            return tiled.forward_mode((q, k, v), lse, (tq, tk, tv), spans, call.scaling)
+        with no_autocast(q.device):
+            spans, tangents = Spans(start, stop), QKV(tq, tk, tv)
+            return tuple(tiled.forward_mode(QKV(q, k, v), lse, tangents, spans, call.scaling))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -216,11 +208,9 @@ class _DoubleBackward(torch.autograd.Function):
     @staticmethod
     def forward(call: Call, *args: Any) -> tuple[Tensor, ...]:
         q, k, v, start, stop, o, lse, do, dl, tq, tk, tv = args
-        with _raw(q):
-            spans = Spans(start, stop)
-            return tiled.double_backward(
-                do, dl, (q, k, v), o, lse, (tq, tk, tv), spans, call.scaling
-            )
+        with no_autocast(q.device):
+            rest = QKV(tq, tk, tv), Spans(start, stop), call.scaling
+            return tiled.double_backward(do, dl, QKV(q, k, v), Attended(o, lse), *rest)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from metafocus import params as pt
+from metafocus.autodiff.tape import foreign_leaves
 from metafocus.checks import scalar
 from metafocus.errors import TransformError
 from metafocus.torch_internals import (
     VmapLevel,
-    foreign_leaves,
     outside_transforms,
     pytree,
     sole_vmap,

@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 def safe_sqrt(x: Tensor) -> Tensor:
-    """Return the square root with the derivative 0 at 0."""
-    positive = x > 0
+    """Return the square root with the derivative 0 at 0; NaN stays NaN."""
+    positive = ~(x <= 0)
     return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
 
 

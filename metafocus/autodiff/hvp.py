@@ -145,12 +145,16 @@ class _Finite:
             return _gradient(loss, f, *rest)
 
         def product(direction: Params) -> tuple[Any, ...]:
+            # With a largest entry of 1: the squares of a small or large direction leave the range.
+            size = _unit(direction)
+            direction = {k: v / size for k, v in direction.items()}
             # The step is a constant: also for second derivatives, and where a norm is zero.
             step = self._step(pt.detach(fast), pt.detach(direction))
             ahead, behind = (gradient(pt.add(fast, direction, s)) for s in (step, -step))
             inputs, rebuild = pt.partition(ahead)
             others, _ = pt.partition(behind)
-            return rebuild([(a - b) / (2 * step) for a, b in zip(inputs, others, strict=True)])
+            pairs = zip(inputs, others, strict=True)
+            return rebuild([(a - b) / (2 * step) * size for a, b in pairs])
 
         return _gradient(lambda f: loss(f, *rest), fast)[0], product
 
@@ -162,6 +166,13 @@ class _Finite:
         size = pt.norm(fast)
         eps = torch.finfo(size.dtype).eps ** (1 / 3)
         return eps * torch.clamp(size, min=1.0) / length
+
+
+def _unit(direction: Params) -> Tensor:
+    """Return the largest absolute entry, detached, or 1 where all are zero."""
+    entries = [v.detach().abs().amax() for v in direction.values() if v.numel()]
+    size = torch.stack(entries).amax() if entries else torch.zeros(())
+    return size + size.logical_not()
 
 
 def _gradient(loss: Callable[..., Tensor], *primals: Any) -> tuple[Any, ...]:

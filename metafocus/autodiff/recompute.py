@@ -18,9 +18,9 @@ from torch import Tensor
 from metafocus import params as pt
 from metafocus.autodiff import grad as derivatives
 from metafocus.autodiff.safe_operators import swapping
+from metafocus.autodiff.tape import foreign_nodes
 from metafocus.rng import Drawn
 from metafocus.torch_internals import (
-    foreign_nodes,
     pytree,
     refuse_nested_forward_mode,
     unwrap_dead,

@@ -6,6 +6,7 @@ import collections
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from metafocus.checks import is_number
 from metafocus.claims.report import VERDICTS, Report
 
 _MANY = 8
@@ -141,17 +142,17 @@ def _leaves(value: Any, name: str = "") -> list[tuple[str, Any]]:
 
 def _several(values: Sequence[Any]) -> str:
     """Return different values of one name as a range, or as a list where they are no numbers."""
-    if all(_number(v) for v in values):
+    if all(is_number(v) for v in values):
         return f"{_one(min(values))} to {_one(max(values))}"
     lists = [v if isinstance(v, list) else [v] for v in values]
-    if all(_number(x) for v in lists for x in v):
+    if all(is_number(x) for v in lists for x in v):
         return _several([x for v in lists for x in v])
     return "; ".join(_one(v) for v in values)
 
 
 def _one(value: Any) -> str:
     if isinstance(value, list):
-        if len(value) > _MANY and all(_number(x) for x in value):
+        if len(value) > _MANY and all(is_number(x) for x in value):
             return _several(value)
         if any(isinstance(x, list) for x in value):
             return " / ".join(_one(x) for x in value)
@@ -159,10 +160,6 @@ def _one(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _time(seconds: float) -> str:

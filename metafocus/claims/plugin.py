@@ -22,7 +22,8 @@ import pytest
 
 from metafocus.claims.marker import MEASURED, claims_of
 from metafocus.claims.page import findings
-from metafocus.claims.report import Case, Report, rows, write_json
+from metafocus.claims.report import Case, Report, rows
+from metafocus.files import write_json
 
 
 def register(config: pytest.Config) -> None:

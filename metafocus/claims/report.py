@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from metafocus.errors import DataError
+from metafocus.files import write_json, write_whole
 
 VERDICTS = ("contradicted", "error", "skipped", "reported", "reproduced")
 """The worst comes first: a test with several cases has the worst verdict of them."""
@@ -144,15 +145,3 @@ class Report:
         parts = ("environment", "settings", "rows")
         write_json(path, {name: getattr(self, name) for name in parts})
         write_whole(path.with_suffix(".md"), page(self, path.name))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a value as JSON."""
-    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write under another name first, so that a file of this name is never a part of itself."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)

@@ -90,8 +90,7 @@ def add_inner(parser: argparse.ArgumentParser, *, fraction: float, rank: int) ->
 def adapter(args: argparse.Namespace) -> LoRA:
     """Return the adapter that the options describe."""
     names = tuple(name.strip() for name in args.lora_modules.split(",") if name.strip())
-    alpha = 2.0 * args.lora_rank if args.lora_alpha is None else args.lora_alpha
-    return LoRA(top_layers(args.layer_fraction, names), args.lora_rank, alpha)
+    return LoRA(top_layers(args.layer_fraction, names), args.lora_rank, args.lora_alpha)
 
 
 def solver(args: argparse.Namespace) -> SGD:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -13,6 +13,8 @@ from metafocus.cli import config_file, options
 from metafocus.cli.parsing import Parser
 from metafocus.errors import DataError
 from metafocus.trainer.config import FocusArguments, FocusOptions, described
+
+Kind = TypeVar("Kind")
 
 STDLIB_SAMPLES = 400
 _FILES = (".yaml", ".yml", ".json")
@@ -117,13 +119,14 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         return (action.help or "") + " (default: %(default)s)" * known
 
 
-class _Parser(Parser, HfArgumentParser):
+class _Parser(Parser, HfArgumentParser):  # pyright: ignore[reportIncompatibleMethodOverride]
     """Flags of dataclasses, under their own names only: `--inner_lr`, and no `--inner-lr`."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         for flag in [flag for flag in self._option_string_actions if "-" in flag[2:]]:
-            self._option_string_actions.pop(flag).option_strings.remove(flag)
+            action = self._option_string_actions.pop(flag)
+            action.option_strings = [other for other in action.option_strings if other != flag]
 
 
 def parse(argv: list[str]) -> Settings:
@@ -134,8 +137,8 @@ def parse(argv: list[str]) -> Settings:
 
     Example:
         >>> flags = "--train_file chats.jsonl --output_dir run --lora_rank 4"
-        >>> parse(flags.split()).args.alpha()
-        8.0
+        >>> parse(flags.split()).args.lora_rank
+        4
     """
     if "--config" in argv:
         raise DataError("a configuration file comes first, without a flag: metafocus train FILE.")
@@ -161,11 +164,12 @@ def parse(argv: list[str]) -> Settings:
     given = found["given"] | values.keys()
     if "output_dir" not in given:
         raise DataError("--output_dir is missing: name a directory for the checkpoint.")
-    model, data, args = (
-        kind(**{f.name: found[f.name] for f in fields(kind) if f.init})
-        for kind in (ModelArguments, DataArguments, FocusArguments)
-    )
-    return Settings(model, data, args, given)
+    model, data = _made(ModelArguments, found), _made(DataArguments, found)
+    return Settings(model, data, _made(FocusArguments, found), given)
+
+
+def _made(kind: type[Kind], values: dict[str, Any]) -> Kind:
+    return kind(**{f.name: values[f.name] for f in fields(kind) if f.init})  # pyright: ignore
 
 
 _DESCRIPTION = """\

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from transformers import ProgressCallback
 
+from metafocus.adapters import LoRA
 from metafocus.cli import chats, options
 from metafocus.cli.callbacks import Bars, HeldOut, key
 from metafocus.cli.settings import (
@@ -24,7 +24,7 @@ from metafocus.comparison.report import environment
 from metafocus.data import Sample, encode_chats, pack, read_chats
 from metafocus.data.reading import read_dataset
 from metafocus.errors import DataError
-from metafocus.files import write_whole
+from metafocus.files import write_json
 from metafocus.trainer.checkpoints import require_complete, saving
 from metafocus.trainer.config import FocusArguments, FocusOptions
 from metafocus.trainer.evaluation import ways
@@ -52,9 +52,10 @@ def main(argv: list[str]) -> FocusTrainer:
     model, tokenizer = options.model_and_tokenizer(
         settings.model, lambda: chats.texts(train), data.max_length
     )
-    if args.method == "focusft":
+    adapter = args.adapter(model)
+    if isinstance(adapter, LoRA):
         # Raises if no module has the names.
-        args.adapter(model).modules(model)
+        adapter.modules(model)
     if train is None:
         train, heldout = _documentation(data, tokenizer, args.seed, heldout)
     samples = _encoded("train", train[: data.max_train_samples], tokenizer, settings)
@@ -225,7 +226,7 @@ def _save(
             losses = {key(name): loss for name, loss in report["heldout_loss_after"].items()}
             trainer.save_metrics("eval", losses)
         if trainer.is_world_process_zero():
-            write_whole(output / REPORT, json.dumps(report, indent=2) + "\n")
+            write_json(output / REPORT, report)
 
 
 def _outcome(trainer: FocusTrainer, report: dict[str, Any], output: Path) -> str:

@@ -155,10 +155,10 @@ def _ask(
 
 def _write(path: Path, questions: list[agentic.Choice], trial: agentic.Trial) -> None:
     with path.open("w", encoding="utf-8") as file:
-        for i, (question, tries) in enumerate(zip(questions, trial.episodes, strict=True)):
-            for j, episode in enumerate(tries):
+        for i, (question, tries) in enumerate(zip(questions, trial.attempts, strict=True)):
+            for j, attempt in enumerate(tries):
                 known = {"question": i, "sample": j, "topic": question.topic}
-                record = {**known, "reference": question.letter, **asdict(episode)}
+                record = {**known, "reference": question.letter, **asdict(attempt)}
                 file.write(json.dumps(record) + "\n")
 
 

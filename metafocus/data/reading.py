@@ -63,14 +63,15 @@ def read_dataset(name: str, config: str | None = None) -> dict[str, list[dict[st
         DataError: the package is missing, the data set cannot be loaded, or a record is malformed.
     """
     try:
-        import datasets
+        from datasets import load_dataset
+        from datasets.exceptions import DatasetsError
     except ModuleNotFoundError as error:
         raise DataError(
             "a data set by name needs the package datasets: pip install datasets"
         ) from error
     try:
-        found: Any = datasets.load_dataset(name, config)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        found: Any = load_dataset(name, config)
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise DataError(f"the data set {name!r} cannot be loaded: {reason}") from error
     return {

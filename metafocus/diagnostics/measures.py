@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
+from einops import rearrange, reduce
 from torch import Tensor
 
 from metafocus.diagnostics.sums import CONTEXT, EFFECTIVE, ENTROPY, FEW, FIRST, NEEDLE, Sums
@@ -96,9 +97,9 @@ def summarise(sums: Sums, tokens: Tokens, which: int) -> tuple[Measures, Measure
         by_head["needle_mass"] = mean(NEEDLE, member & has[tokens.document])
     columns = sums.columns[:, :, which].double()
     largest = _largest_column(tokens, member)
-    heads = _with_columns(by_head, *largest(columns.transpose(0, 1)))
+    heads = _with_columns(by_head, *largest(rearrange(columns, "b h s -> h b s")))
     means = {name: None if x is None else x.mean() for name, x in by_head.items()}
-    mass, index = largest(columns.mean(1).unsqueeze(0))
+    mass, index = largest(reduce(columns, "b h s -> 1 b s", "mean"))
     return _with_columns(means, mass[0], index[0]), heads
 
 

@@ -22,6 +22,7 @@ from metafocus.lm.hf import heads
 from metafocus.lm.hf.attention import attention_as, replaceable
 from metafocus.masks import MaskPolicy
 from metafocus.masks.spans import Spans, windowed
+from metafocus.precision import no_autocast
 
 NAME = "metafocus_recorded"
 _PREPARED = ("model_inputs", "scored", "hidden")
@@ -95,7 +96,7 @@ def attention_profile(
             # The model runs up to its head only. The logits of a long context would take more
             # memory than everything else.
             heads.read_hidden(
-                model.get_output_embeddings(),  # pyright: ignore
+                heads.output_head(model),
                 lambda: model(**inputs, attention_recorder=recorder),
                 lambda head, hidden: hidden[:, :1],
             )
@@ -124,7 +125,7 @@ class Recorder:
     ) -> None:
         """Measure one layer; see `attention_sums`."""
         spans = Spans(*(x.expand(len(q), -1) for x in spans))
-        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        with torch.no_grad(), no_autocast(q.device):
             sums = attention_sums(q, k, spans, scaling, sinks, self.tokens)
             found = [summarise(sums, self.tokens, i) for i in range(len(QUERIES))]
         self.layers.append(found)

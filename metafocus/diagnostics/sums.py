@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, reduce
 from torch import Tensor
 
-from metafocus.attention.kernels.kernel import Scaling
+from metafocus.attention.kernels.kernel import QKV, Scaling
 from metafocus.attention.kernels.tiled_inputs import TiledInputs, put_rows
 from metafocus.attention.kernels.tiles import Tile
 from metafocus.diagnostics.tokens import Tokens, block_size
@@ -52,7 +53,7 @@ def attention_sums(
         tokens: The roles of the tokens.
     """
     # The values are not used: any tensor with the right number of heads will do.
-    tiled = TiledInputs.of(q, k, k, spans, scaling)
+    tiled = TiledInputs.of(QKV(q, k, k), spans, scaling)
     batch, heads, group, length, _ = tiled.q.shape
     size = block_size(length)
     side = -(-length // size)
@@ -65,23 +66,24 @@ def attention_sums(
         mass = p @ weights[tile.rows, None, None, tile.keys]
         mass[..., CONTEXT] -= _to_itself(p, tile, weights[..., CONTEXT])
         found = torch.cat((mass, entropy, entropy.exp()), -1)
-        put_rows(rows, tile, found.flatten(2, 3))
+        put_rows(rows, tile, rearrange(found, "b kv g q n -> b kv (g q) n"))
         chosen = members[tile.rows, None, None, :, tile.queries]
         columns[tile.rows, tile.heads, :, :, tile.keys] += chosen @ p
         _add_cells(cells[tile.rows], p.sum((1, 2)), tile, size)
     counts = _blocks(tokens.valid.to(cells.dtype), 0, size).unsqueeze(-1) * heads * group
     cells = torch.where(counts > 0, cells / counts.clamp(min=1), torch.nan)
-    return Sums(rows.flatten(1, 2), columns.flatten(1, 2), cells)
+    rows = rearrange(rows, "b kv g s n -> b (kv g) s n")
+    return Sums(rows, rearrange(columns, "b kv g n s -> b (kv g) n s"), cells)
 
 
 def _probabilities(tiled: TiledInputs, tile: Tile, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return probabilities `[B, Hkv, G, queries, keys]` and the entropy of each row `[..., 1]`."""
     group = tiled.q.shape[2]
-    z = tiled.logits(tile)[0].unflatten(-2, (group, -1))
+    z = rearrange(tiled.logits(tile)[0], "b kv (g q) k -> b kv g q k", g=group)
     total = torch.logsumexp(z, -1, keepdim=True)
     if sinks is not None:
-        learned = sinks.to(z.dtype).view(-1, group)[tile.heads]
-        total = torch.logaddexp(total, learned[:, :, None, None])
+        learned = rearrange(sinks.to(z.dtype), "(kv g) -> kv g 1 1", g=group)
+        total = torch.logaddexp(total, learned[tile.heads])
     # A query without keys puts no mass anywhere.
     logp = z.sub_(total.masked_fill(total == -torch.inf, 0.0))
     p = logp.exp()
@@ -108,4 +110,4 @@ def _blocks(x: Tensor, start: int, size: int) -> Tensor:
     """Sum the last dimension, which begins at token `start`, over blocks of `size` tokens."""
     before = start % size
     after = -(before + x.shape[-1]) % size
-    return F.pad(x, (before, after)).unflatten(-1, (-1, size)).sum(-1)
+    return reduce(F.pad(x, (before, after)), "... (n size) -> ... n", "sum", size=size)

@@ -13,7 +13,15 @@ from metafocus import params as pt
 from metafocus.autodiff.grad import leaf_alias, pushforward, vjp
 from metafocus.autodiff.safe_operators.swapping import Swapped
 from metafocus.errors import ClosureError, ProblemError
-from metafocus.estimators.attached import Point, System, attach, need_data, warn_if_large
+from metafocus.estimators.attached import (
+    STATIONARY,
+    Point,
+    System,
+    attach,
+    need_data,
+    warn_if_large,
+)
+from metafocus.estimators.watched import Watched
 from metafocus.linear import Identity, Neumann
 from metafocus.linear.inverse import Operator, inverse
 from metafocus.rng import kept, replayed
@@ -58,6 +66,9 @@ class FixedPoint(Estimator):
         ClosureError: if `step` closes over a tensor that requires grad.
         NotStationaryWarning: if `|step(fast) - fast|` at the solution is above 1e-2 of its
             initial value (outside `vmap` and `torch.compile`, where no value can be looked at).
+        NotConvergedWarning: in the backward pass outside transforms, if the last term of a
+            Neumann series, the default, is above 1e-2 of the first (`step` contracts too slowly
+            for it), or `solve` found no finite solution.
 
     Example:
         >>> import metafocus as mf
@@ -221,7 +232,10 @@ class _Fixed(System):
     def pull(self, point: Point, right: Params, wanted: Sequence[bool]) -> list[Tensor]:
         """Return `(d step / d rest)' (I - J')^-1 v`."""
         operator, theta = self.operator(point)
-        solved = inverse(operator, self.solve, theta, right)
+        solve = Watched(self.solve)
+        solved = inverse(operator, solve, theta, right)
+        remedy = "step contracts too slowly, if at all: take more terms, or mf.GMRES."
+        solve.warn("FixedPoint", "I - d step / d fast", solved, STATIONARY, remedy)
         at, together = point.floats(wanted)
         moved = _transposed(
             lambda xs: self.step(point.fast, *together(list(xs.values()))),

@@ -26,6 +26,7 @@ from metafocus.estimators.attached import (
     once,
     warn_if_large,
 )
+from metafocus.estimators.watched import Watched
 from metafocus.linear import CG, Neumann
 from metafocus.linear.inverse import Operator, inverse
 from metafocus.problem import Problem, check_params
@@ -48,6 +49,11 @@ from metafocus.types import (
 __all__ = ["STATIONARY", "Implicit", "adjoint", "refuse_decay"]
 
 EACH_PRODUCT = "each product"
+
+_DIVERGES = (
+    "The Hessian is singular or has negative curvature, or the scale is not below 2 / its largest "
+    "eigenvalue. Take a smaller scale, or CG or GMRES."
+)
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,9 @@ class Implicit(Estimator):
             norm (outside `vmap` and `torch.compile`, where no value can be looked at). Where
             outer parameters require grad it comes in the backward pass, which has the gradient
             at hand.
+        NotConvergedWarning: in the backward pass outside transforms, if `solve` found no finite
+            solution (a singular Hessian, such as that of an inner loss without curvature: the
+            hypergradient is then NaN), or the terms of a Neumann series do not get smaller.
 
     Example:
         >>> import metafocus as mf
@@ -190,7 +199,10 @@ def adjoint(
     support = problem.prepared(outer, Episode(support, support)).support
     need_data("adjoint", support, None)
     operator, theta = _hessian(problem.inner_loss, hvp, Point(fast, outer, pt.detach(support)))
-    return pt.detach(inverse(operator, solve, theta, {k: cotangent[k].detach() for k in fast}))
+    watched = Watched(solve)
+    found = inverse(operator, watched, theta, {k: cotangent[k].detach() for k in fast})
+    watched.warn("adjoint", "the Hessian", found, 1.0, _DIVERGES)
+    return pt.detach(found)
 
 
 def refuse_decay(name: str, solver: Solver) -> None:
@@ -255,9 +267,9 @@ class _Stationary(System):
             "Take more inner steps, a larger lr, or use Unrolled.",
         )
 
-    def inverse(self, point: Point, right: Params) -> Params:
+    def inverse(self, point: Point, right: Params, solve: LinearSolver) -> Params:
         operator, theta = _operator(self.loss, self.hvp, point)
-        return inverse(operator, self.solve, theta, right)
+        return inverse(operator, solve, theta, right)
 
     def pull(self, point: Point, right: Params, wanted: Sequence[bool]) -> list[Tensor]:
         """Return `-M' H^-1 v`."""
@@ -269,14 +281,15 @@ class _Stationary(System):
         # Nobody will differentiate this: the system need not be solved as an equation, and one
         # linearisation does for both.
         final = not (transforming() or torch.is_grad_enabled())
-        if not final:
-            solved = self.inverse(point, right)
-        elif isinstance(product, Taped):
-            solved = self.solve(product.hessian, right)
-            return [-g for g in product.mixed(solved)[0]]
-        else:
-            solved = self.solve(lambda d: product(d)[0], right)
-        return [-g for g in product(solved)[1]]
+        hessian, mixed = (
+            (product.hessian, product.mixed)
+            if isinstance(product, Taped)
+            else (lambda d: product(d)[0], lambda d: product(d)[1:])
+        )
+        solve = Watched(self.solve)
+        solved = solve(hessian, right) if final else self.inverse(point, right, solve)
+        solve.warn("Implicit", "the Hessian", solved, 1.0, _DIVERGES)
+        return [-g for g in mixed(solved)[0]]
 
     def push(self, point: Point, along: list[Tensor]) -> Params:
         """Return `-H^-1 M t`."""
@@ -288,7 +301,7 @@ class _Stationary(System):
             return torch.func.grad(loss)(point.fast, *together(xs))
 
         _, mixed = pushforward(gradient, at)
-        return pt.scale(self.inverse(point, mixed(along)), -1.0)
+        return pt.scale(self.inverse(point, mixed(along), self.solve), -1.0)
 
 
 class _EachProduct(System):
@@ -324,8 +337,10 @@ class _EachProduct(System):
 
             return hvp(evaluated_for(hvp, loss), fixed.fast, at)[1]
 
+        solve = Watched(self.settings.solve)
         with torch.no_grad():
-            solved = self.settings.solve(lambda d: linearised()(d)[0], right)
+            solved = solve(lambda d: linearised()(d)[0], right)
+            solve.warn("Implicit", "the Hessian", solved, 1.0, _DIVERGES)
             grads = [-g for g in linearised()(solved)[1]]
         return once(f"Implicit with data={EACH_PRODUCT!r}", grads, reasons)
 

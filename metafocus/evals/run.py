@@ -10,6 +10,7 @@ import torch
 from metafocus.checks import whole
 from metafocus.errors import DataError
 from metafocus.evals.items import Count, Item
+from metafocus.rng import kept
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -157,8 +158,7 @@ def sample(
     if temperature > 0:
         own = {"do_sample": True, "temperature": temperature, "top_p": top_p}
     batch = torch.tensor([list(ids)], device=device)
-    devices = [device] if device.type == "cuda" else []
-    with torch.inference_mode(), torch.random.fork_rng(devices):
+    with torch.inference_mode(), kept([batch]):
         torch.manual_seed(seed)
         output = model.generate(  # pyright: ignore[reportCallIssue]
             input_ids=batch,

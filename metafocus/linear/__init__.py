@@ -1,7 +1,9 @@
 """Linear solvers `x = solve(matvec, b)` on fast weights, with a fixed number of products.
 
-None of them looks at a value on the host, so all work under `vmap` and `torch.compile`; `Dense`
-alone raises for a singular matrix, and so looks at it.
+All compute in float32 or wider on `b` over its largest entry, so any scale that the type of `b`
+holds is right, and all pass NaN and infinity on. Where a system has no solution `x` is NaN. None of
+them looks at a value on the host, so all work under `vmap` and `torch.compile`; `Dense` alone
+raises for a singular matrix where it can be looked at.
 """
 
 from __future__ import annotations

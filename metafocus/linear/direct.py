@@ -6,8 +6,11 @@ import random
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from metafocus.linear.vectors import check, flattening, positive
+from metafocus.checks import not_negative, positive, whole
+from metafocus.linear.vectors import no_autocast, posed, unit
+from metafocus.torch_internals import transforming
 from metafocus.types import MatVec, Params
 
 
@@ -15,13 +18,14 @@ from metafocus.types import MatVec, Params
 class Dense:
     """The whole matrix by `vmap` over unit vectors, and a direct solve: the oracle.
 
-    Costs one product per parameter and memory for the square of their number.
+    Costs one product per parameter and memory for the square of their number. Under `vmap` and
+    `torch.compile`, where no value can be looked at, a singular matrix gives NaN.
 
     Args:
         damping: added to the diagonal.
 
     Raises:
-        torch.linalg.LinAlgError: if the matrix is singular.
+        torch.linalg.LinAlgError: if the matrix is singular and can be looked at.
 
     Example:
         >>> Dense()(lambda v: {"x": 4 * v["x"]}, {"x": torch.tensor([2.0])})["x"]
@@ -31,15 +35,17 @@ class Dense:
     damping: float = 0.0
 
     def __post_init__(self) -> None:
-        check(1, self.damping)
+        not_negative("damping", self.damping)
 
     def __call__(self, matvec: MatVec, b: Params) -> Params:
         """Materialise and solve."""
-        flat, unflat = flattening(b)
-        right = flat(b)
+        system = posed(matvec, b)
+        right = system.right
         eye = torch.eye(right.numel(), dtype=right.dtype, device=right.device)
-        columns = torch.func.vmap(lambda e: flat(matvec(unflat(e))))(eye)
-        return unflat(torch.linalg.solve(columns.T + self.damping * eye, right))
+        columns = torch.func.vmap(system.product)(eye)
+        solve = direct if transforming() else torch.linalg.solve
+        with no_autocast(right):
+            return system.solution(solve(columns.T + self.damping * eye, right))
 
 
 @dataclass(frozen=True)
@@ -47,10 +53,9 @@ class Nystrom:
     """A closed-form inverse of a low-rank approximation of a symmetric `A`.
 
     With `C` the columns of `A` at `rank` random places and `W` the rows of `C` at these places,
-    `A` is replaced by `C W^-1 C'`, and
-    `x = (C W^-1 C' + damping I)^-1 b = (b - C (damping W + C'C)^-1 C'b) / damping`.
-    Exact for `A + damping I` if `A` has at most that rank. Where the columns do not reach, `x`
-    is `b / damping`. A negative eigenvalue near `-damping` makes `x` large, as it makes the exact
+    `A` is replaced by `C W^-1 C'`, and `x = (C W^-1 C' + damping I)^-1 b`. Exact for
+    `A + damping I` if `A` has at most that rank. Where the columns do not reach, `x` is
+    `b / damping`. A negative eigenvalue near `-damping` makes `x` large, as it makes the exact
     inverse; a singular `A` is no special case.
 
     Args:
@@ -77,31 +82,56 @@ class Nystrom:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check(self.rank, 0.0, "rank")
+        whole("rank", self.rank, 1)
         positive("damping", self.damping)
 
     def __call__(self, matvec: MatVec, b: Params) -> Params:
-        """Take the columns and apply Woodbury's identity."""
-        flat, unflat = flattening(b)
-        right = flat(b)
-        size = right.numel()
+        """Take the columns, and solve in an orthonormal basis of their span."""
+        system = posed(matvec, b)
+        right, size = system.right, system.right.numel()
         rank = min(self.rank, size)
         if not rank:
             return b
-        chosen = sorted(random.Random(self.seed).sample(range(size), rank))
-        places = torch.tensor(chosen, device=right.device)
+        places = torch.tensor(_chosen(self.seed, size, rank), device=right.device)
         units = torch.zeros(rank, size, dtype=right.dtype, device=right.device)
         units[torch.arange(rank, device=right.device), places] = 1.0
         # One after the other: memory and kernels of a single product.
-        columns = torch.stack([flat(matvec(unflat(unit))) for unit in units], -1)
+        columns = torch.stack([system.product(one) for one in units], -1)
+        with no_autocast(right):
+            return system.solution(self._solved(columns, places, right))
+
+    def _solved(self, columns: Tensor, places: Tensor, right: Tensor) -> Tensor:
+        rank, eps = len(places), torch.finfo(right.dtype).eps
+        scale = unit(columns)
+        columns, damping = columns / scale, self.damping / scale
         square = columns.index_select(-2, places)
-        gram = columns.mT @ columns
-        # Dependent columns make the small matrix singular; C'b has nothing along its kernel, so
-        # a shift of the size of rounding changes nothing else.
-        info = torch.finfo(right.dtype)
-        shift = rank * info.eps * gram.diagonal(dim1=-2, dim2=-1).sum(-1) + info.tiny
+        basis, triangle = torch.linalg.qr(columns)
+        inside = basis.mT @ right
+        outside = torch.zeros_like(right)
+        if rank < len(right):
+            outside = right - basis @ inside
+            # Twice: divided by the damping, rounding along the basis would be large.
+            outside = outside - basis @ (basis.mT @ outside)
+        # With x = basis p + outside / damping and w = W^-1 C' x this is linear in (p, w), where
+        # W is not inverted and no product is squared. Columns that depend on each other leave w
+        # undetermined and p as it is; the shift, of the size of rounding, then chooses w.
         eye = torch.eye(rank, dtype=right.dtype, device=right.device)
-        small = self.damping * (square + square.mT) / 2 + gram + shift * eye
-        # solve_ex does not ask the device whether it went well.
-        weights, _ = torch.linalg.solve_ex(small, columns.mT @ right)
-        return unflat((right - columns @ weights) / self.damping)
+        shifted = (square + square.mT) / 2 + rank * eps * eye
+        upper = torch.cat([damping * eye, triangle], -1)
+        lower = torch.cat([triangle.mT, -shifted], -1)
+        both = direct(torch.cat([upper, lower], -2), torch.cat([inside, torch.zeros_like(inside)]))
+        return (basis @ both[:rank] + outside / damping) / scale
+
+
+@torch.compiler.assume_constant_result
+def _chosen(seed: int, size: int, rank: int) -> list[int]:
+    return sorted(random.Random(seed).sample(range(size), rank))
+
+
+def direct(matrix: Tensor, right: Tensor) -> Tensor:
+    """Return the solution of a square system, NaN where the matrix is singular.
+
+    The device is not asked whether it went well.
+    """
+    found, info = torch.linalg.solve_ex(matrix, right)
+    return torch.where(info == 0, found, torch.nan)

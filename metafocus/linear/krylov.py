@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from metafocus.autodiff.guarded import safe_divide, safe_sqrt
-from metafocus.linear.vectors import check, flattening
+from metafocus.checks import not_negative, whole
+from metafocus.linear.vectors import largest, no_autocast, posed, unit
 from metafocus.types import MatVec, Params
 
 
@@ -17,8 +18,11 @@ class CG:
     """Conjugate gradients on `(A + damping I) x = b` for a symmetric positive definite `A`.
 
     Exact after as many steps as `A` has distinct eigenvalues; the error in the norm of `A` falls
-    at least as `2 ((sqrt(k) - 1) / (sqrt(k) + 1))^steps` for condition number `k`. A direction
-    along which the curvature is exactly zero ends the iteration where it is.
+    at least as `2 ((sqrt(k) - 1) / (sqrt(k) + 1))^steps` for condition number `k`. Once the
+    residual is nothing but rounding, `x` stays where it is. A singular `A` with `b` in its range
+    gives the solution of least norm. Where there is none (a direction without curvature is left,
+    `A = 0` included) `x` is NaN; so it is where `x` grew until its rounding is as large as `b`.
+    Negative curvature is not refused, but costs digits: all of them in a half type; use `GMRES`.
 
     Args:
         steps: number of products with `A`.
@@ -40,35 +44,40 @@ class CG:
     damping: float = 0.0
 
     def __post_init__(self) -> None:
-        check(self.steps, self.damping)
+        whole("steps", self.steps, 1)
+        not_negative("damping", self.damping)
 
     def __call__(self, matvec: MatVec, b: Params) -> Params:
         """Solve."""
         # One vector: a few operations a step, however many tensors there are.
-        flat, unflat = flattening(b)
-        residual = flat(b)
-        x, direction = torch.zeros_like(residual), residual
+        system = posed(matvec, b)
+        residual = direction = system.right
+        x = torch.zeros_like(residual)
         square = residual.dot(residual)
-        # Numbers as tensors: an operator makes one of each Python number at each call.
-        zero, infinity = torch.zeros_like(square), torch.full_like(square, torch.inf)
-        tiny = torch.full_like(square, torch.finfo(square.dtype).tiny)
+        floor = system.noise**2 * square.clamp(min=1.0)
+        # A tensor: an operator makes one of each Python number at each call.
+        infinity = torch.full_like(square, torch.inf)
+        steps: list[Tensor] = []
         for _ in range(self.steps):
-            image = flat(matvec(unflat(direction)))
+            image = system.product(direction)
             if self.damping:
                 image = image + self.damping * direction
-            curvature = direction.dot(image)
-            ended = curvature == zero
-            # Divided by infinity a step is 0, and NaN stays NaN.
-            step = square / torch.where(ended, infinity, curvature)
+            # Divided by infinity a step is 0, and NaN stays NaN. Without curvature it is infinite.
+            done = square <= floor
+            step = square / torch.where(done, infinity, direction.dot(image))
+            steps.append(step)
             x = torch.addcmul(x, direction, step)
             residual = torch.addcmul(residual, image, step, value=-1)
             new = residual.dot(residual)
-            # The smallest normal number changes nothing but 0 / 0, once all squares underflow.
-            direction = torch.addcmul(residual, direction, new / (square + tiny))
-            # From zero there is no way on: the curvature stays zero.
-            direction = torch.where(ended, zero, direction)
+            direction = torch.addcmul(residual, direction, new / torch.maximum(square, floor))
             square = new
-        return unflat(x)
+        # Some eigenvalue is at least the reciprocal of the shortest step. So beyond this limit the
+        # rounding of A x is as large as b.
+        lengths = torch.stack(steps).detach().abs()
+        limit = torch.where(lengths > 0, lengths, infinity).amin() / torch.finfo(x.dtype).eps
+        x = torch.where(largest(x) > limit, torch.nan, x)
+        # An infinite image made a step of 0 and a residual that is NaN.
+        return system.solution(x + (square - square))
 
 
 @dataclass(frozen=True)
@@ -79,8 +88,8 @@ class GMRES:
     `|b - (A + damping I) x|`: neither symmetry nor definiteness is asked for. The residual never
     grows with `steps` and vanishes at the degree of the minimal polynomial of `A`, for a normal
     `A` the number of its distinct eigenvalues. Once the space is exhausted `x` stays where it
-    is. A singular `A` gives a finite `x`: a solution if the space holds one, else the point
-    where the residual is smallest. Keeps `steps + 1` vectors.
+    is: at a solution, if the space holds one, else (some `b` of a singular `A`, any `b` of
+    `A = 0`) `x` is NaN. Keeps `steps + 1` vectors.
 
     Args:
         steps: number of products with `A`.
@@ -103,44 +112,48 @@ class GMRES:
     damping: float = 0.0
 
     def __post_init__(self) -> None:
-        check(self.steps, self.damping)
+        whole("steps", self.steps, 1)
+        not_negative("damping", self.damping)
 
     def __call__(self, matvec: MatVec, b: Params) -> Params:
         """Build the Krylov basis, rotate its Hessenberg matrix to a triangle, solve."""
-        flat, unflat = flattening(b)
-        right = flat(b)
-        length = safe_sqrt(right @ right)
+        system = posed(matvec, b)
+        right, noise = system.right, system.noise
+        length = safe_sqrt(right.dot(right))
         basis = [safe_divide(right, length)]
-        live = length > 0
+        live = ~(length <= 0)
         triangle: list[Tensor] = []
         rotations: list[tuple[Tensor, Tensor]] = []
         rest = [length]
-        largest = torch.zeros_like(length)
-        tiny = 10 * self.steps * torch.finfo(right.dtype).eps
+        scale, highest = torch.ones_like(length), torch.zeros_like(length)
+        solvable = torch.ones_like(live)
         for _ in range(min(self.steps, max(right.numel(), 1))):
-            image = flat(matvec(unflat(basis[-1]))) + self.damping * basis[-1]
-            # A dead basis vector is zero; so is its image, unless matvec is not linear.
-            image = torch.where(live, image, 0.0)
-            size = safe_sqrt(image @ image)
-            largest = torch.maximum(largest, size)
-            known = torch.stack(basis)
-            # Gram-Schmidt twice is orthogonal to rounding.
-            first = known @ image
-            image = image - first @ known
-            second = known @ image
-            image = image - second @ known
+            image = system.product(basis[-1]) + self.damping * basis[-1]
+            if not triangle:
+                # A over the largest entry of its first image: its squares are safe too.
+                scale = unit(image)
+            image = image / scale
+            size = safe_sqrt(image.dot(image))
+            highest = torch.maximum(highest, size)
+            with no_autocast(image):
+                known = torch.stack(basis)
+                # Gram-Schmidt twice is orthogonal to rounding.
+                first = known @ image
+                image = image - first @ known
+                second = known @ image
+                image = image - second @ known
             column = list((first + second).unbind())
-            below = safe_sqrt(image @ image)
-            live = live & (below > tiny * largest)
+            below = safe_sqrt(image.dot(image))
+            live = live & ~(below <= noise * highest)
             below = torch.where(live, below, 0.0)
-            basis.append(torch.where(live, safe_divide(image, below), 0.0))
             for i, (cosine, sine) in enumerate(rotations):
                 upper, lower = column[i], column[i + 1]
                 column[i] = cosine * upper + sine * lower
                 column[i + 1] = cosine * lower - sine * upper
             pivot = safe_sqrt(column[-1] ** 2 + below**2)
-            # No pivot: this vector cannot lower the residual, and is left out.
-            used = pivot > tiny * largest
+            # No pivot: this vector cannot lower the residual. The space is exhausted.
+            used = ~(pivot <= noise * highest)
+            solvable = solvable & (used | (rest[-1].abs() <= noise**0.5 * length))
             cosine = torch.where(used, safe_divide(column[-1], pivot), 1.0)
             sine = torch.where(used, safe_divide(below, pivot), 0.0)
             rotations.append((cosine, sine))
@@ -148,10 +161,17 @@ class GMRES:
             triangle.append(torch.stack(column))
             rest.append(-sine * rest[-1])
             rest[-2] = cosine * rest[-2]
+            # Done: further vectors would be made of rounding.
+            live = live & ~(rest[-1].abs() <= noise * length)
+            basis.append(torch.where(live, safe_divide(image, below), 0.0))
         weights: list[Tensor] = []
         for j in reversed(range(len(triangle))):
             value = rest[j]
             for i, weight in enumerate(reversed(weights)):
                 value = value - triangle[j + 1 + i][j] * weight
             weights.append(safe_divide(value, triangle[j][j]))
-        return unflat(torch.stack(weights[::-1]) @ torch.stack(basis[: len(weights)]))
+        with no_autocast(right):
+            x = torch.stack(weights[::-1]) @ torch.stack(basis[: len(weights)])
+        # As for CG: beyond this limit A x has no correct digit left.
+        solvable = solvable & ~(torch.finfo(x.dtype).eps * highest * largest(x) > 1)
+        return system.solution(torch.where(solvable, x / scale, torch.nan))

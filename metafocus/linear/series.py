@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from metafocus import params as pt
-from metafocus.linear.vectors import check, positive
+from metafocus.checks import positive, whole
+from metafocus.linear.vectors import posed
 from metafocus.types import MatVec, Params
 
 
@@ -19,6 +23,9 @@ class Neumann:
     as `|1 - scale * eigenvalue|^steps`. With `scale` the inner
     learning rate it equals truncation to the last `steps` inner steps taken at the solution
     (Lorraine et al., arXiv 1911.02590).
+
+    A series that does not converge has a value all the same, that of the truncation, so `x` is
+    not made NaN: outside transforms `Implicit` and `FixedPoint` warn from the last term.
 
     Args:
         steps: number of terms; the products with `A` are one fewer.
@@ -36,15 +43,26 @@ class Neumann:
     scale: float
 
     def __post_init__(self) -> None:
-        check(self.steps, 0.0)
+        whole("steps", self.steps, 1)
         positive("scale", self.scale)
 
     def __call__(self, matvec: MatVec, b: Params) -> Params:
         """Sum the series."""
-        x = pt.scale(b, self.scale)
+        return self.with_last_term(matvec, b)[0]
+
+    def with_last_term(self, matvec: MatVec, b: Params) -> tuple[Params, Tensor]:
+        """Return the sum, and the length of its last term over that of the first.
+
+        This is the relative residual of the sum without its last term, and costs no product.
+        """
+        system = posed(matvec, b)
+        right = residual = system.right
+        x = self.scale * right
         for _ in range(self.steps - 1):
-            x = pt.add(x, pt.sub(b, matvec(x)), self.scale)
-        return x
+            residual = right - system.product(x)
+            x = torch.add(x, residual, alpha=self.scale)
+        last = torch.linalg.vector_norm(residual.detach())
+        return system.solution(x), last / torch.linalg.vector_norm(right.detach())
 
 
 @dataclass(frozen=True)
@@ -53,7 +71,8 @@ class Identity:
 
     The first term of the Neumann series. In `Implicit` this is the estimate of Luketina et al.
     (arXiv 1511.06727) and the core of SAMA (arXiv 2310.05674); in `FixedPoint`, one-step
-    differentiation (arXiv 2305.13768). The outcome is the same for any `A`.
+    differentiation (arXiv 2305.13768). The outcome is the same for any `A`, which is never
+    looked at: not even NaN in it shows.
 
     Args:
         scale: the assumed inverse curvature.

@@ -1,43 +1,113 @@
-"""What linear solvers share: fast weights as one vector, checks of their settings."""
+"""What linear solvers share: the system on one real vector, scaled so that squares are safe."""
 
 from __future__ import annotations
 
-import math
+import contextlib
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from metafocus.types import Params
+from metafocus.types import MatVec, Params
+
+ROUNDINGS = 10
+"""How many roundings of one product a residual gathers before it is nothing but rounding."""
 
 
-def flattening(like: Params) -> tuple[Callable[[Params], Tensor], Callable[[Tensor], Params]]:
-    """Return a function from fast weights of these shapes to one vector, and its inverse."""
+class System(NamedTuple):
+    """`A x = b` on one real vector, in float32 or wider; a complex entry is two real ones.
+
+    Attributes:
+        right: `b / size`.
+        size: the largest absolute entry of `b`: without it squares underflow or overflow.
+        product: `v -> A v`. The function behind it is given the types of `b`.
+        noise: relative size of what rounding leaves in a residual.
+        flat: fast weights as one vector.
+        unflat: a vector with the names, shapes and types of `b`.
+    """
+
+    right: Tensor
+    size: Tensor
+    product: Callable[[Tensor], Tensor]
+    noise: float
+    flat: Callable[[Params], Tensor]
+    unflat: Callable[[Tensor], Params]
+
+    def solution(self, v: Tensor) -> Params:
+        """Return the solution for `b` from that for `right`."""
+        return self.unflat(v * self.size)
+
+
+def posed(matvec: MatVec, b: Params) -> System:
+    """Return the system on one vector."""
+    flat, unflat = _flattening(b)
+    right = flat(b)
+    size = unit(right)
+    noise = ROUNDINGS * torch.finfo(right.dtype).eps
+    narrow = [info.eps for info in (torch.finfo(v.dtype) for v in b.values()) if info.bits < 32]
+
+    def product(v: Tensor) -> Tensor:
+        return flat(matvec(unflat(v)))
+
+    def scaled_product(v: Tensor) -> Tensor:
+        # float16 holds five digits of range: each vector gets a largest entry of 1.
+        length = unit(v)
+        return product(v / length) * length
+
+    used = scaled_product if narrow else product
+    return System(right / size, size, used, noise + max(narrow, default=0.0), flat, unflat)
+
+
+def largest(v: Tensor) -> Tensor:
+    """Return the largest absolute entry, detached; NaN if any entry is NaN."""
+    return v.detach().abs().amax() if v.numel() else v.new_zeros(())
+
+
+def unit(v: Tensor) -> Tensor:
+    """Return what to divide a vector by: its largest absolute entry, or 1 where all are zero."""
+    size = largest(v)
+    return size + size.logical_not()
+
+
+def no_autocast(like: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Compute in the given types: a matrix product of float32 under autocast is a half one."""
+    kind = like.device.type
+    on = torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else contextlib.nullcontext()
+
+
+def _flattening(like: Params) -> tuple[Callable[[Params], Tensor], Callable[[Tensor], Params]]:
+    """Return a function from fast weights of these shapes to one real vector, and its inverse."""
+    # Not v.dtype.to_real(): torch.compile does not know it.
+    reals = {k: torch.view_as_real(v).dtype if v.is_complex() else v.dtype for k, v in like.items()}
+    wide = torch.float32
+    for dtype in reals.values():
+        wide = torch.promote_types(wide, dtype)
+    parts = {k: _part(v, reals[k], wide) for k, v in like.items()}
     if len(like) == 1:
-        ((name, only),) = like.items()
-        return lambda v: v[name].reshape(-1), lambda v: {name: v.reshape(only.shape)}
-    sizes = [v.numel() for v in like.values()]
+        ((name, (vector, tensor)),) = parts.items()
+        return lambda v: vector(v[name]), lambda v: {name: tensor(v)}
+    sizes = [v.numel() * (1 + v.is_complex()) for v in like.values()]
 
     def flat(v: Params) -> Tensor:
-        return torch.cat([v[k].reshape(-1) for k in like]) if like else torch.zeros(0)
+        return torch.cat([parts[k][0](v[k]) for k in like]) if like else torch.zeros(0)
 
     def unflat(v: Tensor) -> Params:
-        parts = v.split(sizes)
-        # Mixed types were promoted to the widest.
-        return {k: p.reshape(like[k].shape).to(like[k]) for k, p in zip(like, parts, strict=True)}
+        return {k: parts[k][1](x) for k, x in zip(like, v.split(sizes), strict=True)}
 
     return flat, unflat
 
 
-def check(steps: int, damping: float, name: str = "steps") -> None:
-    """Raise for arguments that no linear solver accepts."""
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"{name} must be an integer >= 1, got {steps!r}.")
-    if not damping >= 0 or math.isinf(damping):
-        raise ValueError(f"damping must be {'finite' if damping > 0 else '>= 0'}, got {damping}.")
-
-
-def positive(name: str, value: float) -> None:
-    """Raise unless a value is positive and finite."""
-    if not value > 0 or math.isinf(value):
-        raise ValueError(f"{name} must be {'finite' if value > 0 else 'positive'}, got {value}.")
+def _part(
+    like: Tensor, real: torch.dtype, wide: torch.dtype
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    shape = like.shape
+    if like.is_complex():
+        return (
+            lambda v: torch.view_as_real(v.resolve_conj()).reshape(-1).to(wide),
+            lambda v: torch.view_as_complex(v.reshape(*shape, 2).to(real)),
+        )
+    if real == wide:
+        return lambda v: v.reshape(-1), lambda v: v.reshape(shape)
+    return lambda v: v.reshape(-1).to(wide), lambda v: v.reshape(shape).to(real)

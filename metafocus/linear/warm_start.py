@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from metafocus import params as pt
 from metafocus.errors import ProblemError
+from metafocus.linear.vectors import posed, unit
 from metafocus.types import LinearSolver, MatVec, Params
 
 
@@ -42,6 +42,10 @@ class WarmStart:
                 f"WarmStart: start has the shapes {got}, the right-hand side {want}. Pass what "
                 "mf.adjoint returned for the same problem."
             )
-        start = {k: self.start[k].detach() for k in b}
-        missing = self.solve(matvec, pt.sub(b, matvec(start)))
-        return pt.add(start, missing)
+        system = posed(matvec, b)
+        start = system.flat(self.start).detach().to(system.right.dtype) / system.size
+        missing = system.right - system.product(start)
+        # In a half type a small remainder would underflow.
+        rest = unit(missing)
+        found = system.flat(self.solve(matvec, system.unflat(missing / rest)))
+        return system.solution(start + rest * found)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metafocus.params import wide
+from metafocus.precision import wide
 
 IGNORED = -100
 """The target of a position that is not scored, as everywhere in torch and transformers."""
@@ -80,9 +78,3 @@ def chunk_grads(
     r = (g * logit_head.slope(logits) * _residual(logits, y)).to(w.dtype)
     parts = (lambda: r @ w, lambda: r.mT @ h, lambda: r.sum(0))
     return [part() for part, wants in zip(parts, wanted, strict=True) if wants]
-
-
-def no_autocast(kind: str) -> contextlib.AbstractContextManager[Any]:
-    """Compute in the given types inside a `with` block: autocast has done its work before."""
-    on = torch.is_autocast_enabled(kind)
-    return torch.autocast(kind, enabled=False) if on else contextlib.nullcontext()

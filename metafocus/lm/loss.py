@@ -24,7 +24,7 @@ from metafocus.lm.hf.trial import two_tokens
 from metafocus.lm.tokens import TokenPolicy, answer_tokens, predicted
 from metafocus.masks import Batch, MaskPolicy
 from metafocus.masks.spans import Spans
-from metafocus.params import wide
+from metafocus.precision import wide
 from metafocus.types import Params
 
 
@@ -85,7 +85,7 @@ class LMLoss:
 
                 return self._mean(batch, total)
 
-            return heads.read_hidden(self._head(), lambda: self._run(slow, batch), reader)
+            return self._read(slow, batch, reader)
 
     def _mean(self, batch: Batch, total: Callable[[Targets], Tensor]) -> Tensor:
         """Return the loss of a prepared batch, given the summed loss of scored positions."""
@@ -100,21 +100,13 @@ class LMLoss:
             slow: the slow weights; `{}` means the model's own.
             batch: what `prepare` returned.
         """
-
-        def run() -> None:
-            heads.read_hidden(
-                self._head(), lambda: self._run(slow, batch), lambda head, hidden: hidden
-            )
-
         with self._running():
-            return prefix.hidden_before(self.model, *cut, run)
+            return prefix.hidden_before(self.model, *cut, lambda: self._read(slow, batch))
 
     def final_hidden(self, fast: Params, batch: Batch) -> Tensor:
         """Return what the model's head would see, `[B, S, D]`, of a prepared batch."""
         with self.adapter.bind(self.model, fast), self._running():
-            return heads.read_hidden(
-                self._head(), lambda: self._run({}, batch), lambda head, hidden: hidden
-            )
+            return self._read({}, batch)
 
     def trial_batch(self) -> Batch:
         """Return two tokens as a prepared batch, to see what the model does with them."""
@@ -125,15 +117,19 @@ class LMLoss:
         with attending(self.model), exact_checkpointing(self.model):
             yield
 
+    def _read(
+        self, slow: Params, batch: Batch, reader: heads.Reader = lambda head, hidden: hidden
+    ) -> Tensor:
+        return heads.read_hidden(
+            heads.output_head(self.model), lambda: self._run(slow, batch), reader
+        )
+
     def _run(self, slow: Params, batch: Batch) -> Any:
         inputs = batch["model_inputs"]
         with prefix.resumed(self.model, batch.get("hidden")):
             if slow:
                 return torch.func.functional_call(self.model, slow, (), inputs)
             return self.model(**inputs)
-
-    def _head(self) -> nn.Module:
-        return self.model.get_output_embeddings()  # pyright: ignore
 
     def _scored(self, batch: Batch) -> Targets:
         # A token is predicted from the one before it.

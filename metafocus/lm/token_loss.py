@@ -17,8 +17,8 @@ from torch import Tensor
 from metafocus.autodiff import grad as derivatives
 from metafocus.autodiff.recompute import recompute
 from metafocus.errors import ProblemError
-from metafocus.lm.cross_entropy import IGNORED, LogitHead, chunk_grads, chunk_loss, no_autocast
-from metafocus.params import wide
+from metafocus.lm.cross_entropy import IGNORED, LogitHead, chunk_grads, chunk_loss
+from metafocus.precision import as_autocast, no_autocast, wide
 from metafocus.torch_internals import is_tracked, transforming
 
 
@@ -60,13 +60,10 @@ def token_loss(
     """
     _check(hidden, weight, targets, bias, chunk)
     rows = chunk or _rows(len(weight), hidden.is_cuda)
-    kind = hidden.device.type
-    if torch.is_autocast_enabled(kind):
-        # As F.linear would do; what follows runs in the types it is given, in every pass.
-        low = torch.get_autocast_dtype(kind)
-        hidden, weight = (_cast(x, low) for x in (hidden, weight))
-        bias = None if bias is None else _cast(bias, low)
-    with no_autocast(kind):
+    # As F.linear would do; what follows runs in the types it is given, in every pass.
+    hidden, weight, *rest = as_autocast(hidden, weight, *([] if bias is None else [bias]))
+    bias = rest[0] if rest else None
+    with no_autocast(hidden.device):
         if transforming():
             return _recomputed(logit_head, rows, hidden, weight, bias, targets)
         inputs = (hidden, weight, bias)
@@ -99,10 +96,6 @@ def _check(
 
 def _rows(vocabulary: int, gpu: bool) -> int:
     return max((1 << (26 if gpu else 22)) // vocabulary, 128)
-
-
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if x.dtype == torch.float64 else x.to(dtype)
 
 
 def _recomputed(
@@ -205,7 +198,7 @@ class _TokenLoss(torch.autograd.Function):
         found = [None if d is None or g is None else g * d for d in grads]
         if any(c is not None for c in into_grads):
             inputs = (hidden, weight, bias)
-            with no_autocast(hidden.device.type):
+            with no_autocast(hidden.device):
                 more = _second(ctx.logit_head, ctx.rows, ctx.wanted, inputs, targets, into_grads)
             found = [b if a is None else a + b for a, b in zip(found, more, strict=True)]
         return None, None, None, *found, None

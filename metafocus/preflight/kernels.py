@@ -19,9 +19,9 @@ from torch import Tensor
 from metafocus import params as pt
 from metafocus.autodiff import recompute
 from metafocus.autodiff.hvp import evaluated_for, hvp_finite, hvp_reverse
+from metafocus.autodiff.tape import foreign_nodes
 from metafocus.errors import ProblemError
 from metafocus.rng import replayed
-from metafocus.torch_internals import foreign_nodes
 from metafocus.types import InnerLoss, Params
 
 TOLERANCE = 0.05

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from metafocus import params as pt
+from metafocus.autodiff.tape import foreign_leaves
 from metafocus.checks import scalar
 from metafocus.errors import ClosureError, ProblemError
 from metafocus.torch_internals import (
-    foreign_leaves,
     is_batched,
     is_tracked,
     raised_by_functional_call,
@@ -117,3 +119,21 @@ def refuse_closures(who: str, results: Iterable[Tensor], made: list[Tensor]) -> 
                 "Pass it in outer (from a module: mf.trainable(module)), freeze it with "
                 "requires_grad_(False), or use Unrolled() without recompute."
             )
+
+
+@contextlib.contextmanager
+def new_tensors() -> Iterator[list[Tensor]]:
+    """Collect the tensors that torch functions return inside a `with` block."""
+    with _Recorded() as recorded:
+        yield recorded.made
+
+
+class _Recorded(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.made += pt.tensors(out)
+        return out

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metafocus.closures import captured
+from metafocus.closures import closures_of
 from metafocus.errors import ProblemError
-from metafocus.torch_internals import Writes, storage_key
+from metafocus.torch_internals import TorchDispatchMode, operator_arguments, pytree, storage_key
 
 
 @contextlib.contextmanager
@@ -64,9 +64,58 @@ def _memory(x: Tensor) -> int:
 
 def _held(owner: Any) -> dict[str, Tensor]:
     """Return the tensors that a function closes over, by name."""
-    found = captured(owner).items()
+    found = closures_of(owner).items()
     return {k: v[0].value for k, v in found if isinstance(v, tuple) and v and _is_tensor(v[0])}
 
 
 def _is_tensor(entry: Any) -> bool:
     return isinstance(getattr(entry, "value", None), Tensor)
+
+
+class Writes(TorchDispatchMode):
+    """Records what is written to inside a block and was not made there.
+
+    Attributes:
+        saved: each tensor that was written to, and a copy of what it held before.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.saved: list[tuple[Tensor, Tensor]] = []
+        self._made: set[int] = set()
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for argument, value in _bound(func, args, kwargs):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                for x in pytree.tree_leaves(value):
+                    self._note(x)
+        out = func(*args, **kwargs)
+        self._made |= _storages(out) - _storages((args, kwargs))
+        return out
+
+    def _note(self, x: Any) -> None:
+        if _has_storage(x):
+            key = storage_key(x.untyped_storage())
+            if key not in self._made and key not in self._seen:
+                self._seen.add(key)
+                self.saved.append((x, x.clone()))
+
+
+def _storages(tree: Any) -> set[int]:
+    found = (x for x in pytree.tree_leaves(tree) if _has_storage(x))
+    return {storage_key(x.untyped_storage()) for x in found}
+
+
+def _has_storage(x: Any) -> bool:
+    # Wrappers such as DTensor have none of their own.
+    return type(x) in (Tensor, torch.nn.Parameter)
+
+
+def _bound(func: Any, args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
+    for i, argument in enumerate(operator_arguments(func)):
+        if i < len(args):
+            yield argument, args[i]
+        elif argument.name in kwargs:
+            yield argument, kwargs[argument.name]

@@ -10,15 +10,14 @@ from torch import Tensor
 from metafocus import params as pt
 from metafocus.autodiff import recompute
 from metafocus.autodiff.safe_operators.swapping import Swapped
+from metafocus.autodiff.tape import foreign_nodes
 from metafocus.errors import MetafocusError, ProblemError
 from metafocus.preflight.kernels import refuse_lost_second_derivatives
-from metafocus.preflight.names import evaluated, refuse_closures, refuse_ignored
+from metafocus.preflight.names import evaluated, new_tensors, refuse_closures, refuse_ignored
 from metafocus.preflight.state import refused_writes
 from metafocus.solvers import Given
 from metafocus.solvers.descent import checked
 from metafocus.torch_internals import (
-    foreign_nodes,
-    new_tensors,
     outside_transforms,
     plain,
     unused_by,

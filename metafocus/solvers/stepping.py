@@ -7,6 +7,7 @@ from torch import Tensor
 
 from metafocus import params as pt
 from metafocus.solvers.clipping import Clip
+from metafocus.torch_internals import tracing
 from metafocus.types import Params
 
 
@@ -24,5 +25,8 @@ def all_moved(a: Params, by: float, b: Params) -> Params:
 
 def moved(a: Tensor, by: float | Tensor, b: Tensor) -> Tensor:
     """Return `a + by * b` of one fast weight."""
-    # One kernel and one node of the graph; a learned rate is a tensor and needs two.
-    return a + by * b if isinstance(by, Tensor) else torch.add(a, b, alpha=by)
+    # One kernel and one node of the graph; a learned rate is a tensor and needs two. Inductor of
+    # torch 2.13 takes add(a, mm(x, y), alpha) for addmm and drops alpha, without an error.
+    if isinstance(by, Tensor) or tracing():
+        return a + by * b
+    return torch.add(a, b, alpha=by)

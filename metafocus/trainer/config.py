@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainingArguments
 
-from metafocus.adapters import Adapter, LoRA, NoAdapter, Placement, top_layers
+from metafocus.adapters import LoRA, NoAdapter, Placement, top_layers
 from metafocus.errors import ProblemError
 from metafocus.masks import MaskPolicy
 from metafocus.solvers import SGD, clip_per_tensor
@@ -44,8 +44,6 @@ class FocusOptions:
         >>> FocusOptions(inner_steps=4).solver()
         SGD(lr=1.0, steps=4, momentum=0.0, nesterov=False, weight_decay=0.0, \
 clip=clip_per_tensor(limit=1.0))
-        >>> FocusOptions(lora_rank=4).alpha()
-        8.0
     """
 
     _argument_group_name = "FocuSFT"
@@ -105,7 +103,7 @@ clip=clip_per_tensor(limit=1.0))
             ("inner_lr", 0 <= self.inner_lr < math.inf, ">= 0"),
             ("inner_clip", 0 < self.inner_clip < math.inf, "> 0"),
             ("lora_rank", self.lora_rank >= 1, ">= 1"),
-            ("lora_alpha", 0 < self.alpha() < math.inf, "> 0"),
+            ("lora_alpha", self.lora_alpha is None or 0 < self.lora_alpha < math.inf, "> 0"),
         ):
             if not good:
                 raise ProblemError(f"{name} must be finite and {low}, got {getattr(self, name)}.")
@@ -126,21 +124,17 @@ clip=clip_per_tensor(limit=1.0))
         """The inner optimiser."""
         return SGD(self.inner_lr, self.inner_steps, clip=clip_per_tensor(self.inner_clip))
 
-    def alpha(self) -> float:
-        """The alpha of the fast weights: twice the rank that was given, where it is not."""
-        return 2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
-
     def placement(self) -> Placement:
         """Where a plain model has fast weights."""
         names = tuple(name.strip() for name in self.lora_modules.split(",") if name.strip())
         return top_layers(self.layer_fraction, names)
 
-    def adapter(self, model: nn.Module) -> Adapter:
+    def adapter(self, model: nn.Module) -> LoRA | NoAdapter:
         """The fast weights; below PEFT's adapters if the model has some, none for sft."""
         if self.method == "sft":
             return NoAdapter()
         where = self.placement()
-        return LoRA(BelowPeft(where) if is_peft(model) else where, self.lora_rank, self.alpha())
+        return LoRA(BelowPeft(where) if is_peft(model) else where, self.lora_rank, self.lora_alpha)
 
     def evaluation_mask(self) -> MaskPolicy:
         """Which keys a token sees in evaluation."""

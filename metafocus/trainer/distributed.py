@@ -13,6 +13,7 @@ from metafocus.engine import MetaLoss, bilevel
 from metafocus.errors import ProblemError
 from metafocus.estimators import Estimator
 from metafocus.recipes._focusft import focusft_problem
+from metafocus.torch_internals import uncompiled
 from metafocus.types import Solver
 
 Result = TypeVar("Result")
@@ -45,7 +46,7 @@ def through(wrapper: nn.Module, fn: Callable[[Any], Result], argument: Any) -> R
         >>> through(model, lambda x: model(x).shape, torch.ones(3, 2))
         torch.Size([3, 1])
     """
-    wrapper = getattr(wrapper, "_orig_mod", wrapper)
+    wrapper = uncompiled(wrapper)
     if isinstance(wrapper, DataParallel):
         raise ProblemError(
             "torch.nn.DataParallel copies the model at every step, and fast weights do not follow. "

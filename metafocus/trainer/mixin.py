@@ -179,7 +179,7 @@ class FocusMixin(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         # The loss may be finite where its gradient is not: the optimiser must not see that.
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm: Any = super()._get_grad_norm(model, grad_norm=grad_norm)
         self._journal.check_gradient(float(norm), self.state.global_step)
         return norm
 

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from metafocus import masks
+from metafocus.checks import whole
 from metafocus.diagnostics import AttentionProfile, Moment, attention_profile
 from metafocus.errors import ProblemError
 from metafocus.lm import Adapter, Batch
@@ -62,8 +63,7 @@ class ProfileCallback(TrainerCallback):
         adapt: Adapt | None = None,
         name: str = "attention_profile",
     ):
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ProblemError(f"every={every!r} must be a whole number of steps, at least 1.")
+        whole("every", every, 1, error=ProblemError)
         self._batch, self._every, self._mask, self._adapt = as_batch(batch), every, mask, adapt
         self._file = f"{name}.json"
         self.history: list[Moment] = []

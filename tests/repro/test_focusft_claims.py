@@ -30,11 +30,29 @@ STEPS = (0, 1, 2, 4)
 # --- T25: the four cells and the number of inner steps -------------------------------------------
 
 
-def naive_sft(mask) -> torch.Tensor:
-    """The gradient of plain fine-tuning; of metafocus it uses the mask alone."""
+def written_out(batch, context: bool) -> torch.Tensor:
+    """Which token sees which, from the rule: earlier ones, and with `context` its context turn."""
+    size = batch["input_ids"].shape[1]
+    allowed = torch.zeros(len(batch["input_ids"]), 1, size, size, dtype=torch.bool)
+    for b, (valid, answer, turn) in enumerate(
+        zip(
+            *(batch[k].tolist() for k in ("attention_mask", "answer_mask", "turn_ids")), strict=True
+        )
+    ):
+        for i in range(size):
+            for k in range(size):
+                turns = context and turn[i] == turn[k] and not answer[i] and not answer[k]
+                allowed[b, 0, i, k] = bool(valid[i] and valid[k] and (k <= i or turns))
+    return allowed
+
+
+def naive_sft(name: str) -> torch.Tensor:
+    """The gradient of plain fine-tuning under a mask that is written out; nothing of metafocus."""
     batch, model = chat_batch(), build()
     labels = torch.where(batch["answer_mask"], batch["input_ids"], -100)[:, 1:]
-    allowed = mask(batch).dense(torch.float64)
+    keep = written_out(batch, context=name == "bidirectional")
+    allowed = torch.zeros(keep.shape, dtype=torch.float64)
+    allowed = allowed.masked_fill(~keep, torch.finfo(torch.float32).min)
     logits = model(input_ids=batch["input_ids"], attention_mask=allowed, use_cache=False).logits
     F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten()).backward()
     return grads(model)
@@ -71,12 +89,13 @@ def test_t25_the_grid_of_masks_and_inner_steps(claim):
     (inner and outer loss score the same tokens, as in the official code).
     Measured: outer losses for each K, the distances that A and B moved, the gradients of the cells
     against each other and against a naive loss.
-    Tolerance: 1e-9 for K = 0 (float64, transformers' float32 softmax in both); exactly 0 for A at
-    K = 1; orderings for the losses, no margin; cells differ by more than 1 %.
+    Tolerance: 1e-9 for K = 0 (float64, transformers' float32 softmax in both; the mask of the
+    naive loss is written out, so that a policy that shows an answer its future differs); exactly
+    0 for A at K = 1; orderings for the losses, no margin; cells differ by more than 1 %.
     """
     masks = {"causal": mf.masks.causal, "bidirectional": mf.masks.context_bidirectional}
     found = {name: {k: cell(mask, k) for k in STEPS} for name, mask in masks.items()}
-    plain = {name: relative(found[name][0][3], naive_sft(mask)) for name, mask in masks.items()}
+    plain = {name: relative(found[name][0][3], naive_sft(name)) for name in masks}
     grid = [found[name][k][3] for name in masks for k in (0, 2)]
     apart = min(relative(a, b) for i, a in enumerate(grid) for b in grid[:i])
     claim(

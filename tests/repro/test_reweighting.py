@@ -160,28 +160,34 @@ def test_t24_a_penalty_for_each_weight_overfits_validation(digits, claim):
     50 digits for training, 50 for validation, 650 penalties, 25 outer steps.
     Tolerance: validation exactly 1 in each of three seeds, test at least 0.1 below it and within
     0.05 of where it was (one standard error of 1697 images is 0.009). One penalty for each of the
-    two tensors, in as many steps, does not reach 1 on validation.
+    two tensors, in as many steps, does not reach 1 on validation, although it is trained: its
+    validation loss falls by more than a tenth (21 %, 34 %, 52 %), but stays above ten times that of
+    650 penalties (0.73, 0.59, 0.38 against 0.011, 0.011, 0.005), and its accuracies on validation
+    and test are less than 0.1 apart (0.07, 0.02, 0.05).
     Ours, by seed: validation from 0.88, 0.76, 0.80 to 1, test from 0.801, 0.847, 0.840 to 0.824,
     0.820, 0.854; with two penalties validation 0.88, 0.84, 0.92.
     """
     meta = mf.bilevel(PENALISED, solver=mf.Given(fit), estimator=mf.Implicit(mf.CG(50)))
-    measured = {k: [] for k in ("validation", "test", "two penalties")}
+    measured = {k: [] for k in ("validation", "test", "two penalties", "loss")}
     for seed in SEEDS:
         train, validation, test, _ = split(digits, seed, 50, 50)
         episode = mf.Episode(train, validation)
 
         def both(outer, train=train, validation=validation, test=test):
             fast = fit(outer, train)
-            return accuracy(fast, validation), accuracy(fast, test)
+            loss = losses(fast, validation).mean().item()
+            return accuracy(fast, validation), accuracy(fast, test), loss
 
         many = {f"log_l2.{k}": torch.full_like(v, -4.0) for k, v in start().items()}
         two = {k: torch.tensor(-4.0) for k in many}
         before, after = both(many), both(minimise(meta, many, episode, 0.3, 25))
         few = both(minimise(meta, two, episode, 0.3, 25))
+        measured["loss"].append([before[2], few[2], after[2]])
         measured["validation"].append([before[0], after[0]])
         measured["test"].append([before[1], after[1]])
-        measured["two penalties"].append(list(few))
+        measured["two penalties"].append(list(few[:2]))
     claim(measured)
     assert all(after == 1.0 > before for before, after in measured["validation"])
     assert all(after < 0.9 and abs(after - before) < 0.05 for before, after in measured["test"])
-    assert all(few < 1.0 for few, _ in measured["two penalties"])
+    assert all(few < 1.0 and few - test < 0.1 for few, test in measured["two penalties"])
+    assert all(few < 0.9 * before and many < few / 10 for before, few, many in measured["loss"])

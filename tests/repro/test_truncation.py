@@ -163,6 +163,43 @@ def test_t8_pes_is_unbiased_and_truncated_es_is_not(claim):
 
 @pytest.mark.claim(
     "T8",
+    paper="Vicol et al., arXiv 2112.13835; Vicol, arXiv 2304.11153",
+    says="for given perturbations the estimates are sums of influences, and nothing leaks",
+    published="the formulas",
+)
+@pytest.mark.parametrize("method", [mf.algorithms.PES, mf.algorithms.ESSingle])
+def test_t8_for_given_perturbations_the_estimate_is_its_formula(method, claim):
+    """Vicol et al., arXiv 2112.13835, equation 7; arXiv 2304.11153.
+
+    Claim: `g_T = sum_i delta_iT sum_t e_it / (pairs sigma^2) (x_0 - 1)`, where `delta_iT = sum_t
+    J_(T-t) e_it` is what the perturbations e_i1 .. e_iT of pair i have moved the first state by,
+    and J_k is the influence of a step after k more of them. ES-Single has one e_i for all t. The
+    loss is quadratic, so an antithetic pair has no other term.
+    Measured: the largest relative difference over 60 windows, for the drawn perturbations.
+    Tolerance: 1e-10, rounding of 60 products with a matrix and of sums of 200 pairs. A part of
+    1e-3 of a sum that is lost or added in each window would be seen at once: the statistical
+    tests have standard errors of a tenth.
+    Ours: below 1e-12.
+    """
+    sigma, pairs, windows = 0.1, 200, 60
+    es = method(mf.algorithms.Windows(BALANCING, solver=Recurrence(1)), sigma=sigma, pairs=pairs)
+    generator, again = (torch.Generator().manual_seed(5) for _ in range(2))
+    state, noise, worst = es.init(OUTER), [], 0.0
+    influence = [(torch.linalg.matrix_power(MATRIX, k) @ SIGNS)[0] for k in range(windows)]
+    for window in range(windows):
+        grads, state, _ = es.step(OUTER, state, NONE, generator=generator)
+        fresh = method is mf.algorithms.PES or window == 0
+        noise.append(es.drawn(OUTER, again)["theta"] if fresh else noise[0])
+        moved = sum(influence[window - t] * e for t, e in enumerate(noise))
+        summed = sum(noise) if method is mf.algorithms.PES else noise[0]
+        want = (STATIONARY[0] - 1) * (moved * summed).mean() / sigma**2
+        worst = max(worst, abs(grads["theta"].item() / want.item() - 1))
+    claim({f"{method.__name__}, largest difference": worst})
+    assert worst < 1e-10
+
+
+@pytest.mark.claim(
+    "T8",
     paper="Vicol, arXiv 2304.11153",
     says="the variance of PES grows linearly with the unrolls, that of ES-Single stays",
     published="the formulas: ratio 1",
@@ -435,7 +472,9 @@ def test_the_bias_of_bome_is_proportional_to_its_rate(claim):
 
     Claim: with a constant rate xi BOME ends at a distance that vanishes with xi, given enough
     steps towards the inner minimum.
-    Tolerance: halving the rate halves the distance within 20 %; the law is asymptotic.
+    Tolerance: halving the rate halves the distance within 2 %: the law is asymptotic, and its
+    next term is measured here as 0.3 % and 0.6 %. The distance itself within 2 %, as nothing is
+    random: another barrier ends elsewhere (eta = 0.25: 0.0915, eta = 1: 0.0921).
     Ours: 0.0887, 0.0445, 0.0224 for xi = 0.1, 0.05, 0.025.
     """
     distances = []
@@ -450,6 +489,6 @@ def test_the_bias_of_bome_is_proportional_to_its_rate(claim):
         distances.append(max(last))
     factors = [fine / coarse for coarse, fine in itertools.pairwise(distances)]
     claim({"distances": distances, "factors": factors})
-    assert distances[0] < 0.15, "from a start at 1.8"
+    assert distances[0] == pytest.approx(0.0887, rel=0.02), "from a start at 1.8"
     for factor in factors:
-        assert factor == pytest.approx(0.5, rel=0.2)
+        assert factor == pytest.approx(0.5, rel=0.02)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from metafocus.attention.kernels.flash import Flash, prepare
-from metafocus.attention.kernels.kernel import Kernel, Scaling
+from metafocus.attention.kernels.kernel import QKV, Attended, Kernel, Scaling
 from metafocus.attention.kernels.tiled import Tiled
 from metafocus.masks.spans import Spans
 
@@ -27,35 +27,25 @@ class Auto:
     def __init__(self) -> None:
         self.chosen: Kernel | None = None
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, scaling: Scaling
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: QKV, spans: Spans, scaling: Scaling) -> Attended:
         """Return the output and the logsumexp of each row; see `Kernel`."""
-        self.chosen = self._choose(q, k, v, spans, scaling)
-        return self.chosen.forward(q, k, v, spans, scaling)
+        self.chosen = self._choose(inputs, spans, scaling)
+        return self.chosen.forward(inputs, spans, scaling)
 
     def backward(
-        self,
-        do: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        o: Tensor,
-        lse: Tensor,
-        spans: Spans,
-        scaling: Scaling,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, do: Tensor, inputs: QKV, found: Attended, spans: Spans, scaling: Scaling
+    ) -> QKV:
         """Return the gradients; see `Kernel`."""
-        kernel = self.chosen or self._choose(q, k, v, spans, scaling)
-        return kernel.backward(do, q, k, v, o, lse, spans, scaling)
+        kernel = self.chosen or self._choose(inputs, spans, scaling)
+        return kernel.backward(do, inputs, found, spans, scaling)
 
-    def _choose(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, scaling: Scaling) -> Kernel:
-        found = prepare(q, k, v, spans, scaling)
+    def _choose(self, inputs: QKV, spans: Spans, scaling: Scaling) -> Kernel:
+        found = prepare(inputs, spans, scaling)
         served = isinstance(found, Flash)
         log.debug(
             "span_attention %s %s: %s",
-            tuple(q.shape),
-            q.dtype,
+            tuple(inputs.q.shape),
+            inputs.q.dtype,
             f"flash, {len(found.runs)} runs" if served else f"tiled, since {found}",
         )
         return found if served else Tiled()

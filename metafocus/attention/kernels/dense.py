@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from metafocus.attention.kernels.kernel import Scaling
+from metafocus.attention.kernels.kernel import QKV, Attended, Scaling
 from metafocus.masks.spans import Spans
-from metafocus.params import wide
+from metafocus.precision import wide
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, spans: Spans, scaling: Scaling) -> tuple[Tensor, Tensor]:
+def dense(inputs: QKV, spans: Spans, scaling: Scaling) -> Attended:
     """Return the output and the logsumexp of each row, from the whole `[S, S]` matrix.
 
     Args:
-        q: `[B, H, S, D]`.
-        k: `[B, Hkv, S, D]`.
-        v: `[B, Hkv, S, Dv]`.
+        inputs: Queries, keys and values.
         spans: `[B, S]`.
         scaling: Scale and soft cap.
-
-    Returns:
-        `[B, H, S, Dv]` and `[B, H, S]`, both 0 in rows without keys.
     """
+    q, k, v = inputs
     group = q.shape[1] // k.shape[1]
     keys, values = (wide(x).repeat_interleave(group, dim=1) for x in (k, v))
     z = (wide(q) * scaling.scale) @ keys.transpose(-1, -2)
@@ -34,4 +29,4 @@ def dense(q: Tensor, k: Tensor, v: Tensor, spans: Spans, scaling: Scaling) -> tu
     z = torch.where(allowed | ~some, z, -torch.inf)
     lse = torch.logsumexp(z, dim=-1, keepdim=True)
     out = torch.where(some, torch.exp(z - lse) @ values, 0.0)
-    return out.to(q.dtype), torch.where(some, lse, 0.0).squeeze(-1)
+    return Attended(out.to(q.dtype), torch.where(some, lse, 0.0).squeeze(-1))

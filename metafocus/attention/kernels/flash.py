@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metafocus.attention.kernels import flash_cpu, flash_cuda
-from metafocus.attention.kernels.kernel import Scaling
+from metafocus.attention.kernels.kernel import QKV, Attended, Scaling
 from metafocus.attention.kernels.query_runs import QueryRun, find_query_runs
 from metafocus.attention.kernels.tiled import Tiled
 from metafocus.attention.kernels.varlen import FlashAttn, Varlen, installed
@@ -55,44 +55,26 @@ class Flash:
 
     known: Known | None = None
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, scaling: Scaling
-    ) -> tuple[Tensor, Tensor]:
-        """Return the output `[B, H, S, D]` and the logsumexp `[B, H, S]`.
+    def forward(self, inputs: QKV, spans: Spans, scaling: Scaling) -> Attended:
+        """Return the output and the logsumexp of each row; see `Kernel`.
 
         Raises:
             ProblemError: If the kernels of this device cannot serve the arguments.
         """
-        runs = self._runs_of(q, k, v, spans, scaling)
-        if q.is_cuda:
-            return flash_cuda.forward(q, k, v, runs, scaling, installed())
-        return flash_cpu.forward(q, k, v, runs, scaling.scale)
+        return _forward(inputs, self._runs_of(inputs, spans, scaling), scaling)
 
     def backward(
-        self,
-        do: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        o: Tensor,
-        lse: Tensor,
-        spans: Spans,
-        scaling: Scaling,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients of `<do, output>` with respect to `q`, `k` and `v`.
+        self, do: Tensor, inputs: QKV, found: Attended, spans: Spans, scaling: Scaling
+    ) -> QKV:
+        """Return the gradients of `<do, output>`; see `Kernel`.
 
         Raises:
             ProblemError: If the kernels of this device cannot serve the arguments.
         """
-        runs = self._runs_of(q, k, v, spans, scaling)
-        if q.is_cuda:
-            return flash_cuda.backward(do, q, k, v, o, lse, runs, scaling, installed())
-        return flash_cpu.backward(do, q, k, v, o, lse, runs, scaling.scale)
+        return _backward(do, inputs, found, self._runs_of(inputs, spans, scaling), scaling)
 
-    def _runs_of(
-        self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, scaling: Scaling
-    ) -> tuple[QueryRun, ...]:
-        reason = unserved(q, k, v, scaling)
+    def _runs_of(self, inputs: QKV, spans: Spans, scaling: Scaling) -> tuple[QueryRun, ...]:
+        reason = unserved(inputs, scaling)
         if reason is not None:
             raise ProblemError(
                 f'backend="flash" cannot serve this call: {reason}. Use backend="auto" or "tiled"'
@@ -107,16 +89,28 @@ class Flash:
         return () if self.known is None else self.known.runs
 
 
-def prepare(q: Tensor, k: Tensor, v: Tensor, spans: Spans, scaling: Scaling) -> Flash | str:
+def _forward(inputs: QKV, runs: tuple[QueryRun, ...], scaling: Scaling) -> Attended:
+    if inputs.q.is_cuda:
+        return flash_cuda.forward(inputs, runs, scaling, installed())
+    return flash_cpu.forward(inputs, runs, scaling.scale)
+
+
+def _backward(
+    do: Tensor, inputs: QKV, found: Attended, runs: tuple[QueryRun, ...], scaling: Scaling
+) -> QKV:
+    if do.is_cuda:
+        return flash_cuda.backward(do, inputs, found, runs, scaling, installed())
+    return flash_cpu.backward(do, inputs, found, runs, scaling.scale)
+
+
+def prepare(inputs: QKV, spans: Spans, scaling: Scaling) -> Flash | str:
     """Return a kernel that has found the runs of `spans`, or why tiles should serve them.
 
     That is where fused kernels cannot, and where they would need so many runs that tiles are as
     fast; see `run_limit`.
 
     Args:
-        q: Queries `[B, H, S, D]`.
-        k: Keys `[B, Hkv, S, D]`.
-        v: Values `[B, Hkv, S, Dv]`.
+        inputs: Queries, keys and values.
         spans: The keys of each query, `[B, S]`.
         scaling: Of the logits.
 
@@ -126,14 +120,15 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, spans: Spans, scaling: Scaling) -> 
     Example:
         >>> x = torch.randn(1, 1, 3, 8)
         >>> spans = Spans(torch.zeros(1, 3).long(), torch.tensor([[1, 2, 3]]))
-        >>> isinstance(prepare(x, x, x, spans, Scaling(1.0)), Flash)
+        >>> isinstance(prepare(QKV(x, x, x), spans, Scaling(1.0)), Flash)
         True
-        >>> prepare(x, x, x[..., :4], spans, Scaling(1.0))
+        >>> prepare(QKV(x, x, x[..., :4]), spans, Scaling(1.0))
         'values have head size 4 and keys 8, and fused kernels want one'
     """
-    reason = unserved(q, k, v, scaling)
+    reason = unserved(inputs, scaling)
     if reason is not None:
         return reason
+    q = inputs.q
     batch, length = spans.start.shape
     most = run_limit(batch, length, q.device.type)
     runs = find_query_runs(spans, most)
@@ -172,44 +167,40 @@ def fault(device: torch.device, dtype: torch.dtype, size: int) -> str | None:
     start[30:] = torch.arange(10)
     spans = Spans(start[None].to(device), stop[None].to(device))
     draw = torch.Generator().manual_seed(0)
-    q, k, v, do = (
+    do, *tensors = (
         torch.randn(1, heads, length, size, generator=draw).to(device, dtype)
-        for heads in (4, 2, 2, 4)
+        for heads in (4, 4, 2, 2)
     )
+    inputs = QKV(*tensors)
     scaling, runs = Scaling(size**-0.5), find_query_runs(spans)
     assert runs is not None
-    expected = Tiled().forward(q, k, v, spans, scaling)
-    expected += Tiled().backward(do, q, k, v, *expected, spans, scaling)
+    expected = Tiled().forward(inputs, spans, scaling)
+    exact = Tiled().backward(do, inputs, expected, spans, scaling)
     try:
-        if device.type == "cuda":
-            out, lse = flash_cuda.forward(q, k, v, runs, scaling, installed())
-            grads = flash_cuda.backward(do, q, k, v, out, lse, runs, scaling, installed())
-        else:
-            out, lse = flash_cpu.forward(q, k, v, runs, scaling.scale)
-            grads = flash_cpu.backward(do, q, k, v, out, lse, runs, scaling.scale)
+        found = _forward(inputs, runs, scaling)
+        grads = _backward(do, inputs, found, runs, scaling)
     except (RuntimeError, TypeError, ValueError) as error:
         return f"the fused kernels of {device} failed on a small example: {error}"
-    for got, want in zip((out, lse, *grads), expected, strict=True):
+    for got, want in zip((*found, *grads), (*expected, *exact), strict=True):
         # Some ten roundings of the type, where a wrong kernel is off by the numbers themselves.
         if not (got - want).float().norm() <= 32 * torch.finfo(dtype).eps * want.float().norm():
             return f"the fused kernels of {device} are wrong on a small example of {dtype}"
     return None
 
 
-def unserved(q: Tensor, k: Tensor, v: Tensor, scaling: Scaling) -> str | None:
+def unserved(inputs: QKV, scaling: Scaling) -> str | None:
     """Return why no fused kernel can serve tensors like these, whatever the spans; None if one can.
 
     Args:
-        q: Queries `[B, H, S, D]`.
-        k: Keys `[B, Hkv, S, D]`.
-        v: Values `[B, Hkv, S, Dv]`.
+        inputs: Queries, keys and values.
         scaling: Of the logits.
 
     Example:
         >>> x = torch.randn(1, 1, 3, 8)
-        >>> unserved(x, x, x, Scaling(1.0, softcap=30.0))
+        >>> unserved(QKV(x, x, x), Scaling(1.0, softcap=30.0))
         'softcap=30.0, and only flash-attn (2.7 or later) on CUDA has soft caps'
     """
+    q, k, v = inputs
     device = q.device.type
     if device not in ("cpu", "cuda"):
         return f"the tensors are on {device}, and there are fused kernels for cpu and cuda"

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from metafocus.attention.kernels.kernel import QKV, Attended
 from metafocus.attention.kernels.query_runs import QueryRun
-from metafocus.params import wide_type
+from metafocus.precision import wide_type
 from metafocus.torch_internals import flash_cpu, flash_cpu_backward
 
 WHOLE, LOWER, UPPER = "whole", "lower", "upper"
@@ -97,22 +98,19 @@ def _some(pieces: Sequence[Piece]) -> tuple[Piece, ...]:
     return tuple(piece for piece in pieces if piece.key < piece.key_end)
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, runs: Iterable[QueryRun], scale: float
-) -> tuple[Tensor, Tensor]:
-    """Return the output `[B, H, S, D]` and the logsumexp `[B, H, S]`; 0 where no run is.
+def forward(inputs: QKV, runs: Iterable[QueryRun], scale: float) -> Attended:
+    """Return the output and the logsumexp of each row, 0 where no run is.
 
     The pieces of a group are merged by `l = log sum exp l_i`, `o = sum_i exp(l_i - l) o_i`, in
     float32 for inputs of half precision.
 
     Args:
-        q: Queries `[B, H, S, D]`.
-        k: Keys `[B, Hkv, S, D]`.
-        v: Values `[B, Hkv, S, D]`.
+        inputs: Queries, keys and values, with heads of one size.
         runs: The runs of the batch.
         scale: Factor of the logits.
     """
-    q, k, v = (_dense_rows(x) for x in (q, k, v))
+    inputs = QKV(*map(_dense_rows, inputs))
+    q = inputs.q
     batch, heads, length, size = q.shape
     # Laid out as [B, S, H, D], so that merging the heads afterwards is free.
     out = q.new_zeros(batch, length, heads, size).transpose(1, 2)
@@ -121,60 +119,50 @@ def forward(
         parts = [
             tuple(_turn_around(x, piece) for x in flash_cpu(*tensors, 0.0, causal, scale=scale))
             for piece in group.pieces
-            for tensors, causal in [_arguments(group, piece, q, (k, v))]
+            for tensors, causal in [_arguments(group, piece, inputs)]
         ]
         o, total = parts[0] if len(parts) == 1 else _merge(parts, lse.dtype)
         _queries(out, group).copy_(o)
         _queries(lse, group).copy_(total)
-    return out, lse
+    return Attended(out, lse)
 
 
 def backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    runs: Iterable[QueryRun],
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of `<do, output>` with respect to `q`, `k` and `v`.
+    do: Tensor, inputs: QKV, found: Attended, runs: Iterable[QueryRun], scale: float
+) -> QKV:
+    """Return the gradients of `<do, output>`.
 
     A row's probabilities are `exp(z - lse)` and its correction is `<do, o>`, both of the whole row:
     so the kernel's gradient of one piece, given these, is that piece's share of the gradient, and
     the shares are added, in float32 for inputs of half precision.
 
     Args:
-        do: Cotangent of the output `[B, H, S, D]`.
-        q: Queries `[B, H, S, D]`.
-        k: Keys `[B, Hkv, S, D]`.
-        v: Values `[B, Hkv, S, D]`.
-        o: The output.
-        lse: The logsumexp.
+        do: Cotangent of the output.
+        inputs: Queries, keys and values, with heads of one size.
+        found: What `forward` found.
         runs: The runs of the batch.
         scale: Factor of the logits.
     """
-    do, q, k, v, o = (_dense_rows(x) for x in (do, q, k, v, o))
-    dq, dk, dv = (torch.zeros(x.shape, dtype=wide_type(x.dtype)) for x in (q, k, v))
+    inputs = QKV(*map(_dense_rows, inputs))
+    rows = _dense_rows(do), _dense_rows(found.o), found.lse
+    dq, dk, dv = (torch.zeros(x.shape, dtype=wide_type(x.dtype)) for x in inputs)
     for group in groups(runs):
         for piece in group.pieces:
-            (q_, k_, v_), causal = _arguments(group, piece, q, (k, v))
-            do_, o_, lse_ = (_turn_around(_queries(x, group), piece) for x in (do, o, lse))
-            shares = flash_cpu_backward(do_, q_, k_, v_, o_, lse_, 0.0, causal, scale=scale)
+            tensors, causal = _arguments(group, piece, inputs)
+            do, o, lse = (_turn_around(_queries(x, group), piece) for x in rows)
+            shares = flash_cpu_backward(do, *tensors, o, lse, 0.0, causal, scale=scale)
             gq, gk, gv = (_turn_around(x, piece) for x in shares)
             _queries(dq, group).add_(gq)
             _keys(dk, group, piece).add_(gk)
             _keys(dv, group, piece).add_(gv)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    return QKV(*(d.to(x.dtype) for d, x in zip((dq, dk, dv), inputs, strict=True)))
 
 
-def _arguments(
-    group: Group, piece: Piece, q: Tensor, others: tuple[Tensor, ...]
-) -> tuple[tuple[Tensor, ...], bool]:
+def _arguments(group: Group, piece: Piece, inputs: QKV) -> tuple[QKV, bool]:
     """What the kernel is given for a piece, and whether it is causal there."""
+    q, *others = inputs
     tensors = (_queries(q, group), *(_keys(x, group, piece) for x in others))
-    return tuple(_turn_around(x, piece) for x in tensors), piece.shape != WHOLE
+    return QKV(*(_turn_around(x, piece) for x in tensors)), piece.shape != WHOLE
 
 
 def _queries(x: Tensor, group: Group) -> Tensor:

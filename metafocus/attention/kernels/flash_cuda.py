@@ -15,12 +15,13 @@ from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
-from metafocus.attention.kernels.kernel import Scaling
+from metafocus.attention.kernels.kernel import QKV, Attended, Scaling
 from metafocus.attention.kernels.query_runs import QueryRun
 from metafocus.attention.kernels.varlen import Lengths, Varlen
-from metafocus.params import wide_type
+from metafocus.precision import wide_type
 
 REPEATED = 2
 """Keys per call, in units of the tokens of the batch."""
@@ -112,100 +113,79 @@ def _tokens(ranges: Sequence[tuple[int, int]], device: torch.device) -> slice | 
 
 
 def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    inputs: QKV,
     runs: Iterable[QueryRun],
     scaling: Scaling,
     varlen: Varlen,
     repeated: int = REPEATED,
-) -> tuple[Tensor, Tensor]:
-    """Return the output `[B, H, S, D]` and the logsumexp `[B, H, S]`; 0 where no run is.
+) -> Attended:
+    """Return the output and the logsumexp of each row, 0 where no run is.
 
     Args:
-        q: Queries `[B, H, S, D]`.
-        k: Keys `[B, Hkv, S, D]`.
-        v: Values `[B, Hkv, S, D]`.
+        inputs: Queries, keys and values, with heads of one size.
         runs: The runs of the batch.
         scaling: Of the logits.
         varlen: The kernels.
         repeated: The keys of one call, at most, in units of the tokens of the batch.
     """
-    batch, _, length, _ = q.shape
-    flat_q, flat_k, flat_v = (_flat(x) for x in (q, k, v))
-    out = torch.zeros_like(flat_q, memory_format=torch.contiguous_format)
-    lse = torch.zeros(flat_q.shape[:2], dtype=wide_type(q.dtype), device=q.device)
+    batch, _, length, _ = inputs.q.shape
+    q, k, v = map(_flat, inputs)
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    lse = torch.zeros(q.shape[:2], dtype=wide_type(q.dtype), device=q.device)
     for queries, keys, lengths in varlen_calls(runs, batch, length, q.device, repeated):
-        tensors = _take(flat_q, queries), _take(flat_k, keys), _take(flat_v, keys)
-        o, total = varlen.forward(*tensors, lengths, scaling)
+        taken = QKV(_take(q, queries), _take(k, keys), _take(v, keys))
+        o, total = varlen.forward(taken, lengths, scaling)
         out[queries] = o
         lse[queries] = total.mT
-    return _unflat(out, batch), lse.unflatten(0, (batch, length)).transpose(1, 2)
+    return Attended(_unflat(out, batch), rearrange(lse, "(b s) h -> b h s", b=batch))
 
 
 def backward(
     do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
+    inputs: QKV,
+    found: Attended,
     runs: Iterable[QueryRun],
     scaling: Scaling,
     varlen: Varlen,
     repeated: int = REPEATED,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of `<do, output>` with respect to `q`, `k` and `v`.
-
-    The gradients of repeated keys are added in float32.
+) -> QKV:
+    """Return the gradients of `<do, output>`; those of repeated keys are added in float32.
 
     Args:
-        do: Cotangent of the output `[B, H, S, D]`.
-        q: Queries `[B, H, S, D]`.
-        k: Keys `[B, Hkv, S, D]`.
-        v: Values `[B, Hkv, S, D]`.
-        o: The output.
-        lse: The logsumexp.
+        do: Cotangent of the output.
+        inputs: Queries, keys and values, with heads of one size.
+        found: What `forward` found.
         runs: The runs of the batch.
         scaling: Of the logits.
         varlen: The kernels.
         repeated: The keys of one call, at most, in units of the tokens of the batch.
     """
-    batch, _, length, _ = q.shape
-    flat_do, flat_q, flat_k, flat_v, flat_o = (_flat(x) for x in (do, q, k, v, o))
-    flat_lse = lse.transpose(1, 2).flatten(0, 1)
-    dq = torch.zeros_like(flat_q, memory_format=torch.contiguous_format)
-    dk, dv = (
-        torch.zeros(x.shape, dtype=wide_type(x.dtype), device=x.device) for x in (flat_k, flat_v)
-    )
+    batch, _, length, _ = inputs.q.shape
+    do, q, k, v, o = map(_flat, (do, *inputs, found.o))
+    lse = rearrange(found.lse, "b h s -> (b s) h")
+    dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    dk, dv = (torch.zeros(x.shape, dtype=wide_type(x.dtype), device=x.device) for x in (k, v))
     for queries, keys, lengths in varlen_calls(runs, batch, length, q.device, repeated):
-        gq, gk, gv = varlen.backward(
-            _take(flat_do, queries),
-            _take(flat_q, queries),
-            _take(flat_k, keys),
-            _take(flat_v, keys),
-            _take(flat_o, queries),
-            _take(flat_lse, queries).mT.contiguous(),
-            lengths,
-            scaling,
-        )
+        taken = QKV(_take(q, queries), _take(k, keys), _take(v, keys))
+        rows = Attended(_take(o, queries), _take(lse, queries).mT.contiguous())
+        gq, gk, gv = varlen.backward(_take(do, queries), taken, rows, lengths, scaling)
         dq[queries] = gq
         for total, share in ((dk, gk), (dv, gv)):
             if isinstance(keys, slice):
                 total[keys] += share
             else:
                 total.index_add_(0, keys, share.to(total.dtype))
-    return _unflat(dq, batch), _unflat(dk.to(k.dtype), batch), _unflat(dv.to(v.dtype), batch)
+    return QKV(*(_unflat(x, batch) for x in (dq, dk.to(k.dtype), dv.to(v.dtype))))
 
 
 def _flat(x: Tensor) -> Tensor:
     """`[B, H, S, D]` as `[B S, H, D]`, with dense rows: a view where the model made it so."""
-    x = x.transpose(1, 2).flatten(0, 1)
+    x = rearrange(x, "b h s d -> (b s) h d")
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _unflat(x: Tensor, batch: int) -> Tensor:
-    return x.unflatten(0, (batch, -1)).transpose(1, 2)
+    return rearrange(x, "(b s) h d -> b h s d", b=batch)
 
 
 def _take(x: Tensor, tokens: slice | Tensor) -> Tensor:

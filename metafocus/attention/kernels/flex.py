@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
+from metafocus.attention.kernels.kernel import QKV, Scaling
 from metafocus.errors import ProblemError
 from metafocus.masks.spans import Spans
 from metafocus.torch_internals import is_tracked
 
 
-def flex(
-    q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float, softcap: float | None = None
-) -> Tensor:
+def flex(inputs: QKV, spans: Spans, scaling: Scaling) -> Tensor:
     """Attention over spans by `torch.nn.attention.flex_attention`, with its own first derivative.
 
     On a GPU the kernel is compiled for these shapes at the first call and skips blocks of 128 x 128
@@ -26,12 +25,9 @@ def flex(
     not a back end to work with. A row without keys gives zeros.
 
     Args:
-        q: Queries `[B, H, S, D]`.
-        k: Keys `[B, Hkv, S, D]`, `H` a multiple of `Hkv`.
-        v: Values `[B, Hkv, S, Dv]`.
+        inputs: Queries, keys and values.
         spans: The keys of each query, `[B, S]`.
-        scale: Factor of the logits.
-        softcap: `c` of `c tanh(logit / c)`, or None.
+        scaling: Scale and soft cap.
 
     Returns:
         The output `[B, H, S, Dv]`.
@@ -42,18 +38,19 @@ def flex(
     Example:
         >>> x = torch.ones(1, 1, 2, 4)
         >>> spans = Spans(torch.tensor([[0, 0]]), torch.tensor([[1, 0]]))
-        >>> flex(x, x, x, spans, 0.5)[0, 0].tolist()
+        >>> flex(QKV(x, x, x), spans, Scaling(0.5))[0, 0].tolist()
         [[1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]]
     """
+    q, k, v = inputs
     if q.device.type == "cpu":
-        if torch.is_grad_enabled() and any(map(is_tracked, (q, k, v))):
+        if torch.is_grad_enabled() and any(map(is_tracked, inputs)):
             raise ProblemError(
                 'backend="flex" has no gradient on a CPU. Use backend="flash" (first order) or '
                 '"tiled" (first and second), or call it under torch.no_grad()'
             )
         # torch refuses by the flag of the tensors, also where no gradient is recorded.
         q, k, v = (x.detach() for x in (q, k, v))
-    score_mod = None if softcap is None else _cap(softcap)
+    score_mod = None if scaling.softcap is None else _cap(scaling.softcap)
     with warnings.catch_warnings():
         # On a CPU the advice to compile does not apply: there it is uncompiled on purpose.
         warnings.filterwarnings("ignore", "flex_attention called without", UserWarning)
@@ -63,7 +60,7 @@ def flex(
             v,
             score_mod=score_mod,
             block_mask=spans.block_mask(),
-            scale=scale,
+            scale=scaling.scale,
             enable_gqa=q.shape[1] != k.shape[1],
         )
 

@@ -16,33 +16,36 @@ class Scaling(NamedTuple):
     softcap: float | None = None
 
 
-class Kernel(Protocol):
-    """Attention and its gradient on plain tensors, outside of autograd and of every transform.
+class QKV(NamedTuple):
+    """Queries `[B, H, S, D]`, keys `[B, Hkv, S, D]` and values `[B, Hkv, S, Dv]`, or the like.
 
-    `q` is `[B, H, S, D]`, `k` is `[B, Hkv, S, D]` and `v` is `[B, Hkv, S, Dv]`, where `H` is a
-    multiple of `Hkv`.
+    `H` is a multiple of `Hkv`. Gradients and tangents of them have the same form.
     """
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, scaling: Scaling
-    ) -> tuple[Tensor, Tensor]:
-        """Return the output `[B, H, S, Dv]` and the logsumexp of each row's logits `[B, H, S]`.
+    q: Tensor
+    k: Tensor
+    v: Tensor
 
-        The logsumexp is in float32, or float64 for float64 inputs. A row without keys has the
-        output 0 and the logsumexp 0.
-        """
+
+class Attended(NamedTuple):
+    """The output `[B, H, S, Dv]` and the logsumexp of each row's logits `[B, H, S]`.
+
+    The logsumexp is in float32, or float64 for float64 inputs. Both are 0 in rows without keys.
+    """
+
+    o: Tensor
+    lse: Tensor
+
+
+class Kernel(Protocol):
+    """Attention and its gradient on plain tensors, outside of autograd and of every transform."""
+
+    def forward(self, inputs: QKV, spans: Spans, scaling: Scaling) -> Attended:
+        """Return the output and the logsumexp of each row."""
         ...
 
     def backward(
-        self,
-        do: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        o: Tensor,
-        lse: Tensor,
-        spans: Spans,
-        scaling: Scaling,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients of `<do, output>` with respect to `q`, `k` and `v`."""
+        self, do: Tensor, inputs: QKV, found: Attended, spans: Spans, scaling: Scaling
+    ) -> QKV:
+        """Return the gradients of `<do, output>`, given what `forward` found."""
         ...

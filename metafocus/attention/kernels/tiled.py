@@ -23,25 +23,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metafocus.attention.kernels.kernel import Scaling
+from metafocus.attention.kernels.kernel import QKV, Attended, Scaling
 from metafocus.attention.kernels.tiled_inputs import TiledInputs, add_keys, keys, put_rows, rows
 from metafocus.attention.kernels.tiles import Tile
 from metafocus.masks.spans import Spans
-from metafocus.params import wide
-
-Inputs = tuple[Tensor, Tensor, Tensor]
-"""Queries `[B, H, S, D]`, keys `[B, Hkv, S, D]`, values `[B, Hkv, S, Dv]`, or tangents of them."""
+from metafocus.precision import wide
 
 
 class Tiled:
     """Attention in pure torch with memory linear in the length of the sequence; a `Kernel`."""
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, scaling: Scaling
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: QKV, spans: Spans, scaling: Scaling) -> Attended:
         """Return the output and the logsumexp of each row; see `Kernel`."""
-        at = TiledInputs.of(q, k, v, spans, scaling)
-        out, lse = at.empty(v.shape[-1]), at.empty(1)
+        at = TiledInputs.of(inputs, spans, scaling)
+        out, lse = at.empty(at.v.shape[-1]), at.empty(1)
         for tile in at.tiles():
             z, _ = at.logits(tile)
             top = z.amax(-1, keepdim=True)
@@ -52,25 +47,22 @@ class Tiled:
             total.masked_fill_(none, 1.0)
             put_rows(out, tile, (p @ keys(at.v, tile)) / total)
             put_rows(lse, tile, (top + total.log()).masked_fill_(none, 0.0))
-        return out.flatten(1, 2).to(q.dtype), lse.flatten(1, 2).squeeze(-1)
+        return Attended(out.flatten(1, 2).to(inputs.q.dtype), lse.flatten(1, 2).squeeze(-1))
 
     def backward(
         self,
         do: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        o: Tensor,
-        lse: Tensor,
+        inputs: QKV,
+        found: Attended,
         spans: Spans,
         scaling: Scaling,
         dl: Tensor | None = None,
-    ) -> Inputs:
+    ) -> QKV:
         """Return the gradients of `<do, output> + <dl, lse>`; see `Kernel`."""
-        at = TiledInputs.of(q, k, v, spans, scaling)
-        e = at.grouped(_offset(do, o, dl))
-        do, lse = at.grouped(do), at.grouped(lse.unsqueeze(-1))
-        dq, dk, dv = at.empty(q.shape[-1]), torch.zeros_like(at.k), torch.zeros_like(at.v)
+        at = TiledInputs.of(inputs, spans, scaling)
+        e = at.grouped(_offset(do, found.o, dl))
+        do, lse = at.grouped(do), at.grouped(found.lse.unsqueeze(-1))
+        dq, dk, dv = at.empty(at.q.shape[-1]), torch.zeros_like(at.k), torch.zeros_like(at.v)
         for tile in at.tiles():
             p, capped = at.probabilities(tile, lse)
             d = rows(do, tile)
@@ -81,14 +73,14 @@ class Tiled:
             put_rows(dq, tile, du @ keys(at.k, tile))
             add_keys(dk, tile, du.transpose(-1, -2) @ rows(at.q, tile))
         dq = dq.flatten(1, 2).mul_(scaling.scale)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+        return _in_types_of(inputs, dq, dk, dv)
 
 
 def forward_mode(
-    inputs: Inputs, lse: Tensor, tangents: Inputs, spans: Spans, scaling: Scaling
-) -> tuple[Tensor, Tensor]:
+    inputs: QKV, lse: Tensor, tangents: QKV, spans: Spans, scaling: Scaling
+) -> Attended:
     """Return the tangents of the output and of the logsumexp for tangents of the inputs."""
-    at, along = (TiledInputs.of(*x, spans, scaling) for x in (inputs, tangents))
+    at, along = (TiledInputs.of(x, spans, scaling) for x in (inputs, tangents))
     lse = at.grouped(lse.unsqueeze(-1))
     out, mu = at.empty(at.v.shape[-1]), at.empty(1)
     for tile in at.tiles():
@@ -101,27 +93,26 @@ def forward_mode(
         put_rows(mu, tile, mean)
         moved.addcmul_(p, mean, value=-1)
         put_rows(out, tile, moved @ keys(at.v, tile) + p @ keys(along.v, tile))
-    return out.flatten(1, 2).to(inputs[0].dtype), mu.flatten(1, 2).squeeze(-1)
+    return Attended(out.flatten(1, 2).to(inputs.q.dtype), mu.flatten(1, 2).squeeze(-1))
 
 
 def double_backward(
     do: Tensor,
     dl: Tensor | None,
-    inputs: Inputs,
-    o: Tensor,
-    lse: Tensor,
-    tangents: Inputs,
+    inputs: QKV,
+    found: Attended,
+    tangents: QKV,
     spans: Spans,
     scaling: Scaling,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Return the gradients of `<(dq, dk, dv), tangents>` with respect to `do, dl, q, k, v`.
 
     The last three are also the derivative of `(dq, dk, dv)` along the tangents, since second
     derivatives are symmetric.
     """
-    at, along = (TiledInputs.of(*x, spans, scaling) for x in (inputs, tangents))
-    e = at.grouped(_offset(do, o, dl))
-    wide_do, lse = at.grouped(do), at.grouped(lse.unsqueeze(-1))
+    at, along = (TiledInputs.of(x, spans, scaling) for x in (inputs, tangents))
+    e = at.grouped(_offset(do, found.o, dl))
+    wide_do, lse = at.grouped(do), at.grouped(found.lse.unsqueeze(-1))
     out, mu = at.empty(at.v.shape[-1]), at.empty(1)
     rq, rk, rv = (at.empty(at.k.shape[-1]), torch.zeros_like(at.k), torch.zeros_like(at.v))
     for tile in at.tiles():
@@ -149,10 +140,13 @@ def double_backward(
         put_rows(rq, tile, r @ keys(at.k, tile) + du @ keys(along.k, tile))
         add_keys(rk, tile, r.transpose(-1, -2) @ rows(at.q, tile))
         add_keys(rk, tile, du.transpose(-1, -2) @ rows(along.q, tile))
-    q, k, v = inputs
     rdo, rdl = out.flatten(1, 2).to(do.dtype), mu.flatten(1, 2).squeeze(-1)
     rq = rq.flatten(1, 2).mul_(scaling.scale)
-    return rdo, rdl, rq.to(q.dtype), rk.to(k.dtype), rv.to(v.dtype)
+    return rdo, rdl, *_in_types_of(inputs, rq, rk, rv)
+
+
+def _in_types_of(inputs: QKV, *tensors: Tensor) -> QKV:
+    return QKV(*(x.to(like.dtype) for x, like in zip(tensors, inputs, strict=True)))
 
 
 def _moved(at: TiledInputs, along: TiledInputs, tile: Tile) -> Tensor:

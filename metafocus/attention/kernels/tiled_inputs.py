@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metafocus.attention.kernels.kernel import Scaling
+from metafocus.attention.kernels.kernel import QKV, Scaling
 from metafocus.attention.kernels.tiles import Tile, tiles
 from metafocus.masks.spans import Spans
-from metafocus.params import wide
+from metafocus.precision import wide
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class TiledInputs:
     softcap: float | None
 
     @classmethod
-    def of(cls, q: Tensor, k: Tensor, v: Tensor, spans: Spans, scaling: Scaling) -> TiledInputs:
+    def of(cls, inputs: QKV, spans: Spans, scaling: Scaling) -> TiledInputs:
         """Lay inputs out: half precision is widened to float32, query heads are grouped."""
-        q, k, v = (wide(x) for x in (q, k, v))
+        q, k, v = (wide(x) for x in inputs)
         q = q.unflatten(1, (k.shape[1], -1))
         return cls(q * scaling.scale, k, v, spans, scaling.softcap)
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from metafocus.attention.kernels.kernel import Scaling
+from metafocus.attention.kernels.kernel import QKV, Attended, Scaling
 from metafocus.torch_internals import flash_varlen, flash_varlen_backward
+
+NO_DROPOUT = 0.0
 
 
 class Lengths(NamedTuple):
@@ -38,31 +40,32 @@ class Lengths(NamedTuple):
         """Whether queries see all keys up to the diagonal."""
         return self.left < 0 and self.right == 0
 
+    @property
+    def bounds(self) -> tuple[Tensor, Tensor, int, int]:
+        """Where the sequences begin and how long they are, as both libraries take it."""
+        return self[:4]
+
+    @property
+    def window(self) -> dict[str, int]:
+        """What the queries see, as both libraries take it."""
+        return {"window_size_left": self.left, "window_size_right": self.right}
+
 
 class Varlen(Protocol):
     """Attention of sequences laid out one after another, and its gradient.
 
-    `q` is `[Tq, H, D]`, `k` and `v` are `[Tk, Hkv, D]`, all with dense rows.
+    `q` is `[Tq, H, D]`, `k` and `v` are `[Tk, Hkv, D]`, all with dense rows; the output is
+    `[Tq, H, D]` and the logsumexp, in float32, `[H, Tq]`.
     """
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, scaling: Scaling
-    ) -> tuple[Tensor, Tensor]:
-        """Return the output `[Tq, H, D]` and the logsumexp in float32 `[H, Tq]`."""
+    def forward(self, inputs: QKV, lengths: Lengths, scaling: Scaling) -> Attended:
+        """Return the output and the logsumexp."""
         ...
 
     def backward(
-        self,
-        do: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        o: Tensor,
-        lse: Tensor,
-        lengths: Lengths,
-        scaling: Scaling,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients of `<do, output>` with respect to `q`, `k` and `v`."""
+        self, do: Tensor, inputs: QKV, found: Attended, lengths: Lengths, scaling: Scaling
+    ) -> QKV:
+        """Return the gradients of `<do, output>`, given what `forward` found."""
         ...
 
 
@@ -73,127 +76,72 @@ class TorchVarlen:
     graph, and the gradient is asked for later.
     """
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, scaling: Scaling
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: QKV, lengths: Lengths, scaling: Scaling) -> Attended:
         """Return the output and the logsumexp."""
+        settings = {"scale": scaling.scale, **lengths.window}
         out, lse, *_ = flash_varlen(
-            q,
-            k,
-            v,
-            lengths.queries,
-            lengths.keys,
-            lengths.longest_queries,
-            lengths.longest_keys,
-            0.0,
-            lengths.causal,
-            False,
-            scale=scaling.scale,
-            window_size_left=lengths.left,
-            window_size_right=lengths.right,
+            *inputs, *lengths.bounds, NO_DROPOUT, lengths.causal, False, **settings
         )
-        return out, lse
+        return Attended(out, lse)
 
     def backward(
-        self,
-        do: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        o: Tensor,
-        lse: Tensor,
-        lengths: Lengths,
-        scaling: Scaling,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients with respect to `q`, `k` and `v`."""
+        self, do: Tensor, inputs: QKV, found: Attended, lengths: Lengths, scaling: Scaling
+    ) -> QKV:
+        """Return the gradients."""
         # The state of the random numbers, which dropout alone would read.
-        seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
-        return flash_varlen_backward(
+        seed = torch.zeros(2, dtype=torch.uint64, device=do.device)
+        unused = torch.empty(0, device=do.device)
+        settings = {"scale": scaling.scale, **lengths.window}
+        grads = flash_varlen_backward(
             do,
-            q,
-            k,
-            v,
-            o,
-            lse,
-            lengths.queries,
-            lengths.keys,
-            lengths.longest_queries,
-            lengths.longest_keys,
-            0.0,
+            *inputs,
+            *found,
+            *lengths.bounds,
+            NO_DROPOUT,
             lengths.causal,
             seed,
-            torch.empty(0, device=q.device),
-            scale=scaling.scale,
-            window_size_left=lengths.left,
-            window_size_right=lengths.right,
+            unused,
+            **settings,
         )
+        return QKV(*grads)
 
 
 class FlashAttn:
     """The kernels of the package flash-attn, from version 2.7 on; they know soft caps too."""
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, scaling: Scaling
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: QKV, lengths: Lengths, scaling: Scaling) -> Attended:
         """Return the output and the logsumexp."""
         from flash_attn import flash_attn_interface  # pyright: ignore[reportMissingImports]
 
         out, lse, *_ = flash_attn_interface._flash_attn_varlen_forward(
-            q,
-            k,
-            v,
-            lengths.queries,
-            lengths.keys,
-            lengths.longest_queries,
-            lengths.longest_keys,
-            0.0,
-            scaling.scale,
-            causal=lengths.causal,
-            window_size_left=lengths.left,
-            window_size_right=lengths.right,
-            softcap=scaling.softcap or 0.0,
+            *inputs, *lengths.bounds, NO_DROPOUT, scaling.scale, **_settings(lengths, scaling)
         )
-        return out, lse
+        return Attended(out, lse)
 
     def backward(
-        self,
-        do: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        o: Tensor,
-        lse: Tensor,
-        lengths: Lengths,
-        scaling: Scaling,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients with respect to `q`, `k` and `v`."""
+        self, do: Tensor, inputs: QKV, found: Attended, lengths: Lengths, scaling: Scaling
+    ) -> QKV:
+        """Return the gradients."""
         from flash_attn import flash_attn_interface  # pyright: ignore[reportMissingImports]
 
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        grads = QKV(*map(torch.empty_like, inputs))
         flash_attn_interface._flash_attn_varlen_backward(
             do,
-            q,
-            k,
-            v,
-            o,
-            lse,
-            dq,
-            dk,
-            dv,
-            lengths.queries,
-            lengths.keys,
-            lengths.longest_queries,
-            lengths.longest_keys,
-            0.0,
+            *inputs,
+            *found,
+            *grads,
+            *lengths.bounds,
+            NO_DROPOUT,
             scaling.scale,
-            causal=lengths.causal,
-            window_size_left=lengths.left,
-            window_size_right=lengths.right,
-            softcap=scaling.softcap or 0.0,
+            **_settings(lengths, scaling),
             alibi_slopes=None,
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
-        return dq, dk, dv
+        return grads
+
+
+def _settings(lengths: Lengths, scaling: Scaling) -> dict[str, Any]:
+    return {"causal": lengths.causal, **lengths.window, "softcap": scaling.softcap or 0.0}
 
 
 def installed() -> Varlen:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from metafocus.params import wide
+from metafocus.precision import as_autocast, no_autocast, wide
 
 
 def attention(
@@ -24,11 +24,8 @@ def attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """Compute `softmax(q k' scale + mask) v` like `F.scaled_dot_product_attention`."""
-    device = query.device.type
-    if torch.is_autocast_enabled(device):
-        low = torch.get_autocast_dtype(device)
-        query, key, value = query.to(low), key.to(low), value.to(low)
-    with torch.autocast(device, enabled=False):
+    query, key, value = as_autocast(query, key, value)
+    with no_autocast(query.device):
         return _attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metafocus.params import wide
+from metafocus.precision import no_autocast, wide
 from metafocus.torch_internals import pytree
 
 
@@ -29,7 +29,7 @@ def in_float32(composite: Callable[..., Tensor], devices: tuple[str, ...] = ()) 
             return composite(*args, **kwargs)
         args, kwargs = pytree.tree_map_only(Tensor, wide, (args, kwargs))
         # Its products would be taken back to half types.
-        with torch.autocast(device, enabled=False):
+        with no_autocast(first.device):
             return composite(*args, **kwargs)
 
     return run

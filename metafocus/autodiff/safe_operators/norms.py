@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from metafocus.errors import ProblemError
-from metafocus.params import wide
+from metafocus.precision import wide
 
 
 def batch_norm(

@@ -1,17 +1,17 @@
 """Multiple-choice science with a Python tool: chats, a limited subprocess, unbiased pass@k."""
 
+from metafocus.evals.agentic._science import science
+from metafocus.evals.agentic.attempt import Attempt, play
 from metafocus.evals.agentic.endpoints import Endpoint, HTTPEndpoint, LocalEndpoint
-from metafocus.evals.agentic.episode import Episode, play
 from metafocus.evals.agentic.passk import pass_at_k
 from metafocus.evals.agentic.questions import Choice, answer_letter, read_gpqa
 from metafocus.evals.agentic.sandbox import Limits, Ran, Walls, run_python, walls
-from metafocus.evals.agentic.science import science
 from metafocus.evals.agentic.trial import PassRate, Trial, evaluate
 
 __all__ = [
+    "Attempt",
     "Choice",
     "Endpoint",
-    "Episode",
     "HTTPEndpoint",
     "Limits",
     "LocalEndpoint",

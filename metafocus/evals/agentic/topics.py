@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Problem:
+class Exercise:
     """A question, its value and its unit, and the values of typical mistakes."""
 
     question: str
@@ -18,11 +18,11 @@ class Problem:
     mistakes: tuple[float, ...]
 
 
-def kinetic_energy(rng: random.Random) -> Problem:
+def kinetic_energy(rng: random.Random) -> Exercise:
     """E = m v^2 / 2. Mistakes: no half, no square, km/h for m/s."""
     mass, speed = rng.randrange(600, 2400, 50), rng.randrange(30, 140, 2)
     v = speed / 3.6
-    return Problem(
+    return Exercise(
         f"A car of {mass} kg drives at {speed} km/h. What is its kinetic energy?",
         mass * v**2 / 2 / 1e3,
         "kJ",
@@ -30,10 +30,10 @@ def kinetic_energy(rng: random.Random) -> Problem:
     )
 
 
-def free_fall(rng: random.Random) -> Problem:
+def free_fall(rng: random.Random) -> Exercise:
     """Speed v = sqrt(2 g h). Mistakes: no two, no root, one g too many."""
     height, g = rng.randrange(4, 90), 9.81
-    return Problem(
+    return Exercise(
         f"A stone is dropped from rest from a height of {height} m. Neglecting the air, how fast "
         f"is it when it reaches the ground (g = {g} m/s^2)?",
         math.sqrt(2 * g * height),
@@ -42,11 +42,11 @@ def free_fall(rng: random.Random) -> Problem:
     )
 
 
-def parallel_resistors(rng: random.Random) -> Problem:
+def parallel_resistors(rng: random.Random) -> Exercise:
     """I = U (1/R1 + 1/R2). Mistakes: in series, one resistor alone, the mean."""
     a, b = rng.sample(range(20, 400, 5), 2)
     volts = rng.choice((5, 9, 12, 24, 48))
-    return Problem(
+    return Exercise(
         f"Two resistors of {a} ohm and {b} ohm are connected in parallel to an ideal source of "
         f"{volts} V. What current does the source deliver?",
         1e3 * volts * (1 / a + 1 / b),
@@ -55,11 +55,11 @@ def parallel_resistors(rng: random.Random) -> Problem:
     )
 
 
-def lens(rng: random.Random) -> Problem:
+def lens(rng: random.Random) -> Exercise:
     """1/f = 1/g + 1/b. Mistakes: the signs, the difference, no reciprocal."""
     focus = rng.randrange(5, 30)
     far = focus + rng.randrange(4, 90)
-    return Problem(
+    return Exercise(
         f"An object stands {far} cm before a thin converging lens of {focus} cm focal length. How "
         "far behind the lens is its image?",
         focus * far / (far - focus),
@@ -68,11 +68,11 @@ def lens(rng: random.Random) -> Problem:
     )
 
 
-def photon_energy(rng: random.Random) -> Problem:
+def photon_energy(rng: random.Random) -> Exercise:
     """E = h c / wavelength. Mistakes: the wrong power of ten, frequency for wavelength."""
     wavelength = rng.randrange(150, 950, 5)
     value = 1239.842 / wavelength
-    return Problem(
+    return Exercise(
         f"What is the energy of a photon of wavelength {wavelength} nm (h c = 1239.842 eV nm)?",
         value,
         "eV",
@@ -80,12 +80,12 @@ def photon_energy(rng: random.Random) -> Problem:
     )
 
 
-def decay(rng: random.Random) -> Problem:
+def decay(rng: random.Random) -> Exercise:
     """A = A0 2^(-t/T). Mistakes: e for 2, linear loss, what is gone for what is left."""
     half = rng.randrange(2, 60)
     days, start = rng.randrange(half // 2 + 1, 3 * half), rng.randrange(20, 900, 10)
     left = 2.0 ** (-days / half)
-    return Problem(
+    return Exercise(
         f"A sample has an activity of {start} MBq, its half-life is {half} days. What is its "
         f"activity after {days} days?",
         start * left,
@@ -94,12 +94,12 @@ def decay(rng: random.Random) -> Problem:
     )
 
 
-def strong_acid(rng: random.Random) -> Problem:
+def strong_acid(rng: random.Random) -> Exercise:
     """Dilute, then pH = -log10 c. Mistakes: not diluted, the natural logarithm, volume added."""
     acid, water = rng.randrange(5, 60), rng.randrange(80, 900, 10)
     c = rng.choice((0.02, 0.05, 0.1, 0.15, 0.2, 0.25))
     after = c * acid / (acid + water)
-    return Problem(
+    return Exercise(
         f"{acid} mL of hydrochloric acid of {c} mol/L are mixed with {water} mL of water. What is "
         "the pH, if volumes add up and all of the acid dissociates?",
         -math.log10(after),
@@ -108,14 +108,14 @@ def strong_acid(rng: random.Random) -> Problem:
     )
 
 
-def gas_volume(rng: random.Random) -> Problem:
+def gas_volume(rng: random.Random) -> Exercise:
     """V = n R T / p. Mistakes: Celsius for kelvin, grams for moles, the molar volume at 0 C."""
     name, molar = rng.choice(
         (("nitrogen", 28.01), ("oxygen", 32.0), ("carbon dioxide", 44.01), ("methane", 16.04))
     )
     grams, warm, kpa = rng.randrange(4, 90), rng.randrange(12, 95), rng.randrange(60, 240, 5)
     n = grams / molar
-    return Problem(
+    return Exercise(
         f"What volume do {grams} g of {name} (M = {molar} g/mol) fill as an ideal gas at {warm} C "
         f"and {kpa} kPa (R = 8.314 J/(mol K), 0 C = 273.15 K)?",
         n * 8.314 * (warm + 273.15) / kpa,
@@ -129,13 +129,13 @@ def gas_volume(rng: random.Random) -> Problem:
     )
 
 
-def combustion(rng: random.Random) -> Problem:
+def combustion(rng: random.Random) -> Exercise:
     """Mass of CO2 from burning an alkane. Mistakes: one CO2 for each molecule, equal masses, O2."""
     carbons, name = rng.choice(((3, "propane"), (4, "butane"), (5, "pentane"), (8, "octane")))
     grams = rng.randrange(10, 400, 2)
     molar = 12.011 * carbons + 1.008 * (2 * carbons + 2)
     n = grams / molar
-    return Problem(
+    return Exercise(
         f"What mass of carbon dioxide forms when {grams} g of {name} burn completely (C 12.011, "
         "H 1.008, O 15.999 g/mol)?",
         n * carbons * 44.009,
@@ -144,11 +144,11 @@ def combustion(rng: random.Random) -> Problem:
     )
 
 
-def carriers(rng: random.Random) -> Problem:
+def carriers(rng: random.Random) -> Exercise:
     """2 q (1 - q) with q = sqrt(incidence). Mistakes: q, 2 q^2, no two, the incidence."""
     one_in = rng.randrange(1200, 30000, 100)
     q = math.sqrt(1 / one_in)
-    return Problem(
+    return Exercise(
         f"A recessive disease affects one in {one_in} of a population in Hardy-Weinberg "
         "equilibrium. What share of the population are heterozygous carriers?",
         200 * q * (1 - q),
@@ -157,12 +157,12 @@ def carriers(rng: random.Random) -> Problem:
     )
 
 
-def growth(rng: random.Random) -> Problem:
+def growth(rng: random.Random) -> Exercise:
     """Doublings = log2(N/N0). Mistakes: natural or decimal logarithm, the ratio in halves."""
     start, minutes = rng.randrange(2, 90), rng.randrange(18, 75)
     end = start * rng.randrange(150, 9000, 10)
     ratio = end / start
-    return Problem(
+    return Exercise(
         f"A culture of {start} thousand bacteria doubles every {minutes} minutes. How long until "
         f"there are {end} thousand?",
         minutes * math.log2(ratio) / 60,
@@ -176,10 +176,10 @@ def growth(rng: random.Random) -> Problem:
     )
 
 
-def enzyme(rng: random.Random) -> Problem:
+def enzyme(rng: random.Random) -> Exercise:
     """Rate v = Vmax S / (Km + S). Mistakes: the constants exchanged, no saturation, the rest."""
     vmax, km, s = rng.randrange(20, 400, 5), rng.randrange(4, 90), rng.randrange(3, 200)
-    return Problem(
+    return Exercise(
         f"An enzyme follows Michaelis-Menten kinetics with Vmax = {vmax} umol/min and Km = {km} "
         f"umol/L. What is its rate at {s} umol/L of substrate?",
         vmax * s / (km + s),
@@ -188,7 +188,7 @@ def enzyme(rng: random.Random) -> Problem:
     )
 
 
-TOPICS: dict[str, tuple[Callable[[random.Random], Problem], ...]] = {
+TOPICS: dict[str, tuple[Callable[[random.Random], Exercise], ...]] = {
     "physics": (kinetic_energy, free_fall, parallel_resistors, lens, photon_energy, decay),
     "chemistry": (strong_acid, gas_volume, combustion),
     "biology": (carriers, growth, enzyme),

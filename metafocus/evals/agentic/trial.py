@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 from metafocus.errors import DataError
+from metafocus.evals.agentic.attempt import Attempt, Tool, play
 from metafocus.evals.agentic.endpoints import Endpoint
-from metafocus.evals.agentic.episode import Episode, Tool, play
 from metafocus.evals.agentic.passk import pass_at_k
 from metafocus.evals.agentic.questions import Choice
 from metafocus.evals.intervals import wilson
@@ -32,16 +32,16 @@ class PassRate:
 
 @dataclass(frozen=True)
 class Trial:
-    """The results; `episodes[i]` has the trials at question i."""
+    """The results; `attempts[i]` has the trials at question i."""
 
     rates: tuple[PassRate, ...]
-    episodes: tuple[tuple[Episode, ...], ...]
+    attempts: tuple[tuple[Attempt, ...], ...]
 
     def summary(self) -> dict[str, object]:
         """Return the rates, how trials ended, and how often the tool was called, for JSON."""
-        every = [episode for row in self.episodes for episode in row]
-        ends = [episode.ended for episode in every]
-        runs = [run for episode in every for run in episode.runs]
+        every = [attempt for row in self.attempts for attempt in row]
+        ends = [attempt.ended for attempt in every]
+        runs = [run for attempt in every for run in attempt.runs]
         return {
             "pass_at_k": {str(rate.k): asdict(rate) for rate in self.rates},
             "ended": {end: ends.count(end) for end in sorted(set(ends))},
@@ -95,7 +95,7 @@ def evaluate(
             f"{len(questions)} questions, samples={samples}, ks={tuple(ks)}: needs at least one of "
             "each and 1 <= k <= samples"
         )
-    found: list[tuple[Episode, ...]] = []
+    found: list[tuple[Attempt, ...]] = []
     for i, question in enumerate(questions):
         row = []
         for j in range(samples):
@@ -107,7 +107,7 @@ def evaluate(
     return Trial(tuple(_rate(found, k) for k in dict.fromkeys(ks)), tuple(found))
 
 
-def _rate(episodes: Sequence[Sequence[Episode]], k: int) -> PassRate:
-    shares = [pass_at_k(len(row), sum(e.correct for e in row), k) for row in episodes]
+def _rate(attempts: Sequence[Sequence[Attempt]], k: int) -> PassRate:
+    shares = [pass_at_k(len(row), sum(e.correct for e in row), k) for row in attempts]
     mean = sum(shares) / len(shares)
     return PassRate(k, mean, *wilson(mean, len(shares)), len(shares))

@@ -17,7 +17,7 @@ from metafocus.autodiff.recompute import recompute
 from metafocus.errors import ProblemError
 from metafocus.lm.cross_entropy import IGNORED, LogitHead, entropies
 from metafocus.lm.token_loss import token_loss
-from metafocus.params import wide
+from metafocus.precision import wide
 from metafocus.torch_internals import (
     forward_hooks,
     has_backward_hooks,
@@ -30,6 +30,11 @@ Reader = Callable[[nn.Module, Tensor], Tensor]
 """`(head, hidden [B, S, D]) -> result`."""
 
 _ROWS = 256
+
+
+def output_head(model: nn.Module) -> nn.Module:
+    """Return the module that makes logits of the final hidden states."""
+    return model.get_output_embeddings()  # pyright: ignore
 
 
 class HeadHook:

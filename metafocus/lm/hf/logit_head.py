@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from metafocus.lm.cross_entropy import LogitHead
 from metafocus.lm.hf import heads
 from metafocus.lm.hf.trial import side_run, two_tokens
-from metafocus.params import wide
+from metafocus.precision import wide
 
 _SCALES = (("logit_scale", 1), ("lm_head_multiplier", 1), ("logits_scaling", -1))
 _CAPS = ("final_logit_softcapping", "logits_soft_cap")
@@ -40,7 +40,7 @@ def logit_head_of(model: nn.Module) -> LogitHead | None:
     Warns:
         UserWarning: once, with the class of the model and the reason, if it cannot.
     """
-    head = model.get_output_embeddings()  # pyright: ignore
+    head: nn.Module | None = heads.output_head(model)
     expected = from_config(model.config.get_text_config())  # pyright: ignore
     key = (type(model), expected)
     hook = None if head is None else heads.find_hook(head)

@@ -7,7 +7,7 @@ import random
 from metafocus.checks import whole
 from metafocus.errors import DataError
 from metafocus.evals.agentic.questions import Choice, shuffled
-from metafocus.evals.agentic.topics import TOPICS, Problem
+from metafocus.evals.agentic.topics import TOPICS, Exercise
 
 MAKERS = {maker.__name__: (field, maker) for field, row in TOPICS.items() for maker in row}
 _DRAWS, _WRONG = 200, 3
@@ -51,7 +51,7 @@ def _question(name: str, rng: random.Random) -> Choice:
     raise AssertionError(f"{name}: mistakes that coincide in {_DRAWS} draws")
 
 
-def _apart(problem: Problem) -> list[float]:
+def _apart(problem: Exercise) -> list[float]:
     """Return the mistakes that differ enough from the right value and from each other."""
     kept = [problem.value]
     for value in problem.mistakes:

@@ -29,7 +29,7 @@ _REMIND = f"I found no answer. {_FORM}"
 
 
 @dataclass(frozen=True)
-class Episode:
+class Attempt:
     """The result of one trial.
 
     Attributes:
@@ -53,7 +53,7 @@ class Episode:
 
 def play(
     endpoint: Endpoint, question: Choice, *, tool: Tool | None = None, calls: int = 5, seed: int = 0
-) -> Episode:
+) -> Attempt:
     """Ask a question and run the code of each reply, until a reply without code has an answer.
 
     If a reply has neither code nor an answer, the model is asked once more. After the last call
@@ -103,7 +103,7 @@ def play(
             break
         reminded = True
         messages.append({"role": "user", "content": _REMIND})
-    return Episode(
+    return Attempt(
         answer=letter,
         correct=letter == question.letter,
         calls=len(runs),

@@ -1,0 +1,50 @@
+"""What results on the tape depend on: leaves of others, and kernels that are not ATen's own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from metafocus.torch_internals import forward_class
+
+
+def foreign_leaves(result: Tensor, own: Sequence[Tensor]) -> list[Tensor]:
+    """Return the leaves that a tensor of the tape depends on and that are not among `own`."""
+    mine = {id(x) for x in own}
+    if result.grad_fn is None:
+        return [] if not result.requires_grad or id(result) in mine else [result]
+    # Only the node of a leaf has a variable.
+    found = [getattr(node, "variable", None) for node in _nodes([result])]
+    return [leaf for leaf in found if leaf is not None and id(leaf) not in mine]
+
+
+def foreign_nodes(results: Iterable[Tensor]) -> list[str]:
+    """Return the names of custom kernels that tensors of the tape depend on.
+
+    Nodes of ATen's own, of torch.distributed and of this package have all derivatives.
+    """
+    return sorted({n.name() for n in _nodes(results) if not _has_all_derivatives(n)})
+
+
+_ATEN_NODE = re.compile(r"(Backward\d+|AccumulateGrad|CopyBackwards|CopySlices|Barrier|Error)$")
+
+
+def _has_all_derivatives(node: Any) -> bool:
+    custom = forward_class(node)
+    if custom is not None:
+        return custom.__module__.startswith(("metafocus.", "torch.distributed."))
+    return bool(_ATEN_NODE.search(node.name()))
+
+
+def _nodes(results: Iterable[Tensor]) -> Iterator[Any]:
+    seen, pending = set(), [x.grad_fn for x in results if x.grad_fn is not None]
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        yield node
+        pending += [parent for parent, _ in node.next_functions if parent is not None]

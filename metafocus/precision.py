@@ -1,0 +1,40 @@
+"""Types of numbers: one rule for half precision, and autocast for what is computed by hand."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def wide_type(dtype: torch.dtype) -> torch.dtype:
+    """Return the type in which sums of numbers of this type are taken: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def wide(x: Tensor) -> Tensor:
+    """Return half-precision tensors in float32, others as they are.
+
+    The one rule of the package: half types hold inputs and results, never what is added up.
+    """
+    return x.to(wide_type(x.dtype)) if x.is_floating_point() else x
+
+
+def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return tensors in the type of autocast, where it is on, as matrix products take them.
+
+    Float64 stays, and so do all tensors where autocast is off.
+    """
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    low = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(low) for x in tensors)
+
+
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Compute in the given types inside a `with` block, whether autocast is on or not."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else contextlib.nullcontext()

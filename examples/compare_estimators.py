@@ -1,7 +1,7 @@
-"""Which hypergradient is right for my problem? Measure it: `mf.compare` on a loss of one's own.
+"""Which hypergradient suits a problem? `mf.compare` measures it on any pair of losses.
 
-The loss here: a robust regression whose two hyper-parameters, the width of the Huber loss and the
-strength of the penalty, are learned by a validation loss. Replace `inner` and `outer` by yours.
+The problem here is a robust regression. Its two hyper-parameters, the width of the Huber loss and
+the strength of the penalty, are learned by a validation loss. Replace `inner` and `outer` by yours.
 """
 
 import argparse
@@ -45,8 +45,7 @@ def main(argv=None):
     data = mf.Episode(draw(4 * size, 0.2), draw(4 * size, 0.0))
     problem = mf.Problem(inner, outer, init=lambda slow, support: {"w": torch.zeros(size).double()})
     slow = {"log_width": torch.tensor(0.0).double(), "log_l2": torch.tensor(-3.0).double()}
-
-    # Judge by the exact gradient at the minimum, and give everybody the same hundred steps.
+    # The reference is the exact gradient at the minimum; each estimator takes a hundred steps.
     solver, long = mf.SGD(0.5, steps=100), mf.SGD(0.5, steps=2000)
     exact = mf.bilevel(problem, solver=long, estimator=mf.Implicit(mf.Dense()))
     exact = mf.hypergrad(exact)(slow, data)[0]
@@ -61,9 +60,8 @@ def main(argv=None):
         "first order": mf.FirstOrder(),
     }
     plain = mf.bilevel(problem, solver=solver, estimator=mf.FirstOrder())
-    others = {
-        "evolution": mf.algorithms.Evolution(plain, sigma=0.05, pairs=32, generator=generator)
-    }
+    evolution = mf.algorithms.Evolution(plain, sigma=0.05, pairs=32, generator=generator)
+    others = {"evolution": evolution}
     comparison = mf.compare(
         problem, slow, data, solver=solver, estimators=estimators, reference=exact, others=others
     )

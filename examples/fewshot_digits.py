@@ -1,7 +1,7 @@
-"""Few-shot learning on scikit-learn's digits: learn to tell digits apart that were never trained.
+"""Few-shot learning on scikit-learn's digits: tell digits apart that training has never shown.
 
-A task: five pictures of each of three digits. The start is learned on the digits 0 to 5 and tested
-on 6 to 9. MAML adapts all weights, ANIL (arXiv 1909.09157) the last layer.
+A task consists of five pictures of each of three digits. The start is learned on the digits 0 to 5
+and tested on 6 to 9. MAML adapts all weights, ANIL (arXiv 1909.09157) only the last layer.
 """
 
 import argparse

@@ -98,20 +98,20 @@ def killed_and_resumed(
     config: Path, steps: int, kills: int, chance: random.Random
 ) -> tuple[FocusTrainer, dict[str, Any]]:
     """Train to the end in spite of `kills` deaths; check that no step came out differently."""
-    run, told, deaths, again = config.parent / "run", {}, [], 0
+    run, seen, deaths, again = config.parent / "run", {}, [], 0
     for i in range(kills):
         aim = chance.randint(1 + i * steps // kills, (i + 1) * steps // kills - 1)
         leg, code = leg_until(config, aim)
         if code != -signal.SIGKILL:
             raise AssertionError(f"the process was to be killed, and ended by itself with {code}.")
-        again += _same(told, leg)
+        again += _same(seen, leg)
         deaths.append((max(leg), _newest(run)))
     trainer = train([str(config)])
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     # The history holds what was logged by dead processes before their last checkpoint, too.
     last = {int(entry["step"]): _printed(entry) for entry in logs}
-    _same(told, last)
-    again += len([step for step in told if deaths and deaths[-1][1] < step <= deaths[-1][0]])
+    _same(seen, last)
+    again += len([step for step in seen if deaths and deaths[-1][1] < step <= deaths[-1][0]])
     if sorted(last) != list(range(1, steps + 1)):
         raise AssertionError(f"steps are missing from the history: {sorted(last)}.")
     name = "plain fine-tuning" if trainer.focus.method == "sft" else "FocuSFT"
@@ -126,8 +126,8 @@ def killed_and_resumed(
 
 
 def leg_until(config: Path, aim: int) -> tuple[dict[int, dict[str, Any]], int]:
-    """Run the command and kill it once it has told of step `aim`; return what it told."""
-    told, step = {}, _newest(config.parent / "run")
+    """Run the command and kill it once it has logged step `aim`; return what it logged."""
+    seen, step = {}, _newest(config.parent / "run")
     command = [sys.executable, "-m", "metafocus", "train", str(config)]
     with (config.parent / "errors.txt").open("w") as errors:
         process = subprocess.Popen(
@@ -139,10 +139,10 @@ def leg_until(config: Path, aim: int) -> tuple[dict[int, dict[str, Any]], int]:
             if not line.startswith("{'loss'"):
                 continue
             step += 1
-            told[step] = _printed(ast.literal_eval(line))
+            seen[step] = _printed(ast.literal_eval(line))
             if step == aim:
                 process.kill()
-        return told, process.wait()
+        return seen, process.wait()
 
 
 def _newest(run: Path) -> int:
@@ -160,12 +160,12 @@ def _printed(entry: dict[str, Any]) -> dict[str, Any]:
     return {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in kept.items()}
 
 
-def _same(told: dict[int, dict], later: dict[int, dict]) -> int:
-    """Check that steps told of twice came out the same; return how many; remember the new ones."""
-    twice = len(told.keys() & later.keys())
+def _same(seen: dict[int, dict], later: dict[int, dict]) -> int:
+    """Check that steps logged twice came out the same; return how many; remember the new ones."""
+    twice = len(seen.keys() & later.keys())
     for step, entry in later.items():
-        if told.setdefault(step, entry) != entry:
-            raise AssertionError(f"step {step} differs: {told[step]} before, {entry} after.")
+        if seen.setdefault(step, entry) != entry:
+            raise AssertionError(f"step {step} differs: {seen[step]} before, {entry} after.")
     return twice
 
 

@@ -1,8 +1,8 @@
 """FocuSFT with its exact gradient: what the first-order form leaves out, and what it costs.
 
-The official code holds the adapted fast weights constant: `mf.FirstOrder()`. They depend on the
-model through every inner step, and `mf.Unrolled(recompute=True)` differentiates that, too. Which
-one is the derivative of the loss is measured, by moving the model along a direction.
+The official code treats the adapted fast weights as constants: `mf.FirstOrder()`. In fact they
+depend on the model through every inner step, and `mf.Unrolled(recompute=True)` differentiates this
+dependence too. Moving the model along a direction shows which of the two is the derivative.
 """
 
 import argparse
@@ -35,12 +35,12 @@ def main(argv=None):
     batch = Collator(pad_token_id=tokenizer.pad_token_id)(samples)
 
     def meta(estimator, steps):
-        # The generator starts anew: each call has the same fast weights to begin with.
+        # A new generator, so that each call begins with the same fast weights.
         fresh = torch.Generator().manual_seed(args.seed)
         solver = mf.SGD(1.0, steps, clip=mf.clip_per_tensor(1.0))
         return mf.recipes.focusft(model, solver=solver, estimator=estimator, generator=fresh)
 
-    params, episode, rows = dict(model.named_parameters()), mf.Episode(batch, batch), []
+    params, episode, rows = mf.trainable(model), mf.Episode(batch, batch), []
     for steps in (1, 2, 4):
         grads, seconds = {}, {}
         for name, estimator in ESTIMATORS.items():
@@ -48,7 +48,7 @@ def main(argv=None):
             grads[name] = mf.hypergrad(meta(estimator, steps))(params, episode)[0]
             seconds[name] = time.perf_counter() - begin
         first, exact = grads["first order"], grads["exact"]
-        # Along the direction in which the two disagree, what does the loss do?
+        # How does the loss change along the direction in which the two differ?
         apart = pt.sub(exact, first)
         apart = pt.scale(apart, 1 / pt.norm(apart))
         moved = [pt.add(pt.detach(params), apart, h) for h in (1e-5, -1e-5)]

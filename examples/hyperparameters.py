@@ -1,8 +1,8 @@
 """Hyper-parameters by gradient: learned L2 penalties on scikit-learn's digits, against a grid.
 
-The inner problem is logistic regression, fitted by L-BFGS: the implicit gradient looks at the
-minimum only, so any optimiser will do (`mf.Given`). A grid finds one penalty with few fits. One for
-each pixel it cannot find, while a gradient by 64 penalties costs about as much as one by one.
+The inner problem is logistic regression, fitted by L-BFGS. The implicit gradient depends on the
+minimum only, so any optimiser can find it (`mf.Given`). A grid finds one penalty with few fits, but
+not one for each pixel. The gradient by 64 penalties costs about as much as the gradient by one.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""iMAML: the meta-gradient from the end of adaptation alone, however long adaptation took.
+"""iMAML: the meta-gradient from the end of adaptation alone, however long the adaptation was.
 
-Adaptation that is pulled back to its start (`mf.proximal`) has one solution, and the implicit
-function theorem says how it moves with the start, whatever the path to it (arXiv 1909.04630).
-Nothing of the inner loop is kept: memory does not grow with its steps. The price: the loop must
-come near its solution, and a linear system is solved, here by conjugate gradients.
+With a pull back to the start (`mf.proximal`), adaptation has one solution. The implicit function
+theorem says how this solution moves with the start, whatever the path to it (arXiv 1909.04630).
+Nothing of the inner loop is kept, so memory does not grow with its steps. In return, the loop must
+come close to the solution, and a linear system has to be solved, here by conjugate gradients.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def main(argv=None):
     start = {k: v.detach() for k, v in net.named_parameters()}
     generator = torch.Generator().manual_seed(args.seed)
 
-    # How good is one gradient, and what does it cost? Against the unrolled one of a long loop.
+    # How good is one gradient, and what does it cost? The reference unrolls a long loop.
     one = fewshot.sinusoids(1, 10, 10, generator=generator)
     episode = mf.Episode(*((x[0], y[0]) for x, y in one))
     long = mf.bilevel(PROBLEM, solver=mf.SGD(0.05, 500), estimator=mf.Unrolled())
@@ -59,7 +59,7 @@ def main(argv=None):
         growth = rows[name, 160]["peak_bytes"] / rows[name, 10]["peak_bytes"]
         print(f"{name}: from 10 to 160 steps its memory grows {growth:.1f} times")
 
-    # And does a start learned with it adapt well?
+    # Does a start that was learned with it adapt well?
     meta = mf.bilevel(PROBLEM, solver=mf.SGD(0.02, 16), estimator=mf.Implicit(mf.CG(5)))
     meta, unseen = mf.over_tasks(meta), fewshot.sinusoids(200, 10, 50, generator=generator)
     outer = {k: v.clone().requires_grad_() for k, v in start.items()}

@@ -1,8 +1,8 @@
-"""Meta-SGD: learn how far each weight should move, beside where it starts.
+"""Meta-SGD: learn how far each weight should move, as well as where it starts.
 
-In MAML the inner learning rate is a number that somebody chose. In Meta-SGD (arXiv 1707.09835) it
-is an outer parameter, one for each weight: `lr` of a solver may be any function of the outer
-parameters. Rates may come out negative, and are as large as the tasks want them.
+In MAML the inner learning rate is a number that somebody chose. In Meta-SGD (arXiv 1707.09835)
+each weight has a rate of its own, which is an outer parameter: the `lr` of a solver may be any
+function of the outer parameters. Rates can become negative, and as large as the tasks need.
 """
 
 import argparse

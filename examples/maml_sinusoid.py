@@ -1,7 +1,7 @@
 """MAML on sinusoids: learn a start from which one gradient step fits a new curve.
 
-Each task is a curve, seen through ten points. A network trained on all curves learns their mean.
-MAML (arXiv 1703.03400) trains the *start*: it differentiates the loss after a step, through it.
+Each task is a curve of which ten points are known. A network trained on all curves learns their
+mean. MAML (arXiv 1703.03400) trains the *start*: it differentiates the loss after a step.
 """
 
 import argparse
@@ -25,7 +25,7 @@ PROBLEM = fewshot.maml(lambda params, data: ((predict(params, data[0]) - data[1]
 
 
 def train(start, inner_steps, outer_steps):
-    """Return the start that 25 new tasks at a time have taught; no inner steps: plain training."""
+    """Return a start trained on 25 new tasks a step; without inner steps this is plain training."""
     meta = mf.bilevel(PROBLEM, solver=mf.SGD(0.01, inner_steps), estimator=mf.Unrolled())
     params = {k: v.detach().clone().requires_grad_() for k, v in start.items()}
     optimizer, tasks = torch.optim.Adam(params.values(), 3e-3), torch.Generator().manual_seed(1)
@@ -45,12 +45,12 @@ def main(argv=None):
     args = parser.parse_args(argv)
     torch.manual_seed(args.seed)
 
-    # Train two starts on the same tasks: for the loss after one step, and for the loss as it is.
+    # Train two starts on the same tasks: one for the loss after a step, one for the loss itself.
     net.apply(lambda layer: layer.reset_parameters() if isinstance(layer, Linear) else None)
     start, outer_steps = dict(net.named_parameters()), 1000 if args.quick else 10000
     starts = {"MAML": train(start, 1, outer_steps), "plain training": train(start, 0, outer_steps)}
 
-    # Adapt both to 200 curves that neither has seen, without a graph.
+    # Adapt both to 200 new curves.
     unseen = fewshot.sinusoids(200, 10, 100, generator=torch.Generator().manual_seed(2))
     losses = {}
     for name, params in starts.items():

@@ -1,8 +1,8 @@
 """Find wrong labels: learn how much each training sample counts, from a few clean ones.
 
-A third of the labels is wrong, and nobody says which. Each sample gets a weight, an outer
-parameter; the inner loop trains with these weights; the outer loss asks how well the result does
-on a small clean set. Samples that teach it nonsense lose their weight (arXiv 1803.09050).
+A third of the labels is wrong, and it is not known which. Each sample has a weight, which is an
+outer parameter. The inner loop trains with these weights, and the outer loss measures the result
+on a small clean set. So samples with a wrong label lose their weight (arXiv 1803.09050).
 """
 
 import argparse
@@ -48,7 +48,7 @@ def main(argv=None):
 
     problem = hpo.reweight(losses, start, l2=1e-3)
     solver = mf.SGD(0.5, steps=50, momentum=0.9)
-    # The inner loop is stopped early, so it is unrolled; recompute keeps the memory flat.
+    # The inner loop stops early, so it is unrolled; recompute keeps the memory small.
     meta = mf.bilevel(problem, solver=solver, estimator=mf.Unrolled(last=20, recompute=10))
     episode = mf.Episode((torch.arange(len(x)), noisy), clean)
     outer = {"weight": torch.zeros(len(x), requires_grad=True)}  # logits: all count one half
@@ -59,7 +59,7 @@ def main(argv=None):
         meta(outer, episode)[0].backward()
         optimizer.step()
     after, weight = meta(outer, episode)[1].params, outer["weight"].detach().sigmoid()
-    # What could be had if somebody did say which: a weight of about 0 or 1/2.
+    # An upper bound: a weight of about 0 or 1/2 from the true labels.
     oracle = meta({"weight": -20.0 * flipped}, episode)[1].params
     report = {
         "area under the ROC curve": roc_auc_score(flipped, -weight),

@@ -1,9 +1,9 @@
-"""TTT-E2E, a toy: a model whose weights go on learning while it reads, trained to do so.
+"""TTT-E2E on a toy task: a model whose weights go on learning while it reads.
 
-A text is a cipher of its own, letter to letter, used again and again. The model sees 16 tokens
-back: what stands for what it must keep in its weights. `mf.recipes.ttt_e2e` scores a chunk, takes a
-step on it, and differentiates the mean score through all steps (arXiv 2512.23675). The same network
-with a step of length 0, a model with a sliding window, is trained beside it.
+Each text uses a cipher of its own, which maps letters to letters, again and again. The model sees
+only the last 16 tokens, so it must keep the cipher in its weights. `mf.recipes.ttt_e2e` scores a
+chunk, takes a step on it, and differentiates the mean score through all steps (arXiv 2512.23675).
+For comparison the same network is trained with steps of length 0: a model with a sliding window.
 """
 
 import argparse

@@ -11,7 +11,7 @@ from metafocus.cli.parsing import Parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; return its code: 2 after a mistake of the user, which is told in one line."""
+    """Run a command; return its exit code: 2 after a mistake of the user, printed in one line."""
     parser = Parser(prog="metafocus", description=metafocus.__doc__)
     parser.add_argument("--version", action="version", version=metafocus.__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             train.main(words[1:])
             return 0
         args = parser.parse_args(words)
-        # Only a command that judges something has a code of its own.
+        # Only a command that judges something returns a code of its own.
         return args.run(args) or 0
     except (ValueError, OSError) as error:
         # Ours are subclasses of the first; the second is a file or a disk.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metafocus.errors import ProblemError
+from metafocus.errors import NonFiniteError, ProblemError
 
 
 def is_number(value: Any) -> bool:
@@ -27,8 +27,8 @@ def whole(
     """Raise unless `value` is an integer of at least `least`; True and False are none.
 
     Args:
-        name: of the argument.
-        value: of the argument.
+        name: the name of the argument.
+        value: its value.
         least: the smallest value that is allowed.
         note: what the message adds to the bound.
         error: what is raised.
@@ -122,3 +122,16 @@ def scalar(value: Any, name: str) -> Tensor:
     if not value.is_floating_point():
         raise ProblemError(f"{name} must return a floating-point scalar, got {value.dtype}.")
     return value
+
+
+def check_finite(losses: Tensor) -> None:
+    """Raise if an inner loss is NaN or infinite; one host synchronisation."""
+    bad = ~torch.isfinite(losses)
+    if bad.any():
+        where = bad.nonzero()[0].tolist()
+        value = losses[tuple(where)].item()
+        place = f"step {where[-1]}" if len(where) == 1 else f"task {where[0]}, step {where[-1]}"
+        raise NonFiniteError(
+            f"inner_loss is {value} before inner {place}. Lower the solver's lr, clip its "
+            "gradients (clip=mf.clip_global(1.0)), or look at the support data."
+        )

@@ -14,10 +14,11 @@ from metafocus import params as pt
 from metafocus import streams
 from metafocus.autodiff.grad import leaf_alias, reaches_another_leaf
 from metafocus.autodiff.safe_operators.swapping import Swapped
+from metafocus.checks import check_finite
 from metafocus.errors import ProblemError
 from metafocus.estimators import Estimator
 from metafocus.preflight import preflight, refuse_ignored_fast_weights
-from metafocus.problem import Problem, check_finite, check_params, constants, moving
+from metafocus.problem import Problem, check_params, constants, moving
 from metafocus.solvers import Given
 from metafocus.solvers.descent import solve_inner
 from metafocus.torch_internals import transforming
@@ -110,7 +111,8 @@ def bilevel(
             ends = [(None, solution.params, streams.at(query, last))]
         else:
             weights = path_weights(path, outer, solver.steps)
-            solution = estimator(*args, path=tuple(range(solver.steps)))
+            with_path: Any = estimator
+            solution = with_path(*args, path=tuple(range(solver.steps)))
             _check_solution(solution, start, estimator)
             data = [streams.at(query, step) for step in range(solver.steps)]
             if len(solution.path) != len(data):

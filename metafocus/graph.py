@@ -45,10 +45,10 @@ def compiled(
 
     Args:
         hypergradient: `mf.hypergrad(meta_loss)`, of any estimator, also over tasks.
-        backend: of `torch.compile`. "inductor" needs a C++ compiler for the CPU; "aot_eager" and
-            "eager" run the same graph without one, and without the gain.
-        mode: of `torch.compile`.
-        options: of `torch.compile`.
+        backend: the `backend` of `torch.compile`. "inductor" needs a C++ compiler for the CPU;
+            "aot_eager" and "eager" run the same graph without one, and without the gain.
+        mode: the `mode` of `torch.compile`.
+        options: the `options` of `torch.compile`.
 
     Returns:
         A function like `hypergradient`.

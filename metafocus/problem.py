@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metafocus import params as pt
 from metafocus.checks import not_negative, scalar
-from metafocus.errors import NonFiniteError, ProblemError
+from metafocus.errors import ProblemError
 from metafocus.torch_internals import innermost, pytree
 from metafocus.types import Episode, InnerLoss, OuterLoss, Params
 
@@ -89,6 +90,13 @@ class Problem:
         fast = self.init(outer, support)
         check_params(fast, "init", "fast weights")
         return fast
+
+    def first(self, outer: Params, support: Any) -> Params:
+        """Return the start as a constant, from a support that `prepare` has not seen yet."""
+        outer, support = constants(outer), pt.detach(support)
+        if support is not None:
+            support = self.prepared(outer, Episode(support, support)).support
+        return pt.detach(self.start(outer, support))
 
     def prepared(self, outer: Params, episode: Any) -> Episode:
         """Return the episode as `prepare` makes it."""
@@ -289,16 +297,3 @@ def check_params(params: Any, source: str, noun: str) -> None:
                 f"{source} holds {name!r} of dtype {value.dtype}; only floating-point tensors can"
                 " be differentiated. Close over integer tensors, or put them into the episode."
             )
-
-
-def check_finite(losses: Tensor) -> None:
-    """Raise if an inner loss is NaN or infinite; one host synchronisation."""
-    bad = ~torch.isfinite(losses)
-    if bad.any():
-        where = bad.nonzero()[0].tolist()
-        value = losses[tuple(where)].item()
-        place = f"step {where[-1]}" if len(where) == 1 else f"task {where[0]}, step {where[-1]}"
-        raise NonFiniteError(
-            f"inner_loss is {value} before inner {place}. Lower the solver's lr, clip its "
-            "gradients (clip=mf.clip_global(1.0)), or look at the support data."
-        )

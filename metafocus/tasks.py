@@ -14,10 +14,9 @@ from torch import Tensor
 from metafocus import params as pt
 from metafocus.autodiff.grad import leaf_alias, reaches_another_leaf
 from metafocus.autodiff.known import with_gradient
-from metafocus.checks import whole
+from metafocus.checks import check_finite, whole
 from metafocus.engine import MetaLoss, outermost
 from metafocus.errors import NonFiniteError, ProblemError
-from metafocus.problem import check_finite
 from metafocus.rng import Drawn
 from metafocus.streams import Shared, is_stream
 from metafocus.torch_internals import pytree, transforming

@@ -310,3 +310,12 @@ def reduction_of(size_average: bool | None, reduce: bool | None) -> str:
 def operator_arguments(operator: Any) -> Sequence[Any]:
     """Return the arguments of an operator: each has a name, and says whether it is written to."""
     return operator._schema.arguments
+
+
+def constant_when_compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a function whose result `torch.compile` may take as a constant.
+
+    The public decorator imports the compiler at once, which takes seconds.
+    """
+    fn._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+    return fn

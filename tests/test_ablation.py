@@ -48,9 +48,21 @@ def tokenizer():
 
 @pytest.fixture
 def model(tokenizer):
-    from metafocus.models import small_qwen2
+    from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    return small_qwen2(tokenizer, 64, 3, 512, "sdpa").eval()
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=512,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    ).eval()
 
 
 # --- tasks ---------------------------------------------------------------------------------------

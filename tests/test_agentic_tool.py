@@ -270,11 +270,11 @@ def test_calls_beside_each_other():
 
 
 def test_bad_limits(monkeypatch):
-    with pytest.raises(DataError, match="seconds=0"):
+    with pytest.raises(DataError, match="seconds must be positive, got 0"):
         Limits(seconds=0)
-    with pytest.raises(DataError, match="memory=-1"):
+    with pytest.raises(DataError, match="memory must be an integer >= 1, got -1"):
         Limits(memory=-1)
-    with pytest.raises(DataError, match=r"cpu_seconds=0\.5: .* whole number"):
+    with pytest.raises(DataError, match=r"cpu_seconds must be an integer .*got 0\.5"):
         Limits(cpu_seconds=0.5)
     monkeypatch.setattr(sandbox.sys, "platform", "darwin")
     with pytest.raises(DataError, match="needs Linux"):

@@ -30,7 +30,7 @@ from metafocus.trainer.inner import start_seed
 SAVING = {"save_strategy": "steps", "save_steps": 1}
 
 
-def told(run, key: str) -> list[float]:
+def logged(run, key: str) -> list[float]:
     return [entry[key] for entry in run.state.log_history if key in entry]
 
 
@@ -53,7 +53,7 @@ def test_an_inner_loop_that_explodes_is_a_step_of_plain_training(tmp_path, estim
     plain.train()
     expected = weights(plain.model)
     assert (weights(run.model) - expected).norm() < 1e-12 * expected.norm()
-    assert told(run, "skipped_adaptations") == [1.0, 2.0, 3.0, 4.0]
+    assert logged(run, "skipped_adaptations") == [1.0, 2.0, 3.0, 4.0]
 
 
 def test_too_many_explosions_stop_the_run_and_leave_its_checkpoints(tmp_path):
@@ -68,7 +68,7 @@ def test_too_many_explosions_stop_the_run_and_leave_its_checkpoints(tmp_path):
     calm = trainer(tiny(torch.float32), tmp_path, **SAVING)
     calm.train(resume_from_checkpoint=True)
     assert calm.state.global_step == 4
-    assert told(calm, "skipped_adaptations") == [1.0, 2.0, 0.0, 0.0]
+    assert logged(calm, "skipped_adaptations") == [1.0, 2.0, 0.0, 0.0]
 
 
 class Cliff:
@@ -116,11 +116,11 @@ def test_per_example_only_the_example_that_fails_is_left_out(tmp_path):
         train_sampling_strategy="sequential", kept={"recipe": {"solver": cliff}},
     )  # fmt: skip
     run.train()
-    assert told(run, "skipped_adaptations") == [1.0]
+    assert logged(run, "skipped_adaptations") == [1.0]
     unadapted = mean_answer_loss(tiny(), [data[wild]], lambda n: seen_by(data[wild], n))
     counts = [fact[2] for fact in facts]
     total = facts[calm][1] * counts[calm] + unadapted * counts[wild]
-    assert told(run, "loss") == pytest.approx([total / sum(counts)], rel=1e-6)
+    assert logged(run, "loss") == pytest.approx([total / sum(counts)], rel=1e-6)
 
 
 # --- batches and samples -----------------------------------------------------------------------
@@ -134,8 +134,8 @@ def test_a_batch_without_answers_among_others(tmp_path):
         optim="sgd", learning_rate=0.1, lr_scheduler_type="constant", max_grad_norm=0.0,
     )  # fmt: skip
     run.train()
-    assert told(run, "loss")[0] > 0 and told(run, "loss")[1] == 0.0
-    assert told(run, "skipped_adaptations") == [0.0, 0.0]
+    assert logged(run, "loss")[0] > 0 and logged(run, "loss")[1] == 0.0
+    assert logged(run, "skipped_adaptations") == [0.0, 0.0]
     after = [
         Qwen2ForCausalLM.from_pretrained(tmp_path / f"checkpoint-{i}", dtype=torch.float64)
         for i in (1, 2)
@@ -354,7 +354,7 @@ def test_data_that_cannot_be_used(tmp_path, capsys, which, content, text):
 
 
 def test_a_long_chat_is_cut_and_counted(tmp_path, capsys):
-    """Through the command nothing can be too long: what does not fit is cut, and said."""
+    """Through the command nothing can be too long: what does not fit is cut and counted."""
     long = chat(2)
     long["messages"] += [{"role": "user", "content": "why " * 60}, long["messages"][-1]]
     path = write(tmp_path / "long.jsonl", chat(0), chat(1), long)

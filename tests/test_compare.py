@@ -687,3 +687,62 @@ def test_more_than_ten_estimators_look_different_and_zero_errors_do_not_stretch_
     assert len(looks) == 13
     low, high = axis.get_ylim()
     assert high / low < 1e6
+
+
+# --- detach() inside a loss ----------------------------------------------------------------------
+
+
+def meta_weight_net():
+    """Weights of examples computed from their detached losses (Shu et al., arXiv 1902.07379)."""
+    x, y, xq, yq = (torch.randn(shape) for shape in ((8, 3), (8,), (8, 3), (8,)))
+
+    def each(fast, data):
+        return (data[0] @ fast["w"] - data[1]) ** 2
+
+    def inner(fast, slow, data):
+        value = each(fast, data)
+        return (torch.sigmoid(slow["a"] * value.detach() + slow["b"]) * value).mean()
+
+    problem = mf.Problem(
+        inner, lambda f, s, d: each(f, d).mean(), lambda slow, support: {"w": torch.zeros(3)}
+    )
+    outer = {"a": torch.tensor(0.3), "b": torch.tensor(0.1)}
+    return problem, outer, mf.Episode((x, y), (xq, yq))
+
+
+@pytest.mark.parametrize("reference", ["graph", "differences of the value"])
+def test_finite_differences_of_a_loss_that_detaches_are_not_exact(reference):
+    problem, outer, episode = meta_weight_net()
+    if reference != "graph":
+        # After one step the tape has the derivative of the meta loss as it is evaluated.
+        meta = mf.bilevel(problem, solver=mf.SGD(0.1, 1), estimator=mf.FirstOrder())
+        reference = {}
+        with torch.no_grad():
+            for k in outer:
+                up, down = (meta({**outer, k: outer[k] + h}, episode)[0] for h in (1e-5, -1e-5))
+                reference[k] = (up - down) / 2e-5
+    result = mf.compare(
+        problem,
+        outer,
+        episode,
+        solver=mf.SGD(0.1, steps=1),
+        estimators={
+            "graph": mf.Unrolled(),
+            "recompute": mf.Unrolled(recompute=True),
+            "forward": mf.Unrolled(hvp=mf.hvp_forward),
+            "finite": mf.Unrolled(hvp=mf.hvp_finite()),
+            "finite, smaller": mf.Unrolled(hvp=mf.hvp_finite(1e-7)),
+            "DARTS": mf.Unrolled(last=1, hvp=mf.hvp_finite(0.01)),
+        },
+        reference=reference,
+        repeats=1,
+    )
+    rows = {row["name"]: row for row in result.rows}
+    for name in ("graph", "recompute", "forward"):
+        assert rows[name]["verdict"] == "exact", name
+    for name in ("finite", "finite, smaller", "DARTS"):
+        assert rows[name]["verdict"] not in ("exact", "close"), name
+    # No smaller step helps: it is the derivative of another function.
+    off = [rows[k]["relative_error"] for k in ("finite", "finite, smaller", "DARTS")]
+    assert off == pytest.approx([off[0]] * 3, rel=1e-3)
+    assert off[0] > 0.1

@@ -49,7 +49,7 @@ def naive_gradients(solver: str, last: int | None):
         naive_meta(
             pulled,
             regression,
-            lambda slow: {k: slow[k] for k in FAST},
+            lambda slow, support: {k: slow[k] for k in FAST},
             leaves,
             case.episode(i),
             SOLVERS[solver],
@@ -86,7 +86,7 @@ def test_the_naive_loop_itself_agrees_with_central_differences(solver):
         }
         start = {k: outer[k] for k in FAST}
         return naive_meta(
-            pulled, regression, lambda _: start, outer, case.episode(0), recipe, STEPS
+            pulled, regression, lambda _, support: start, outer, case.episode(0), recipe, STEPS
         ).detach()
 
     direction = torch.randn(sum(sizes))

@@ -707,3 +707,16 @@ def test_evograd_refuses():
     for bad in (1, True, 2.5):
         with pytest.raises(ValueError, match=f"copies must be an integer >= 2, got {bad!r}"):
             mf.EvoGrad(0.1, bad)
+
+
+def test_the_loss_of_a_given_solution_is_that_of_the_first_step_of_a_stream():
+    problem = mf.Problem(
+        lambda fast, slow, x: ((fast["w"] - x) ** 2).sum(),
+        lambda fast, slow, x: fast["w"].sum(),
+        lambda slow, support: {"w": torch.zeros(2)},
+    )
+    stream = mf.PerStep(torch.tensor([1.0, 3.0, 5.0]))
+    given = mf.Given(lambda slow, support: {"w": torch.ones(2)})
+    found = mf.adapt(problem, {"a": torch.ones(1)}, stream, solver=given)
+    # 2 * (0 - 1)^2 at the start.
+    assert found.losses.tolist() == [2.0]

@@ -12,6 +12,7 @@ from torch import Tensor
 from metafocus import masks
 from metafocus.errors import DataError, ProblemError
 from metafocus.masks import Spans
+from metafocus.masks.spans import windowed
 
 POLICIES = {
     "causal": masks.causal,
@@ -316,3 +317,11 @@ def test_cuda_does_not_synchronise() -> None:
         torch.cuda.set_sync_debug_mode("default")
     for got, policy in zip(spans, POLICIES.values(), strict=True):
         assert torch.equal(got.stack().cpu(), policy(BATCH).stack())
+
+
+def test_windowed_keeps_so_many_keys() -> None:
+    for window in (1, 2, 5, 9):
+        got = windowed(masks.causal(BATCH), window)
+        assert torch.equal(got.stack(), masks.sliding_window(window)(BATCH).stack())
+    with pytest.raises(ProblemError, match="window"):
+        windowed(masks.causal(BATCH), 0)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import metafocus as mf
-from metafocus.problem import check_finite, check_params
+from metafocus.checks import check_finite
+from metafocus.problem import check_params
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -241,7 +241,7 @@ def test_callback_refuses(tmp_path):
     from metafocus.trainer.profiling import ProfileCallback
 
     for every in (0, 1.5, True):
-        with pytest.raises(ProblemError, match=f"every={every!r} must be a whole number"):
+        with pytest.raises(ProblemError, match=f"every must be an integer >= 1, got {every!r}"):
             ProfileCallback(chat_batch(), every=every)
 
 

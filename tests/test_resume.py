@@ -125,8 +125,8 @@ def test_a_named_checkpoint_must_be_complete(saved):
 def test_other_damage(saved, tmp_path):
     assert damage(tmp_path / "none") == "it is not a directory"
     state = saved / "checkpoint-4" / SEAL
-    told = json.loads(state.read_text())
-    state.write_text(json.dumps({**told, "global_step": 3}))
+    content = json.loads(state.read_text())
+    state.write_text(json.dumps({**content, "global_step": 3}))
     assert damage(saved / "checkpoint-4") == f"{SEAL} is of step 3"
     assert "rng_state_0.pth is missing" in damage(saved / "checkpoint-2", ranks=2)
     (saved / "checkpoint-2" / "model.safetensors").write_bytes(b"\xff" * 32)

@@ -23,6 +23,7 @@ from problems import (
 import metafocus as mf
 from metafocus.autodiff.guarded import safe_sqrt
 from metafocus.solvers.clipping import normalised
+from metafocus.solvers.descent import checked
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -787,3 +788,25 @@ def test_grads_of_is_what_the_tests_compare():
     leaf.sum().backward()
     assert torch.equal(grads_of({"a": leaf})["a"], torch.ones(2))
     assert network({k: maml().outer[k] for k in FAST}, torch.zeros(3, 1)).shape == (3, 1)
+
+
+@pytest.mark.parametrize(
+    "result", [None, {"w": 0.0}, (0.0,), (0.0, [1.0]), [0.0, {"w": 0.0}], (0.0, {"w": 0.0}, None)]
+)
+def test_a_direction_of_another_form_is_refused(result):
+    with pytest.raises(mf.errors.ProblemError, match=r"direction must return \(loss, direction\)"):
+        checked(result, {"w": torch.ones(1)})
+
+
+def test_a_direction_keeps_its_derivative_and_its_loss_is_a_number_to_report():
+    w = torch.ones(1, requires_grad=True)
+    given = {"w": 3 * w}
+    value, direction = checked((2 * w.sum(), given), {"w": torch.ones(1)})
+    assert not value.requires_grad and value.item() == 2.0
+    assert direction is given
+
+
+def test_muon_keeps_no_moments_of_matrices():
+    means, moments = mf.Muon(0.1, 1).init({"w": torch.ones(2, 2), "b": torch.ones(2)})
+    assert set(means) == {"w"}
+    assert [set(m) for m in moments] == [{"b"}, {"b"}]

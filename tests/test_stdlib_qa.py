@@ -141,7 +141,7 @@ def test_errors():
         texts("dev")
     with pytest.raises(DataError, match="n must be an integer >= 1, got 0"):
         generate(words, n=0, context_tokens=100)
-    with pytest.raises(DataError, match="n=1, turns=0"):
+    with pytest.raises(DataError, match="turns must be an integer >= 1, got 0"):
         generate(words, n=1, turns=0, context_tokens=100)
     with pytest.raises(DataError, match=r"context_tokens=12 cannot hold .* at least 1\d tokens"):
         generate(words, n=1, context_tokens=12)

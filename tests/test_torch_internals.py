@@ -591,3 +591,12 @@ def test_schema():
     assert names_of(torch.ops.aten.native_dropout.default) == ["input", "p", "train"]
     first, second, *_ = ti.operator_arguments(torch.ops.aten.add_.Tensor)
     assert first.alias_info.is_write and second.alias_info is None
+
+
+def test_dynamo_marked_constant():
+    """`_dynamo_marked_constant`: Nystrom draws its columns by Python's random when compiled.
+
+    The mark of `torch.compiler.assume_constant_result`, which imports the compiler.
+    """
+    marked = torch.compiler.assume_constant_result(lambda: 1)
+    assert vars(marked) == vars(ti.constant_when_compiled(lambda: 1))

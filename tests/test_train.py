@@ -103,8 +103,9 @@ def test_a_file_and_flags_after_it(tmp_path, name):
 def test_texts_for_numbers_in_yaml(tmp_path):
     path = tmp_path / "config.yaml"
     # YAML 1.1 reads this number as text.
-    path.write_text("learning_rate: 1e-5\n")
-    assert parse([str(path), *GIVEN]).args.learning_rate == 1e-5
+    path.write_text("learning_rate: 1e-5\nresume_from_checkpoint: true\n")
+    args = parse([str(path), *GIVEN]).args
+    assert (args.learning_rate, args.resume_from_checkpoint) == (1e-5, "true")
 
 
 def test_alpha_is_twice_the_rank_that_is_given():

@@ -47,7 +47,7 @@ def trained(folder, model=None, **changes):
     return run
 
 
-def told(run, key: str) -> list[float]:
+def logged(run, key: str) -> list[float]:
     return [entry[key] for entry in run.state.log_history if key in entry]
 
 
@@ -86,7 +86,7 @@ def test_steps_equal_a_loop_by_hand(tmp_path, method):
             for p in model.parameters():
                 p -= 0.1 * p.grad
     assert relative(weights(run.model), weights(model)) < 1e-13
-    assert told(run, "loss") == pytest.approx(losses, rel=1e-6)
+    assert logged(run, "loss") == pytest.approx(losses, rel=1e-6)
 
 
 def test_one_times_four_is_four_times_one_for_sft(tmp_path):
@@ -168,7 +168,7 @@ def test_a_packed_row_is_the_samples_it_holds(tmp_path):
 
 def test_batches_of_equal_length(tmp_path):
     run = trained(tmp_path, train_sampling_strategy="group_by_length", max_steps=2)
-    assert len(told(run, "loss")) == 2
+    assert len(logged(run, "loss")) == 2
 
 
 def test_hugging_face_collators_will_do(tmp_path):
@@ -225,8 +225,8 @@ def test_both_loops_compute_in_the_same_precision(tmp_path):
     assert seen == {(True, torch.bfloat16)}
     assert fast == {torch.float32}
     wide = trained(tmp_path, tiny(torch.float32))
-    assert told(run, "loss") == pytest.approx(told(wide, "loss"), rel=0.02)
-    assert told(run, "loss") != told(wide, "loss")
+    assert logged(run, "loss") == pytest.approx(logged(wide, "loss"), rel=0.02)
+    assert logged(run, "loss") != logged(wide, "loss")
 
 
 @pytest.mark.parametrize("estimator", ["first-order", "unrolled-recompute"])
@@ -332,12 +332,12 @@ def test_the_inner_loop_is_logged_as_means_over_the_window(tmp_path):
         "fast_weight_norm", "fast_weight_shift", "skipped_adaptations",
     ]  # fmt: skip
     for name in names:
-        assert len(told(fine, name)) == 4 and len(told(coarse, name)) == 1
-    assert 0 < told(coarse, "inner_time_share")[0] < 1
-    assert told(coarse, "inner_loss_0") == told(coarse, "inner_loss_first")
-    assert told(coarse, "inner_loss_1") == told(coarse, "inner_loss_last")
+        assert len(logged(fine, name)) == 4 and len(logged(coarse, name)) == 1
+    assert 0 < logged(coarse, "inner_time_share")[0] < 1
+    assert logged(coarse, "inner_loss_0") == logged(coarse, "inner_loss_first")
+    assert logged(coarse, "inner_loss_1") == logged(coarse, "inner_loss_last")
     # The gain is the loss before the inner loop minus the loss after it.
-    assert told(coarse, "adaptation_gain")[0] > 0
+    assert logged(coarse, "adaptation_gain")[0] > 0
 
 
 def test_logged_values_are_those_of_the_meta_loss(tmp_path):
@@ -358,7 +358,7 @@ def test_logged_values_are_those_of_the_meta_loss(tmp_path):
         "fast_weight_norm": norm,
     }
     for name, value in expected.items():
-        assert told(run, name) == pytest.approx([value.item()], rel=1e-5, abs=1e-7), name
+        assert logged(run, name) == pytest.approx([value.item()], rel=1e-5, abs=1e-7), name
 
 
 class Listener(TrainerCallback):
@@ -446,7 +446,7 @@ def test_evaluation_leaves_training_alone(tmp_path):
     seen = trained(tmp_path, tiny(attention_dropout=0.2), heldout=SAMPLES, eval_strategy="steps",
                    eval_steps=1)  # fmt: skip
     assert torch.equal(weights(quiet.model), weights(seen.model))
-    assert len(told(seen, "eval_loss")) == 4
+    assert len(logged(seen, "eval_loss")) == 4
 
 
 def test_evaluation_changes_nothing(tmp_path, monkeypatch):
@@ -577,8 +577,8 @@ def test_a_nan_inner_loop_is_left_out_and_counted(tmp_path, estimator):
     """Fast weights stay at their start, where they change nothing: the step is one of plain SFT."""
     run = trained(tmp_path, estimator=estimator, kept={"recipe": {"solver": Broken(4 + 1)}})
     assert relative(weights(run.model), weights(trained(tmp_path, **SFT).model)) < 1e-13
-    assert told(run, "skipped_adaptations") == [1.0, 2.0, 3.0, 4.0]
-    assert told(run, "fast_weight_shift") == [0.0] * 4
+    assert logged(run, "skipped_adaptations") == [1.0, 2.0, 3.0, 4.0]
+    assert logged(run, "fast_weight_shift") == [0.0] * 4
 
 
 def test_too_many_of_them_stop_the_run(tmp_path):
@@ -662,7 +662,7 @@ def test_a_nan_loss_that_was_not_logged_stops_at_the_end(tmp_path):
 def test_a_step_without_answers_moves_nothing(tmp_path):
     run = trained(tmp_path, samples=[sample(8, [], 1)] * 4, **SGD)
     assert torch.equal(weights(run.model), weights(tiny()))
-    assert told(run, "loss") == [0.0] * 4
+    assert logged(run, "loss") == [0.0] * 4
 
 
 def test_a_batch_without_answers_does_not_skew(tmp_path):
@@ -682,7 +682,7 @@ def test_a_batch_without_answers_does_not_skew(tmp_path):
     )
     assert relative(weights(with_it.model), weights(without.model)) < 1e-14
     for name in ("inner_loss_first", "adaptation_gain"):
-        assert told(with_it, name) == pytest.approx(told(without, name), rel=1e-6)
+        assert logged(with_it, name) == pytest.approx(logged(without, name), rel=1e-6)
 
 
 def test_a_sample_longer_than_the_model(tmp_path):
@@ -767,7 +767,7 @@ def test_fast_weights_are_nobodys_parameters(tmp_path):
     meta = mf.recipes.focusft(model, adapter=ADAPTER, generator=generator)
     meta({}, mf.Episode(batch, batch))[0].backward()
     norm = sum(p.grad.square().sum() for p in model.parameters()).sqrt().item()
-    assert told(run, "grad_norm") == pytest.approx([norm], rel=1e-10)
+    assert logged(run, "grad_norm") == pytest.approx([norm], rel=1e-10)
     assert len(run.optimizer.param_groups[0]["params"]) + len(
         run.optimizer.param_groups[1]["params"]
     ) == len(list(model.parameters()))
@@ -817,7 +817,7 @@ def test_inside_trl(capsys):
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
     run = example.main(steps=1)
-    assert told(run, "inner_loss_last") < told(run, "inner_loss_first")
+    assert logged(run, "inner_loss_last") < logged(run, "inner_loss_first")
     batch = as_batch(run.data_collator([run.eval_dataset[i] for i in range(4)]))
     loss = mf.lm_loss(run.model, adapter=mf.LoRA(lambda model: ()), mask=causal)({}, {}, batch)
-    assert told(run, "eval_loss") == pytest.approx([loss.item()], rel=1e-5)
+    assert logged(run, "eval_loss") == pytest.approx([loss.item()], rel=1e-5)

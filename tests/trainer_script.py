@@ -139,16 +139,16 @@ def mean_answer_loss(model, samples, mask=None) -> float:
 
 
 class Diary(TrainerCallback):
-    """Writes what was logged at once: a killed process has told all it knew."""
+    """Writes what was logged at once: a killed process has logged all it knew."""
 
     def __init__(self, path: Path):
         self.path = path
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
-            told = {k: v for k, v in logs.items() if k != "inner_time_share"}
+            logged = {k: v for k, v in logs.items() if k != "inner_time_share"}
             with self.path.open("a") as file:
-                file.write(json.dumps({"step": state.global_step, **told}) + "\n")
+                file.write(json.dumps({"step": state.global_step, **logged}) + "\n")
 
 
 CRASH_STEPS = 24
@@ -176,7 +176,7 @@ def crash(folder: Path) -> None:
     kills = []
     for low, high in ((1, 6), (8, 13), (15, 20)):
         aim, pid = chance.randint(low, high), forked(lambda: run_once(killed, diary))
-        while told(diary) < aim:
+        while logged(diary) < aim:
             time.sleep(0.002)
         # Some of these moments lie in the middle of writing a checkpoint.
         time.sleep(chance.uniform(0, 0.03))
@@ -187,7 +187,7 @@ def crash(folder: Path) -> None:
     (folder / "report.json").write_text(json.dumps({"codes": [code, last], "kills": kills}))
 
 
-def told(diary: Path) -> int:
+def logged(diary: Path) -> int:
     lines = diary.read_text().splitlines()
     return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
 

@@ -1,9 +1,10 @@
 """An estimator of your own: part first-order, part exact.
 
-An estimator is any callable `(inner_loss, solver, start, outer, support) -> Solution`. It returns
-adapted fast weights, and how they depend on `outer` is the hypergradient. Estimators whose fast
-weights have equal values can be added. This one takes `(1 - share)` of one derivative and `share`
-of another.
+An estimator is any function `(inner_loss, solver, start, outer, support) -> Solution`, or an object
+of a subclass of `mf.Estimator`. It returns adapted fast weights, and their dependence on `outer` is
+the hypergradient.
+Estimators whose fast weights have equal values can be added: here `(1 - share)` of one derivative
+and `share` of another. With the keyword `path`, the class works with `mf.bilevel(..., path=)` too.
 """
 
 from __future__ import annotations
@@ -23,11 +24,14 @@ class Mix(mf.Estimator):
     left: mf.Estimator = mf.FirstOrder()  # noqa: RUF009 - frozen, so it can be shared
     right: mf.Estimator = mf.Unrolled()  # noqa: RUF009
 
-    def __call__(self, inner_loss, solver, start, outer, support):
-        left = self.left(inner_loss, solver, start, outer, support)
-        right = self.right(inner_loss, solver, start, outer, support)
-        mixed = {k: v + self.share * (right.params[k] - v) for k, v in left.params.items()}
-        return mf.Solution(mixed, left.losses)
+    def __call__(self, inner_loss, solver, start, outer, support, *, path=()):
+        args = (inner_loss, solver, start, outer, support)
+        left, right = self.left(*args, path=path), self.right(*args, path=path)
+        mixed = tuple(map(self.mixed, left.path, right.path))
+        return mf.Solution(self.mixed(left.params, right.params), left.losses, mixed)
+
+    def mixed(self, left, right):
+        return {k: v + self.share * (right[k] - v) for k, v in left.items()}
 
 
 def main() -> mf.Comparison:

@@ -1,7 +1,7 @@
 """A mask policy of your own: context sees a window to both sides, answers see everything before.
 
-A mask policy is any function `batch -> Spans`: for each token one interval of keys,
-`start <= k < stop`. Start from a policy of the library, which knows padding and packed documents,
+A mask policy is any function `batch -> Spans`. It gives each token one interval of keys,
+`start <= k < stop`. Begin with a policy of the library, which handles padding and packed documents,
 and narrow it with `&`.
 """
 

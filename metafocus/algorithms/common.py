@@ -13,7 +13,7 @@ from metafocus.autodiff.grad import value_and_grad
 from metafocus.autodiff.safe_operators.swapping import Swapped, differentiable_twice
 from metafocus.checks import scalar
 from metafocus.errors import NonFiniteError, ProblemError
-from metafocus.problem import Problem, check_params, constants, is_frozen
+from metafocus.problem import Problem, check_params, is_frozen
 from metafocus.streams import is_stream
 from metafocus.torch_internals import transforming
 from metafocus.types import Params
@@ -97,8 +97,7 @@ def start(problem: Problem, outer: Params, support: Any) -> Params:
             "outer={} with a single-loop algorithm: it differentiates explicit tensors only. "
             "Pass mf.trainable(model) as outer."
         )
-    first = problem.start(constants(outer), pt.detach(support))
-    return {k: v.detach().clone() for k, v in first.items()}
+    return {k: v.clone() for k, v in problem.first(outer, support).items()}
 
 
 def select(data: Any, index: int) -> Any:

@@ -38,6 +38,10 @@ class Evolution:
 
     Only `outer` gets a derivative, and `g` is a constant: second derivatives are zero.
 
+    It differentiates values, and these see through `detach()`: where the inner loss detaches
+    something that depends on the fast weights (Meta-Weight-Net), the estimate tends to another
+    derivative than the tape gives from the second inner step on.
+
     Args:
         meta_loss: `(outer, episode) -> (loss, aux)`, of `mf.bilevel` or any function of this form
             that runs under `vmap`.

@@ -124,11 +124,11 @@ class SABA:
             ProblemError: if the tensors of one half disagree about the number of terms.
         """
         support, query = as_episode(data)
-        fast, outer = start(self.problem, outer, support), constants(outer)
-        v = pt.zeros_like(fast)
         counts = terms(support, "support"), terms(query, "query")
         # `prepare` may look at both halves: each inner term goes with the first outer term.
         one = [_first(half) for half in (support, query)]
+        fast, outer = start(self.problem, outer, one[0]), constants(outer)
+        v = pt.zeros_like(fast)
 
         def inner(own: Any) -> InnerTerms:
             return self._inner(fast, v, outer, Episode(own, one[1]))

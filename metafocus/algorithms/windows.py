@@ -13,11 +13,11 @@ from metafocus import params as pt
 from metafocus import streams
 from metafocus.autodiff.recompute import recompute
 from metafocus.autodiff.safe_operators.swapping import Swapped, differentiable_twice
-from metafocus.checks import whole
+from metafocus.checks import check_finite, whole
 from metafocus.engine import Path, path_weights, weighted
 from metafocus.errors import ProblemError
 from metafocus.preflight import preflight
-from metafocus.problem import Problem, check_finite, check_params, constants
+from metafocus.problem import Problem, check_params
 from metafocus.solvers.descent import segment, stacked
 from metafocus.torch_internals import pytree, transforming
 from metafocus.types import Aux, Params, Solver, State
@@ -140,9 +140,12 @@ class Windows:
             whole("recompute", self.recompute)
 
     def init(self, outer: Params, support: Any = None) -> Window:
-        """Return the window before the first step, at `problem.init(outer, support)`."""
+        """Return the window before the first step, at `problem.init(outer, support)`.
+
+        The support is prepared here if the problem has a `prepare`.
+        """
         check_params(outer, "outer", "outer parameters")
-        fast = _copied(self.problem.start(constants(outer), pt.detach(support)))
+        fast = _copied(self.problem.first(outer, support))
         return Window(fast, _held(_copied(self.solver.init(fast))), 0)
 
     def loss(

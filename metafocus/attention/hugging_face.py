@@ -76,8 +76,8 @@ def attend(
         attention_mask: Stacked spans `[B, 1, S, 2]`, or a boolean mask `[B, 1, S, keys]`.
         scaling: Factor of the products.
         dropout: Must be 0 with spans.
-        sliding_window: Of the layer, or None.
-        softcap: Of the logits, or None.
+        sliding_window: The width of the layer's window, or None.
+        softcap: The soft cap of the logits, or None.
         s_aux: Sinks `[H]`, or None.
         backend: See `span_attention`.
         others: What else transformers passes, without a meaning here.

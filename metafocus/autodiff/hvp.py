@@ -204,6 +204,10 @@ def hvp_finite(eps: float | None = None) -> HVP:
     The error is `O(h^2)` from the third derivative plus `O(u / h)` from rounding, with `u` the
     unit round-off.
 
+    A difference of values sees through `detach()`: where the loss detaches something that depends
+    on the fast weights, such as the losses that Meta-Weight-Net weighs, the product is another one
+    than on the tape. Use `hvp_reverse` or `hvp_forward` for such a loss; `mf.compare` shows it.
+
     Args:
         eps: length of the displacement `h |d|`, absolute (DARTS, arXiv 1806.09055, uses
             0.01). None: `u^(1/3) max(|fast|, 1)`, relative to the fast weights.

@@ -49,7 +49,8 @@ class _Known(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> Any:
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        (cotangent,) = cotangents
         if not torch.is_grad_enabled():
             return *[None] * 3, *(None if g is None else cotangent * g for g in ctx.grads)
         inputs = ctx.saved_tensors

@@ -110,6 +110,9 @@ def _checked(path: Path, name: str, value: Any, hint: Any) -> Any:
     allowed, given = _members(hint), value
     if value is None:
         fits = type(None) in allowed
+    elif type(value) is bool and bool not in allowed and str in allowed:
+        # `resume_from_checkpoint: true` is a text on the command line.
+        fits, value = True, str(value).lower()
     elif type(value) is int and int not in allowed:
         # 1 for 1.0, but not for True.
         fits, value = float in allowed and abs(value) < 2**53, float(min(max(value, -1e300), 1e300))

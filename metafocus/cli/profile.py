@@ -1,4 +1,4 @@
-"""`metafocus profile`: where a model looks: sinks, context, evidence, as numbers and figures."""
+"""`metafocus profile`: numbers and figures of where a model looks: sinks, context, evidence."""
 
 from __future__ import annotations
 

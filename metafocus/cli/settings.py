@@ -1,4 +1,4 @@
-"""What `metafocus train` is told: dataclasses whose fields are flags, and keys of a file."""
+"""The settings of `metafocus train`: dataclasses whose fields are flags, and keys of a file."""
 
 from __future__ import annotations
 

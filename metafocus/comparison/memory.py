@@ -1,4 +1,4 @@
-"""Peak memory of a computation: of its live tensors, exactly, or of a process of its own."""
+"""Peak memory of a computation: exactly that of its live tensors, or that of a new process."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from metafocus import params as pt
 from metafocus.checks import whole
 from metafocus.comparison.agreement import is_finite
 from metafocus.comparison.observe import Report, examine, first_draw, observe, timed
@@ -137,7 +138,7 @@ def _exact(
     solver: Solver,
 ) -> Params | None:
     if isinstance(reference, dict):
-        return reference
+        return pt.detach(reference)
     if isinstance(reference, str):
         return first_draw(losses[reference], outer, episode)
     return first_draw(bilevel(problem, solver=solver, estimator=reference), outer, episode)

@@ -191,9 +191,9 @@ def _prompt(chat: RenderedChat, index: int) -> str:
     # Either there is no earlier message, or the template ignores add_generation_prompt. A
     # placeholder for the answer then shows where the content begins, after the header.
     standin = unused_character(chat.text)
-    probe = [*chat.messages[:index], {"role": "assistant", "content": standin}]
+    trial = [*chat.messages[:index], {"role": "assistant", "content": standin}]
     try:
-        prompt, found, _ = render_text(probe, chat.tokenizer, chat.tools).partition(standin)
+        prompt, found, _ = render_text(trial, chat.tokenizer, chat.tools).partition(standin)
     except _template_errors() as error:
         raise _rewritten(index, f"the template refuses another answer there: {error}") from error
     if not found or not chat.text.startswith(prompt):

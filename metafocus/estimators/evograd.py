@@ -33,6 +33,9 @@ class EvoGrad(Estimator):
     draws, so the estimate is noisy and its size depends on `sigma^2 / temperature`, the step
     size of the implied gradient descent: choose them by the outer learning rate.
 
+    Losses of perturbed copies see through `detach()`: where the inner loss detaches something that
+    depends on the fast weights (Meta-Weight-Net), the result is another one than on the tape.
+
     Args:
         sigma: length of the perturbation of each entry.
         copies: how many; at least 2. The paper takes 2.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,18 +19,17 @@ from metafocus.estimators.attached import (
     Point,
     System,
     attach,
-    first_only,
     gradient_norm,
     need_data,
-    once,
     warn_if_large,
 )
-from metafocus.estimators.watched import Watched
+from metafocus.estimators.each_product import EachProduct
+from metafocus.estimators.watched import HESSIAN, Watched
 from metafocus.linear import CG, Neumann
 from metafocus.linear.inverse import Operator, inverse
 from metafocus.problem import Problem, check_params
 from metafocus.rng import replayed
-from metafocus.solvers.descent import count, refuse_own_rule
+from metafocus.solvers.descent import refuse_own_rule
 from metafocus.streams import is_stream
 from metafocus.torch_internals import refuse_nested_forward_mode, transforming
 from metafocus.types import (
@@ -49,11 +47,6 @@ from metafocus.types import (
 __all__ = ["STATIONARY", "Implicit", "adjoint", "refuse_decay"]
 
 EACH_PRODUCT = "each product"
-
-_DIVERGES = (
-    "The Hessian is singular or has negative curvature, or the scale is not below 2 / its largest "
-    "eigenvalue. Take a smaller scale, or CG or GMRES."
-)
 
 
 @dataclass(frozen=True)
@@ -143,12 +136,15 @@ class Implicit(Estimator):
         refuse_own_rule("Implicit", solver)
         need_data("Implicit", support, self.data)
         if self.data == EACH_PRODUCT:
+            name = f"Implicit with data={EACH_PRODUCT!r}"
             if not is_stream(support):
                 raise ProblemError(
                     f"data={EACH_PRODUCT!r} takes new data for each product: the support must be "
                     f"a stream, such as mf.Batches, got {type(support).__name__}."
                 )
-            return attach(_EachProduct(inner_loss, solver, start, outer, support, self))
+            return attach(
+                EachProduct(inner_loss, solver, start, outer, support, name, self.solve, self.hvp)
+            )
         return attach(_Stationary(inner_loss, solver, start, outer, support, self))
 
 
@@ -201,7 +197,7 @@ def adjoint(
     operator, theta = _hessian(problem.inner_loss, hvp, Point(fast, outer, pt.detach(support)))
     watched = Watched(solve)
     found = inverse(operator, watched, theta, {k: cotangent[k].detach() for k in fast})
-    watched.warn("adjoint", "the Hessian", found, 1.0, _DIVERGES)
+    watched.warn("adjoint", "the Hessian", found, 1.0, HESSIAN)
     return pt.detach(found)
 
 
@@ -288,7 +284,7 @@ class _Stationary(System):
         )
         solve = Watched(self.solve)
         solved = solve(hessian, right) if final else self.inverse(point, right, solve)
-        solve.warn("Implicit", "the Hessian", solved, 1.0, _DIVERGES)
+        solve.warn("Implicit", "the Hessian", solved, 1.0, HESSIAN)
         return [-g for g in mixed(solved)[0]]
 
     def push(self, point: Point, along: list[Tensor]) -> Params:
@@ -302,48 +298,3 @@ class _Stationary(System):
 
         _, mixed = pushforward(gradient, at)
         return pt.scale(self.inverse(point, mixed(along), self.solve), -1.0)
-
-
-class _EachProduct(System):
-    """The same condition, with new data of the stream for each product (stocBiO)."""
-
-    def __init__(
-        self,
-        inner_loss: InnerLoss,
-        solver: Solver,
-        start: Params,
-        outer: Params,
-        support: Any,
-        settings: Implicit,
-    ):
-        super().__init__(inner_loss, solver, start, outer, support)
-        self.settings = settings
-        self.first = count(solver, start)
-
-    def pull(self, point: Point, right: Params, wanted: Sequence[bool]) -> list[Tensor]:
-        """Return `-M' H^-1 v`, each product on the data of its own step."""
-        reasons = [*pt.tensors(tuple(point)), *right.values()]
-        fixed, right = Point(*pt.detach(tuple(point))), pt.detach(right)
-        at, together = fixed.floats(wanted)
-        steps = itertools.count(self.first)
-        hvp = self.settings.hvp
-
-        def linearised() -> Callable[[Params], tuple[Any, ...]]:
-            step = next(steps)
-
-            def loss(fast: Params, xs: list[Tensor]) -> Tensor:
-                outer, stream = together(xs)
-                return self.inner_loss(fast, outer, stream.at(step))
-
-            return hvp(evaluated_for(hvp, loss), fixed.fast, at)[1]
-
-        solve = Watched(self.settings.solve)
-        with torch.no_grad():
-            solved = solve(lambda d: linearised()(d)[0], right)
-            solve.warn("Implicit", "the Hessian", solved, 1.0, _DIVERGES)
-            grads = [-g for g in linearised()(solved)[1]]
-        return once(f"Implicit with data={EACH_PRODUCT!r}", grads, reasons)
-
-    def push(self, point: Point, along: list[Tensor]) -> Params:
-        """Refuse."""
-        raise first_only(f"Implicit with data={EACH_PRODUCT!r}")

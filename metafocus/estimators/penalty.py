@@ -50,6 +50,9 @@ class Penalty(Estimator):
     float32, strengths of 10 to 1000 times `|v|` do well. This is F2SA and ScaleBiO with the
     outer loss in the penalty replaced by its tangent, which is all that an estimator sees.
 
+    A difference sees through `detach()`: where inner_loss detaches something that depends on the
+    fast weights (Meta-Weight-Net), the result is another one than on the tape, for any strength.
+
     Args:
         strength: the larger, the smaller the nudge. It is the size of `v / strength` that
             counts, and in the mean over `n` tasks each task's `v` is `n` times smaller.

@@ -142,7 +142,10 @@ class Unrolled(Estimator):
             params, state, losses, kept = descend(
                 inner_loss,
                 solver,
-                *pt.detach((start, state, outer, support)),
+                pt.detach(start),
+                pt.detach(state),
+                pt.detach(outer),
+                pt.detach(support),
                 range(head),
                 differentiable=False,
                 path=path,

@@ -12,6 +12,12 @@ from metafocus.linear import Neumann
 from metafocus.torch_internals import transforming
 from metafocus.types import LinearSolver, MatVec, Params
 
+HESSIAN = (
+    "The Hessian is singular or has negative curvature, or the scale is not below 2 / its largest "
+    "eigenvalue. Take a smaller scale, or CG or GMRES."
+)
+"""What to do where the series of a Hessian diverges."""
+
 
 class Watched:
     """A linear solver that remembers how its last solve ended. No product is added.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metafocus.checks import not_negative, positive, whole
 from metafocus.linear.vectors import no_autocast, posed, unit
-from metafocus.torch_internals import transforming
+from metafocus.torch_internals import constant_when_compiled, transforming
 from metafocus.types import MatVec, Params
 
 
@@ -123,7 +123,7 @@ class Nystrom:
         return (basis @ both[:rank] + outside / damping) / scale
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _chosen(seed: int, size: int, rank: int) -> list[int]:
     return sorted(random.Random(seed).sample(range(size), rank))
 

@@ -12,14 +12,14 @@ from torch import Tensor
 from metafocus import params as pt
 from metafocus.autodiff.recompute import recompute
 from metafocus.autodiff.safe_operators.swapping import Swapped, differentiable_once
-from metafocus.checks import whole
+from metafocus.checks import check_finite, whole
 from metafocus.engine import MetaLoss
 from metafocus.errors import ProblemError
 from metafocus.estimators import Estimator
 from metafocus.lm import Batch, TokenPolicy
 from metafocus.lm.tokens import predicted
 from metafocus.preflight import preflight
-from metafocus.problem import Problem, as_episode, check_finite
+from metafocus.problem import Problem, as_episode
 from metafocus.torch_internals import transforming
 from metafocus.types import Aux, Episode, Params, Solver, State
 

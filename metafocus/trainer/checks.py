@@ -1,4 +1,4 @@
-"""What would fail hours later, or go wrong silently, is refused when the trainer is made."""
+"""Checks when a trainer is made, of what would fail hours later or go wrong without an error."""
 
 from __future__ import annotations
 

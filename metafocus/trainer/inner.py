@@ -64,9 +64,9 @@ class Stopwatch:
 class Guarded(Estimator):
     """An estimator that leaves fast weights at their start where the inner loop is not finite.
 
-    `fast = where(all losses and fast weights finite, adapted, start)`: without a host sync where
-    the adapted fast weights are constants (first order); elsewhere a zero cotangent would meet
-    NaN in the graph, so there the host looks.
+    `fast = where(all losses and fast weights finite, adapted, start)`. Where the adapted fast
+    weights are constants (first order), this needs no host synchronisation. Elsewhere a zero
+    cotangent would meet NaN in the graph, so the host reads whether they are finite.
 
     Args:
         estimator: any estimator.

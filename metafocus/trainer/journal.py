@@ -1,4 +1,4 @@
-"""What the inner loops of a logging window did: summed on the device, read once per log entry."""
+"""Sums over the inner loops of a logging window: kept on the device, read once per log entry."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ class FocusMixin(Trainer):
         checks.check_dtypes(self._plain, self.args)
         checks.check_samples("train_dataset", self.train_dataset, self._plain)
         checks.check_samples("eval_dataset", self.eval_dataset, self._plain)
-        # compute_loss scales by the token count of the accumulated batches, as such models do.
+        # compute_loss divides by the token count of the accumulated batches, as such models do.
         self.model_accepts_loss_kwargs = True
         device = self.args.device
         # A gradient scaler leaves out a step that is not finite by itself.

@@ -296,10 +296,10 @@ def test_t7_finite_difference_products(cancer, claim):
 
     The error is O(eps^2) for a central difference until rounding takes over, and the best step
     agrees with the exact product. Here: 4.2e-3, 4.3e-5, 4.3e-7, 4.3e-9 for eps from 1e-1 to 1e-4,
-    5.8e-11 with the default step. Slopes: 1.9990, 2.0000, 2.0000; tolerance 0.01: the next term of
-    the series is O(eps^2) of the first, 1e-2 at the largest step. The error with the default step
-    must be what the law, measured at 1e-2, gives for its length u^(1/3) max(|fast|, 1), here
-    1.17e-5: 5.83e-11. Tolerance 5 %, for rounding, u / step = 2e-11 of the gradient's size, which
+    5.8e-11 with the default step. Slopes 1.9990, 2.0000, 2.0000; tolerance 0.01, because the next
+    term of the series is of relative size eps^2, 1e-2 at the largest step. With the default step
+    the error must be what the law, measured at 1e-2, gives for its length u^(1/3) max(|fast|, 1),
+    here 1.17e-5: 5.83e-11. Tolerance 5 %, for rounding, u / step = 2e-11 of the gradient, which
     is small at a minimum; measured 0.2 %.
     """
     slow, data = penalties(-4.0), cancer.support

@@ -70,6 +70,14 @@ def blocks_of(messages, tokenizer, ids):
     return found
 
 
+def inside_its_turn(sample):
+    """A sample whose answers have the turn ids of the context before them, as other data may."""
+    turns = sample["turn_ids"].clone()
+    for i in sample["answer_mask"].nonzero().flatten().tolist():
+        turns[i] = turns[i - 1]
+    return {**sample, "turn_ids": turns}
+
+
 def reference(rows):
     """May token i see token k? One pair at a time; a row is (document, block, answer) or None."""
     size = max(map(len, rows))
@@ -112,8 +120,9 @@ def test_t27_masks_of_random_conversations(claim):
     Measured: entries of the masks of 40 drawn batches of up to three chats, packed and padded,
     that differ from a builder that goes by the text of the messages; beside it, entries in which
     runs of the loss mask, the official rule, show a token something after its own turn.
-    Tolerance: none. The count for the official rule must not be 0, or the draws would be too
-    tame to show anything.
+    Half of the draws give each answer the turn id of the context before it.
+    Tolerance: none. The counts of entries and for the official rule must be at least half of
+    what is measured here, or the draws would be too tame to show anything.
     Ours: none of 130 390 entries; the official rule shows 23 102 too many.
     """
     tokenizer = train_tokenizer(["user\nassistant\na bc aa bb abc"] * 9, 290)
@@ -122,10 +131,12 @@ def test_t27_masks_of_random_conversations(claim):
     count = {"entries": 0, "wrong": 0, "shown by the official rule": 0, "chats": 0}
 
     @settings(max_examples=40, deadline=None, derandomize=True, database=None)
-    @given(st.lists(chat, min_size=1, max_size=3), st.booleans())
-    def check(drawn, packed):
+    @given(st.lists(chat, min_size=1, max_size=3), st.booleans(), st.booleans())
+    def check(drawn, packed, inside):
         chats = [messages_of(one) for one in drawn]
         samples = [encode_chat(one, tokenizer) for one in chats]
+        if inside:
+            samples = [inside_its_turn(sample) for sample in samples]
         keys = [
             blocks_of(one, tokenizer, sample["input_ids"].tolist())
             for one, sample in zip(chats, samples, strict=True)
@@ -148,7 +159,8 @@ def test_t27_masks_of_random_conversations(claim):
     check()
     claim(count)
     assert count["wrong"] == 0
-    assert count["shown by the official rule"] > 0
+    # Half of what is measured: another version of hypothesis draws other chats.
+    assert count["entries"] > 60_000 and count["shown by the official rule"] > 10_000
 
 
 @pytest.mark.claim(

@@ -175,7 +175,7 @@ def test_t8_for_given_perturbations_the_estimate_is_its_formula(method, claim):
     J_(T-t) e_it` is what the perturbations e_i1 .. e_iT of pair i have moved the first state by,
     and J_k is the influence of a step after k more of them. ES-Single has one e_i for all t. The
     loss is quadratic, so an antithetic pair has no other term.
-    Measured: the largest relative difference over 60 windows, for the drawn perturbations.
+    Measured: the largest relative difference over 60 windows, for the perturbations as drawn.
     Tolerance: 1e-10, rounding of 60 products with a matrix and of sums of 200 pairs. A part of
     1e-3 of a sum that is lost or added in each window would be seen at once: the statistical
     tests have standard errors of a tenth.
@@ -473,7 +473,7 @@ def test_the_bias_of_bome_is_proportional_to_its_rate(claim):
     Claim: with a constant rate xi BOME ends at a distance that vanishes with xi, given enough
     steps towards the inner minimum.
     Tolerance: halving the rate halves the distance within 2 %: the law is asymptotic, and its
-    next term is measured here as 0.3 % and 0.6 %. The distance itself within 2 %, as nothing is
+    next term is measured here as 0.3 % and 0.6 %. The distance itself within 2 %, for nothing is
     random: another barrier ends elsewhere (eta = 0.25: 0.0915, eta = 1: 0.0921).
     Ours: 0.0887, 0.0445, 0.0224 for xi = 0.1, 0.05, 0.025.
     """

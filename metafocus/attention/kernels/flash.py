@@ -112,7 +112,7 @@ def prepare(inputs: QKV, spans: Spans, scaling: Scaling) -> Flash | str:
     Args:
         inputs: Queries, keys and values.
         spans: The keys of each query, `[B, S]`.
-        scaling: Of the logits.
+        scaling: The scale and the soft cap of the logits.
 
     Returns:
         The kernel; or half a sentence for an error text or a log line.
@@ -156,9 +156,9 @@ def fault(device: torch.device, dtype: torch.dtype, size: int) -> str | None:
     windows and grouped heads, with its gradient, against tiles.
 
     Args:
-        device: Of the tensors.
-        dtype: Of the tensors.
-        size: Of a head.
+        device: The device of the tensors.
+        dtype: The type of the tensors.
+        size: The size of a head.
     """
     length = 40
     stop = torch.arange(1, length + 1)
@@ -193,7 +193,7 @@ def unserved(inputs: QKV, scaling: Scaling) -> str | None:
 
     Args:
         inputs: Queries, keys and values.
-        scaling: Of the logits.
+        scaling: The scale and the soft cap of the logits.
 
     Example:
         >>> x = torch.randn(1, 1, 3, 8)

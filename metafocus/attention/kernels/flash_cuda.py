@@ -124,7 +124,7 @@ def forward(
     Args:
         inputs: Queries, keys and values, with heads of one size.
         runs: The runs of the batch.
-        scaling: Of the logits.
+        scaling: The scale and the soft cap of the logits.
         varlen: The kernels.
         repeated: The keys of one call, at most, in units of the tokens of the batch.
     """
@@ -156,7 +156,7 @@ def backward(
         inputs: Queries, keys and values, with heads of one size.
         found: What `forward` found.
         runs: The runs of the batch.
-        scaling: Of the logits.
+        scaling: The scale and the soft cap of the logits.
         varlen: The kernels.
         repeated: The keys of one call, at most, in units of the tokens of the batch.
     """

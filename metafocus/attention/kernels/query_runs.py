@@ -103,7 +103,7 @@ def _found(content: bytes, length: int, limit: int | None) -> tuple[QueryRun, ..
     start, stop = torch.frombuffer(bytearray(content), dtype=torch.long).view(2, -1, length)
     beyond = (start < stop) & ((start < 0) | (stop > length))
     if beyond.any():
-        # A kernel would be given slices of other sizes than it is told: wrong numbers, or a crash.
+        # The slices would have other sizes than the kernel expects: wrong numbers, or a crash.
         row, query = beyond.nonzero()[0].tolist()
         raise ProblemError(
             f"the span of query {query} in row {row} is [{start[row, query].item()}, "

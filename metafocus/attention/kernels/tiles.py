@@ -30,8 +30,8 @@ class Tile(NamedTuple):
     """A block of the attention matrix.
 
     Attributes:
-        rows: Of the batch.
-        heads: Of the key heads; each stands for its group of query heads.
+        rows: The rows of the batch.
+        heads: The key heads; each stands for its group of query heads.
         queries: The block of queries.
         keys: All keys that any of these queries sees.
         allowed: `[rows, 1, 1, queries, keys]` boolean, or None if all of them see all of these.

@@ -58,10 +58,10 @@ def _second(
     Args:
         g: its cotangent.
         x: the input.
-        weight: of the norm.
+        weight: the weight of the norm.
         moments: mean and `s` of `x` as constants; None: computed here, to be differentiated.
-        eps: of the norm.
-        cotangents: of its results.
+        eps: the `eps` of the norm.
+        cotangents: the cotangents of its results.
     """
     u, by_weight, by_bias = cotangents
     axes, shape = [0, *range(2, x.ndim)], [1, -1, *[1] * (x.ndim - 2)]

@@ -17,7 +17,7 @@ def in_float32(composite: Callable[..., Tensor], devices: tuple[str, ...] = ()) 
     """Return the composite of an operator that autocast takes to float32.
 
     Args:
-        composite: of tensors, and other arguments.
+        composite: a function of tensors and other arguments.
         devices: types of device on which autocast does so; default: all.
     """
 

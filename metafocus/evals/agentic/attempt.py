@@ -95,8 +95,8 @@ def play(
             assert tool is not None
             ran = tool(block[1]) if block else None
             runs.append(_how(ran))
-            told = f"Output:\n{ran.text}" if ran else _UNCLOSED
-            messages.append({"role": "user", "content": told if left else f"{told}\n\n{_SPENT}"})
+            shown = f"Output:\n{ran.text}" if ran else _UNCLOSED
+            messages.append({"role": "user", "content": shown if left else f"{shown}\n\n{_SPENT}"})
             continue
         letter = answer_letter(reply, len(question.choices))
         if letter or reminded:

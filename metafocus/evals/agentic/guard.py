@@ -137,10 +137,10 @@ def _limit(cpu: int, memory: int, file: int) -> None:
 
 def _main(path: str) -> None:
     def show(kind: type[BaseException], value: BaseException, where: Any) -> None:
-        told = traceback.TracebackException(kind, value, where)
-        kept = [frame for frame in told.stack if frame.filename != __file__]
-        told.stack = traceback.StackSummary.from_list(kept)
-        print("".join(told.format()), end="", file=sys.stderr)
+        report = traceback.TracebackException(kind, value, where)
+        kept = [frame for frame in report.stack if frame.filename != __file__]
+        report.stack = traceback.StackSummary.from_list(kept)
+        print("".join(report.format()), end="", file=sys.stderr)
 
     sys.excepthook = show
     sys.argv = [path]

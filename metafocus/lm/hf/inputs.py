@@ -19,7 +19,7 @@ def model_inputs(model: nn.Module, ids: Tensor, positions: Tensor, spans: Spans)
     Args:
         model: a Hugging Face causal language model.
         ids: tokens, `[B, S]`.
-        positions: of each token in its document, `[B, S]`.
+        positions: the position of each token in its document, `[B, S]`.
         spans: the keys that each query may see.
     """
     return {

@@ -19,7 +19,7 @@ _CAPS = ("final_logit_softcapping", "logits_soft_cap")
 
 
 def from_config(config: Any) -> LogitHead:
-    """Return what a configuration says about the way from the head's output to the logits."""
+    """Return what a configuration says that a model does to the output of its head."""
     scale = 1.0
     for name, power in _SCALES:
         value = getattr(config, name, None)

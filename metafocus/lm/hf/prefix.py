@@ -37,7 +37,7 @@ def fast_layers(model: nn.Module, names: Iterable[str]) -> tuple[str, int] | Non
 
     Args:
         model: The model.
-        names: Of the fast weights: module paths, with the name of the weight.
+        names: The names of the fast weights: module paths, with the name of the weight.
 
     Returns:
         `(path, index)`; None without fast weights, or if one lies elsewhere.

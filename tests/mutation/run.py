@@ -40,7 +40,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 RESULTS, SUMMARY, NOTES = HERE / "results.jsonl", HERE / "result.json", HERE / "notes.json"
 TESTS = {
-    "linear": ["linear", "linear_solvers"],
+    "linear": ["linear"],
     "solvers": ["solvers", "implicit_family"],
     "masks": ["masks"],
     "autodiff": ["autodiff", "recompute", "over_tasks"],

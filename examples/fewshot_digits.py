@@ -52,11 +52,11 @@ def main(argv=None):
     net.apply(lambda layer: layer.reset_parameters() if isinstance(layer, Linear) else None)
     random = {k: v.detach().clone() for k, v in net.named_parameters()}
     problems = {"MAML": fewshot.maml(loss), "ANIL": fewshot.anil(loss, ("4.weight", "4.bias"))}
-    solver, unseen = mf.SGD(0.1, steps=5), draw(range(6, 10), 200)
-    accuracy = {}
+    solver, unseen, accuracy = mf.SGD(0.1, steps=5), draw(range(6, 10), 200), {}
     for name, problem in problems.items():
         meta = mf.over_tasks(mf.bilevel(problem, solver=solver, estimator=mf.Unrolled()))
 
+        @torch.no_grad()
         def test(params, meta=meta):
             fast = meta(params, unseen)[1].params
             guess = torch.func.vmap(lambda f, x: logits(params | f, x))(fast, unseen.query[0])

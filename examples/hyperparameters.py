@@ -1,8 +1,7 @@
 """Hyper-parameters by gradient: learned L2 penalties on scikit-learn's digits, against a grid.
 
-The inner problem is logistic regression, fitted by L-BFGS. The implicit gradient depends on the
-minimum only, so any optimiser can find it (`mf.Given`). A grid finds one penalty with few fits, but
-not one for each pixel. The gradient by 64 penalties costs about as much as the gradient by one.
+The inner problem is a logistic regression, fitted by L-BFGS: the implicit gradient depends on the
+minimum only (`mf.Given`). The gradient by 64 penalties costs about as much as the gradient by one.
 """
 
 import argparse
@@ -55,8 +54,9 @@ def main(argv=None):
     meta = mf.bilevel(PROBLEM, solver=mf.Given(fit), estimator=mf.Implicit(mf.CG(20)))
 
     found, steps = {}, 30 if args.quick else 100
-    values = torch.linspace(-12, 0, 13 if args.quick else 49)
-    grid = [meta({"log_l2.w": v}, mf.Episode(train, validation)) for v in values]
+    with torch.no_grad():
+        values = [{"log_l2.w": v} for v in torch.linspace(-12, 0, 13 if args.quick else 49)]
+        grid = [meta(v, mf.Episode(train, validation)) for v in values]
     found["grid, one penalty"] = (*min(grid, key=lambda pair: pair[0].item()), len(grid))
     for name, shape in (("learned, one penalty", ()), ("learned, one for each pixel", (64, 1))):
         outer = {"log_l2.w": torch.full(shape, -4.0).double().requires_grad_()}

@@ -68,9 +68,9 @@ def main(argv=None):
         optimizer.zero_grad()
         meta(outer, fewshot.sinusoids(25, 10, 10, generator=generator))[0].backward()
         optimizer.step()
-    learned = {
-        name: meta(p, unseen)[0].item() for name, p in (("random", start), ("learned", outer))
-    }
+    with torch.no_grad():
+        both = {"random": start, "learned": outer}
+        learned = {name: meta(p, unseen)[0].item() for name, p in both.items()}
     print(f"error on unseen curves after 16 steps: {learned}")
     return {"rows": rows, "learned": learned}
 

@@ -47,16 +47,16 @@ def main(argv=None):
 
     # Train two starts on the same tasks: one for the loss after a step, one for the loss itself.
     net.apply(lambda layer: layer.reset_parameters() if isinstance(layer, Linear) else None)
-    start, outer_steps = dict(net.named_parameters()), 1000 if args.quick else 10000
+    start, losses, outer_steps = dict(net.named_parameters()), {}, 1000 if args.quick else 10000
     starts = {"MAML": train(start, 1, outer_steps), "plain training": train(start, 0, outer_steps)}
 
     # Adapt both to 200 new curves.
     unseen = fewshot.sinusoids(200, 10, 100, generator=torch.Generator().manual_seed(2))
-    losses = {}
     for name, params in starts.items():
         for k in (0, 1, 10):
             meta = mf.bilevel(PROBLEM, solver=mf.SGD(0.01, k), estimator=mf.FirstOrder())
-            losses[name, k] = mf.over_tasks(meta)(params, unseen)[0].item()
+            with torch.no_grad():
+                losses[name, k] = mf.over_tasks(meta)(params, unseen)[0].item()
         print(f"{name:15}", *(f"{k} steps: {losses[name, k]:.3f}" for k in (0, 1, 10)), sep="   ")
 
     # Draw one of the curves, before and after.

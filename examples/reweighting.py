@@ -60,7 +60,7 @@ def main(argv=None):
         optimizer.step()
     after, weight = meta(outer, episode)[1].params, outer["weight"].detach().sigmoid()
     # An upper bound: a weight of about 0 or 1/2 from the true labels.
-    oracle = meta({"weight": -20.0 * flipped}, episode)[1].params
+    oracle = mf.adapt(problem, {"weight": -20.0 * flipped}, episode.support, solver=solver).params
     report = {
         "area under the ROC curve": roc_auc_score(flipped, -weight),
         "median weight, right label": weight[~flipped].median().item(),

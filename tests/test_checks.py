@@ -26,9 +26,6 @@ OTHER_TYPES = {
 }
 """Files in which a bool is a value of its own, not a wrong integer."""
 
-FOREIGN = {"linear/vectors.py"}
-"""Not moved to `checks` yet."""
-
 
 @pytest.mark.parametrize("bad", [True, False, 1.0, "1", None, 0, -1])
 def test_whole(bad):
@@ -80,8 +77,7 @@ def test_no_other_file_asks_whether_a_number_is_a_bool():
         for path in FILES
         if asks_for_a_bool(ast.parse(path.read_text()))
     }
-    assert "checks.py" in found
-    assert found - {"checks.py"} - OTHER_TYPES.keys() - FOREIGN == set()
+    assert found == {"checks.py", *OTHER_TYPES}
 
 
 @pytest.mark.parametrize(

@@ -584,6 +584,7 @@ def test_to_pandas():
     assert list(frame["name"]) == list(ESTIMATORS) and set(frame.columns) == KEYS
 
 
+@pytest.mark.slow
 def test_memory_of_a_fresh_process():
     size = 1 << 20
 

@@ -134,6 +134,28 @@ def test_adapt_and_windows_start_from_the_support():
     assert_close(soba.init(CASE.outer, support).fast, want, 0.0)
 
 
+def test_the_start_sees_the_prepared_support_everywhere():
+    def prepare(slow, episode):
+        x, y, index = episode.support.tree
+        return mf.Episode(mf.PerStep((2 * x, y, index)), episode.query)
+
+    problem = mf.Problem(loops.inner, upper, generated, prepare)
+    episode = CASE.episode()
+    meta = mf.bilevel(problem, solver=loops.solver(), estimator=mf.Unrolled())
+    windows = mf.algorithms.Windows(problem, solver=loops.solver())
+    window = windows.init(CASE.outer, episode.support)
+    want, (loss, _) = mf.hypergrad(meta)(CASE.outer, episode)
+    got, (value, _) = torch.func.grad_and_value(windows.loss, has_aux=True)(
+        CASE.outer, window, episode
+    )
+    assert_close(value, loss.detach(), 1e-14)
+    assert_close(got, want, 1e-12)
+    first = mf.adapt(problem, CASE.outer, episode.support, solver=loops.solver(0)).params
+    assert_close(window.fast, first, 0.0)
+    soba = mf.algorithms.SOBA(problem, inner_lr=0.1, v_lr=0.1)
+    assert_close(soba.init(CASE.outer, episode.support).fast, first, 0.0)
+
+
 # --- frozen parameters --------------------------------------------------------------------------
 
 
@@ -859,3 +881,71 @@ def test_the_trial_leaves_no_gradients_and_no_random_state():
     mf.bilevel(problem, solver=loops.solver(0), estimator=mf.Unrolled())(leaves, CASE.episode())
     assert torch.equal(torch.get_rng_state(), before)
     assert all(v.grad is None for v in leaves.values())
+
+
+# --- compare and compiled -----------------------------------------------------------------------
+
+
+class Mine:
+    """An estimator with a linear solver, and no dataclass."""
+
+    explicit = True
+
+    def __init__(self):
+        self.solve = mf.CG(2)
+
+    def __call__(self, *args):
+        return mf.Implicit(self.solve, data=lambda stream: stream.at(0))(*args)
+
+
+def test_compare_takes_streams_and_estimators_of_any_kind():
+    episode = loops.case(steps=STEPS + 4).episode()
+    rows = mf.compare(
+        PROBLEM,
+        CASE.outer,
+        episode,
+        solver=loops.solver(),
+        estimators={
+            "graph": mf.Unrolled(),
+            "recompute": mf.Unrolled(recompute=True),
+            "first order": mf.FirstOrder(),
+            "each product": mf.Implicit(mf.Neumann(2, 0.1), data="each product"),
+            "mine": Mine(),
+        },
+        reference="graph",
+        repeats=1,
+    ).rows
+    errors = {row["name"]: row["relative_error"] for row in rows}
+    assert errors["recompute"] < 1e-12 < 1e-3 < errors["first order"]
+    products = {row["name"]: row["hvp_evaluations"] for row in rows}
+    assert products["first order"] == 0 and products["graph"] == STEPS
+    assert products["each product"] == 2
+
+
+@pytest.mark.parametrize("path", [None, loops.learned_path], ids=["last", "path"])
+@pytest.mark.parametrize("name", ["FirstOrder", "graph", "recompute"])
+def test_compiled_takes_a_stream_of_tensors_and_a_path(name, path):
+    meta = mf.bilevel(PROBLEM, solver=loops.solver(), estimator=UNROLLED[name][0], path=path)
+    eager = mf.hypergrad(meta)
+    fast = mf.compiled(eager, backend="eager")
+    for scale in (1.0, 1.1):
+        outer = {k: scale * v for k, v in CASE.outer.items()}
+        assert_close(fast(outer, CASE.episode())[0], eager(outer, CASE.episode())[0], 1e-12)
+    stream = mf.Episode(loops.batches_of(slices(CASE.episode().support)), CASE.episode().query)
+    with pytest.raises(mf.errors.ProblemError, match="tensors and constants, got Batches"):
+        fast(CASE.outer, stream)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_inductor_keeps_the_learning_rate():
+    """Inductor of torch 2.13 drops alpha of an addition where it makes addmm of it and a product.
+
+    The gradient of a matrix without transposition is such a product.
+    """
+    problem = mf.Problem(loops.inner, upper, start)
+    for steps in (1, STEPS):
+        solver = mf.SGD(0.1, steps, momentum=0.5)
+        eager = mf.hypergrad(mf.bilevel(problem, solver=solver, estimator=mf.Unrolled()))
+        got = mf.compiled(eager)(CASE.outer, CASE.episode())[0]
+        assert_close(got, eager(CASE.outer, CASE.episode())[0], 1e-12)

@@ -57,6 +57,20 @@ def test_the_mix_is_linear_in_its_parts(share):
     assert (first - exact).norm() > 1e-2 * exact.norm()
 
 
+def test_the_mix_works_with_a_path():
+    problem, outer, episodes = quartic()
+    one = mf.Episode(episodes.support[0], episodes.query[0])
+    Mix = load("estimator").Mix
+    got, first, exact = (
+        mf.hypergrad(
+            mf.bilevel(problem, solver=mf.SGD(0.01, 3), estimator=e, path=[0.2, 0.3, 0.5])
+        )(outer, one)[0]["w"]
+        for e in (Mix(0.3), mf.FirstOrder(), mf.Unrolled())
+    )
+    assert torch.allclose(got, 0.7 * first + 0.3 * exact, rtol=1e-12)
+    assert isinstance(Mix(0.3), mf.Estimator)
+
+
 def test_the_mix_works_under_every_transform():
     problem, outer, episodes = quartic()
     meta = mf.bilevel(problem, solver=mf.SGD(0.01, 4), estimator=load("estimator").Mix(0.3))

@@ -21,6 +21,7 @@ from test_penalty import (
 from ways import WAYS, expected, fast_sgd
 
 import metafocus as mf
+from metafocus.estimators.watched import Watched
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -214,6 +215,14 @@ def test_a_neumann_series_whose_terms_get_smaller_says_nothing():
     by_tape(at_solution(mf.Neumann(3, 0.25), 1.0, 0.1), {"c": torch.ones(2)})
     # No product, so nothing is known.
     by_tape(at_solution(mf.Neumann(1, 0.25), 0.0, 0.0), {"c": torch.ones(2)})
+
+
+def test_finite_entries_with_an_infinite_sum_are_no_reason_to_warn():
+    large = {"w": torch.full((2,), 3e38, dtype=torch.float32)}
+    watched = Watched(mf.CG(1))
+    watched.warn("Implicit", "the Hessian", large, 1.0, "")  # a warning here would be an error
+    with pytest.warns(mf.errors.NotConvergedWarning):
+        watched.warn("Implicit", "the Hessian", {"w": 2 * large["w"]}, 1.0, "")
 
 
 HALF_SOLVES = {

@@ -107,18 +107,18 @@ def test_the_code_layout_is_drawn_as_it_stands():
     assert [name for name in drawn if name in ROOTS] == ORDER
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_direction(path):
-    name = name_of(path)
-    known = {root(n) for n in own(path)} - {root(name)}
-    if name == "":
-        assert not known & TOP - {"trainer"}, "the package itself does not know the top"
-        return
-    assert "" not in known or name == "__main__", "import the module, not the package"
-    late = {n for n in known - {""} if ORDER.index(n) > ORDER.index(root(name))}
-    assert not late, f"{name} is below {late}"
-    if root(name) in PARTS:
-        assert known <= TOOLS | PARTS, f"a part of its own knows {known - TOOLS - PARTS}"
+def test_direction():
+    for path in FILES:
+        name = name_of(path)
+        known = {root(n) for n in own(path)} - {root(name)}
+        if name == "":
+            assert not known & TOP - {"trainer"}, "the package itself does not know the top"
+            continue
+        assert "" not in known or name == "__main__", f"{name}: import the module, not the package"
+        late = {n for n in known - {""} if ORDER.index(n) > ORDER.index(root(name))}
+        assert not late, f"{name} is below {late}"
+        if root(name) in PARTS:
+            assert known <= TOOLS | PARTS, f"{name} is a part and knows {known - TOOLS - PARTS}"
 
 
 def test_what_reaches_into_models_knows_no_loss():
@@ -128,17 +128,17 @@ def test_what_reaches_into_models_knows_no_loss():
             assert not own(path) & above, path
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_packages_at_import(path):
-    name = name_of(path)
-    if root(name) in TOP:
-        return
-    outside = packages(path) - set(sys.stdlib_module_names) - {"metafocus"}
-    if root(name) in ENGINE:
-        assert outside <= {"torch"}, outside
-    if root(name) in PARTS:
-        assert outside <= {"torch", "einops"}, outside
-    assert not outside & HEAVY, f"inside functions only: {outside & HEAVY}"
+def test_packages_at_import():
+    for path in FILES:
+        name = name_of(path)
+        if root(name) in TOP:
+            continue
+        outside = packages(path) - set(sys.stdlib_module_names) - {"metafocus"}
+        if root(name) in ENGINE:
+            assert outside <= {"torch"}, (name, outside)
+        if root(name) in PARTS:
+            assert outside <= {"torch", "einops"}, (name, outside)
+        assert not outside & HEAVY, f"{name}: inside functions only: {outside & HEAVY}"
 
 
 def test_no_file_is_named_like_a_test():

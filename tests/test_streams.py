@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import loops
 import pytest
@@ -459,3 +460,62 @@ def test_adapt_refuses_a_short_stream():
     short = loops.case(steps=STEPS - 1).episode()
     with pytest.raises(mf.errors.ProblemError, match="PerStep has no data"):
         mf.adapt(PROBLEM, CASE.outer, short.support, solver=loops.solver())
+
+
+# --- streams whose tensors can be seen, and tensors that cannot ---------------------------------
+
+
+@dataclass(frozen=True)
+class Visible:
+    """A user's stream that is a pytree: its tensors are leaves, as those of `mf.PerStep`."""
+
+    x: torch.Tensor
+    rest: tuple[torch.Tensor, ...]
+
+    def at(self, step):
+        return (self.x[step], *(v[step] for v in self.rest))
+
+
+torch.utils._pytree.register_pytree_node(
+    Visible,
+    lambda stream: ([stream.x, stream.rest], None),
+    lambda children, _: Visible(*children),
+    serialized_type_name="tests.Visible",
+)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["FirstOrder", "graph", "recompute", "recompute=3", "forward"])
+def test_a_stream_that_is_a_pytree_is_stacked_and_differentiated(name, way):
+    x, *rest = CASE.episodes.support.tree
+    episodes = mf.Episode(Visible(x, tuple(rest)), CASE.episodes.query)
+    estimator, last = UNROLLED[name]
+    got = WAYS[way](meta_of(estimator), Case(PROBLEM, CASE.outer, episodes))
+    assert_close(got, expected(wanted(last), way), tolerance(name))
+    if last == 0:
+        return  # nothing depends on the support
+    one = x[0].clone().requires_grad_()
+    episode = mf.Episode(Visible(one, tuple(v[0] for v in rest)), CASE.episode().query)
+    meta_of(estimator)(CASE.outer, episode)[0].backward()
+    assert_close(one.grad, data_wanted(CASE.episode(), last)[0], tolerance(name))
+
+
+@pytest.mark.parametrize("name", EXPLICIT)
+def test_a_stream_over_tensors_that_vmap_maps_is_refused_where_it_would_be_lost(name):
+    """`prepare` makes a stream of functions out of stacked tensors."""
+
+    def prepare(slow, episode):
+        parts = episode.support
+        return mf.Episode(mf.Batches(lambda t: tuple(v[t] for v in parts), STEPS), episode.query)
+
+    problem = mf.Problem(loops.inner, upper, start, prepare)
+    episodes = mf.Episode(CASE.episodes.support.tree, CASE.episodes.query)
+    meta = mf.bilevel(problem, solver=loops.solver(), estimator=EXPLICIT[name])
+    case = Case(problem, CASE.outer, episodes)
+    for way in ("vmap(grad)", "grad(vmap)", "backward(vmap)", "backward(chunks)"):
+        with pytest.raises(mf.errors.ClosureError, match=r"stream.*differ from task to task"):
+            WAYS[way](meta, case)
+    # One task after another there is no vmap.
+    got = WAYS["backward(loop)"](meta, case)
+    last = UNROLLED[name][1]
+    assert_close(got, expected(wanted(last), "backward(loop)"), tolerance(name))

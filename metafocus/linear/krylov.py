@@ -75,9 +75,9 @@ class CG:
         # rounding of A x is as large as b.
         lengths = torch.stack(steps).detach().abs()
         limit = torch.where(lengths > 0, lengths, infinity).amin() / torch.finfo(x.dtype).eps
-        x = torch.where(largest(x) > limit, torch.nan, x)
-        # An infinite image made a step of 0 and a residual that is NaN.
-        return system.solution(x + (square - square))
+        # An infinite image made a step of 0 and a residual that is NaN: no number is below it.
+        solvable = largest(x) <= limit + (square - square)
+        return system.solution(torch.where(solvable, x, torch.nan))
 
 
 @dataclass(frozen=True)

@@ -40,11 +40,11 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 RESULTS, SUMMARY, NOTES = HERE / "results.jsonl", HERE / "result.json", HERE / "notes.json"
 TESTS = {
-    "linear": ["linear", "linear_solvers"],
-    "solvers": ["solvers", "optimizers", "implicit_family"],
+    "linear": ["linear"],
+    "solvers": ["solvers", "implicit_family"],
     "masks": ["masks"],
-    "autodiff": ["hvp", "autodiff", "recompute", "over_tasks"],
-    "autodiff/safe_operators": ["composites", "batch_norm", "operators"],
+    "autodiff": ["autodiff", "recompute", "over_tasks"],
+    "autodiff/safe_operators": ["safe_operators", "batch_norm", "operators"],
     "estimators": ["fixed_point", "penalty", "implicit_family", "estimators"],
     "lm": ["token_loss", "likelihood", "per_example", "lm"],
     "lm/hf": ["heads", "sharing", "lm"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from metafocus import params as pt
 from metafocus import streams
 from metafocus.autodiff.grad import leaf_alias, reaches_another_leaf
 from metafocus.autodiff.safe_operators.swapping import Swapped
-from metafocus.calls import Scoped, attempt, attempted
+from metafocus.calls import Call, attempt, attempted, current
 from metafocus.checks import check_finite
 from metafocus.errors import ProblemError
 from metafocus.estimators import Estimator
@@ -139,7 +140,8 @@ def bilevel(
     return meta_loss
 
 
-_INSIDE = Scoped(False)
+_INSIDE: ContextVar[Call | None] = ContextVar("inside", default=None)
+"""The call in which a meta loss is evaluated: what an interrupt leaves here belongs to no other."""
 
 
 def outermost(evaluate: MetaLoss, outer: Params, episode: Any) -> tuple[Tensor, Any]:
@@ -151,10 +153,15 @@ def outermost(evaluate: MetaLoss, outer: Params, episode: Any) -> tuple[Tensor, 
         ProblemError: with grad mode on and outside transforms, if neither the loss nor anything
             in `outer` or the episode requires grad.
     """
-    if torch.compiler.is_compiling() or _INSIDE.get():
+    call = _INSIDE.get()
+    if torch.compiler.is_compiling() or (call is not None and call is current()):
         return evaluate(outer, episode)
-    with attempt(outer, episode), _INSIDE.set(True):
-        loss, aux = evaluate(outer, episode)
+    with attempt(outer, episode):
+        token = _INSIDE.set(current())
+        try:
+            loss, aux = evaluate(outer, episode)
+        finally:
+            _INSIDE.reset(token)
         _refuse_dead(loss, outer, episode)
         return loss, aux
 

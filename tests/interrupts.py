@@ -165,8 +165,9 @@ def of_thread() -> dict:
         "dtype": torch.get_default_dtype(),
         "warnings": len(warnings.filters),
         "call": calls.current(),
-        "open": len(calls.undo._OPEN),
-        "places": len(calls.changes._PLACES),
+        "open": len(calls.blocks._UNDO),
+        "owned": len(calls.owners._OWNERS),
+        "running": len(calls.owners._RUNNING),
     }
 
 

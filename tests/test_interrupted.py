@@ -30,6 +30,10 @@ COPIES = mf.FullWeights(mf.top_layers(0.5, ("mlp",)))
 SOLVER = mf.SGD(0.5, 2, clip=mf.clip_per_tensor(1.0))
 
 
+class Failure(Exception):
+    """An error that no code expects, unlike RuntimeError, which some checks translate."""
+
+
 @dataclasses.dataclass
 class Scenario:
     """A call: `begin` runs forwards and returns a loss or values, and `finish` backwards."""
@@ -146,7 +150,7 @@ SCENARIOS: dict[str, tuple[Callable[[], Scenario], int]] = {
 """Each with the number of interrupts that a quick run tries."""
 
 
-def interrupted(name: str, count: int, *, errors=(KeyboardInterrupt, RuntimeError), **options):
+def interrupted(name: str, count: int, *, errors=(KeyboardInterrupt, Failure), **options):
     """Yield a scenario and the place after each of `count` interrupts; then call it as usual."""
     scenario = SCENARIOS[name][0]()
     # What is found out about a model once stays known: a trial may take an error for an answer.
@@ -160,7 +164,7 @@ def interrupted(name: str, count: int, *, errors=(KeyboardInterrupt, RuntimeErro
         try:
             with interrupt:
                 scenario.run()
-        except (KeyboardInterrupt, RuntimeError) as error:
+        except (KeyboardInterrupt, Failure) as error:
             assert "on purpose" in str(error), interrupt.where
             # A notebook keeps the last exception, and with it every frame.
             kept = error

@@ -11,10 +11,9 @@ random generators and modes back when it fails.
 """
 
 from metafocus.calls.attempts import attempt, attempted, draws_from
-from metafocus.calls.blocks import Scoped
-from metafocus.calls.changes import ABSENT, changed, evaluating, holding, running
-from metafocus.calls.owners import Call, current, inside, using
-from metafocus.calls.undo import settle, undone
+from metafocus.calls.blocks import Scoped, settle, undone
+from metafocus.calls.changes import ABSENT, changed, evaluating, holding
+from metafocus.calls.owners import Call, current, inside, running, using
 
 __all__ = [
     "ABSENT",

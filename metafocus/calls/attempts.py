@@ -11,18 +11,19 @@ import torch
 from torch import Tensor
 
 from metafocus import params as pt
-from metafocus.calls.blocks import Scoped
-from metafocus.calls.owners import Call, inside
+from metafocus.calls.blocks import Block, Scoped, with_block
+from metafocus.calls.owners import Call, enter, inside
 from metafocus.rng import Drawn
 from metafocus.torch_internals import dispatch_modes, function_modes
 
 _SAVED: Scoped[dict[torch.Generator, Tensor] | None] = Scoped(None)
+_KINDS = [kind for kind in ("cpu", "cuda") if torch.amp.is_autocast_available(kind)]
+"""Kinds of devices that autocast knows."""
 
 
-@contextlib.contextmanager
 def attempt(
     *given: Any, generators: Iterable[torch.Generator] = (), call: Call | None = None
-) -> Iterator[None]:
+) -> contextlib.AbstractContextManager[Any]:
     """Run a call from outside; after an error, generators and modes are as they were before it.
 
     An attempt inside another one is a part of it.
@@ -33,25 +34,34 @@ def attempt(
         call: the call that made a graph, while this graph is differentiated.
     """
     if torch.compiler.is_compiling():
-        yield
-        return
-    if _SAVED.get() is not None:
-        for generator in generators:
-            draws_from(generator)
-        with inside(call):
-            yield
-        return
-    drawn, put_back = Drawn(pt.tensors(given)), _modes()
+        return contextlib.nullcontext()
+    if _SAVED.get() is None:
+        return _attempt(given, generators, call)
+    for generator in generators:
+        draws_from(generator)
+    return inside(call)
+
+
+@with_block
+def _attempt(
+    given: Any, generators: Iterable[torch.Generator], call: Call | None, *, block: Block
+) -> Iterator[None]:
+    # Without CUDA it is not worth looking for devices.
+    drawn = Drawn(pt.tensors(given) if torch.cuda.is_initialized() else ())
+    modes, depths = _modes(), (len(function_modes()), len(dispatch_modes()))
     saved = {generator: generator.get_state() for generator in generators}
-    with inside(call), _SAVED.set(saved):
-        try:
-            yield
-        except BaseException:
-            put_back()
-            drawn.put_back()
-            for generator, state in saved.items():
-                generator.set_state(state)
-            raise
+    leave, end = enter(call, block), _SAVED.begin(saved, block)
+    try:
+        yield
+    except BaseException:
+        _put_back(modes, depths)
+        drawn.put_back()
+        for generator, state in saved.items():
+            generator.set_state(state)
+        raise
+    finally:
+        end()
+        leave()
 
 
 def attempted(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -74,40 +84,37 @@ def draws_from(generator: torch.Generator) -> None:
         saved[generator] = generator.get_state()
 
 
-def _modes() -> Callable[[], None]:
-    """Return a function that puts the modes of this thread back, as far as they are left set.
+def _modes() -> tuple[Any, ...]:
+    """Return the modes of this thread: whether gradients are on, and autocast."""
+    torch.autocast_increment_nesting()
+    return (
+        torch.is_grad_enabled(),
+        torch.autocast_decrement_nesting(),
+        torch.is_autocast_cache_enabled(),
+        [
+            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+            for kind in _KINDS
+        ],
+    )
+
+
+def _put_back(modes: tuple[Any, ...], depths: tuple[int, int]) -> None:
+    """Put the modes of this thread back, as far as they are left set.
 
     An interrupt at the end of a `with` block leaves the mode that the block has set.
     """
-    kinds = [kind for kind in ("cpu", "cuda") if torch.amp.is_autocast_available(kind)]
-
-    def state() -> tuple[Any, ...]:
-        torch.autocast_increment_nesting()
-        return (
-            torch.is_grad_enabled(),
-            torch.autocast_decrement_nesting(),
-            torch.is_autocast_cache_enabled(),
-            *((torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds),
-        )
-
-    stacks = function_modes, dispatch_modes
-    before, depths = state(), [len(stack()) for stack in stacks]
-
-    def put_back() -> None:
-        for stack, depth in zip(stacks, depths, strict=True):
-            while len(stack()) > depth:
-                stack()[-1].__exit__(None, None, None)
-        if state() == before:
-            return
-        grad, nesting, cache, *casts = before
-        torch.set_grad_enabled(grad)
-        torch.autocast_increment_nesting()
-        while torch.autocast_decrement_nesting() > nesting:
-            pass
-        torch.clear_autocast_cache()
-        torch.set_autocast_cache_enabled(cache)
-        for kind, (enabled, dtype) in zip(kinds, casts, strict=True):
-            torch.set_autocast_enabled(kind, enabled)
-            torch.set_autocast_dtype(kind, dtype)
-
-    return put_back
+    for stack, depth in zip((function_modes, dispatch_modes), depths, strict=True):
+        while len(stack()) > depth:
+            stack()[-1].__exit__(None, None, None)
+    if _modes() == modes:
+        return
+    grad, nesting, cache, casts = modes
+    torch.set_grad_enabled(grad)
+    torch.autocast_increment_nesting()
+    while torch.autocast_decrement_nesting() > nesting:
+        pass
+    torch.clear_autocast_cache()
+    torch.set_autocast_cache_enabled(cache)
+    for kind, enabled, dtype in casts:
+        torch.set_autocast_enabled(kind, enabled)
+        torch.set_autocast_dtype(kind, dtype)

@@ -1,14 +1,17 @@
-"""Blocks that know whether they are over, and variables that last as long as a block."""
+"""Blocks that know whether they are over: variables that last as long, and what is undone after."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from types import GeneratorType
 from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
 
 T = TypeVar("T")
 
@@ -49,10 +52,11 @@ def with_block(
     return enter
 
 
-class _Entry(NamedTuple):
-    value: Any
-    block: Block
-    previous: _Entry | None
+class _Entry:
+    __slots__ = ("block", "previous", "value")
+
+    def __init__(self, value: Any, block: Block, previous: _Entry | None):
+        self.value, self.block, self.previous = value, block, previous
 
 
 class Scoped(Generic[T]):
@@ -83,6 +87,18 @@ class Scoped(Generic[T]):
         """Return a block in which the variable has this value."""
         return _set(self, value)
 
+    def begin(self, value: T, block: Block) -> Callable[[], None]:
+        """Let the variable have a value until a block is over; return what its exit calls."""
+        entry = _Entry(value, block, self._open())
+        self._entry.set(entry)
+
+        def end() -> None:
+            # A block that the garbage collector closes may end in another thread.
+            if self._entry.get() is entry:
+                self._entry.set(entry.previous)
+
+        return end
+
     def _open(self) -> _Entry | None:
         entry = self._entry.get()
         while entry is not None and entry.block.over:
@@ -92,11 +108,57 @@ class Scoped(Generic[T]):
 
 @with_block
 def _set(variable: Scoped[Any], value: Any, *, block: Block) -> Iterator[None]:
-    entry = _Entry(value, block, variable._open())
+    end = variable.begin(value, block)
     try:
-        variable._entry.set(entry)
         yield
     finally:
-        # A block that the garbage collector closes may end in another thread.
-        if variable._entry.get() is entry:
-            variable._entry.set(entry.previous)
+        end()
+
+
+class _Undo(NamedTuple):
+    """What remains to be done when a block is over."""
+
+    block: Block
+    undo: Callable[[], object]
+
+
+LOCK = threading.RLock()
+"""Held while the changes and the owners of all threads are looked at."""
+
+_UNDO: list[_Undo] = []
+
+
+def undone(undo: Callable[[], object]) -> contextlib.AbstractContextManager[None]:
+    """Return a block after which `undo()` runs; running it twice must do no harm."""
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else _undone(undo)
+
+
+@with_block
+def _undone(undo: Callable[[], object], *, block: Block) -> Iterator[None]:
+    mine = _Undo(block, undo)
+    try:
+        with LOCK:
+            _UNDO.append(mine)
+        yield
+    finally:
+        with LOCK:
+            if mine in _UNDO:
+                # What is newer and was not undone is undone first.
+                settle(_UNDO.index(mine) + 1)
+                _finish(mine)
+
+
+def settle(since: int = 0) -> None:
+    """Undo what interrupted exits have left, the newest first."""
+    if _UNDO:
+        with LOCK:
+            for left in reversed(_UNDO[since:]):
+                if left.block.over:
+                    _finish(left)
+
+
+def _finish(left: _Undo) -> None:
+    left.undo()
+    # The garbage collector may close a block while it is being undone.
+    if left in _UNDO:
+        _UNDO.remove(left)

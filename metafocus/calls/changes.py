@@ -9,28 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metafocus.calls.blocks import Block, with_block
-from metafocus.calls.owners import current, inside, refuse, using
-from metafocus.calls.undo import LOCK, settle, undone
-from metafocus.errors import ProblemError
+from metafocus.calls.blocks import Block, settle, undone, with_block
+from metafocus.calls.owners import inside, own
 from metafocus.torch_internals import swapped_weights, weight_tables
 
 ABSENT: Any = object()
 """The value of an attribute or a key that does not exist."""
 
-_PLACES: dict[tuple[int, Any], list[_Change]] = {}
-_RUNNING: dict[int, bool] = {}
+Place = tuple[Any, Any, Any]
 
 
-def changed(*places: tuple[Any, Any, Any]) -> contextlib.AbstractContextManager[None]:
-    """Return a block in which each `(target, name, value)` holds.
+def changed(*places: Place) -> contextlib.AbstractContextManager[None]:
+    """Return a block in which each `(target, name, value)` holds; the current call owns the target.
 
     Args:
         places: an object and the name of an attribute, or a dict and a key, each with the value
             in the block; `ABSENT` removes it there.
 
     Raises:
-        ProblemError: if another call has changed one of the places.
+        ProblemError: if another call has changed one of the targets.
 
     Example:
         >>> layer = nn.Linear(2, 2)
@@ -44,7 +41,7 @@ def changed(*places: tuple[Any, Any, Any]) -> contextlib.AbstractContextManager[
 
 
 @contextlib.contextmanager
-def _traced(places: tuple[tuple[Any, Any, Any], ...]) -> Iterator[None]:
+def _traced(places: tuple[Place, ...]) -> Iterator[None]:
     before = [(target, name, _read(target, name)) for target, name, _ in places]
     try:
         for place in places:
@@ -56,46 +53,29 @@ def _traced(places: tuple[tuple[Any, Any, Any], ...]) -> Iterator[None]:
 
 
 @with_block
-def _changed(places: tuple[tuple[Any, Any, Any], ...], *, block: Block) -> Iterator[None]:
-    changes: list[_Change] = []
+def _changed(places: tuple[Place, ...], *, block: Block) -> Iterator[None]:
+    before: list[tuple[Place, Any]] = []
 
     def put_back() -> None:
-        for change in reversed(changes):
-            change.end()
+        for (target, name, value), own_value in reversed(before):
+            # When it is late, a user may have changed the place since.
+            if not block.over or _read(target, name) is value:
+                _write(target, name, own_value)
 
-    with inside(), undone(put_back):
-        for place in places:
-            change = _Change(block, *place)
-            changes.append(change)
-            change.begin()
-        yield
+    with inside():
+        # What an interrupted exit has left is not what was there before.
+        settle()
+        with undone(put_back):
+            for target, name, value in places:
+                own(target, f"a part of a model ({type(target).__name__}, {name!r})")
+                before.append(((target, name, value), _read(target, name)))
+                _write(target, name, value)
+            yield
 
 
 def evaluating(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Return a block in which a model is in evaluation mode, every module of it."""
     return changed(*((module, "training", False) for module in model.modules()))
-
-
-@contextlib.contextmanager
-def running(model: nn.Module) -> Iterator[None]:
-    """Take a model for one forward pass, which nothing may begin again from inside.
-
-    Raises:
-        ProblemError: if another call has the model, or if the model runs already.
-    """
-    if torch.compiler.is_compiling():
-        yield
-        return
-    with using(model):
-        settle()
-        if id(model) in _RUNNING:
-            raise ProblemError(
-                f"the loss of a {type(model).__name__} was called from inside its own forward pass "
-                "(by a hook, a module or a token policy), while the model is changed for the first "
-                "call. Call it before or after, or on a copy: copy.deepcopy(model)."
-            )
-        with changed((_RUNNING, id(model), True)):
-            yield
 
 
 @contextlib.contextmanager
@@ -117,70 +97,16 @@ def holding(
         with swap:
             yield
         return
+    given = {id(tensor) for tensor in tensors.values()}
     tables = [(t, dict(t)) for m in module.modules() for t in weight_tables(m)]
-    failed = True
 
     def put_back() -> None:
-        if failed:
-            _put_back(module, tensors, tables)
+        # Torch does this too, except after an interrupt inside its exit.
+        for table, before in tables:
+            table.update({k: x for k, x in before.items() if id(table.get(k)) in given})
 
-    with undone(put_back):
-        with swap:
-            yield
-        failed = False
-
-
-def _put_back(module: nn.Module, names: Mapping[str, Tensor], tables: list[Any]) -> None:
-    before = {id(table): values for table, values in tables}
-    named = [
-        (f"{path}.{name}" if path else name, value)
-        for path, m in module.named_modules()
-        for table in weight_tables(m)
-        for name, value in before.get(id(table), {}).items()
-    ]
-    # Tied weights have several names.
-    own = {id(value) for name, value in named if name in names}
-    for table, values in tables:
-        table.update({name: value for name, value in values.items() if id(value) in own})
-
-
-class _Change:
-    """One place, what it held before, and what it holds while a block is open."""
-
-    def __init__(self, block: Block, target: Any, name: Any, value: Any):
-        self.block = block
-        self.call = current()
-        self.target, self.name, self.value = target, name, value
-        self.before = ABSENT
-        self.key = id(target), name
-
-    def begin(self) -> None:
-        """Change the place, unless another call has it."""
-        with LOCK:
-            for other in reversed(_PLACES.get(self.key, [])):
-                if other.block.over:
-                    other.end()
-                elif other.call is not self.call:
-                    refuse(f"a part of a model ({type(self.target).__name__}, {self.name!r})")
-            self.before = _read(self.target, self.name)
-            _PLACES.setdefault(self.key, []).append(self)
-            _write(self.target, self.name, self.value)
-
-    def end(self) -> None:
-        """Put back what was there; late only if nobody has changed it since."""
-        with LOCK:
-            changes = _PLACES.get(self.key, [])
-            if self not in changes:
-                return
-            now, i = _read(self.target, self.name), changes.index(self)
-            if i + 1 < len(changes):
-                # Blocks of several threads may end in any order.
-                changes[i + 1].before = self.before
-            elif now is not self.before and (not self.block.over or now is self.value):
-                _write(self.target, self.name, self.before)
-            changes.remove(self)
-            if not changes:
-                del _PLACES[self.key]
+    with undone(put_back), swap:
+        yield
 
 
 def _read(target: Any, name: Any) -> Any:

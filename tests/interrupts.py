@@ -9,13 +9,14 @@ import warnings
 from pathlib import Path
 
 import torch
-from torch._C import _functorch
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack
 
 import metafocus as mf
 from metafocus import calls
 from metafocus.adapters.slots import Slot
+from metafocus.calls import blocks, owners
 from metafocus.lm.hf.heads import HeadHook
 
 ROOT = str(Path(mf.__file__).parent)
@@ -165,9 +166,9 @@ def of_thread() -> dict:
         "dtype": torch.get_default_dtype(),
         "warnings": len(warnings.filters),
         "call": calls.current(),
-        "open": len(calls.blocks._UNDO),
-        "owned": len(calls.owners._OWNERS),
-        "running": len(calls.owners._RUNNING),
+        "open": len(blocks._UNDO),
+        "owned": len(owners._OWNERS),
+        "running": len(owners._RUNNING),
     }
 
 

@@ -18,6 +18,7 @@ from torch import nn
 
 import metafocus as mf
 from metafocus import masks
+from metafocus.adapters.protocol import Adapter
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
@@ -76,7 +77,7 @@ def tiny(**options):
     )
 
 
-def focusft(estimator=None, adapter=LORA, *, per_example=False, **options) -> Scenario:
+def focusft(estimator=None, adapter: Adapter = LORA, *, per_example=False, **options) -> Scenario:
     model, batch, generator = tiny(**options), chat_batch(), torch.Generator()
     meta = mf.recipes.focusft(
         model,

@@ -17,6 +17,7 @@ from test_interrupted import COPIES, LORA, SOLVER, tiny
 import metafocus as mf
 from metafocus import calls, masks
 from metafocus.adapters import slots
+from metafocus.adapters.protocol import Adapter
 from metafocus.errors import ProblemError
 
 pytestmark = [
@@ -63,7 +64,7 @@ def focusft(model, **options):
     return step
 
 
-def loss_of(model, adapter=LORA):
+def loss_of(model, adapter: Adapter = LORA):
     return mf.lm_loss(model, adapter=adapter, mask=masks.causal)
 
 
@@ -136,9 +137,9 @@ def waiting(gate, what):
         return {"adapter": Slow(LORA.where, 2, 4.0)}
 
     class Updates(mf.SGD):
-        def update(self, *args):
+        def update(self, params, grads, state, step, outer):
             gate()
-            return super().update(*args)
+            return super().update(params, grads, state, step, outer)
 
     return {"solver": Updates(0.5, 2)}
 

@@ -68,7 +68,9 @@ def enter(carried: Call | None, block: Block) -> Callable[[], None]:
     call = _joins(carried)
     if call is None:
         return _nothing
-    call.blocks = (block, *(b for b in call.blocks if not b.over)) if call.blocks else (block,)
+    with LOCK:
+        # A graph may be differentiated in several threads.
+        call.blocks = (block, *(b for b in call.blocks if not b.over))
     end = _CURRENT.begin(call, block)
     settle()
 

@@ -144,7 +144,7 @@ def of_model(model) -> dict:
             found[path, kind] = tuple((k, id(h)) for k, h in hooks)
             for hook in table.values():
                 if isinstance(hook, Slot):
-                    assert hook.binding is None and not hook.saved_parameters, path
+                    assert hook.binding is None and not hook.swaps, path
                 if isinstance(hook, HeadHook):
                     assert hook.reader is None
     if hasattr(model, "config"):

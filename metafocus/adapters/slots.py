@@ -40,6 +40,19 @@ def as_parameters(
     return output
 
 
+class Swap(NamedTuple):
+    """What a module held before a swap of its parameters, and what it was given."""
+
+    own: dict[str, Any]
+    given: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, table: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Swap:
+        """Return the swap that gives tensors to a module, cast to the types of its parameters."""
+        own = {name: table[name] for name in tensors}
+        return cls(own, {name: tensor.to(own[name].dtype) for name, tensor in tensors.items()})
+
+
 class Slot:
     """A forward hook, before and after, that applies its binding, if it has one.
 
@@ -51,30 +64,29 @@ class Slot:
 
     Attributes:
         binding: The current binding or None.
-        saved_parameters: What the module held before the swap, for each running call.
+        swaps: The swap of parameters, for each running call of the module.
     """
 
-    __slots__ = ("binding", "saved_parameters")
+    __slots__ = ("binding", "swaps")
 
     def __init__(self) -> None:
         self.binding: Binding | None = None
-        self.saved_parameters: list[dict[str, Tensor | None]] = []
+        self.swaps: list[Swap] = []
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], *output: Any) -> Any:
         """Return None before the module runs. After it, return the new output, or None."""
         if self.binding is None:
             return None
         if self.binding.apply is as_parameters:
-            # An interrupt may come between two statements: parameters are on the stack while they
-            # are not in the module.
-            table, stack = parameter_table(module), self.saved_parameters
+            # An interrupt may come between two statements: a swap is on the stack before it is made
+            # and until it is undone.
+            table, stack = parameter_table(module), self.swaps
             if output:
-                table.update(stack[-1])
+                table.update(stack[-1].own)
                 stack.pop()
             else:
-                tensors = self.binding.tensors
-                stack.append({name: table[name] for name in tensors})
-                table.update(_cast(tensors, stack[-1]))
+                stack.append(Swap.of(table, self.binding.tensors))
+                table.update(stack[-1].given)
             return None
         if not output:
             return None
@@ -234,22 +246,19 @@ def rebind(
 
 @contextmanager
 def _held(held: list[tuple[nn.Module, Slot, Any]]) -> Iterator[None]:
-    before = [(module, found, len(found.saved_parameters)) for module, found, _ in held]
+    before = [(module, found, len(found.swaps)) for module, found, _ in held]
 
     def put_back() -> None:
         # An exception may leave a module while its parameters are swapped.
         for module, found, depth in before:
-            saved = found.saved_parameters
-            if len(saved) > depth:
-                parameter_table(module).update(saved[depth])
-                del saved[depth:]
+            table, swaps = parameter_table(module), found.swaps
+            for own, given in reversed(swaps[depth:]):
+                # A `functional_call` around the module may have put back its own parameters.
+                table.update({k: x for k, x in own.items() if table.get(k) is given[k]})
+            del swaps[depth:]
 
     with changed(*((found, "binding", binding) for _, found, binding in held)), undone(put_back):
         yield
-
-
-def _cast(tensors: Mapping[str, Tensor], like: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {name: tensor.to(like[name].dtype) for name, tensor in tensors.items()}
 
 
 def _find(module: nn.Module) -> Slot | None:

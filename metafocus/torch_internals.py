@@ -284,6 +284,16 @@ def dispatch_modes() -> list[TorchDispatchMode]:
     return _get_current_dispatch_mode_stack()
 
 
+def function_state() -> Any:
+    """Return whether this thread listens to modes and to overrides of operators."""
+    return torch._C._get_torch_function_state()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def set_function_state(state: Any) -> None:
+    """Put back what `function_state` returned."""
+    torch._C._set_torch_function_state(state)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def without_function_modes() -> contextlib.AbstractContextManager[None]:
     """Compute without any of these modes and overrides inside a `with` block."""
     return torch._C.DisableTorchFunction()  # pyright: ignore[reportReturnType]

@@ -164,6 +164,7 @@ def test_an_attempt_that_fails_has_drawn_nothing(error):
             torch.set_grad_enabled(False)
             torch.overrides.TorchFunctionMode().__enter__()
             torch.autocast("cpu").__enter__()
+            torch._C.DisableTorchFunction().__enter__()
             raise error
         return values
 
@@ -173,6 +174,7 @@ def test_an_attempt_that_fails_has_drawn_nothing(error):
     after = [torch.get_rng_state(), own.get_state(), inner.get_state()]
     assert all(map(torch.equal, before, after))
     assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+    assert torch._C._is_torch_function_enabled()
     assert torch.autocast_increment_nesting() == 1 and torch.autocast_decrement_nesting() == 0
     assert not torch.overrides._get_current_function_mode_stack()
     draw(own, False)

@@ -471,6 +471,19 @@ def test_function_mode_stack():
         assert ti.function_modes() == [mode]
 
 
+def test_torch_function_state():
+    """`_get_torch_function_state`, `_set_torch_function_state`: a block that is not left keeps off."""
+    before = ti.function_state()
+    with pytest.raises(RuntimeError), ti.without_function_modes():
+        off = ti.function_state()
+        assert off != before
+        raise RuntimeError
+    ti.set_function_state(off)
+    assert ti.function_state() == off
+    ti.set_function_state(before)
+    assert ti.function_state() == before
+
+
 def test_disable_torch_function():
     """`DisableTorchFunction`: attention does not pass each look at a tensor through a mode."""
     x = torch.ones(1)

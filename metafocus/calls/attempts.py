@@ -14,7 +14,12 @@ from metafocus import params as pt
 from metafocus.calls.blocks import Block, Scoped, with_block
 from metafocus.calls.owners import Call, enter, inside
 from metafocus.rng import Drawn
-from metafocus.torch_internals import dispatch_modes, function_modes
+from metafocus.torch_internals import (
+    dispatch_modes,
+    function_modes,
+    function_state,
+    set_function_state,
+)
 
 _SAVED: Scoped[dict[torch.Generator, Tensor] | None] = Scoped(None)
 _KINDS = [kind for kind in ("cpu", "cuda") if torch.amp.is_autocast_available(kind)]
@@ -85,9 +90,10 @@ def draws_from(generator: torch.Generator) -> None:
 
 
 def _modes() -> tuple[Any, ...]:
-    """Return the modes of this thread: whether gradients are on, and autocast."""
+    """Return the modes of this thread: overrides of operators, gradients, and autocast."""
     torch.autocast_increment_nesting()
     return (
+        function_state(),
         torch.is_grad_enabled(),
         torch.autocast_decrement_nesting(),
         torch.is_autocast_cache_enabled(),
@@ -108,7 +114,8 @@ def _put_back(modes: tuple[Any, ...], depths: tuple[int, int]) -> None:
             stack()[-1].__exit__(None, None, None)
     if _modes() == modes:
         return
-    grad, nesting, cache, casts = modes
+    overrides, grad, nesting, cache, casts = modes
+    set_function_state(overrides)
     torch.set_grad_enabled(grad)
     torch.autocast_increment_nesting()
     while torch.autocast_decrement_nesting() > nesting:

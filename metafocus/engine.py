@@ -15,10 +15,11 @@ from metafocus import streams
 from metafocus.autodiff.grad import leaf_alias, reaches_another_leaf
 from metafocus.autodiff.safe_operators.swapping import Swapped
 from metafocus.calls import Call, attempt, attempted, current
-from metafocus.checks import check_finite
+from metafocus.checks import check_finite, function
 from metafocus.errors import ProblemError
 from metafocus.estimators import Estimator
 from metafocus.preflight import preflight, refuse_ignored_fast_weights
+from metafocus.preflight.rebuilt import Uses
 from metafocus.problem import Problem, check_params, constants, moving
 from metafocus.solvers import Given
 from metafocus.solvers.descent import solve_inner
@@ -68,6 +69,8 @@ def bilevel(
             `path` of another length than the steps, or an estimator that cannot give one.
         ClosureError: at the first call, if the estimator would miss a closed-over tensor.
         NonFiniteError: at any call outside transforms, if an inner loss is NaN or infinite.
+        RebuiltWarning: if meta losses of the same parts are built again and again, and each is
+            evaluated once: the checks of the first call then run each time.
 
     Example:
         >>> import metafocus as mf
@@ -88,6 +91,7 @@ def bilevel(
     twice = getattr(estimator, "twice", True)
     inner_loss: InnerLoss | None = None
     outer_tried = False
+    uses = Uses(problem.inner_loss, problem.outer_loss, problem.init, solver, estimator)
 
     def evaluate(outer: Params, episode: Any) -> tuple[Tensor, Aux]:
         nonlocal inner_loss, outer_tried
@@ -130,6 +134,8 @@ def bilevel(
         if not outer_tried and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             _check_outer(problem, ends[-1], outer)
             outer_tried = True
+        if not torch.compiler.is_compiling():
+            uses.add()
         with Swapped(once=True):
             loss, metrics = weighted(problem, ends, outer)
         return loss, Aux(pt.detach(solution.params), solution.losses.detach(), metrics)
@@ -139,6 +145,9 @@ def bilevel(
 
     return meta_loss
 
+
+META_LOSS = "(outer, episode) -> (loss, aux), such as mf.bilevel returns"
+"""What a meta loss is."""
 
 _INSIDE: ContextVar[Call | None] = ContextVar("inside", default=None)
 """The call in which a meta loss is evaluated: what an interrupt leaves here belongs to no other."""
@@ -186,24 +195,29 @@ def _check_parts(problem: Any, solver: Any, estimator: Any) -> None:
         raise ProblemError(
             f"problem must be an mf.Problem(inner_loss, outer_loss), got {type(problem).__name__}."
         )
-    for name, part, example in (
-        ("solver", solver, "mf.SGD(0.1, steps=5)"),
-        ("estimator", estimator, "mf.Unrolled()"),
-    ):
-        if isinstance(part, type):
-            raise ProblemError(
-                f"{name} must be an object, got the class {part.__name__}: write {example}."
-            )
-    if not all(hasattr(solver, name) for name in ("steps", "init", "update")):
-        raise ProblemError(
-            f"solver must have steps, init and update, as {'mf.SGD(0.1, steps=5)'} has, got "
-            f"{type(solver).__name__}. Optimisers of torch.optim work in place and cannot be "
-            "differentiated; mf.SGD, mf.Adam, mf.AdamW, mf.Muon have their formulas."
-        )
+    _check_solver(solver)
+    _refuse_class("estimator", estimator, "mf.Unrolled()")
     if not callable(estimator):
         raise ProblemError(
             "estimator must be a function (inner_loss, solver, start, outer, support) -> "
             f"mf.Solution, such as mf.Unrolled(), got {estimator!r}."
+        )
+
+
+def _refuse_class(name: str, part: Any, example: str) -> None:
+    if isinstance(part, type):
+        raise ProblemError(
+            f"{name} must be an object, got the class {part.__name__}: write {example}."
+        )
+
+
+def _check_solver(solver: Any) -> None:
+    _refuse_class("solver", solver, "mf.SGD(0.1, steps=5)")
+    if not all(hasattr(solver, name) for name in ("steps", "init", "update")):
+        raise ProblemError(
+            "solver must have steps, init and update, as mf.SGD(0.1, steps=5) has, got "
+            f"{type(solver).__name__}. Optimisers of torch.optim work in place and cannot be "
+            "differentiated; mf.SGD, mf.Adam, mf.AdamW, mf.Muon have their formulas."
         )
 
 
@@ -310,6 +324,7 @@ def hypergrad(meta_loss: MetaLoss) -> Callable[[Params, Any], tuple[Params, tupl
         >>> grads["w"]
         tensor([1.6000])
     """
+    function("meta_loss", meta_loss, META_LOSS)
 
     @attempted
     def value_and_hypergrad(outer: Params, episode: Any) -> tuple[Params, tuple[Tensor, Aux]]:
@@ -373,6 +388,7 @@ def adapt(
         >>> mf.adapt(maml, w, torch.tensor([0.0]), solver=mf.SGD(0.1, steps=2)).losses
         tensor([1.0000, 0.6400])
     """
+    _check_solver(solver)
     check_params(outer, "outer", "outer parameters")
     outer = constants(outer)
     support = pt.detach(problem.prepared(outer, Episode(support, support)).support)

@@ -472,7 +472,7 @@ def test_function_mode_stack():
 
 
 def test_torch_function_state():
-    """`_get_torch_function_state`, `_set_torch_function_state`: a block that is not left keeps off."""
+    """`_get_torch_function_state`, `_set_torch_function_state`: what an interrupt leaves is off."""
     before = ti.function_state()
     with pytest.raises(RuntimeError), ti.without_function_modes():
         off = ti.function_state()

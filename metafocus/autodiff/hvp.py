@@ -5,6 +5,7 @@ Each linearises once and can be used for many products.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,8 @@ from torch import Tensor
 from metafocus import params as pt
 from metafocus.autodiff.grad import leaf_alias, value_and_grad, vjp
 from metafocus.autodiff.safe_operators.swapping import differentiable_once, differentiable_twice
-from metafocus.checks import positive
+from metafocus.checks import function, positive
+from metafocus.errors import PrecisionWarning
 from metafocus.rng import replayed
 from metafocus.torch_internals import transforming
 from metafocus.types import HVP, Params
@@ -140,21 +142,22 @@ class _Finite:
         self, loss: Callable[..., Tensor], fast: Params, *rest: Any
     ) -> tuple[Params, Product]:
         loss = replayed(loss, pt.tensors((fast, rest)))
-
-        def gradient(f: Params) -> tuple[Any, ...]:
-            return _gradient(loss, f, *rest)
+        # A half type holds too few digits for the difference of two gradients.
+        (point, *others), like = _wide(loss, fast, *rest)
 
         def product(direction: Params) -> tuple[Any, ...]:
+            direction = {k: v.to(point[k].dtype) for k, v in direction.items()}
             # With a largest entry of 1: the squares of a small or large direction leave the range.
             size = _unit(direction)
             direction = {k: v / size for k, v in direction.items()}
             # The step is a constant: also for second derivatives, and where a norm is zero.
-            step = self._step(pt.detach(fast), pt.detach(direction))
-            ahead, behind = (gradient(pt.add(fast, direction, s)) for s in (step, -step))
-            inputs, rebuild = pt.partition(ahead)
-            others, _ = pt.partition(behind)
-            pairs = zip(inputs, others, strict=True)
-            return rebuild([(a - b) / (2 * step) * size for a, b in pairs])
+            step = self._step(pt.detach(point), pt.detach(direction))
+            ahead, behind = (
+                pt.partition(_gradient(loss, pt.add(point, direction, s), *others))
+                for s in (step, -step)
+            )
+            slopes = [(a - b) / (2 * step) * size for a, b in zip(ahead[0], behind[0], strict=True)]
+            return ahead[1]([x.to(y.dtype) for x, y in zip(slopes, like, strict=True)])
 
         return _gradient(lambda f: loss(f, *rest), fast)[0], product
 
@@ -166,6 +169,34 @@ class _Finite:
         size = pt.norm(fast)
         eps = torch.finfo(size.dtype).eps ** (1 / 3)
         return eps * torch.clamp(size, min=1.0) / length
+
+
+def _wide(loss: Callable[..., Tensor], *primals: Any) -> tuple[list[Any], list[Tensor]]:
+    """Return arguments of a loss in float32 or wider, if it runs on them, and all their tensors."""
+    tensors, rebuild = pt.partition(primals)
+    half = {str(x.dtype) for x in pt.tensors(primals[0]) if _is_half(x)}
+    if not half:
+        return list(primals), tensors
+    wide = rebuild([x.float() if _is_half(x) else x for x in tensors])
+    try:
+        with torch.no_grad():
+            loss(*wide)
+    except RuntimeError:
+        warnings.warn(
+            f"hvp_finite: the fast weights are {', '.join(sorted(half))}, and the loss does not "
+            "run on float32 copies of its arguments, because it holds tensors of a half type of "
+            "its own. The difference of two gradients keeps few digits of a half type: products "
+            "are off by 2 % to 60 %. Pass these tensors in outer or in the episode, keep the fast "
+            "weights in float32, or use hvp_reverse.",
+            PrecisionWarning,
+            stacklevel=2,
+        )
+        return list(primals), tensors
+    return list(wide), tensors
+
+
+def _is_half(x: Tensor) -> bool:
+    return x.dtype in (torch.float16, torch.bfloat16)
 
 
 def _unit(direction: Params) -> Tensor:
@@ -208,6 +239,10 @@ def hvp_finite(eps: float | None = None) -> HVP:
     on the fast weights, such as the losses that Meta-Weight-Net weighs, the product is another one
     than on the tape. Use `hvp_reverse` or `hvp_forward` for such a loss; `mf.compare` shows it.
 
+    Arguments of a half type are evaluated as float32 copies. A loss that does not run on these
+    gets a `PrecisionWarning`. A loss that casts to a half type itself is not found out: its
+    products are off by 2 % to 60 %.
+
     Args:
         eps: length of the displacement `h |d|`, absolute (DARTS, arXiv 1806.09055, uses
             0.01). None: `u^(1/3) max(|fast|, 1)`, relative to the fast weights.
@@ -224,3 +259,9 @@ def hvp_finite(eps: float | None = None) -> HVP:
     if eps is not None:
         positive("eps", eps)
     return _Finite(eps)
+
+
+def check_hvp(hvp: Any) -> None:
+    """Raise unless a way to multiply with second derivatives is one."""
+    form = "(loss, fast, *rest), such as mf.hvp_reverse, mf.hvp_forward or mf.hvp_finite()"
+    function("hvp", hvp, form, 2)

@@ -15,7 +15,7 @@ from metafocus.comparison.agreement import is_finite
 from metafocus.comparison.observe import Report, examine, first_draw, observe, timed
 from metafocus.comparison.report import Comparison, environment
 from metafocus.engine import MetaLoss, bilevel, hypergrad
-from metafocus.errors import NotStationaryWarning, ProblemError
+from metafocus.errors import NotStationaryWarning, ProblemError, RebuiltWarning
 from metafocus.estimators import Estimator
 from metafocus.estimators.attached import STATIONARY
 from metafocus.problem import Problem, constants
@@ -107,6 +107,8 @@ def compare(
     with warnings.catch_warnings():
         # The verdict says it.
         warnings.simplefilter("ignore", NotStationaryWarning)
+        # Each comparison builds its meta losses.
+        warnings.simplefilter("ignore", RebuiltWarning)
         exact = _exact(reference, losses, problem, outer, episode, solver)
         if exact is None or not is_finite(exact):
             raise ProblemError(f"the reference hypergradient ({title}) is not finite.")

@@ -12,6 +12,7 @@ from torch import Tensor
 from metafocus import params as pt
 from metafocus.autodiff.grad import leaf_alias, pushforward, vjp
 from metafocus.autodiff.safe_operators.swapping import Swapped
+from metafocus.checks import function
 from metafocus.errors import ClosureError, ProblemError
 from metafocus.estimators.attached import (
     STATIONARY,
@@ -21,7 +22,7 @@ from metafocus.estimators.attached import (
     need_data,
     warn_if_large,
 )
-from metafocus.estimators.watched import Watched
+from metafocus.estimators.watched import LINEAR, Watched
 from metafocus.linear import Identity, Neumann
 from metafocus.linear.inverse import Operator, inverse
 from metafocus.rng import kept, replayed
@@ -99,6 +100,10 @@ class FixedPoint(Estimator):
     step: Step
     solve: LinearSolver = Neumann(20, 1.0)  # noqa: RUF009 - frozen, so it can be shared
     data: Callable[[Any], Any] | None = None
+
+    def __post_init__(self) -> None:
+        function("step", self.step, "(fast, slow, support) -> fast", 3)
+        function("solve", self.solve, LINEAR, 2)
 
     def __call__(
         self, inner_loss: InnerLoss, solver: Solver, start: Params, outer: Params, support: Any

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from metafocus import params as pt
 from metafocus.autodiff.grad import pushforward
-from metafocus.autodiff.hvp import Taped, evaluated_for, hvp_reverse
+from metafocus.autodiff.hvp import Taped, check_hvp, evaluated_for, hvp_reverse
 from metafocus.autodiff.safe_operators.swapping import differentiable_twice
+from metafocus.checks import function
 from metafocus.errors import ProblemError
 from metafocus.estimators.attached import (
     STATIONARY,
@@ -24,7 +25,7 @@ from metafocus.estimators.attached import (
     warn_if_large,
 )
 from metafocus.estimators.each_product import EachProduct
-from metafocus.estimators.watched import HESSIAN, Watched
+from metafocus.estimators.watched import HESSIAN, LINEAR, Watched
 from metafocus.linear import CG, Neumann
 from metafocus.linear.inverse import Operator, inverse
 from metafocus.problem import Problem, check_params
@@ -81,7 +82,8 @@ class Implicit(Estimator):
             at hand.
         NotConvergedWarning: in the backward pass outside transforms, if `solve` found no finite
             solution (a singular Hessian, such as that of an inner loss without curvature: the
-            hypergradient is then NaN), or the terms of a Neumann series do not get smaller.
+            hypergradient is then NaN), if the terms of a Neumann series do not get smaller, or if
+            the fast weights have a half type that is too narrow for the system.
 
     Example:
         >>> import metafocus as mf
@@ -105,6 +107,8 @@ class Implicit(Estimator):
     data: Callable[[Any], Any] | str | None = None
 
     def __post_init__(self) -> None:
+        function("solve", self.solve, LINEAR, 2)
+        check_hvp(self.hvp)
         if isinstance(self.data, str):
             if self.data != EACH_PRODUCT:
                 raise ValueError(

@@ -12,7 +12,7 @@ from torch import Tensor
 from metafocus import params as pt
 from metafocus import streams
 from metafocus.autodiff.grad import pullback
-from metafocus.autodiff.hvp import evaluated_for, hvp_reverse
+from metafocus.autodiff.hvp import check_hvp, evaluated_for, hvp_reverse
 from metafocus.autodiff.recompute import recompute
 from metafocus.checks import whole
 from metafocus.solvers import Given
@@ -109,6 +109,7 @@ class Unrolled(Estimator):
             whole("last", self.last)
         if not isinstance(self.recompute, bool):
             whole("recompute", self.recompute)
+        check_hvp(self.hvp)
 
     def __repr__(self) -> str:
         hvp = getattr(self.hvp, "__name__", self.hvp)

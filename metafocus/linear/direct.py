@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metafocus.checks import not_negative, positive, whole
-from metafocus.linear.vectors import no_autocast, posed, unit
+from metafocus.linear.vectors import System, no_autocast, posed, unit
 from metafocus.torch_internals import constant_when_compiled, transforming
 from metafocus.types import MatVec, Params
 
@@ -40,12 +40,21 @@ class Dense:
     def __call__(self, matvec: MatVec, b: Params) -> Params:
         """Materialise and solve."""
         system = posed(matvec, b)
+        return system.solution(self._solved(system))
+
+    def with_residual(self, matvec: MatVec, b: Params) -> tuple[Params, Tensor]:
+        """Return the solution, and what rounding has taken of it: see `System.lost`."""
+        system = posed(matvec, b)
+        x = self._solved(system)
+        return system.solution(x), system.lost(x, self.damping, torch.zeros_like(system.size))
+
+    def _solved(self, system: System) -> Tensor:
         right = system.right
         eye = torch.eye(right.numel(), dtype=right.dtype, device=right.device)
         columns = torch.func.vmap(system.product)(eye)
         solve = direct if transforming() else torch.linalg.solve
         with no_autocast(right):
-            return system.solution(solve(columns.T + self.damping * eye, right))
+            return solve(columns.T + self.damping * eye, right)
 
 
 @dataclass(frozen=True)

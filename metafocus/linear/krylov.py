@@ -9,7 +9,7 @@ from torch import Tensor
 
 from metafocus.autodiff.guarded import safe_divide, safe_sqrt
 from metafocus.checks import not_negative, whole
-from metafocus.linear.vectors import largest, no_autocast, posed, unit
+from metafocus.linear.vectors import System, largest, no_autocast, posed, unit
 from metafocus.types import MatVec, Params
 
 
@@ -22,7 +22,8 @@ class CG:
     residual is nothing but rounding, `x` stays where it is. A singular `A` with `b` in its range
     gives the solution of least norm. Where there is none (a direction without curvature is left,
     `A = 0` included) `x` is NaN; so it is where `x` grew until its rounding is as large as `b`.
-    Negative curvature is not refused, but costs digits: all of them in a half type; use `GMRES`.
+    Negative curvature is not refused, but costs digits: all of them in a half type, where
+    `Implicit` warns; use `GMRES`.
 
     Args:
         steps: number of products with `A`.
@@ -49,8 +50,17 @@ class CG:
 
     def __call__(self, matvec: MatVec, b: Params) -> Params:
         """Solve."""
-        # One vector: a few operations a step, however many tensors there are.
         system = posed(matvec, b)
+        return system.solution(self._solved(system)[0])
+
+    def with_residual(self, matvec: MatVec, b: Params) -> tuple[Params, Tensor]:
+        """Return the solution, and what rounding has taken of it: see `System.lost`."""
+        system = posed(matvec, b)
+        x, expected = self._solved(system)
+        return system.solution(x), system.lost(x, self.damping, expected)
+
+    def _solved(self, system: System) -> tuple[Tensor, Tensor]:
+        # One vector: a few operations a step, however many tensors there are.
         residual = direction = system.right
         x = torch.zeros_like(residual)
         square = residual.dot(residual)
@@ -73,11 +83,14 @@ class CG:
             square = new
         # Some eigenvalue is at least the reciprocal of the shortest step. So beyond this limit the
         # rounding of A x is as large as b.
-        lengths = torch.stack(steps).detach().abs()
+        lengths = torch.stack(steps).detach()
+        # With negative curvature nothing bounds the error: no residual is one to be expected.
+        expected = torch.where(lengths.amin() < 0, 0.0, square.sqrt())
+        lengths = lengths.abs()
         limit = torch.where(lengths > 0, lengths, infinity).amin() / torch.finfo(x.dtype).eps
         # An infinite image made a step of 0 and a residual that is NaN: no number is below it.
         solvable = largest(x) <= limit + (square - square)
-        return system.solution(torch.where(solvable, x, torch.nan))
+        return torch.where(solvable, x, torch.nan), expected
 
 
 @dataclass(frozen=True)
@@ -118,6 +131,15 @@ class GMRES:
     def __call__(self, matvec: MatVec, b: Params) -> Params:
         """Build the Krylov basis, rotate its Hessenberg matrix to a triangle, solve."""
         system = posed(matvec, b)
+        return system.solution(self._solved(system)[0])
+
+    def with_residual(self, matvec: MatVec, b: Params) -> tuple[Params, Tensor]:
+        """Return the solution, and what rounding has taken of it: see `System.lost`."""
+        system = posed(matvec, b)
+        x, expected = self._solved(system)
+        return system.solution(x), system.lost(x, self.damping, expected)
+
+    def _solved(self, system: System) -> tuple[Tensor, Tensor]:
         right, noise = system.right, system.noise
         length = safe_sqrt(right.dot(right))
         basis = [safe_divide(right, length)]
@@ -174,4 +196,4 @@ class GMRES:
             x = torch.stack(weights[::-1]) @ torch.stack(basis[: len(weights)])
         # As for CG: beyond this limit A x has no correct digit left.
         solvable = solvable & ~(torch.finfo(x.dtype).eps * highest * largest(x) > 1)
-        return system.solution(torch.where(solvable, x / scale, torch.nan))
+        return torch.where(solvable, x / scale, torch.nan), rest[-1].abs()

@@ -18,7 +18,6 @@ from metafocus import calls
 from metafocus.adapters.slots import Slot
 from metafocus.calls import blocks, owners
 from metafocus.lm.hf.heads import HeadHook
-from metafocus.torch_internals import function_state
 
 ROOT = str(Path(mf.__file__).parent)
 
@@ -156,7 +155,8 @@ def of_model(model) -> dict:
 def of_thread() -> dict:
     return {
         "gradients": torch.is_grad_enabled(),
-        "overrides": function_state(),
+        # Not by a function of the package: it would be interrupted.
+        "overrides": torch._C._get_torch_function_state(),
         "inference": torch.is_inference_mode_enabled(),
         "function modes": tuple(map(id, _get_current_function_mode_stack())),
         "dispatch modes": torch._C._len_torch_dispatch_stack(),

@@ -156,7 +156,7 @@ def of_thread() -> dict:
     return {
         "gradients": torch.is_grad_enabled(),
         # Not by a function of the package: it would be interrupted.
-        "overrides": torch._C._get_torch_function_state(),
+        "overrides": torch._C._get_torch_function_state(),  # pyright: ignore
         "inference": torch.is_inference_mode_enabled(),
         "function modes": tuple(map(id, _get_current_function_mode_stack())),
         "dispatch modes": torch._C._len_torch_dispatch_stack(),

@@ -31,6 +31,7 @@ PACKAGES = (
     "metafocus.linear",
     "metafocus.lm",
     "metafocus.masks",
+    "metafocus.models",
     "metafocus.recipes",
     "metafocus.recipes.fewshot",
     "metafocus.recipes.hpo",

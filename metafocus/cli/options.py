@@ -104,7 +104,8 @@ def add_model(parser: argparse.ArgumentParser, *, small: bool = True) -> None:
     group.add_argument(
         "--model_name_or_path",
         required=not small,
-        help="directory or hub id" + "; default: a small Qwen2 made from scratch" * small,
+        help="directory, hub id, GGUF file or smollm2"
+        + "; default: a small Qwen2 made from scratch" * small,
     )
     group.add_argument(
         "--attn_implementation", default="sdpa", choices=ATTENTION, help="default %(default)s"

@@ -55,11 +55,23 @@ def positive(word: str) -> float:
     return value
 
 
-def add_inner(parser: argparse.ArgumentParser, *, fraction: float, rank: int) -> None:
-    """Add the options of the inner loop."""
+def positives(word: str) -> list[float]:
+    """Return finite positive numbers that commas separate."""
+    return [positive(part.strip()) for part in word.split(",")]
+
+
+def add_inner(
+    parser: argparse.ArgumentParser, *, fraction: float, rank: int, rates: bool = False
+) -> None:
+    """Add the options of the inner loop; `rates`: `--inner_lr` may be several."""
     group = parser.add_argument_group("inner loop (defaults of FocuSFT, arXiv 2605.09932)")
     group.add_argument("--inner_steps", type=whole(0), default=2, help="default %(default)s")
-    group.add_argument("--inner_lr", type=positive, default=1.0, help="default %(default)s")
+    group.add_argument(
+        "--inner_lr",
+        type=positives if rates else positive,
+        default="1.0",
+        help="several may be given, separated by commas; " * rates + "default %(default)s",
+    )
     group.add_argument(
         "--inner_clip",
         type=positive,
@@ -93,9 +105,10 @@ def adapter(args: argparse.Namespace) -> LoRA:
     return LoRA(top_layers(args.layer_fraction, names), args.lora_rank, args.lora_alpha)
 
 
-def solver(args: argparse.Namespace) -> SGD:
-    """Return the inner optimiser that the options describe."""
-    return SGD(args.inner_lr, args.inner_steps, clip=clip_per_tensor(args.inner_clip))
+def solver(args: argparse.Namespace, rate: float | None = None) -> SGD:
+    """Return the inner optimiser that the options describe, with one of several rates."""
+    rate = args.inner_lr if rate is None else rate
+    return SGD(rate, args.inner_steps, clip=clip_per_tensor(args.inner_clip))
 
 
 def add_model(parser: argparse.ArgumentParser, *, small: bool = True) -> None:

@@ -79,11 +79,7 @@ def main(argv: list[str]) -> FocusTrainer:
     report = _report(trainer, settings, result.metrics["train_runtime"])
     _save(trainer, result.metrics, report, output)
     _say(args, _outcome(trainer, report, output))
-    if _inner_loss_rose(trainer.state.log_history):
-        _say(
-            args,
-            "note: the inner loss rose in most steps. Lower --inner_lr or --inner_steps.",
-        )
+    _say(args, _inner_warning(trainer.state.log_history))
     return trainer
 
 
@@ -240,15 +236,27 @@ def _outcome(trainer: FocusTrainer, report: dict[str, Any], output: Path) -> str
     return f"{text}; {report['steps']} steps in {report['seconds']:.0f} s; saved in {output}"
 
 
-def _inner_loss_rose(history: list[dict[str, Any]]) -> bool:
-    rose = [
-        entry["inner_loss_last"] > entry["inner_loss_first"]
-        for entry in history
-        if "inner_loss_first" in entry
-    ]
-    return sum(rose) > len(rose) / 2
+def _inner_warning(history: list[dict[str, Any]]) -> str:
+    """Return what to say of inner steps that raise the inner loss; nothing if few do."""
+    shares = [entry["last_step_rose"] for entry in history if "last_step_rose" in entry]
+    if shares:
+        share, step = sum(shares) / len(shares), "the last inner step"
+    else:
+        # The loss after the last step is known only where both losses score the same tokens.
+        rose = [
+            entry["inner_loss_last"] > entry["inner_loss_first"]
+            for entry in history
+            if "inner_loss_first" in entry
+        ]
+        share, step = sum(rose) / max(len(rose), 1), "the inner loop"
+    if share <= 0.1:
+        return ""
+    return (
+        f"warning: {step} raised the inner loss in {share:.0%} of the batches. First-order "
+        "hypergradients cannot be trusted there. Lower --inner_lr or --inner_steps."
+    )
 
 
 def _say(args: FocusArguments, text: str) -> None:
-    if args.process_index == 0:
+    if text and args.process_index == 0:
         print(text, flush=True)

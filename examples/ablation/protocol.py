@@ -129,17 +129,16 @@ QUICK = Scale(
     turns=2,
 )
 # A step costs 3.3 CPU seconds without and 5.5 with an inner loop (AMD EPYC, bfloat16 autocast,
-# 471 tokens), the questions of a cell 70 to 110: 40 steps give all main cells with three seeds in
-# about an hour of one core.
+# 471 tokens), measuring a cell 60 to 140: all main cells with three seeds take 50 CPU minutes.
 SMOLLM2 = Scale(
     "smollm2",
     model="smollm2",
-    steps=40,
+    steps=32,
     length=512,
     lr=1e-4,
     seeds=3,
     control_seeds=2,
-    chats={512: 4, 1024: 2, 2048: 1},
+    chats={512: 3, 1024: 1, 2048: 1},
     as_trained=(512, 1024),
 )
 # For a GPU: not run.

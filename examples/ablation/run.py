@@ -29,6 +29,7 @@ import torch
 from cells import Bench, measure, train
 from model import checksum, load
 from protocol import FOCUSFT, SCALES, Cell, Scale
+from report import write_report
 
 from metafocus.comparison.report import environment
 from metafocus.errors import NonFiniteError
@@ -49,6 +50,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     check_same(scale, args.output)
     failed = [] if args.report else run_all(scale, args.output, args.model, args.device)
+    print(write_report(scale, args.output, args.page))
     if failed:
         sys.exit(f"not finished: {', '.join(failed)}; run the same command again")
 

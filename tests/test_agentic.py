@@ -7,7 +7,6 @@ import itertools
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -265,8 +264,8 @@ def test_local_replies(local):
     for bad in ({"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.1}, {"new_tokens": 0}):
         with pytest.raises(DataError, match="needs temperature >= 0"):
             LocalEndpoint(model, tokenizer, **bad)
-    with pytest.raises(DataError, match="no chat template"):
-        LocalEndpoint(model, SimpleNamespace(chat_template=None))
+    with pytest.raises(DataError, match="no token </think>"):
+        LocalEndpoint(model, tokenizer, thinking=5)
 
 
 @contextlib.contextmanager
@@ -309,12 +308,19 @@ def test_a_server(monkeypatch):
     assert asked == {"model": "small", "temperature": 0.5, "max_tokens": 9}
     assert "k-1" not in repr(endpoint)
     chat = [{"role": "user", "content": "?"}]
-    with server(503, b"busy") as (url, _), pytest.raises(DataError, match="answers 503: busy"):
-        HTTPEndpoint(url, "m")(chat, seed=0)
+    quick = {"retries": 2, "wait": 0.01}
+    with server(503, b"busy") as (url, got):
+        with pytest.raises(DataError, match=r"answers 503: busy \(3 tries\)"):
+            HTTPEndpoint(url, "m", **quick)(chat, seed=0)
+        assert len(got) == 3
+    with server(401, b"no key") as (url, got):
+        with pytest.raises(DataError, match="answers 401: no key"):
+            HTTPEndpoint(url, "m", **quick)(chat, seed=0)
+        assert len(got) == 1  # it would be refused again
     for body in (b"<html>", b"[]", b'{"choices": []}'):
         with server(200, body) as (url, _), pytest.raises(DataError, match="does not answer as"):
-            HTTPEndpoint(url, "m")(chat, seed=0)
+            HTTPEndpoint(url, "m", **quick)(chat, seed=0)
     with server(200, b'{"choices": [{"message": {"content": null}}]}') as (url, _):
         assert HTTPEndpoint(url, "m")(chat, seed=0) == ""
     with pytest.raises(DataError, match="cannot be reached"):
-        HTTPEndpoint(url, "m", timeout=5)(chat, seed=0)
+        HTTPEndpoint(url, "m", timeout=5, **quick)(chat, seed=0)

@@ -70,6 +70,23 @@ def load(name_or_path: str | Path, **kwargs: Any) -> tuple[PreTrainedModel, Any]
     return model, tokenizer
 
 
+def load_tokenizer(name_or_path: str | Path) -> Any:
+    """Load a tokenizer alone, from a directory or by a hub id; no code beside it is run.
+
+    Raises:
+        DataError: if it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(name_or_path), trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise DataError(
+            f"the tokenizer name_or_path={str(name_or_path)!r} cannot be loaded: {reason}"
+        ) from error
+
+
 def small(
     texts: Iterable[str],
     *,

@@ -42,7 +42,7 @@ def resumable(output_dir: str | Path, *, ranks: int = 1) -> Path | None:
         None
     """
     faults: dict[Path, str] = {}
-    for path in sorted(_checkpoints(Path(output_dir)), key=_step, reverse=True):
+    for path in sorted(checkpoints(Path(output_dir)), key=step_of, reverse=True):
         fault = damage(path, ranks=ranks)
         if fault is None:
             _warn_passed_over(faults, f"resuming from {path.name}")
@@ -93,7 +93,7 @@ def damage(path: Path, *, ranks: int = 1) -> str | None:
         step = state["global_step"]
     except (ValueError, KeyError, TypeError):
         return f"{SEAL} is cut off"
-    number = _step(path)
+    number = step_of(path)
     if number >= 0 and step != number:
         return f"{SEAL} is of step {step}"
     if any(path.glob("pytorch_model_fsdp*")):
@@ -125,12 +125,19 @@ def _other(path: Path) -> str:
     return str(len(list(path.glob("rng_state_*.pth"))) or 1)
 
 
-def _checkpoints(output_dir: Path) -> list[Path]:
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Return the directories that have the name of a checkpoint, in no order."""
     found = output_dir.glob("checkpoint-*") if output_dir.is_dir() else ()
-    return [path for path in found if path.is_dir() and _step(path) >= 0]
+    return [path for path in found if path.is_dir() and step_of(path) >= 0]
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """Return the step in the name of a checkpoint; -1 for another name.
+
+    Example:
+        >>> step_of(Path("run/checkpoint-12")), step_of(Path("run"))
+        (12, -1)
+    """
     match = re.fullmatch(r"checkpoint-(\d+)", path.name)
     return int(match.group(1)) if match else -1
 
@@ -170,8 +177,15 @@ def _warn_passed_over(faults: dict[Path, str], outcome: str) -> None:
 
 
 @contextmanager
-def saving(place: str | Path, what: str) -> Iterator[None]:
+def saving(
+    place: str | Path, what: str, left: str = "What lies there is not whole"
+) -> Iterator[None]:
     """Turn what goes wrong in writing into one error that names the place.
+
+    Args:
+        place: what is written to.
+        what: what is written.
+        left: what is there now.
 
     Raises:
         DataError: for a full disk, a limit on the size of files, a directory that has gone.
@@ -181,11 +195,13 @@ def saving(place: str | Path, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # tokenizers raises bare exceptions.
-        if not isinstance(error, OSError | SafetensorError) and type(error) is not Exception:
+        # tokenizers raises bare exceptions, and torch.save bare RuntimeErrors; those of kernels
+        # and of collectives are subclasses.
+        bare = type(error) in (Exception, RuntimeError)
+        if not isinstance(error, OSError | SafetensorError) and not bare:
             raise
         reason = " ".join((getattr(error, "strerror", None) or str(error)).split())
         raise DataError(
-            f"{what} could not be written to {place}: {reason}. What lies there is not whole; make "
-            "room, or name another directory."
+            f"{what} could not be written to {place}: {reason}. {left}; make room, or name "
+            "another directory."
         ) from error

@@ -1,10 +1,13 @@
-"""What makes a Trainer's run survive: steps that are not finite, and what comes later here.
+"""What makes a Trainer's run survive: bad steps, signals, kills, full disks, a second run.
 
-Everything goes through methods that the Trainer calls and callbacks; nothing of it is replaced.
+Everything goes through methods that the Trainer calls, and through callbacks.
 """
 
 from __future__ import annotations
 
+import os
+import sys
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -12,7 +15,11 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from metafocus.errors import NonFiniteError
+from metafocus.trainer import staging
+from metafocus.trainer.checkpoints import SEAL, require_complete, resumable, saving
 from metafocus.trainer.config import FocusOptions
+from metafocus.trainer.interrupt import Interrupted, Signals
+from metafocus.trainer.lock import one_run
 from metafocus.trainer.nonfinite import (
     HeldSchedule,
     StepGuard,
@@ -20,6 +27,7 @@ from metafocus.trainer.nonfinite import (
     drop_gradients,
     whole_tensor,
 )
+from metafocus.trainer.ranks import from_first
 
 
 class ReliableMixin(Trainer):
@@ -38,6 +46,9 @@ class ReliableMixin(Trainer):
         self._guard = StepGuard(focus.on_nonfinite, focus.max_nonfinite)
         self._held: HeldSchedule | None = None
         self._steps_here = 0
+        self._signals = Signals()
+        self._stop_by = 0
+        self._staged = False
         self.add_callback(_Steps(self))
 
     @property
@@ -56,9 +67,11 @@ class ReliableMixin(Trainer):
         # gradient can be kept from the weights. The loss may be finite where its gradient is not.
         norm: Any = whole_tensor(super()._get_grad_norm(model, grad_norm=grad_norm))
         norm = torch.as_tensor(norm, device=self.args.device)
-        found = torch.stack([(~norm.isfinite()).float(), self._bad_losses().float()])
+        signal = norm.new_tensor([self._signals.received, bool(self._signals.received)])
+        found = torch.cat([torch.stack([~norm.isfinite(), self._bad_losses()]).float(), signal])
         # Ranks that decided differently would wait for each other for ever.
-        bad_norms, bad_losses = self._over_ranks(found).tolist()
+        bad_norms, bad_losses, signals, ranks = self._over_ranks(found).tolist()
+        self._stop_by = round(signals / max(ranks, 1))
         if not bad_norms and not bad_losses:
             self._guard.good()
             return norm
@@ -86,16 +99,38 @@ class ReliableMixin(Trainer):
                 logs["scaler_skips"] = float(self._guard.scaler_skips)
         super().log(logs, start_time)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train.
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Train; `True` resumes the newest complete checkpoint, or begins where there is none.
 
         Raises:
+            DataError: for a checkpoint that is damaged, where no complete one is left; for an
+                output directory in which another process trains.
             NonFiniteError: by `on_nonfinite` and `max_nonfinite`, or if no step was finite.
+            Interrupted: after SIGINT or SIGTERM, when the checkpoint is saved.
         """
-        self._steps_here = 0
-        result = super().train(*args, **kwargs)
+        folder = Path(self.args.output_dir or ".")
+        with one_run(folder), Signals() as self._signals:
+            from_first(lambda: staging.clean(folder))
+            place = from_first(lambda: self._resumed(resume_from_checkpoint, folder))
+            self._steps_here, self._stop_by = 0, 0
+            try:
+                result = super().train(place, *args, **kwargs)
+            except Interrupted as stop:
+                if self.is_world_process_zero():
+                    print(f"metafocus: {stop.line}", file=sys.stderr, flush=True)
+                raise
         self._guard.check_end(self._steps_here)
         return result
+
+    def _resumed(self, wanted: str | bool | None, folder: Path) -> str | None:
+        """Return the checkpoint to resume."""
+        ranks = self.args.world_size
+        if wanted is True:
+            found = resumable(folder, ranks=ranks)
+            return None if found is None else str(found)
+        return str(require_complete(wanted, ranks=ranks)) if wanted else None
 
     # Checkpoints ----------------------------------------------------------------------------
 
@@ -115,20 +150,72 @@ class ReliableMixin(Trainer):
                 "learning_rate, and resume."
             )
 
+    def _get_output_dir(self, trial: Any) -> str:
+        # While a checkpoint is saved, the Trainer writes and rotates beside its place.
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, staging.STAGE) if self._staged else folder
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # The upload runs in the background: of the directory that stays.
+        if not self._staged:
+            super()._push_from_checkpoint(checkpoint_folder)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._check_weights()
-        super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial))
+        place = folder / f"checkpoint-{self.state.global_step}"
+        with saving(place, "the checkpoint", "What lies there is what was there before"):
+            try:
+                from_first(lambda: staging.clean(folder))
+                self._staged = True
+                super()._save_checkpoint(model, trial)
+                self._staged = False
+                self._name_best(folder, place)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    staging.publish(folder, place.name)
+            except BaseException:
+                self._staged = False
+                if self.args.should_save:
+                    # Room for what comes next.
+                    staging.clean(folder)
+                raise
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            keep = {place} | ({Path(best)} if best else set())
+            staging.rotate(folder, self.args.save_total_limit, keep)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(place))
+        self.accelerator.wait_for_everyone()
+
+    def _name_best(self, folder: Path, place: Path) -> None:
+        """Note the best checkpoint by the name that it keeps."""
+        step = self.state.best_global_step
+        best = folder / f"checkpoint-{step}"
+        if step and (best == place or best.exists()):
+            self.state.best_model_checkpoint = str(best)
+            if self.args.should_save:
+                self.state.save_to_json(str(folder / staging.STAGE / place.name / SEAL))
 
 
 class _Steps(TrainerCallback):
-    """What is done at the end of every step."""
+    """What is done at the end of every step, and after a checkpoint."""
 
     def __init__(self, trainer: ReliableMixin):
         self._trainer = trainer
 
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         trainer = self._trainer
         trainer._steps_here += 1
         if trainer._held is not None:
             trainer._held.put_back()
             trainer._held = None
+        if trainer.accelerator.num_processes == 1:
+            trainer._stop_by = trainer._signals.received
+        # The last step ends the run by itself.
+        if trainer._stop_by and state.global_step < state.max_steps:
+            control.should_save, control.should_evaluate = True, False
+
+    def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        if self._trainer._stop_by and state.global_step < state.max_steps:
+            raise Interrupted(self._trainer._stop_by, state.global_step)

@@ -7,7 +7,7 @@ import re
 import struct
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,13 +16,17 @@ from metafocus.errors import DataError
 SEAL = "trainer_state.json"
 """Written last: a directory without it belongs to a process that was killed while saving."""
 
+Judge = Callable[[Path], str | None]
+
 _WEIGHTS = (
     "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors",
     "pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin",
 )  # fmt: skip
 
 
-def resumable(output_dir: str | Path, *, ranks: int = 1) -> Path | None:
+def resumable(
+    output_dir: str | Path, *, ranks: int = 1, misfit: Judge | None = None
+) -> Path | None:
     """Return the newest complete checkpoint in a directory; None to start from the beginning.
 
     Newer ones that are not complete are left where they are, with a warning.
@@ -30,6 +34,7 @@ def resumable(output_dir: str | Path, *, ranks: int = 1) -> Path | None:
     Args:
         output_dir: of the run.
         ranks: how many processes train; each has its own file of random states.
+        misfit: says why a complete checkpoint cannot be used all the same, or None.
 
     Raises:
         DataError: if no checkpoint is complete although one was written to its end: it has been
@@ -43,7 +48,7 @@ def resumable(output_dir: str | Path, *, ranks: int = 1) -> Path | None:
     """
     faults: dict[Path, str] = {}
     for path in sorted(checkpoints(Path(output_dir)), key=step_of, reverse=True):
-        fault = damage(path, ranks=ranks)
+        fault = damage(path, ranks=ranks) or (misfit(path) if misfit else None)
         if fault is None:
             _warn_passed_over(faults, f"resuming from {path.name}")
             return path
@@ -60,13 +65,13 @@ def resumable(output_dir: str | Path, *, ranks: int = 1) -> Path | None:
     return None
 
 
-def require_complete(path: str | Path, *, ranks: int = 1) -> Path:
-    """Return the path of a checkpoint that is complete.
+def require_complete(path: str | Path, *, ranks: int = 1, misfit: Judge | None = None) -> Path:
+    """Return the path of a checkpoint that is complete; the arguments are those of `resumable`.
 
     Raises:
         DataError: if it is not, with what is wrong.
     """
-    fault = damage(Path(path), ranks=ranks)
+    fault = damage(Path(path), ranks=ranks) or (misfit(Path(path)) if misfit else None)
     if fault is not None:
         raise DataError(
             f"resume_from_checkpoint={str(path)!r} cannot be resumed: {fault}. Pass True to use "

@@ -170,6 +170,9 @@ class FocusMixin(ReliableMixin):
     def _bad_losses(self) -> Tensor:
         return self._journal.take_bad_losses()
 
+    def _objects(self) -> Any:
+        return self._recipe, getattr(self._factory, "__qualname__", self._factory)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the window's means of the inner loops beside the training loss."""
         if "loss" in logs:

@@ -5,20 +5,25 @@ Everything goes through methods that the Trainer calls, and through callbacks.
 
 from __future__ import annotations
 
-import os
 import sys
+import time
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
+from transformers.trainer_utils import TrainOutput
 
-from metafocus.errors import NonFiniteError
+from metafocus.errors import DataError, MetafocusError, NonFiniteError
+from metafocus.files import write_json
 from metafocus.trainer import staging
-from metafocus.trainer.checkpoints import SEAL, require_complete, resumable, saving
+from metafocus.trainer.checkpoints import require_complete, resumable
 from metafocus.trainer.config import FocusOptions
+from metafocus.trainer.contents import misfit
+from metafocus.trainer.fingerprint import RUN, compared, fingerprint, read_run
 from metafocus.trainer.interrupt import Interrupted, Signals
+from metafocus.trainer.keeping import KeepingMixin
 from metafocus.trainer.lock import one_run
 from metafocus.trainer.nonfinite import (
     HeldSchedule,
@@ -28,9 +33,10 @@ from metafocus.trainer.nonfinite import (
     whole_tensor,
 )
 from metafocus.trainer.ranks import from_first
+from metafocus.trainer.totals import Totals, metrics_of
 
 
-class ReliableMixin(Trainer):
+class ReliableMixin(KeepingMixin):
     """A Trainer of which no step, checkpoint or signal can spoil what was reached.
 
     Args:
@@ -38,6 +44,9 @@ class ReliableMixin(Trainer):
         args: of the Trainer.
         focus: the settings `on_nonfinite` and `max_nonfinite` are read here.
         kwargs: of the Trainer.
+
+    Attributes:
+        finished: whether the run that `train` was to resume had no step left.
     """
 
     def __init__(self, model: Any, args: Any, *, focus: FocusOptions, **kwargs: Any):
@@ -45,10 +54,13 @@ class ReliableMixin(Trainer):
         self.focus: FocusOptions = focus
         self._guard = StepGuard(focus.on_nonfinite, focus.max_nonfinite)
         self._held: HeldSchedule | None = None
-        self._steps_here = 0
+        self._steps_here, self._last_step = 0, 0.0
         self._signals = Signals()
         self._stop_by = 0
-        self._staged = False
+        self._print: dict[str, Any] | None = None
+        self._totals = Totals(self.args.device)
+        self._resumed_from: Path | None = None
+        self.finished: bool = False
         self.add_callback(_Steps(self))
 
     @property
@@ -92,7 +104,9 @@ class ReliableMixin(Trainer):
         return cast(Tensor, self.accelerator.reduce(value, "sum"))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log; training losses come with how many steps were left out so far."""
+        """Log; training losses with the steps left out so far, the last entry of the whole run."""
+        if "train_runtime" in logs and self._resumed_from is not None:
+            logs.update(self._whole_run())
         if "loss" in logs:
             logs["skipped_steps"] = float(self._guard.skipped)
             if self.accelerator.scaler is not None:
@@ -108,33 +122,110 @@ class ReliableMixin(Trainer):
             DataError: for a checkpoint that is damaged, where no complete one is left; for an
                 output directory in which another process trains.
             NonFiniteError: by `on_nonfinite` and `max_nonfinite`, or if no step was finite.
+            MetafocusError: for a rank that does not answer within `ddp_timeout`.
             Interrupted: after SIGINT or SIGTERM, when the checkpoint is saved.
         """
         folder = Path(self.args.output_dir or ".")
         with one_run(folder), Signals() as self._signals:
             from_first(lambda: staging.clean(folder))
-            place = from_first(lambda: self._resumed(resume_from_checkpoint, folder))
-            self._steps_here, self._stop_by = 0, 0
+            found = from_first(lambda: self._resumed(resume_from_checkpoint, folder))
+            self._begin(None if found is None else Path(found))
             try:
-                result = super().train(place, *args, **kwargs)
+                result = super().train(found, *args, **kwargs)
             except Interrupted as stop:
-                if self.is_world_process_zero():
-                    print(f"metafocus: {stop.line}", file=sys.stderr, flush=True)
+                self._say(f"metafocus: {stop.line}", sys.stderr)
+                raise
+            except _Finished:
+                return self._nothing_left()
+            except RuntimeError as error:
+                self._check_stalled(error)
                 raise
         self._guard.check_end(self._steps_here)
-        return result
+        loss = result.metrics.get("train_loss", result.training_loss)
+        return result._replace(training_loss=loss)
+
+    def _check_stalled(self, error: RuntimeError) -> None:
+        """Raise in plain words if an exchange with the other ranks has run into `ddp_timeout`.
+
+        Raises:
+            MetafocusError: naming the step and the setting.
+        """
+        waited, limit = time.monotonic() - self._last_step, self.args.ddp_timeout
+        if self.accelerator.num_processes > 1 and waited >= limit:
+            raise MetafocusError(
+                f"rank {self.args.process_index} has waited for the other ranks longer than "
+                f"ddp_timeout={limit} s after step {self.state.global_step}: one of them is "
+                "stalled or has ended. Look at its log; the checkpoints saved so far are whole. "
+                "Raise ddp_timeout if its step only takes long."
+            ) from error
 
     def _resumed(self, wanted: str | bool | None, folder: Path) -> str | None:
-        """Return the checkpoint to resume."""
-        ranks = self.args.world_size
+        """Return the checkpoint to resume, and say what changed since it was saved."""
+
+        def judge(place: Path) -> str | None:
+            return misfit(place, self._plain, self.optimizer)
+
+        how: Any = {"ranks": self.args.world_size, "misfit": judge}
         if wanted is True:
-            found = resumable(folder, ranks=ranks)
-            return None if found is None else str(found)
-        return str(require_complete(wanted, ranks=ranks)) if wanted else None
+            found = resumable(folder, **how)
+        else:
+            found = require_complete(wanted, **how) if wanted else None
+        if found is None:
+            return None
+        changes = compared(found, self._fingerprint(), allowed=self.focus.allow_changed)
+        if changes:
+            self._say(f"resuming from {found.name}; changed since: {'; '.join(changes)}")
+        return str(found)
+
+    def _begin(self, place: Path | None) -> None:
+        """Set what is counted to its beginning, or to what a checkpoint holds."""
+        before = read_run(place).get("so_far", {}) if place else {}
+        self._totals = Totals(self.args.device, before)
+        self._guard.skipped = before.get("skipped_steps", 0)
+        self._guard.scaler_skips = before.get("scaler_skips", 0)
+        self._steps_here, self._stop_by, self._last_step = 0, 0, time.monotonic()
+        self._resumed_from, self.finished = place, False
+
+    def _nothing_left(self) -> TrainOutput:
+        self.is_in_train, self.finished = False, True
+        self._say(
+            f"the run in {self.args.output_dir} has taken all of its {self.state.global_step} "
+            "steps: nothing was trained, and nothing is overwritten. For a longer run raise "
+            "max_steps or num_train_epochs."
+        )
+        metrics = self._whole_run()
+        return TrainOutput(self.state.global_step, metrics["train_loss"], metrics)
+
+    def _whole_run(self) -> dict[str, Any]:
+        """The metrics of all steps, those before this process included."""
+        loss = float(self._over_ranks(self._totals.loss)) / self.accelerator.num_processes
+        batch = self.get_total_train_batch_size(self.args)
+        return metrics_of(self._totals.now(loss), self.state.global_step, batch)
+
+    def _fingerprint(self) -> dict[str, Any]:
+        if self._print is None:
+            recipe = self._objects()
+            data = self.train_dataset
+            self._print = fingerprint(self.args, self.focus, self._plain, data, recipe)
+        return self._print
+
+    def _objects(self) -> Any:
+        """What was given as objects instead of settings."""
+        return None
+
+    def _say(self, text: str, file: Any = None) -> None:
+        if self.is_world_process_zero():
+            print(text, file=file, flush=True)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the forward and backward pass of a micro-batch; its loss counts for the whole run."""
+        loss = super().training_step(*args, **kwargs)
+        self._totals.add(loss)
+        return loss
 
     # Checkpoints ----------------------------------------------------------------------------
 
-    def _check_weights(self) -> None:
+    def _before_saving(self) -> None:
         """Raise rather than save weights that are not finite.
 
         Raises:
@@ -150,63 +241,44 @@ class ReliableMixin(Trainer):
                 "learning_rate, and resume."
             )
 
-    def _get_output_dir(self, trial: Any) -> str:
-        # While a checkpoint is saved, the Trainer writes and rotates beside its place.
-        folder = super()._get_output_dir(trial)
-        return os.path.join(folder, staging.STAGE) if self._staged else folder
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # The upload runs in the background: of the directory that stays.
-        if not self._staged:
-            super()._push_from_checkpoint(checkpoint_folder)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self._check_weights()
-        folder = Path(self._get_output_dir(trial))
-        place = folder / f"checkpoint-{self.state.global_step}"
-        with saving(place, "the checkpoint", "What lies there is what was there before"):
-            try:
-                from_first(lambda: staging.clean(folder))
-                self._staged = True
-                super()._save_checkpoint(model, trial)
-                self._staged = False
-                self._name_best(folder, place)
-                self.accelerator.wait_for_everyone()
-                if self.args.should_save:
-                    staging.publish(folder, place.name)
-            except BaseException:
-                self._staged = False
-                if self.args.should_save:
-                    # Room for what comes next.
-                    staging.clean(folder)
-                raise
+    def _write_run(self, place: Path) -> None:
+        """Note what the run is made of, and what it has counted so far."""
+        loss = float(self._over_ranks(self._totals.loss)) / self.accelerator.num_processes
         if self.args.should_save:
-            best = self.state.best_model_checkpoint
-            keep = {place} | ({Path(best)} if best else set())
-            staging.rotate(folder, self.args.save_total_limit, keep)
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(place))
-        self.accelerator.wait_for_everyone()
+            counts = {
+                "skipped_steps": self._guard.skipped,
+                "scaler_skips": self._guard.scaler_skips,
+            }
+            place.mkdir(parents=True)
+            so_far = {**self._totals.now(loss), **counts}
+            write_json(place / RUN, {**self._fingerprint(), "so_far": so_far})
 
-    def _name_best(self, folder: Path, place: Path) -> None:
-        """Note the best checkpoint by the name that it keeps."""
-        step = self.state.best_global_step
-        best = folder / f"checkpoint-{step}"
-        if step and (best == place or best.exists()):
-            self.state.best_model_checkpoint = str(best)
-            if self.args.should_save:
-                self.state.save_to_json(str(folder / staging.STAGE / place.name / SEAL))
+
+class _Finished(Exception):
+    """A run that is resumed has no step left."""
 
 
 class _Steps(TrainerCallback):
-    """What is done at the end of every step, and after a checkpoint."""
+    """What is done before the first step, at the end of every one, and after a checkpoint."""
 
     def __init__(self, trainer: ReliableMixin):
         self._trainer = trainer
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        place = self._trainer._resumed_from
+        if place is not None and state.global_step > state.max_steps:
+            raise DataError(
+                f"max_steps={state.max_steps} is below the {state.global_step} steps of {place}: "
+                "raise max_steps (or num_train_epochs), or name an earlier checkpoint with "
+                "resume_from_checkpoint=PATH."
+            )
+        if place is not None and state.global_step == state.max_steps:
+            raise _Finished
+
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         trainer = self._trainer
         trainer._steps_here += 1
+        trainer._last_step = time.monotonic()
         if trainer._held is not None:
             trainer._held.put_back()
             trainer._held = None

@@ -15,8 +15,10 @@ import time
 from pathlib import Path
 
 import torch
-from trainer_script import forked, tiny, trainer, wait, weights
+from injected import Seen, moved, nan_gradient, poisoned
+from trainer_script import forked, pair, tiny, trainer, wait, weights
 
+from metafocus.errors import MetafocusError
 from metafocus.trainer.checkpoints import damage, resumable
 
 STEPS = 4
@@ -195,8 +197,80 @@ def two(folder: Path) -> dict:
     return {"pid": pid, "said": (folder / "said").read_text(), "left": left, "code": code}
 
 
+# --- ranks -------------------------------------------------------------------------------------
+
+
+def ranks(folder: Path) -> dict:
+    """A gradient that is NaN on the second of two ranks; SIGTERM to one of them."""
+
+    def poison(rank: int) -> None:
+        seen = Seen()
+        kept = poisoned(nan_gradient, {1} if rank else set())
+        settings = {"per_device_train_batch_size": 1, "save_strategy": "steps", "save_steps": 2}
+        run = trainer(tiny(), folder / "poison", callbacks=[seen], kept=kept, **settings)
+        with quiet():
+            run.train()
+        facts = {"moved": moved(seen), "rates": seen.rates, "skipped": run._guard.skipped}
+        (folder / f"poison{rank}.json").write_text(json.dumps(facts))
+
+    def stop(rank: int) -> None:
+        run = trainer(tiny(), folder / "stop", per_device_train_batch_size=1)
+        step = run.training_step
+
+        def training_step(*args, **kwargs):
+            if rank == 1 and run.state.global_step == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(*args, **kwargs)
+
+        run.training_step = training_step
+        with quiet():
+            run.train()
+
+    codes = pair(poison)
+    stopped = pair(lambda rank: exits(lambda: stop(rank)))
+    left = [path.name for path in sorted((folder / "stop").glob("*"))]
+    bad = [damage(path, ranks=2) for path in sorted((folder / "stop").glob("*"))]
+    return {"codes": codes, "stopped": stopped, "left": left, "damage": bad}
+
+
+def stalled(folder: Path) -> dict:
+    """The second rank stands still in its third step; the first one must not wait for ever."""
+
+    def work(rank: int) -> None:
+        (folder / f"pid{rank}").write_text(str(os.getpid()))
+        run = trainer(tiny(), folder / "run", per_device_train_batch_size=1, ddp_timeout=8,
+                      save_strategy="steps", save_steps=1)  # fmt: skip
+        step = run.training_step
+
+        def training_step(*args, **kwargs):
+            if rank == 1 and run.state.global_step == 2:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            return step(*args, **kwargs)
+
+        run.training_step = training_step
+        try:
+            with quiet():
+                run.train()
+        except MetafocusError as error:
+            (folder / "said").write_text(str(error))
+        # Whoever has said it ends: the other rank is not asked.
+        os.kill(int((folder / "pid1").read_text()), signal.SIGKILL)
+        os._exit(2)
+
+    begin = time.monotonic()
+    codes = pair(work)
+    return {
+        "codes": codes,
+        "seconds": time.monotonic() - begin,
+        "said": (folder / "said").read_text(),
+        "newest": resumable(folder / "run", ranks=2).name,
+    }
+
+
+WHAT = {"writes": writes, "signals": signals, "two": two, "ranks": ranks, "stalled": stalled}
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     what, folder = sys.argv[1], Path(sys.argv[2])
-    report = {"writes": writes, "signals": signals, "two": two}[what](folder)
+    report = WHAT[what](folder)
     (folder / "report.json").write_text(json.dumps(report))

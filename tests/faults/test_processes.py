@@ -71,3 +71,23 @@ def test_a_second_run_is_refused_and_a_stale_lock_taken_over(tmp_path):
     )
     assert {".run.json", ".run.lock"} <= set(found["left"])
     assert found["code"] == 0
+
+
+def test_what_one_rank_meets_all_ranks_decide(tmp_path):
+    found = report("ranks", tmp_path)
+    assert found["codes"] == [0, 0]
+    facts = [json.loads((tmp_path / f"poison{rank}.json").read_text()) for rank in range(2)]
+    assert facts[0] == facts[1]
+    assert facts[0]["moved"] == [True, False, True, True] and facts[0]["skipped"] == 1
+    # Only the second rank has the signal: both save one checkpoint together and end alike.
+    assert found["stopped"] == [143, 143]
+    assert (found["left"], found["damage"]) == (["checkpoint-2"], [None])
+
+
+def test_a_stalled_rank_ends_the_run_by_ddp_timeout(tmp_path):
+    found = report("stalled", tmp_path)
+    assert found["codes"] == [2, -9] and found["newest"] == "checkpoint-2"
+    assert 8 <= found["seconds"] < 90
+    assert found["said"].startswith(
+        "rank 0 has waited for the other ranks longer than ddp_timeout=8 s after step 2: one of "
+    )

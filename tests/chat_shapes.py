@@ -1,5 +1,6 @@
 """Shapes of chats and families of chat templates, with the markers that an oracle reads."""
 
+# ruff: noqa: RUF001
 from __future__ import annotations
 
 import copy

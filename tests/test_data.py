@@ -445,8 +445,8 @@ def test_marks_may_be_several_runs(tokenizer):
 
 def test_marks_outside_of_answers_are_refused(tokenizer):
     tokenizer.chat_template = (
-        "{%- for m in messages %}{%- if m.role == 'user' %}{% generation %}{{ m.content }}<|im_end|>"
-        "{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+        "{%- for m in messages %}{%- if m.role == 'user' %}{% generation %}{{ m.content }}"
+        "<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
     )
     with pytest.raises(DataError, match=r"marks 'a<\|im_end\|>.*in no assistant message"):
         encode_chat([user("a"), answer("b")], tokenizer)
@@ -617,7 +617,7 @@ def test_bad_settings(tokenizer):
     with pytest.raises(DataError, match=r"refuses these messages \(roles must alternate\).*user"):
         encode_chat([user("a")], tokenizer)
     tokenizer.chat_template = CHATML.replace("message.content or ''", "range(99999) | random")
-    with pytest.raises(DataError, match="renders the chat differently .* every time"):
+    with pytest.raises(DataError, match=r"renders the chat differently .* every time"):
         encode_chat([user("a"), answer("b")], tokenizer)
 
 
@@ -679,7 +679,7 @@ def test_chats_that_cannot_be_encoded_are_skipped_and_named(small):
     with pytest.raises(DataError, match="record 1: message 0: role='bot'"):
         encode_chats([{"messages": CHAT}, bad], small, strict=True)
     with pytest.raises(
-        DataError, match="8 of 8 chats cannot be encoded.*record 0: message 0: role"
+        DataError, match=r"8 of 8 chats cannot be encoded.*record 0: message 0: role"
     ):
         encode_chats([bad] * 8, small)
     with pytest.raises(DataError, match="record 0: messages is None"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from metafocus.checks import whole
 from metafocus.data.answers import Finder
 from metafocus.data.boundaries import RenderedChat
-from metafocus.data.contents import advice, lost, lost_reasoning
+from metafocus.data.contents import lost, lost_reasoning, training_template
 from metafocus.data.messages import (
     Message,
     check_messages,
@@ -130,6 +131,7 @@ class Encoder:
         tokenizer: a Hugging Face tokenizer with a chat template.
         merge_context: whether consecutive non-assistant messages form one turn.
         variables: more variables of the template.
+        template: instead of the tokenizer's own.
     """
 
     def __init__(
@@ -137,9 +139,11 @@ class Encoder:
         tokenizer: PreTrainedTokenizerBase,
         merge_context: bool = True,
         variables: Mapping[str, Any] | None = None,
+        template: str | None = None,
     ):
         self._tokenizer, self._merge_context = tokenizer, merge_context
-        self._renderer = Renderer(tokenizer, variables)
+        self._variables = variables
+        self._renderer = Renderer(tokenizer, variables, template)
         self._finder = Finder(self._renderer)
         self._form = Form()
 
@@ -190,14 +194,26 @@ class Encoder:
                 continue
             self._form = form
             return _Prepared(messages, chat, form)
-        raise first or DataError("messages is empty: pass at least one message")
+        assert first is not None, "forms yields at least one"
+        raise DataError(f"{first}{self._advice(messages, tool_list)}") from first
+
+    def _advice(self, messages: Sequence[Message], tools: list[Any] | None) -> str:
+        """Return what helps against a text that is not rendered."""
+        better = training_template(self._renderer.template(tools))
+        if better is not None:
+            text = better.read_text(encoding="utf-8")
+            other = Encoder(self._tokenizer, self._merge_context, self._variables, text)
+            for form in forms(messages):
+                with suppress(DataError):
+                    if lost_reasoning(other._rendered(messages, tools, form), messages) is None:
+                        return f"; trl's template for training does: --chat_template {better}"
+        return ""
 
     def _rendered(
         self, messages: Sequence[Message], tools: list[Any] | None, form: Form
     ) -> RenderedChat:
         inner = form.messages(messages)
         found = self._renderer.located(inner, tools)
-        template = self._renderer.template(tools)
         if found is None:
             raise DataError(
                 "the template renders the chat differently when its texts change, or again "
@@ -209,9 +225,10 @@ class Encoder:
         problem = lost(chat, messages)
         if problem is not None:
             roles = [message["role"] for message in messages]
+            instead = "; give it the role system" if "developer" in roles else ""
             raise DataError(
-                f"the chat template does not render everything: {problem}. "
-                f"To solve this: {advice(template, roles)}"
+                f"the chat template does not render everything: {problem}. Remove it{instead}, or "
+                "use a template that renders it"
             )
         return chat
 
@@ -221,8 +238,8 @@ class Encoder:
         i = lost_reasoning(chat, given)
         if i is not None:
             raise DataError(
-                f"the chat template drops the reasoning of message {i}, which is trained. To solve "
-                f"this: {advice(self._renderer.template(chat.tools), [])}"
+                f"the chat template drops the reasoning of message {i}, which is trained. Remove "
+                f"it, or use a template that renders it{self._advice(given, chat.tools)}"
             )
         ends = None if self._merge_context else self._finder.ends(chat, tokens, answers)
         size = len(tokens.ids)

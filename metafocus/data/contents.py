@@ -1,4 +1,4 @@
-"""Checks that a chat template renders every text of a chat, and says what to do where it does not."""
+"""Checks that a template renders every text of a chat, and says what to do where it does not."""
 
 from __future__ import annotations
 
@@ -96,24 +96,12 @@ def _numbers(value: Any) -> Iterator[str]:
 
 
 @cache
-def training_template(template: str) -> str | None:
+def training_template(template: str) -> Path | None:
     """Return the file of the installed `trl` that replaces a template for training, or None."""
     spec = find_spec("trl")
     for place in (spec.submodule_search_locations or []) if spec else []:
         for path in sorted(Path(place, "chat_templates").glob("*.jinja")):
             better = path.with_name(f"{path.stem}_training.jinja")
             if better.is_file() and path.read_text(encoding="utf-8") == template:
-                return str(better)
+                return better
     return None
-
-
-def advice(template: str, roles: Iterable[str]) -> str:
-    """Return what to do about a template that does not render everything."""
-    found = []
-    if "developer" in roles:
-        found.append("give a developer message the role system")
-    better = training_template(template)
-    if better is not None:
-        found.append(f"use the template that trl made for training (--chat_template {better})")
-    found.append("remove what the template does not know, or use a template that renders it")
-    return "; ".join(found)

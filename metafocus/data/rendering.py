@@ -98,20 +98,24 @@ class Renderer:
     Args:
         tokenizer: a Hugging Face tokenizer with a chat template.
         variables: more variables for the template, such as `enable_thinking`.
+        template: instead of the tokenizer's own.
 
     Raises:
         DataError: if there is no chat template, or if a variable has a taken name.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any] | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        variables: Mapping[str, Any] | None = None,
+        template: str | None = None,
     ):
         if not hasattr(tokenizer, "apply_chat_template"):
             raise DataError(
                 f"tokenizer is a {type(tokenizer).__name__}: pass a Hugging Face tokenizer, such "
                 "as AutoTokenizer.from_pretrained(name)"
             )
-        if not tokenizer.chat_template:
+        if not (template or tokenizer.chat_template):
             raise DataError(
                 "the tokenizer has no chat template: load the tokenizer of the chat model, or set "
                 "tokenizer.chat_template (metafocus.data.tokenizer.CHATML is one)"
@@ -120,7 +124,7 @@ class Renderer:
             raise DataError(
                 f"chat_template_kwargs={variables!r:.80} is no dict: pass names and values"
             )
-        self.tokenizer = tokenizer
+        self.tokenizer, self._own = tokenizer, template
         self.variables = dict(variables or {})
         taken = [name for name in self.variables if name in _TAKEN]
         if taken:
@@ -143,7 +147,8 @@ class Renderer:
         key = (bool(tools), marks)
         if key not in self._templates:
             try:
-                text = cast(str, self.tokenizer.get_chat_template(tools=cast(Any, tools)))
+                found = self._own or self.tokenizer.get_chat_template(tools=cast(Any, tools))
+                text = cast(str, found)
             except ValueError as error:
                 raise DataError(f"the tokenizer has no default chat template: {error}") from error
             self._templates[key] = text if marks is None else with_marks(text, *marks)

@@ -60,9 +60,10 @@ def preflight(
             all arguments are constants: it closes over a tensor that the estimator cannot see.
     """
     refuse_inference_mode()
+    streams.refuse_loader(support, "support must be tensors or a stream")
     data = streams.at(support, 0)
-    if explicit and streams.is_opaque(support):
-        refuse_hidden(support, data)
+    for stream in streams.opaque(support) if explicit else ():
+        refuse_hidden(stream, data if stream is support else stream.at(0))
     at = pt.detach((start, outer, data))
     trial = Trial(inner_loss, solver, explicit=explicit, twice=twice)
     with kept(pt.tensors(at)), torch.enable_grad():

@@ -14,8 +14,8 @@ from metafocus import streams
 from metafocus.autodiff.recompute import recompute
 from metafocus.autodiff.safe_operators.swapping import Swapped, differentiable_twice
 from metafocus.checks import check_finite, whole
-from metafocus.engine import Path, path_weights, weighted
 from metafocus.errors import ProblemError
+from metafocus.path import Path, path_weights, weighted
 from metafocus.preflight import preflight
 from metafocus.problem import Problem, check_params
 from metafocus.solvers.descent import segment, stacked

@@ -3,10 +3,10 @@
 from metafocus.evals.agentic._science import science
 from metafocus.evals.agentic.attempt import Attempt, play
 from metafocus.evals.agentic.endpoints import Endpoint, HTTPEndpoint, LocalEndpoint
+from metafocus.evals.agentic.pass_rates import PassRate, Trial, evaluate
 from metafocus.evals.agentic.passk import pass_at_k
 from metafocus.evals.agentic.questions import Choice, answer_letter, read_gpqa
 from metafocus.evals.agentic.sandbox import Limits, Ran, Walls, run_python, walls
-from metafocus.evals.agentic.trial import PassRate, Trial, evaluate
 
 __all__ = [
     "Attempt",

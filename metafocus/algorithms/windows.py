@@ -15,8 +15,8 @@ from metafocus.autodiff.purity import watched
 from metafocus.autodiff.recompute import recompute
 from metafocus.autodiff.safe_operators.swapping import Swapped, differentiable_twice
 from metafocus.checks import check_finite, whole
-from metafocus.engine import Path, path_weights, weighted
 from metafocus.errors import ProblemError
+from metafocus.path import Path, path_weights, weighted
 from metafocus.preflight import preflight
 from metafocus.problem import Problem, check_params
 from metafocus.solvers.descent import segment, stacked

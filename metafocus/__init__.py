@@ -29,7 +29,14 @@ from metafocus.adapters import (
     matching,
     top_layers,
 )
-from metafocus.autodiff import differentiable_twice, hvp_finite, hvp_forward, hvp_reverse
+from metafocus.autodiff import (
+    differentiable_twice,
+    hvp_finite,
+    hvp_forward,
+    hvp_reverse,
+    stores,
+)
+from metafocus.autodiff.pieces import micro_batches
 from metafocus.autodiff.recompute import recompute
 from metafocus.comparison import Comparison, compare
 from metafocus.engine import MetaLoss, adapt, bilevel, hypergrad
@@ -63,7 +70,7 @@ from metafocus.solvers import (
     per_step,
     solve_inner,
 )
-from metafocus.streams import Batches, PerStep, shared
+from metafocus.streams import Batches, PerStep, shared, zipped
 from metafocus.tasks import over_tasks
 from metafocus.types import (
     HVP,
@@ -154,6 +161,7 @@ __all__ = [
     "lm_loss",
     "masks",
     "matching",
+    "micro_batches",
     "models",
     "over_tasks",
     "params",
@@ -164,9 +172,11 @@ __all__ = [
     "shared",
     "solve_inner",
     "stack_episodes",
+    "stores",
     "top_layers",
     "trainable",
     "trust",
+    "zipped",
 ]
 
 

@@ -36,6 +36,7 @@ PACKAGES = (
     "metafocus.recipes.fewshot",
     "metafocus.recipes.hpo",
     "metafocus.algorithms",
+    "metafocus.autodiff.stores",
     "metafocus.solvers",
 )
 

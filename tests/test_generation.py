@@ -9,6 +9,8 @@ from models import build
 
 import metafocus as mf
 from metafocus.errors import ProblemError
+from metafocus.evals import Item
+from metafocus.evals.run import answers
 from metafocus.lm.generation import prefilled
 from metafocus.lm.hf.attention import attending
 from metafocus.lm.hf.inputs import model_inputs
@@ -102,6 +104,41 @@ def test_prompts_whose_last_token_does_not_see_them():
     right = {k: v.flip(1) for k, v in batch.items()}
     with pytest.raises(ProblemError, match="Put padding on the left"):
         prefilled(model, right, mf.masks.causal)
+
+
+def test_questions_of_evaluations_are_read_under_a_mask():
+    """Batches of different lengths answer as one question alone; first words of answers are causal.
+
+    The model is random: that the masks give different answers shows that the mask arrived.
+    """
+    torch.manual_seed(0)
+    model, tokenizer = mf.models.small(["the cat sat on the mat"] * 4, vocab_size=300)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    model.eval().generation_config.eos_token_id = None
+    common = {"references": ("x",), "suite": "ruler", "length": 64, "new_tokens": 4}
+    common |= {"question": "", "answer": ""}
+    items = [
+        Item(prompt="the cat " * n, task="niah", answer_prefix=" On", **common) for n in (2, 7, 4)
+    ]
+    policy = mf.masks.context_bidirectional
+    found = answers(model, tokenizer, items, batch_size=3, mask=policy)
+    assert found == [answers(model, tokenizer, [item], mask=policy)[0] for item in items]
+    assert answers(model, tokenizer, items, mask=mf.masks.causal) == answers(
+        model, tokenizer, items
+    )
+    assert found != answers(model, tokenizer, items)
+    for item, text in zip(items, found, strict=True):
+        chat = [{"role": "user", "content": item.prompt}]
+        question = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+        ids = torch.tensor([[*question, *tokenizer.encode(" On")]])
+        answer = torch.arange(ids.shape[1])[None] >= len(question)
+        batch = {"input_ids": ids, "turn_ids": answer.long(), "answer_mask": answer}
+        out = model.generate(
+            **prefilled(model, batch, policy), max_new_tokens=4, do_sample=False, pad_token_id=0
+        )
+        assert tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True) == text
 
 
 def test_the_command(tmp_path):

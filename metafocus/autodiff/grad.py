@@ -65,7 +65,7 @@ def value_and_grad(
 
     With `differentiable`, the gradient can be differentiated again, also by everything that
     `loss` closes over; without, it is a constant. `cut=False` without `differentiable` is for a
-    caller that gives constants and takes care itself that the gradient becomes one.
+    caller that passes constants and detaches the gradient itself.
 
     Raises:
         TransformError: in inference mode, where every gradient would be zero.
@@ -132,7 +132,7 @@ def pullback(
 ) -> list[Tensor | None]:
     """Return the vector-Jacobian product of `fn` for each input, None where not `wanted`.
 
-    Outputs of `fn` that are no tensors are passed over.
+    Outputs of `fn` that are not tensors are ignored.
     """
     chosen = [i for i, w in enumerate(wanted) if w and pt.is_differentiable(inputs[i])]
 

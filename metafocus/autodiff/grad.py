@@ -175,6 +175,24 @@ def pullback(
     return result
 
 
+def pulled_through(
+    outputs: Params, cotangents: Params, leaves: Sequence[Tensor], *, track: bool
+) -> list[Tensor]:
+    """Return the vector-Jacobian product of a graph that is kept for further products."""
+    varying = [k for k, y in outputs.items() if y.requires_grad]
+    if not (varying and leaves):
+        return [torch.zeros_like(x) for x in leaves]
+    found = torch.autograd.grad(
+        [outputs[k] for k in varying],
+        leaves,
+        [cotangents[k] for k in varying],
+        retain_graph=True,
+        create_graph=track,
+        allow_unused=True,
+    )
+    return [torch.zeros_like(x) if g is None else g for g, x in zip(found, leaves, strict=True)]
+
+
 def _grad(
     outputs: Sequence[Tensor],
     inputs: Sequence[Tensor],

@@ -136,7 +136,7 @@ _INSIDE: ContextVar[bool] = ContextVar("inside", default=False)
 def outermost(evaluate: MetaLoss, outer: Params, episode: Any) -> tuple[Tensor, Any]:
     """Return `evaluate(outer, episode)`; refuse a loss that no gradient can flow from.
 
-    A meta loss inside another one, as with three levels, is not judged.
+    A meta loss inside another one, as with three levels, is not checked.
 
     Raises:
         ProblemError: with grad mode on and outside transforms, if neither the loss nor anything
@@ -226,7 +226,7 @@ def hypergrad(meta_loss: MetaLoss) -> Callable[[Params, Any], tuple[Params, tupl
         left alone, and so is its `.grad`.
 
     Raises:
-        ProblemError: at the call, if `outer` is no dict of floating-point tensors, and what
+        ProblemError: at the call, if `outer` is not a dict of floating-point tensors, and what
             `meta_loss` raises.
 
     Example:

@@ -78,7 +78,7 @@ class Problem:
                 raise ProblemError(
                     f"{name} must be a function, got {type(getattr(self, name)).__name__}."
                 )
-        # dict, which cannot say what it takes, would copy the slow weights, as from_slow does.
+        # dict has no signature, and would copy the slow weights, as from_slow does.
         if self.init is dict or not takes(self.init, 2):
             raise ProblemError(
                 "init must take two arguments, (slow, support) -> fast: write "
@@ -137,7 +137,7 @@ def takes(function: Callable[..., Any], count: int) -> bool:
     except TypeError:
         return False
     except ValueError:
-        # Some built-in functions do not say what they take.
+        # Some built-in functions have no signature.
         return True
     return True
 

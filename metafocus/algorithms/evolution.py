@@ -48,7 +48,7 @@ class Evolution:
         sigma: standard deviation of the perturbations.
         pairs: number of antithetic pairs; the variance falls as `1 / pairs`.
         generator: where the perturbations come from; every call advances it. Under an outer
-            `vmap`, tell it what random operations do: `randomness="same"` or `"different"`.
+            `vmap`, set what random operations do there: `randomness="same"` or `"different"`.
         chunk_size: how many pairs `vmap` runs at once; None: all. The draws do not depend on it;
             memory does.
 

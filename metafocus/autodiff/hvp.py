@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from metafocus import params as pt
-from metafocus.autodiff.grad import leaf_alias, value_and_grad, vjp
+from metafocus.autodiff.grad import leaf_alias, pulled_through, value_and_grad, vjp
 from metafocus.autodiff.safe_operators.swapping import differentiable_once, differentiable_twice
 from metafocus.checks import positive
 from metafocus.rng import replayed
@@ -66,29 +66,21 @@ def _tape(track: bool) -> Iterator[Callable[[Tensor], Tensor]]:
         yield lambda x: leaf_alias(x, track)
 
 
+@dataclass(frozen=True)
 class TapeProduct:
     """Products with the second derivatives of one graph: all of them, or only those asked for.
 
-    Args:
+    Attributes:
         gradient: the gradient by the fast weights, with its graph.
         leaves: what the graph begins at: the fast weights, then the rest.
         rebuild: puts tensors in the place of the leaves together.
         track: whether the products can be differentiated again.
     """
 
-    def __init__(
-        self,
-        gradient: Params,
-        leaves: list[Tensor],
-        rebuild: Callable[[Any], Any],
-        track: bool,
-    ):
-        self.gradient = gradient
-        self.leaves = leaves
-        self.rebuild = rebuild
-        self.track = track
-        # The products of a gradient without a graph are zero.
-        self.varying: list[str] = [k for k, g in gradient.items() if g.requires_grad]
+    gradient: Params
+    leaves: list[Tensor]
+    rebuild: Callable[[Any], Any]
+    track: bool
 
     def at_point(self) -> Params:
         """Return the gradient where it was linearised."""
@@ -111,19 +103,7 @@ class TapeProduct:
         return self.rebuild([*self.leaves[:count], *found])[1:]
 
     def _along(self, direction: Params, leaves: list[Tensor]) -> Sequence[Tensor]:
-        found: Sequence[Tensor | None] = [None] * len(leaves)
-        if self.varying and leaves:
-            found = torch.autograd.grad(
-                [self.gradient[k] for k in self.varying],
-                leaves,
-                [direction[k] for k in self.varying],
-                retain_graph=True,
-                create_graph=self.track,
-                allow_unused=True,
-            )
-        return unwrap_dead(
-            torch.zeros_like(x) if g is None else g for g, x in zip(found, leaves, strict=True)
-        )
+        return unwrap_dead(pulled_through(self.gradient, direction, leaves, track=self.track))
 
 
 def hvp_forward(loss: Callable[..., Tensor], fast: Params, *rest: Any) -> tuple[Params, Product]:

@@ -103,7 +103,7 @@ def compare(
     if both:
         raise ProblemError(f"{both[0]!r} names an estimator and one of others: rename one.")
     with warnings.catch_warnings():
-        # The verdict says it.
+        # The verdict reports this.
         warnings.simplefilter("ignore", NotStationaryWarning)
         exact = _exact(reference, losses, problem, outer, episode, solver)
         if exact is None or not is_finite(exact):

@@ -242,8 +242,8 @@ def warn_if_large(
 
     `before` is asked for only if `after` is not small by itself.
     """
-    # Below the square root of the rounding unit a ratio of two residuals compares noise; an
-    # infinite residual is a NonFiniteError's business.
+    # Below the square root of the rounding unit a ratio of two residuals compares noise. An
+    # infinite residual comes with an infinite loss, which raises NonFiniteError.
     value = float(after)
     if not torch.finfo(after.dtype).eps ** 0.5 < value < float("inf"):
         return

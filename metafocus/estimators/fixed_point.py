@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metafocus import params as pt
-from metafocus.autodiff.grad import leaf_alias, pushforward, vjp
+from metafocus.autodiff.grad import leaf_alias, pulled_through, pushforward, vjp
 from metafocus.autodiff.safe_operators.swapping import Swapped
 from metafocus.errors import ClosureError, ProblemError
 from metafocus.estimators.attached import (
@@ -164,22 +164,8 @@ def _transposed(step: Callable[[Params], Params], fast: Params) -> MatVec:
     with torch.enable_grad():
         leaves = {k: leaf_alias(x, track) for k, x in fast.items()}
         image = step(leaves)
-    alive = [k for k, y in image.items() if y.requires_grad]
-
-    def product(u: Params) -> Params:
-        if not alive:
-            return pt.zeros_like(u)
-        grads = torch.autograd.grad(
-            [image[k] for k in alive],
-            list(leaves.values()),
-            [u[k] for k in alive],
-            retain_graph=True,
-            create_graph=track,
-            materialize_grads=True,
-        )
-        return dict(zip(fast, grads, strict=True))
-
-    return product
+    at = list(leaves.values())
+    return lambda u: dict(zip(fast, pulled_through(image, u, at, track=track), strict=True))
 
 
 class _Fixed(System):

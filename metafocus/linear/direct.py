@@ -63,7 +63,7 @@ class Nystrom:
         rank: number of columns, and of products with `A`, taken one after the other; all of them
             if there are fewer unknowns.
         damping: what `A` is outside the columns.
-        seed: which columns; drawn by Python's `random`, so that `vmap` does not mind.
+        seed: of the choice of columns. Python's `random` draws them, which works under `vmap`.
 
     Raises:
         ValueError: for a rank below 1, or a damping that is not positive and finite.

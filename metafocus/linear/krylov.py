@@ -152,7 +152,7 @@ class GMRES:
                 column[i] = cosine * upper + sine * lower
                 column[i + 1] = cosine * lower - sine * upper
             pivot = safe_sqrt(column[-1] ** 2 + below**2)
-            # No pivot: this vector cannot lower the residual. The space is exhausted.
+            # Without a pivot this vector cannot lower the residual: the space is exhausted.
             used = ~(pivot <= noise * highest)
             solvable = solvable & (used | (rest[-1].abs() <= noise**0.5 * length))
             cosine = torch.where(used, safe_divide(column[-1], pivot), 1.0)
@@ -162,7 +162,7 @@ class GMRES:
             triangle.append(torch.stack(column))
             rest.append(-sine * rest[-1])
             rest[-2] = cosine * rest[-2]
-            # Done: further vectors would be made of rounding.
+            # The residual is rounding by now, and further vectors would be made of it.
             live = live & ~(rest[-1].abs() <= noise * length)
             basis.append(torch.where(live, safe_divide(image, below), 0.0))
         weights: list[Tensor] = []

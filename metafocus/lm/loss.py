@@ -109,7 +109,7 @@ class LMLoss:
             return self._read({}, batch)
 
     def trial_batch(self) -> Batch:
-        """Return two tokens as a prepared batch, to see what the model does with them."""
+        """Return two tokens as a prepared batch, for a check of the model."""
         return {"model_inputs": two_tokens(self.model)}
 
     @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""A few tokens run through a model on the side, to see what it does with them."""
+"""Forward passes of a few tokens that show what a model does, and leave no trace."""
 
 from __future__ import annotations
 

@@ -36,6 +36,7 @@ from metafocus.autodiff import (
     hvp_reverse,
     stores,
 )
+from metafocus.autodiff.pieces import micro_batches
 from metafocus.autodiff.recompute import recompute
 from metafocus.comparison import Comparison, compare
 from metafocus.engine import MetaLoss, adapt, bilevel, hypergrad
@@ -69,7 +70,7 @@ from metafocus.solvers import (
     per_step,
     solve_inner,
 )
-from metafocus.streams import Batches, PerStep, shared
+from metafocus.streams import Batches, PerStep, shared, zipped
 from metafocus.tasks import over_tasks
 from metafocus.types import (
     HVP,
@@ -160,6 +161,7 @@ __all__ = [
     "lm_loss",
     "masks",
     "matching",
+    "micro_batches",
     "models",
     "over_tasks",
     "params",
@@ -174,6 +176,7 @@ __all__ = [
     "top_layers",
     "trainable",
     "trust",
+    "zipped",
 ]
 
 

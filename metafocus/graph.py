@@ -16,7 +16,7 @@ from torch import Tensor
 from metafocus import params as pt
 from metafocus.closures import closures_of
 from metafocus.errors import MetafocusError, ProblemError, TransformError
-from metafocus.problem import check_params
+from metafocus.problem import check_params, refuse_empty
 from metafocus.torch_internals import fake_tensors, operator_arguments, pytree, transforming
 from metafocus.types import Aux, Params
 
@@ -80,11 +80,7 @@ def compiled(
     def run(outer: Params, episode: Any) -> tuple[Params, tuple[Tensor, Aux]]:
         _refuse_transforms()
         check_params(outer, "outer", "outer parameters")
-        if not outer:
-            raise ProblemError(
-                "outer={} with compiled: a graph has explicit inputs only. Pass "
-                "mf.trainable(model) as outer (never state_dict(): tied names clash)."
-            )
+        refuse_empty(outer, "compiled")
         outer, episode = pt.detach((outer, episode))
         leaves, spec = pytree.tree_flatten((outer, episode))
         key = (spec, *map(_kind, leaves), *_ambient(leaves))

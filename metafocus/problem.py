@@ -248,6 +248,20 @@ def as_episode(value: Any, source: str = "episode") -> Episode:
     return Episode(*value)
 
 
+def refuse_empty(outer: Params, who: str, otherwise: str = "") -> None:
+    """Raise for `outer={}`, where only explicit tensors are differentiated.
+
+    Raises:
+        ProblemError: naming who, and what to pass.
+    """
+    if not outer:
+        raise ProblemError(
+            f"outer={{}} with {who}, which differentiates explicit tensors only. Pass "
+            "mf.trainable(model) as outer (never state_dict(): tied names clash)"
+            + (f", {otherwise}." if otherwise else ".")
+        )
+
+
 def proximal(inner_loss: InnerLoss, strength: float) -> InnerLoss:
     """Return `inner_loss + strength / 2 * |fast - slow|^2` (iMAML, arXiv 1909.04630).
 

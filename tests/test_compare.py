@@ -367,7 +367,7 @@ def test_repeats_below_one(repeats):
 
 
 def test_outer_parameters_are_needed():
-    with pytest.raises(mf.errors.ProblemError, match="explicit outer parameters"):
+    with pytest.raises(mf.errors.ProblemError, match=r"outer=\{\} with compare"):
         mf.compare(
             quadratic(),
             {},

@@ -165,12 +165,11 @@ def test_a_run(checkpoint, tmp_path, suite, tasks, lengths, drawn):
 
 @pytest.mark.parametrize(("suite", "lengths"), [("babilong", "1k"), ("ruler", "1k,2k")])
 def test_right_answers_score_100(checkpoint, tmp_path, monkeypatch, suite, lengths):
-    def right(model, tokenizer, items, *, batch_size, progress):
+    def right(model, tokenizer, items, *, each, **settings):
         for item in items:
             size = len(tokenizer.encode(prompt_text(item, tokenizer))) + item.new_tokens
             assert size <= item.length
-        progress(len(items))
-        return [item.answer.removeprefix(item.answer_prefix) for item in items]
+        each({i: item.answer.removeprefix(item.answer_prefix) for i, item in enumerate(items)})
 
     monkeypatch.setattr(evaluate, "answers", right)
     out = tmp_path / "out"

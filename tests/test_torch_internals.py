@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from metafocus import torch_internals as ti
+from metafocus.preflight.arguments import unused_by
 
 ROOT = Path(__file__).parent.parent / "metafocus"
 FILE = ROOT / "torch_internals.py"
@@ -303,20 +304,20 @@ def test_innermost():
 
 
 def test_differentiable_level():
-    """`_create_differentiable`, `grad_increment_nesting`: fast weights that a loss ignores.
+    """`_create_differentiable`, `grad_increment_nesting`: a tape above the active transforms.
 
-    They are found by one gradient with `allow_unused`, at a level of its own under transforms too.
+    Fast weights that a loss ignores are found on it, and `Implicit` linearises its point on it.
     """
 
     def loss(at: dict[str, Tensor]) -> Tensor:
         return at["a"].sum()
 
     at = {"a": torch.ones(2), "b": torch.ones(2)}
-    assert ti.unused_by(loss, at) == {"b"}
+    assert unused_by(loss, at) == {"b"}
     outside = torch.ones(2, requires_grad=True)
-    assert ti.unused_by(lambda at: outside.sum(), at) == {"a", "b"}
+    assert unused_by(lambda at: outside.sum(), at) == {"a", "b"}
     seen = []
-    torch.vmap(lambda x: seen.append(ti.unused_by(loss, {**at, "a": x})) or x)(torch.ones(3, 2))
+    torch.vmap(lambda x: seen.append(unused_by(loss, {**at, "a": x})) or x)(torch.ones(3, 2))
     assert seen == [{"b"}]
 
 

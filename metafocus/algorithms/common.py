@@ -13,7 +13,7 @@ from metafocus.autodiff.grad import value_and_grad
 from metafocus.autodiff.safe_operators.swapping import Swapped, differentiable_twice
 from metafocus.checks import scalar
 from metafocus.errors import NonFiniteError, ProblemError
-from metafocus.problem import Problem, check_params, is_frozen
+from metafocus.problem import Problem, check_params, is_frozen, refuse_empty
 from metafocus.streams import is_stream
 from metafocus.torch_internals import transforming
 from metafocus.types import Params
@@ -92,15 +92,11 @@ def start(problem: Problem, outer: Params, support: Any) -> Params:
     An identity `init` would alias the outer parameters, which optimisers change in place.
     """
     check_params(outer, "outer", "outer parameters")
-    if not outer:
-        raise ProblemError(
-            "outer={} with a single-loop algorithm: it differentiates explicit tensors only. "
-            "Pass mf.trainable(model) as outer."
-        )
+    refuse_empty(outer, "a single-loop algorithm")
     return {k: v.clone() for k, v in problem.first(outer, support).items()}
 
 
-def select(data: Any, index: int) -> Any:
+def select(data: Any, index: int | Tensor) -> Any:
     """Return entry `index` of every tensor of a stacked pytree."""
     inputs, rebuild = pt.partition(data)
     return rebuild([x[index] for x in inputs])

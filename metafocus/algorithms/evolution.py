@@ -11,8 +11,8 @@ from torch import Tensor
 
 from metafocus import params as pt
 from metafocus.checks import positive, scalar, seeded, whole
-from metafocus.errors import NonFiniteError, ProblemError
-from metafocus.problem import check_params, constants, moving
+from metafocus.errors import NonFiniteError
+from metafocus.problem import check_params, constants, moving, refuse_empty
 from metafocus.rng import replayed
 from metafocus.torch_internals import transforming
 from metafocus.types import Params
@@ -104,11 +104,7 @@ class Evolution:
 
     def _estimate(self, outer: Params, episode: Any) -> tuple[Params, Tensor, Any]:
         check_params(outer, "outer", "outer parameters")
-        if not outer:
-            raise ProblemError(
-                "outer={} with Evolution: it perturbs explicit tensors only. Pass "
-                "mf.trainable(model) as outer."
-            )
+        refuse_empty(outer, "Evolution")
         outer = constants(outer)
         centre = moving(outer)
         grads = pt.zeros_like(centre)

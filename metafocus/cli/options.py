@@ -98,12 +98,14 @@ def solver(args: argparse.Namespace) -> SGD:
     return SGD(args.inner_lr, args.inner_steps, clip=clip_per_tensor(args.inner_clip))
 
 
-def add_model(parser: argparse.ArgumentParser, *, small: bool = True) -> None:
+def add_model(
+    parser: argparse.ArgumentParser, *, small: bool = True, required: bool = True
+) -> None:
     """Add the options of the model; `small`: of the one that is made where none is named, too."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model_name_or_path",
-        required=not small,
+        required=required and not small,
         help="directory, hub id, GGUF file or smollm2"
         + "; default: a small Qwen2 made from scratch" * small,
     )

@@ -18,7 +18,7 @@ from metafocus.engine import MetaLoss, bilevel, hypergrad
 from metafocus.errors import NotStationaryWarning, ProblemError
 from metafocus.estimators import Estimator
 from metafocus.estimators.attached import STATIONARY
-from metafocus.problem import Problem, constants
+from metafocus.problem import Problem, constants, refuse_empty
 from metafocus.types import Episode, Params, Solver
 
 DIVERGED = 10.0
@@ -87,10 +87,7 @@ def compare(
     """
     for name, value in (("repeats", repeats), ("seeds", seeds)):
         whole(name, value, 1)
-    if not outer:
-        raise ProblemError(
-            "compare needs explicit outer parameters, got {}. Pass mf.trainable(model)."
-        )
+    refuse_empty(outer, "compare")
     if not isinstance(estimators, Mapping) or not (estimators or others):
         raise ProblemError(
             f"estimators must be a dict of at least one, such as {{'full': mf.Unrolled()}}, got "
@@ -152,7 +149,7 @@ def _title(reference: Any, estimators: Mapping[str, Estimator], outer: Params) -
             )
         return reference
     if isinstance(reference, dict):
-        shapes, expected = ({k: list(v.shape) for k, v in p.items()} for p in (reference, outer))
+        shapes, expected = pt.shapes(reference), pt.shapes(outer)
         if shapes != expected:
             raise ProblemError(
                 f"the reference hypergradient has the shapes {shapes}, outer has {expected}."

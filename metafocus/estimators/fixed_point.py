@@ -15,6 +15,7 @@ from metafocus.autodiff.safe_operators.swapping import Swapped
 from metafocus.errors import ClosureError, ProblemError
 from metafocus.estimators.attached import (
     STATIONARY,
+    Inner,
     Point,
     System,
     attach,
@@ -109,7 +110,8 @@ class FixedPoint(Estimator):
         view = self.data if self.data is not None and is_stream(support) else None
         step = self.step if view is None else lambda f, o, s: self.step(f, o, view(s))
         _refuse_closures(step, *pt.detach((start, outer, support)))
-        return attach(_Fixed(inner_loss, solver, start, outer, support, step, self.solve))
+        inner = Inner(inner_loss, solver, start, outer, support)
+        return attach(_Fixed(inner, step, self.solve))
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ def _applied(step: Step, fast: Params, outer: Params, support: Any) -> Params:
     found = step(fast, outer, support)
     if not isinstance(found, dict):
         raise ProblemError(f"step must return a dict of fast weights, got {type(found).__name__}.")
-    got, want = ({k: list(v.shape) for k, v in p.items()} for p in (found, fast))
+    got, want = pt.shapes(found), pt.shapes(fast)
     if got != want:
         raise ProblemError(f"step must return the shapes of the fast weights {want}, got {got}.")
     return {k: found[k] for k in fast}
@@ -183,17 +185,8 @@ def _transposed(step: Callable[[Params], Params], fast: Params) -> MatVec:
 class _Fixed(System):
     """The condition that the step stays where it is."""
 
-    def __init__(
-        self,
-        inner_loss: InnerLoss,
-        solver: Solver,
-        start: Params,
-        outer: Params,
-        support: Any,
-        step: Step,
-        solve: LinearSolver,
-    ):
-        super().__init__(inner_loss, solver, start, outer, support)
+    def __init__(self, inner: Inner, step: Step, solve: LinearSolver):
+        super().__init__(inner)
         self.solve = solve
 
         def run(fast: Params, outer: Params, support: Any) -> Params:

@@ -14,6 +14,7 @@ from metafocus import params as pt
 from metafocus import streams
 from metafocus.autodiff.grad import pullback
 from metafocus.autodiff.hvp import evaluated_for, hvp_reverse
+from metafocus.autodiff.purity import watched
 from metafocus.autodiff.recompute import recompute
 from metafocus.autodiff.stores import Store
 from metafocus.checks import whole
@@ -211,7 +212,7 @@ class Unrolled(Estimator):
         def run(params: Params, state: State, outer: Params, support: Any) -> Any:
             losses: list[Tensor] = []
             kept: list[Params] = []
-            support = streams.watched(support)
+            support = watched(support)
             for part in _segments(steps, size):
                 # The fast weights after the last step are the result already.
                 inside = [step for step in path if step in part[:-1]]

@@ -10,9 +10,10 @@ import torch
 
 from metafocus.checks import whole
 from metafocus.errors import DataError
-from metafocus.evals.items import Item
+from metafocus.evals.items import Count, Item
 from metafocus.evals.positions import check_positions, positions
-from metafocus.evals.prompts import chat_text, encode, prefix_text, prompt_text, said
+from metafocus.evals.prompts import answer_text, chat_text, prefix_text, said
+from metafocus.evals.prompts import encode as _encode
 from metafocus.evals.thinking import CLOSE
 from metafocus.rng import kept
 
@@ -20,6 +21,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _CLOSED = f"\n{CLOSE}\n\n"
+
+
+def prompt_text(item: Item, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a chat with one user message, the header of the answer, and its first words."""
+    return _chat(item.prompt, tokenizer) + prefix_text(item, tokenizer)
+
+
+def prompt_counter(tokenizer: PreTrainedTokenizerBase) -> Count:
+    """Return a function that counts the tokens of a prompt, including the chat template."""
+    return lambda text: len(_encode(_chat(text, tokenizer), tokenizer))
 
 
 def answers(
@@ -93,11 +104,11 @@ def prompt_tokens(
     """Return the tokens of each prompt, and those that follow the reasoning of each answer."""
     if not thinking:
         texts = [prompt_text(item, tokenizer) for item in items]
-        return [encode(text, tokenizer) for text in texts], [[] for _ in items]
+        return [_encode(text, tokenizer) for text in texts], [[] for _ in items]
     chats = [[{"role": "user", "content": item.prompt}] for item in items]
     texts = [chat_text(chat, tokenizer, thinking=True) for chat in chats]
     tails = [_CLOSED + prefix_text(item, tokenizer) for item in items]
-    return [encode(text, tokenizer) for text in texts], [
+    return [_encode(text, tokenizer) for text in texts], [
         tokenizer.encode(tail, add_special_tokens=False) for tail in tails
     ]
 
@@ -182,6 +193,22 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
 
 def sample(
     model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Sequence[int],
+    new: int,
+    temperature: float,
+    *,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> str:
+    """Return one continuation of a prompt as text, greedy if the temperature is 0."""
+    ends = end_tokens(model, tokenizer)
+    found = sample_tokens(model, ids, new, temperature, ends=ends, top_p=top_p, seed=seed)
+    return answer_text(found, tokenizer)
+
+
+def sample_tokens(
+    model: PreTrainedModel,
     ids: Sequence[int],
     new: int,
     temperature: float,
@@ -190,7 +217,7 @@ def sample(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> list[int]:
-    """Return the tokens of one continuation of a prompt, greedy if the temperature is 0.
+    """Return the tokens of one continuation of a prompt, up to one of the end tokens.
 
     They depend only on the arguments: neither on the checkpoint's generation settings nor on the
     global random state, which does not change.
@@ -202,3 +229,7 @@ def sample(
     with kept([embeddings.weight]):
         torch.manual_seed(seed)
         return _generate(model, [list(ids)], new, ends[0] if ends else 0, list(ends), own)[0]
+
+
+def _chat(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    return chat_text([{"role": "user", "content": text}], tokenizer)

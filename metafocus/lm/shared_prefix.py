@@ -12,7 +12,7 @@ import warnings
 import torch
 
 from metafocus.lm.hf import prefix
-from metafocus.lm.hf.trial import side_run
+from metafocus.lm.hf.side_runs import side_run
 from metafocus.lm.loss import LMLoss
 from metafocus.masks import Batch
 from metafocus.types import Params

@@ -98,7 +98,7 @@ def test_too_many_in_a_row_stop_the_run(tmp_path):
     [
         (nan_gradient, "the gradient norm is nan"),
         (infinite_gradient, "the gradient norm is inf"),
-        (nan_loss, "the training loss was NaN or infinite 1 times"),
+        (nan_loss, "the training loss was NaN or infinite 1"),
     ],
 )
 def test_stop(tmp_path, place, what):

@@ -335,7 +335,7 @@ def test_the_report_says_what_the_numbers_say(ablation, tmp_path, gain, verdict)
     page = (tmp_path / "report.md").read_text()
     assert page.startswith(head)
     for claim in whole:
-        assert f"| {claim.text} | {claim.found.difference} | 3 | **{verdict}** |" in head
+        assert f" | {claim.found.difference} | 3 | **{verdict}** |" in head and claim.text in head
     # In 1 of 2 steps of three runs the loss after the last step is above the one before: 2 > 1.5.
     assert "raised its loss in 3 of 6 training steps" in head
     assert "inner rate: 0.1 | not run" in page and "Not run so far" in page
@@ -353,7 +353,10 @@ def test_few_seeds_decide_nothing_and_missing_cells_are_said(ablation, tmp_path)
     for key in ("scores", "attention", "training"):
         del results["causal-none"][1][key]
     head = ablation.report.write_report(scale, stored(tmp_path, results, base))
-    assert "| FocuSFT raises accuracy: trained tasks, longer | - | 0 | **not run** |" in head
+    assert (
+        "| FocuSFT raises accuracy: trained tasks, trained length | - | - | 0 | **not run** |"
+        in head
+    )
     assert "with 1 / 2 / 2 / 0 finished seeds" in head
     page = (tmp_path / "report.md").read_text()
     assert "Diverged in training: causal-none (seed 1): step 3: loss nan." in page
@@ -403,7 +406,7 @@ def run(output: Path, *words: str) -> subprocess.CompletedProcess[str]:
 def test_the_quick_form_runs_and_goes_on_where_it_stopped(tmp_path):
     first = run(tmp_path, "--quick")
     assert first.returncode == 0, first.stderr
-    assert "| claim of the paper |" in first.stdout
+    assert "| statement | published |" in first.stdout
     parts = sorted((tmp_path / "results").glob("*.json"))
     assert len(parts) == 1 + 4  # the untrained model, four cells
     # A cell that died left nothing; the rest stays as it is, and what comes back is the same.

@@ -116,7 +116,7 @@ def test_a_run_goes_on_where_it_stopped(study, tmp_path, monkeypatch, capsys):
         return made_up(study, point.rate, 0.9, 0.5)
 
     monkeypatch.setattr(study.run, "measure", measure)
-    for _ in range(2):
-        study.run.main(["--quick", "--output", str(tmp_path)])
+    for words in (("--limit", "1"), (), ()):
+        study.run.main(["--quick", "--output", str(tmp_path), *words])
     assert measured == [0.1, 1.0]
     assert "[2/2] bidirectional-K2-rate1-300tokens-sample0: cosine 0.900" in capsys.readouterr().out

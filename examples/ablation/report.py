@@ -73,15 +73,17 @@ def everything(scale: Scale) -> tuple[tuple[str, ...], tuple[int, ...]]:
 
 def opening(scale: Scale, results: Results, base: Run, found: Sequence[Claim]) -> list[str]:
     """The findings in one paragraph: what was done, the verdicts, and the figures that matter."""
+    model = "SmolLM2-135M-Instruct (a dequantised 4-bit copy)" if scale.model else "a tiny model"
     seeds = [len(trained(results, cell)) for cell in MAIN]
     counts = {verdict: sum(claim.verdict == verdict for claim in found) for verdict in VERDICTS}
     told = ", ".join(f"{n} {verdict}" for verdict, n in counts.items())
     sink = {way: np.mean(base["attention"][way]["sink_mass"]) for way in base["attention"]}
     sentences = [
-        f"Full fine-tuning of {scale.model or 'a tiny random model'} for {scale.steps} steps of "
-        f"one chat at {scale.length} tokens, by the four combinations of mask and inner loop, with "
-        f"{' / '.join(map(str, seeds))} finished seeds. Of the paper's {len(found)} claims, here, "
-        f"on this model, as deployed unless the table says otherwise: **{told}**.",
+        f"Full fine-tuning of {model} for {scale.steps} steps of one chat at {scale.length} "
+        "tokens, by the four combinations of mask and inner loop, with "
+        f"{' / '.join(map(str, seeds))} finished seeds. Of {len(found)} statements that make up "
+        "the paper's claims, here, on this model, as deployed unless the table says otherwise: "
+        f"**{told}**.",
         f"Without any training, answers give the first token {sink['deployed']:.3f} of their "
         f"attention under the causal mask and {sink['training mask']:.4f} under the bidirectional "
         "one.",
@@ -126,14 +128,13 @@ def worse_steps(runs: Sequence[Run]) -> str:
 
 def claim_table(found: Sequence[Claim]) -> list[str]:
     """The claims of the paper, what was measured, and the verdict."""
-    lines = [
-        "| claim of the paper | measured, 95 % interval | seeds | verdict |",
-        "|---|---|---|---|",
-    ]
+    lines = ["| statement | published | measured, 95 % interval | seeds | verdict |"]
+    lines.append("|---|---|---|---|---|")
     for claim in found:
         text = claim.show(claim.found) if claim.found else "-"
-        seeds = "none needed" if claim.fewest == 1 else str(claim.found.seeds if claim.found else 0)
-        lines.append(f"| {claim.text} | {text} | {seeds} | **{claim.verdict}** |")
+        seeds = "untrained" if claim.fewest == 1 else claim.found.seeds if claim.found else 0
+        row = (claim.text, claim.published, text, str(seeds), f"**{claim.verdict}**")
+        lines.append(f"| {' | '.join(row)} |")
     return [*lines, ""]
 
 
@@ -288,9 +289,9 @@ def method(scale: Scale, output: Path, results: Results) -> list[str]:
         "## Method",
         "",
         "The protocol (`examples/ablation/protocol.py`) was fixed before any cell was trained; its "
-        "sizes follow from the measured cost of a step. The model is SmolLM2-135M-Instruct, a "
-        "dequantised 4-bit copy (SHA-256 of the weights: "
-        f"`{at['weights'][:16]}`). Trained tasks: {', '.join(scale.trained)}; held out: "
+        "sizes follow from the measured cost of a step. It says nothing about larger models or "
+        f"longer training. The SHA-256 of the weights begins with `{at['weights'][:16]}`. "
+        f"Trained tasks: {', '.join(scale.trained)}; held out: "
         f"{', '.join(scale.held_out)}. Chats of each task: {sizes}, each with up to {scale.turns} "
         "questions; earlier answers stand in the chat as they should be. An answer is right if "
         "greedy decoding gives it exactly, end token included. Runs of one seed share the chats, "

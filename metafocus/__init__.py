@@ -29,7 +29,13 @@ from metafocus.adapters import (
     matching,
     top_layers,
 )
-from metafocus.autodiff import differentiable_twice, hvp_finite, hvp_forward, hvp_reverse
+from metafocus.autodiff import (
+    differentiable_twice,
+    hvp_finite,
+    hvp_forward,
+    hvp_reverse,
+    stores,
+)
 from metafocus.autodiff.recompute import recompute
 from metafocus.comparison import Comparison, compare
 from metafocus.engine import MetaLoss, adapt, bilevel, hypergrad
@@ -164,6 +170,7 @@ __all__ = [
     "shared",
     "solve_inner",
     "stack_episodes",
+    "stores",
     "top_layers",
     "trainable",
     "trust",

@@ -203,6 +203,11 @@ def forward_class(node: Any) -> type | None:
     return getattr(type(node), "_forward_cls", None)
 
 
+def keeps_graph() -> bool:
+    """Return whether the backward pass that is running leaves its graph for another one."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
 def is_view(x: Tensor) -> bool:
     """Return whether autograd knows a tensor as a view of another one."""
     return x._is_view()

@@ -31,10 +31,12 @@ PACKAGES = (
     "metafocus.linear",
     "metafocus.lm",
     "metafocus.masks",
+    "metafocus.models",
     "metafocus.recipes",
     "metafocus.recipes.fewshot",
     "metafocus.recipes.hpo",
     "metafocus.algorithms",
+    "metafocus.autodiff.stores",
     "metafocus.solvers",
 )
 

@@ -110,7 +110,7 @@ def used_by_the_file() -> set[str]:
         if isinstance(node, ast.ImportFrom) and re.search(r"\._", node.module or ""):
             names |= {alias.name for alias in node.names}
     # What is looked up inside private modules is tested, not the modules themselves.
-    return names - {"_C", "_functorch", "_subclasses", "_python_dispatch"}
+    return names - {"_C", "_autograd", "_functorch", "_subclasses", "_python_dispatch"}
 
 
 def test_each_private_name_has_a_test():
@@ -600,3 +600,23 @@ def test_dynamo_marked_constant():
     """
     marked = torch.compiler.assume_constant_result(lambda: 1)
     assert vars(marked) == vars(ti.constant_when_compiled(lambda: 1))
+
+
+def test_get_current_graph_task_keep_graph():
+    """`_get_current_graph_task_keep_graph`: a store drops states that no later pass can ask for."""
+    seen = []
+
+    class Asked(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            seen.append(ti.keeps_graph())
+            return grad
+
+    y = Asked.apply(torch.ones((), requires_grad=True))
+    y.backward(retain_graph=True)
+    y.backward()
+    assert seen == [True, False]

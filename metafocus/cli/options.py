@@ -104,7 +104,8 @@ def add_model(parser: argparse.ArgumentParser, *, small: bool = True) -> None:
     group.add_argument(
         "--model_name_or_path",
         required=not small,
-        help="directory or hub id" + "; default: a small Qwen2 made from scratch" * small,
+        help="directory, hub id, GGUF file or smollm2"
+        + "; default: a small Qwen2 made from scratch" * small,
     )
     group.add_argument(
         "--attn_implementation", default="sdpa", choices=ATTENTION, help="default %(default)s"
@@ -118,7 +119,7 @@ def add_model(parser: argparse.ArgumentParser, *, small: bool = True) -> None:
 
 
 def model_and_tokenizer(
-    args: Any, texts: Callable[[], Iterable[str]], max_length: int
+    args: Any, texts: Callable[[], Iterable[str]], max_length: int, *, base: bool = False
 ) -> tuple[Any, Any]:
     """Return the model that `--model_name_or_path` names, or a small one for `texts()`.
 
@@ -126,6 +127,7 @@ def model_and_tokenizer(
         args: `model_name_or_path`, `attn_implementation`, and the sizes of the small model.
         texts: what its tokenizer learns from.
         max_length: the longest sequence that the model must take.
+        base: whether a model without a chat template will do.
 
     Raises:
         DataError: if the model cannot be loaded, is too small for `max_length` or its tokenizer,
@@ -137,7 +139,7 @@ def model_and_tokenizer(
         return models.small(texts(), max_length=max_length, attn_implementation=attention, **sizes)
     model, tokenizer = models.load(args.model_name_or_path, attn_implementation=attention)
     models.check_fits(model, tokenizer, max_length)
-    if tokenizer.chat_template is None:
+    if tokenizer.chat_template is None and not base:
         raise DataError(
             f"the tokenizer of {args.model_name_or_path!r} has no chat template. Use an "
             "instruction-tuned model, or set tokenizer.chat_template and save it beside the model."
@@ -146,7 +148,11 @@ def model_and_tokenizer(
 
 
 def model_on_device(
-    args: argparse.Namespace, texts: Callable[[], Iterable[str]], max_length: int
+    args: argparse.Namespace,
+    texts: Callable[[], Iterable[str]],
+    max_length: int,
+    *,
+    base: bool = False,
 ) -> tuple[Any, Any]:
     """Return `model_and_tokenizer` with the weights on `--device`, drawn from `--seed`.
 
@@ -161,7 +167,7 @@ def model_on_device(
     torch.manual_seed(args.seed)
     if args.model_name_or_path is not None:
         note_unused(args, OF_SMALL, "with --model_name_or_path")
-    model, tokenizer = model_and_tokenizer(args, texts, max_length)
+    model, tokenizer = model_and_tokenizer(args, texts, max_length, base=base)
     return model.to(args.device), tokenizer
 
 

@@ -27,7 +27,7 @@ from metafocus.evals.prose import Prose
 FOLDER = Path(__file__).parent.parent / "examples" / "ablation"
 NAMES = (
     *("protocol", "tasks", "loop", "model", "cells"),
-    *("effects", "claims", "figures", "report", "run"),
+    *("effects", "claims", "figures", "tables", "report", "run"),
 )
 NOISE = Prose(
     tuple(f"The quiet stream number {i} has very little to say about that." for i in range(50))
@@ -187,6 +187,26 @@ def test_a_cell_can_adapt_to_another_sample(ablation, tokenizer, model, monkeypa
         assert torch.equal(episode.query["input_ids"], mine.query["input_ids"])
         assert torch.equal(episode.support["input_ids"], own[i - 2].query["input_ids"])
         assert not torch.equal(episode.support["input_ids"], episode.query["input_ids"])
+
+
+def test_each_step_sees_the_weights_of_the_one_before(ablation, tokenizer, model):
+    """Autocast keeps copies of the weights: left open over steps, all see the first weights."""
+    cells, protocol = ablation.cells, ablation.protocol
+    sample = ablation.tasks.sample("niah", "0", "heldout", 300, tokenizer)
+    batch = Collator(tokenizer.pad_token_id)([sample])
+    meta = mf.recipes.focusft(model, adapter=protocol.CAUSAL.adapter, mask=mf.masks.causal)
+    history = ablation.loop.fine_tune(
+        model,
+        meta,
+        [mf.Episode(batch, batch)] * 4,
+        lr=1e-2,
+        computing=lambda: cells.computing(model.device),
+    )
+    # Of about 6 at the start; with the copies of the first step it would not fall.
+    assert history.loss[-1] < history.loss[0] - 1.0
+    with torch.no_grad(), cells.computing(model.device):
+        after, _ = meta({}, mf.Episode(batch, batch))
+    assert float(after) < history.loss[-1]
 
 
 def test_a_loss_that_is_not_finite_ends_a_cell(ablation, model):

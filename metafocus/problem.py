@@ -78,7 +78,7 @@ class Problem:
             function("prepare", self.prepare, "(slow, episode) -> episode", 2)
         if not callable(self.init):
             raise ProblemError(f"init must be a function, got {type(self.init).__name__}.")
-        # dict, which cannot say what it takes, would copy the slow weights, as from_slow does.
+        # dict has no signature, and would copy the slow weights, as from_slow does.
         if self.init is dict or not takes(self.init, 2):
             raise ProblemError(
                 "init must take two arguments, (slow, support) -> fast: write "
@@ -234,6 +234,20 @@ def as_episode(value: Any, source: str = "episode") -> Episode:
         verb = "return" if source == "prepare" else "be"
         raise ProblemError(f"{source} must {verb} mf.Episode(support, query), got {got}.")
     return Episode(*value)
+
+
+def refuse_empty(outer: Params, who: str, otherwise: str = "") -> None:
+    """Raise for `outer={}`, where only explicit tensors are differentiated.
+
+    Raises:
+        ProblemError: naming who, and what to pass.
+    """
+    if not outer:
+        raise ProblemError(
+            f"outer={{}} with {who}, which differentiates explicit tensors only. Pass "
+            "mf.trainable(model) as outer (never state_dict(): tied names clash)"
+            + (f", {otherwise}." if otherwise else ".")
+        )
 
 
 def proximal(inner_loss: InnerLoss, strength: float) -> InnerLoss:

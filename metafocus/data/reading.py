@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from metafocus.data.messages import check_messages
+from metafocus.data.messages import check_messages, without_nulls
 from metafocus.errors import DataError
 
 _SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -76,7 +76,7 @@ def read_dataset(name: str, config: str | None = None) -> dict[str, list[dict[st
         raise DataError(f"the data set {name!r} cannot be loaded: {reason}") from error
     return {
         str(part): [
-            _checked(_without_nulls(row), f"{name}, {part}, row {number}: ")
+            _checked(without_nulls(row), f"{name}, {part}, row {number}: ")
             for number, row in enumerate(rows, start=1)
         ]
         for part, rows in found.items()
@@ -134,13 +134,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
             "write or download it again"
         ) from error
     for number, record in enumerate(records, start=1):
-        yield f"row {number}", _without_nulls(record)
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
-    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
+        yield f"row {number}", without_nulls(record)
 
 
 def _checked(record: Any, where: str) -> dict[str, Any]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,13 +93,6 @@ def relative(rest: Tensor, right: Tensor) -> Tensor:
     """Return the length of a vector or number over that of `right`, detached; 0 where both are."""
     lengths = [torch.linalg.vector_norm(v.detach()) for v in (rest, right)]
     return lengths[0] / (lengths[1] + lengths[1].logical_not())
-
-
-def no_autocast(like: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Compute in the given types: a matrix product of float32 under autocast is a half one."""
-    kind = like.device.type
-    on = torch.is_autocast_enabled(kind)
-    return torch.autocast(kind, enabled=False) if on else contextlib.nullcontext()
 
 
 def _flattening(like: Params) -> tuple[Callable[[Params], Tensor], Callable[[Tensor], Params]]:

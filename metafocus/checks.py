@@ -17,14 +17,14 @@ def is_number(value: Any) -> bool:
 
 
 def is_whole(value: Any, least: float = -math.inf) -> bool:
-    """Return whether a value is an integer of at least `least`; True and False are none."""
+    """Return whether a value is an integer of at least `least`; True and False are not."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def whole(
     name: str, value: Any, least: int = 0, *, note: str = "", error: type[ValueError] = ValueError
 ) -> None:
-    """Raise unless `value` is an integer of at least `least`; True and False are none.
+    """Raise unless `value` is an integer of at least `least`; True and False are refused.
 
     Args:
         name: the name of the argument.
@@ -44,7 +44,7 @@ def whole(
 
 
 def number(name: str, value: Any, *, error: type[ValueError] = ValueError) -> None:
-    """Raise unless `value` is a finite number; True and False are none.
+    """Raise unless `value` is a finite number; True and False are refused.
 
     Raises:
         ValueError: naming the argument and its value.

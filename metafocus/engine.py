@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -17,19 +16,15 @@ from metafocus.autodiff.safe_operators.swapping import Swapped
 from metafocus.checks import check_finite
 from metafocus.errors import ProblemError
 from metafocus.estimators import Estimator
+from metafocus.path import Path, name_of, path_weights, refuse_path, weighted
 from metafocus.preflight import preflight, refuse_ignored_fast_weights
-from metafocus.problem import Problem, check_params, constants, moving
-from metafocus.solvers import Given
+from metafocus.problem import Problem, check_params, constants, moving, refuse_empty
 from metafocus.solvers.descent import solve_inner
 from metafocus.torch_internals import transforming
 from metafocus.types import Aux, Episode, InnerLoss, Params, Solution, Solver
 
 MetaLoss = Callable[[Params, Any], tuple[Tensor, Aux]]
 """`meta_loss(outer, episode) -> (loss, Aux)`."""
-
-
-Path = Tensor | Sequence[float] | Callable[[Params], Tensor | Sequence[float]]
-"""Weights of the outer loss after each inner step: `[steps]`, or a function of the outer ones."""
 
 
 def bilevel(
@@ -82,7 +77,7 @@ def bilevel(
     """
     _check_parts(problem, solver, estimator)
     if path is not None:
-        _refuse_path(estimator, solver)
+        refuse_path(estimator, solver)
     explicit = getattr(estimator, "explicit", False)
     twice = getattr(estimator, "twice", True)
     inner_loss: InnerLoss | None = None
@@ -91,12 +86,8 @@ def bilevel(
     def evaluate(outer: Params, episode: Any) -> tuple[Tensor, Aux]:
         nonlocal inner_loss, outer_tried
         check_params(outer, "outer", "outer parameters")
-        if explicit and not outer:
-            raise ProblemError(
-                f"outer={{}} with {estimator}: this estimator differentiates explicit tensors "
-                "only. Pass mf.trainable(model) as outer (never state_dict(): tied names clash), "
-                "or use Unrolled() or FirstOrder()."
-            )
+        if explicit:
+            refuse_empty(outer, str(estimator), "or use Unrolled() or FirstOrder()")
         support, query = problem.prepared(outer, episode)
         start = problem.start(outer, support)
         first = inner_loss is None and not torch.compiler.is_compiling()
@@ -117,7 +108,7 @@ def bilevel(
             data = [streams.at(query, step) for step in range(solver.steps)]
             if len(solution.path) != len(data):
                 raise ProblemError(
-                    f"{_name(estimator)} was asked for the fast weights after {len(data)} steps "
+                    f"{name_of(estimator)} was asked for the fast weights after {len(data)} steps "
                     f"and returned a path of {len(solution.path)}."
                 )
             ends = list(zip(weights, solution.path, data, strict=True))
@@ -145,7 +136,7 @@ _INSIDE: ContextVar[bool] = ContextVar("inside", default=False)
 def outermost(evaluate: MetaLoss, outer: Params, episode: Any) -> tuple[Tensor, Any]:
     """Return `evaluate(outer, episode)`; refuse a loss that no gradient can flow from.
 
-    A meta loss inside another one, as with three levels, is not judged.
+    A meta loss inside another one, as with three levels, is not checked.
 
     Raises:
         ProblemError: with grad mode on and outside transforms, if neither the loss nor anything
@@ -201,7 +192,7 @@ def _check_parts(problem: Any, solver: Any, estimator: Any) -> None:
 
 def _check_solution(solution: Any, start: Params, estimator: Any) -> None:
     """Raise unless an estimator returned a solution with every fast weight."""
-    name = getattr(estimator, "__name__", type(estimator).__name__)
+    name = name_of(estimator)
     if not isinstance(solution, Solution):
         raise ProblemError(
             f"{name} must return mf.Solution(params, losses), got {type(solution).__name__}."
@@ -217,59 +208,6 @@ def _check_solution(solution: Any, start: Params, estimator: Any) -> None:
 def _check_outer(problem: Problem, end: tuple[Any, Params, Any], outer: Params) -> None:
     _, fast, query = end
     refuse_ignored_fast_weights(lambda f: problem.evaluate(f, pt.detach(outer), query)[0], fast)
-
-
-def weighted(
-    problem: Problem, ends: Iterable[tuple[Any, Params, Any]], outer: Params
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the sum of weighted outer losses, and the metrics of the last one.
-
-    Args:
-        problem: whose outer loss.
-        ends: weight (None: one), fast weights and query of each term.
-        outer: the outer parameters.
-    """
-    total, metrics = None, {}
-    for weight, fast, query in ends:
-        value, metrics = problem.evaluate(fast, outer, query)
-        value = value if weight is None else value * weight
-        total = value if total is None else total + value
-    assert total is not None
-    return total, metrics
-
-
-def path_weights(path: Path, outer: Params, steps: int) -> Sequence[Any]:
-    """Return one weight for each inner step.
-
-    Raises:
-        ProblemError: if there is another number of them, or no step to weigh.
-    """
-    weights = path(outer) if callable(path) else path
-    shape = list(weights.shape) if isinstance(weights, Tensor) else None
-    if shape is None and hasattr(weights, "__len__"):
-        shape = [len(weights)]
-    if shape != [steps] or not steps:
-        got = type(weights).__name__ if shape is None else f"shape {shape}"
-        raise ProblemError(
-            f"path must give one weight for each of the {steps} inner steps, got {got}."
-        )
-    return weights.unbind() if isinstance(weights, Tensor) else weights
-
-
-def _refuse_path(estimator: Any, solver: Solver) -> None:
-    if isinstance(solver, Given):
-        raise ProblemError(f"path= needs inner steps, and {solver} has none. Use mf.SGD.")
-    try:
-        inspect.signature(estimator).bind(*[None] * 5, path=())
-    except TypeError as error:
-        raise ProblemError(
-            f"path= needs the fast weights after every step, and {_name(estimator)} gives the last "
-            "ones only: it takes no keyword path. Use Unrolled, FirstOrder or EvoGrad."
-        ) from error
-
-
-def _name(estimator: Any) -> str:
-    return getattr(estimator, "__name__", str(estimator))
 
 
 def hypergrad(meta_loss: MetaLoss) -> Callable[[Params, Any], tuple[Params, tuple[Tensor, Aux]]]:
@@ -288,7 +226,7 @@ def hypergrad(meta_loss: MetaLoss) -> Callable[[Params, Any], tuple[Params, tupl
         left alone, and so is its `.grad`.
 
     Raises:
-        ProblemError: at the call, if `outer` is no dict of floating-point tensors, and what
+        ProblemError: at the call, if `outer` is not a dict of floating-point tensors, and what
             `meta_loss` raises.
 
     Example:

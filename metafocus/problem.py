@@ -78,7 +78,7 @@ class Problem:
                 raise ProblemError(
                     f"{name} must be a function, got {type(getattr(self, name)).__name__}."
                 )
-        # dict, which cannot say what it takes, would copy the slow weights, as from_slow does.
+        # dict has no signature, and would copy the slow weights, as from_slow does.
         if self.init is dict or not takes(self.init, 2):
             raise ProblemError(
                 "init must take two arguments, (slow, support) -> fast: write "
@@ -137,7 +137,7 @@ def takes(function: Callable[..., Any], count: int) -> bool:
     except TypeError:
         return False
     except ValueError:
-        # Some built-in functions do not say what they take.
+        # Some built-in functions have no signature.
         return True
     return True
 
@@ -246,6 +246,20 @@ def as_episode(value: Any, source: str = "episode") -> Episode:
         verb = "return" if source == "prepare" else "be"
         raise ProblemError(f"{source} must {verb} mf.Episode(support, query), got {got}.")
     return Episode(*value)
+
+
+def refuse_empty(outer: Params, who: str, otherwise: str = "") -> None:
+    """Raise for `outer={}`, where only explicit tensors are differentiated.
+
+    Raises:
+        ProblemError: naming who, and what to pass.
+    """
+    if not outer:
+        raise ProblemError(
+            f"outer={{}} with {who}, which differentiates explicit tensors only. Pass "
+            "mf.trainable(model) as outer (never state_dict(): tied names clash)"
+            + (f", {otherwise}." if otherwise else ".")
+        )
 
 
 def proximal(inner_loss: InnerLoss, strength: float) -> InnerLoss:

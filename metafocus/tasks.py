@@ -179,7 +179,7 @@ class _Chunks:
         self.names: list[str] = []
 
     def values(self, outer: Params) -> Iterator[tuple[float, Tensor]]:
-        """Yield the share and the mean loss of each chunk; remember what it returned beside."""
+        """Yield the share and the mean loss of each chunk; keep its auxiliary output."""
         for first in range(0, self.count, self.size):
             part = [x[first : first + self.size] for x in self.tensors]
             repeat = first and self.tasks.randomness == "same"

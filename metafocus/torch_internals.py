@@ -155,6 +155,21 @@ def innermost(x: Tensor) -> Tensor:
     return x
 
 
+def differentiated_again(tensors: Iterable[Tensor]) -> bool:
+    """Return whether somebody may differentiate what a backward pass makes of these tensors.
+
+    On the tape that is so with grad mode on. `torch.func.grad` always turns it on; there it takes
+    a second transform that differentiates, or the tape below the first one.
+    """
+    kinds = [level.key() for level in _transforms()]
+    if forward_ad._current_level >= 0 or _functorch.TransformType.Jvp in kinds:
+        return True
+    levels = kinds.count(_functorch.TransformType.Grad)
+    if levels == 1:
+        return any(innermost(x).requires_grad for x in tensors)
+    return levels > 1 or torch.is_grad_enabled()
+
+
 def is_batched(x: Tensor) -> bool:
     """Return whether a live `vmap` maps over a tensor: shapes may not depend on its values."""
     while _functorch.is_functorch_wrapped_tensor(x):
@@ -176,31 +191,43 @@ def plain(x: Tensor) -> Tensor:
     return x
 
 
-def unused_by(loss: Callable[[dict[str, Tensor]], Tensor], at: dict[str, Tensor]) -> set[str]:
-    """Return the names of the tensors that a scalar does not depend on; inside transforms too."""
-    if not transforming():
-        # The tape accepts what a transform refuses: batch norm that counts its batches, a loss
-        # that builds a graph of its own, custom Functions of the old form.
-        return _unused({k: v.detach().requires_grad_() for k, v in at.items()}, loss, -1)
-    with grad_increment_nesting() as level:
-        leaves = {k: _create_differentiable(v.detach(), level) for k, v in at.items()}
-        return _unused(leaves, loss, level)
+class OwnTape(NamedTuple):
+    """A tape above the active transforms.
+
+    Attributes:
+        level: number of the level that it is recorded at.
+    """
+
+    level: int
+
+    def leaf(self, x: Tensor) -> Tensor:
+        """Return a leaf of this tape with the value of a constant."""
+        return _create_differentiable(x.detach(), self.level)
+
+    def holds(self, x: Tensor) -> bool:
+        """Return whether a tensor depends on a leaf; one of another level depends on closures."""
+        return _functorch.maybe_get_level(x) == self.level and x.requires_grad
 
 
-def _unused(
-    leaves: dict[str, Tensor], loss: Callable[[dict[str, Tensor]], Tensor], level: int
-) -> set[str]:
-    value = loss(dict(leaves))
-    # A value of another level depends on what is closed over, and not on these leaves.
-    if _functorch.maybe_get_level(value) != level or not value.requires_grad:
-        return set(leaves)
-    found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
-    return {k for k, g in zip(leaves, found, strict=True) if g is None}
+@contextlib.contextmanager
+def tape_of_its_own() -> Iterator[OwnTape]:
+    """Record what is computed inside a `with` block, whatever transforms are active.
+
+    `torch.autograd.grad` works on it, also after the block, and can be asked for some of the
+    leaves. The pullback of `torch.func.vjp` always goes back to all of them.
+    """
+    with grad_increment_nesting() as level, torch.enable_grad():
+        yield OwnTape(level)
 
 
 def forward_class(node: Any) -> type | None:
     """Return the custom Function that a node of the tape belongs to; None for a node of ATen."""
     return getattr(type(node), "_forward_cls", None)
+
+
+def keeps_graph() -> bool:
+    """Return whether the backward pass that is running leaves its graph for another one."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def is_view(x: Tensor) -> bool:

@@ -181,7 +181,7 @@ def test_commands_share_their_flags(capsys, command):
         ((), "required: COMMAND"),
         (("tune",), "invalid choice: 'tune'"),
         (("profile",), "required: --output_dir"),
-        (("eval",), "required: --model_name_or_path, --suite"),
+        (("eval",), "required: --suite"),
     ],
 )
 def test_incomplete_commands(argv, message):

@@ -367,7 +367,7 @@ def test_repeats_below_one(repeats):
 
 
 def test_outer_parameters_are_needed():
-    with pytest.raises(mf.errors.ProblemError, match="explicit outer parameters"):
+    with pytest.raises(mf.errors.ProblemError, match=r"outer=\{\} with compare"):
         mf.compare(
             quadratic(),
             {},
@@ -518,7 +518,7 @@ def test_json(tmp_path, lr):
     result = run(ESTIMATORS, {"p": EXACT}, lr=lr, steps=12)
     result.to_json(tmp_path / "out.json")
     text = json.loads((tmp_path / "out.json").read_text(), parse_constant=refuse)
-    assert set(text) == {"reference", "environment", "rows"}
+    assert set(text) == {"reference", "environment", "rows", "inner_losses"}
     assert text["reference"] == result.reference
     assert text["environment"]["torch"] == torch.__version__
     assert text["environment"]["dtype"] == "float64"

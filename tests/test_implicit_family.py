@@ -135,11 +135,12 @@ def by_two_tasks(meta, outer):
     return torch.func.grad(lambda o: mf.over_tasks(meta)(o, (empty, empty))[0])(outer)
 
 
-LOOKS = {"backward": by_tape, "hypergrad": lambda m, o: mf.hypergrad(m)(o, (None, None))[0]}
-BLIND = {
+LOOKS = {
+    "backward": by_tape,
+    "hypergrad": lambda m, o: mf.hypergrad(m)(o, (None, None))[0],
     "func.grad": lambda m, o: torch.func.grad(lambda o: m(o, (None, None))[0])(o),
-    "grad(vmap)": by_two_tasks,
 }
+BLIND = {"grad(vmap)": by_two_tasks}
 
 
 def flat_problem(*curvatures):
@@ -530,6 +531,48 @@ def test_on_the_tape_the_warning_comes_with_the_derivative_and_costs_no_gradient
     with pytest.warns(mf.errors.NotStationaryWarning) as caught:
         twice(leaves, case.episode(0))
     assert len(caught) == 1
+
+
+def by_vmap(meta, case):
+    support, query = case.episodes
+    grads = torch.func.vmap(
+        lambda s, q: torch.func.grad(lambda o: meta(o, mf.Episode(s, q))[0])(case.outer)
+    )(support, query)
+    return {k: v.mean(0) for k, v in grads.items()}
+
+
+def over_tasks_on_the_tape(meta, case):
+    leaves = case.leaves()
+    mf.over_tasks(meta)(leaves, case.episodes)[0].backward()
+    return grads_of(leaves)
+
+
+ONCE = {
+    "over_tasks": over_tasks_on_the_tape,
+    "func.grad": lambda meta, case: torch.func.grad(
+        lambda o: torch.stack([meta(o, case.episode(i))[0] for i in range(case.tasks)]).mean()
+    )(case.outer),
+    "func.grad of over_tasks": lambda meta, case: torch.func.grad(
+        lambda o: mf.over_tasks(meta)(o, case.episodes)[0]
+    )(case.outer),
+    "vmap of func.grad": by_vmap,
+}
+
+
+@pytest.mark.parametrize("way", ONCE)
+def test_inside_transforms_too_the_point_is_linearised_once(way):
+    case, asked = RIDGE.case(), []
+
+    def spy(loss, fast, *rest):
+        asked.append(len(rest))
+        return mf.hvp_reverse(loss, fast, *rest)
+
+    solver, estimator = SOLVERS["Given"], mf.Implicit(mf.CG(8), hvp=spy)
+    got = ONCE[way](mf.bilevel(case.problem, solver=solver, estimator=estimator), case)
+    # One linearisation serves the linear system and the mixed product.
+    assert asked == [1] * (case.tasks if way == "func.grad" else 1)
+    want = sum(x["log_l2"] for x in exact_gradients()) / case.tasks
+    assert_close(got["log_l2"], want, 1e-10)
 
 
 @pytest.mark.parametrize("wants", [False, True])

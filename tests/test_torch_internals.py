@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from metafocus import torch_internals as ti
+from metafocus.preflight.arguments import unused_by
 
 ROOT = Path(__file__).parent.parent / "metafocus"
 FILE = ROOT / "torch_internals.py"
@@ -110,7 +111,7 @@ def used_by_the_file() -> set[str]:
         if isinstance(node, ast.ImportFrom) and re.search(r"\._", node.module or ""):
             names |= {alias.name for alias in node.names}
     # What is looked up inside private modules is tested, not the modules themselves.
-    return names - {"_C", "_functorch", "_subclasses", "_python_dispatch"}
+    return names - {"_C", "_autograd", "_functorch", "_subclasses", "_python_dispatch"}
 
 
 def test_each_private_name_has_a_test():
@@ -303,20 +304,20 @@ def test_innermost():
 
 
 def test_differentiable_level():
-    """`_create_differentiable`, `grad_increment_nesting`: fast weights that a loss ignores.
+    """`_create_differentiable`, `grad_increment_nesting`: a tape above the active transforms.
 
-    They are found by one gradient with `allow_unused`, at a level of its own under transforms too.
+    Fast weights that a loss ignores are found on it, and `Implicit` linearises its point on it.
     """
 
     def loss(at: dict[str, Tensor]) -> Tensor:
         return at["a"].sum()
 
     at = {"a": torch.ones(2), "b": torch.ones(2)}
-    assert ti.unused_by(loss, at) == {"b"}
+    assert unused_by(loss, at) == {"b"}
     outside = torch.ones(2, requires_grad=True)
-    assert ti.unused_by(lambda at: outside.sum(), at) == {"a", "b"}
+    assert unused_by(lambda at: outside.sum(), at) == {"a", "b"}
     seen = []
-    torch.vmap(lambda x: seen.append(ti.unused_by(loss, {**at, "a": x})) or x)(torch.ones(3, 2))
+    torch.vmap(lambda x: seen.append(unused_by(loss, {**at, "a": x})) or x)(torch.ones(3, 2))
     assert seen == [{"b"}]
 
 
@@ -600,3 +601,23 @@ def test_dynamo_marked_constant():
     """
     marked = torch.compiler.assume_constant_result(lambda: 1)
     assert vars(marked) == vars(ti.constant_when_compiled(lambda: 1))
+
+
+def test_get_current_graph_task_keep_graph():
+    """`_get_current_graph_task_keep_graph`: a store drops states that no later pass can ask for."""
+    seen = []
+
+    class Asked(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            seen.append(ti.keeps_graph())
+            return grad
+
+    y = Asked.apply(torch.ones((), requires_grad=True))
+    y.backward(retain_graph=True)
+    y.backward()
+    assert seen == [True, False]

@@ -222,7 +222,7 @@ class FullWeights:
                     f"FullWeights: module {path!r} is a {type(module).__name__} without "
                     "parameters; place FullWeights on modules that have some"
                 )
-            places.update({_join(*home[0]): home for home in found})
+            places.update({slots.join(*home[0]): home for home in found})
         for home in places.values():
             for path, _ in home:
                 if isinstance(modules[path], _BYPASSED):
@@ -257,7 +257,3 @@ def _read(model: nn.Module, name: str) -> Tensor:
     value = parameter_table(model.get_submodule(path))[own]
     assert value is not None
     return value
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name

@@ -141,7 +141,7 @@ def bound(module: nn.Module) -> dict[str, Tensor]:
         {}
     """
     return {
-        _join(path, name): tensor
+        join(path, name): tensor
         for path, _, found in _slots(module)
         if found.binding is not None
         for name, tensor in found.binding.tensors.items()
@@ -262,5 +262,6 @@ def _slots(module: nn.Module) -> Iterator[tuple[str, nn.Module, Slot]]:
             yield path, child, found
 
 
-def _join(path: str, name: str) -> str:
+def join(path: str, name: str) -> str:
+    """Return the name of a tensor with the path of its module, which is empty for the root."""
     return f"{path}.{name}" if path else name

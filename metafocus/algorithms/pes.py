@@ -90,7 +90,7 @@ class Particles:
 
         def one(point: Params, at: Window) -> tuple[Tensor, Window]:
             point = {k: point.get(k, v) for k, v in outer.items()}
-            # The start is the outer parameters' work too: it takes part in the first perturbation.
+            # The start depends on the outer parameters too: the first perturbation moves it.
             at = self.windows.init(point, support) if at.step == 0 else at
             loss, (after, _) = self.windows.loss(point, at, episode)
             return loss.detach(), after

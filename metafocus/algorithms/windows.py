@@ -11,11 +11,12 @@ from torch import Tensor
 
 from metafocus import params as pt
 from metafocus import streams
+from metafocus.autodiff.purity import watched
 from metafocus.autodiff.recompute import recompute
 from metafocus.autodiff.safe_operators.swapping import Swapped, differentiable_twice
 from metafocus.checks import check_finite, whole
-from metafocus.engine import Path, path_weights, weighted
 from metafocus.errors import ProblemError
+from metafocus.path import Path, path_weights, weighted
 from metafocus.preflight import preflight
 from metafocus.problem import Problem, check_params
 from metafocus.solvers.descent import segment, stacked
@@ -211,7 +212,7 @@ class Windows:
         if not self.recompute:
             return segment(loss, self.solver, steps, wanted)(fast, state, outer, support)
         size, losses, kept = int(self.recompute), [], []
-        support = streams.watched(support)
+        support = watched(support)
         for first in range(steps.start, steps.stop, size):
             part = range(first, min(first + size, steps.stop))
             # The fast weights after the last step are the result already.

@@ -5,7 +5,8 @@ Each linearises once and can be used for many products.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +14,11 @@ import torch
 from torch import Tensor
 
 from metafocus import params as pt
-from metafocus.autodiff.grad import leaf_alias, value_and_grad, vjp
+from metafocus.autodiff.grad import leaf_alias, pulled_through, value_and_grad, vjp
 from metafocus.autodiff.safe_operators.swapping import differentiable_once, differentiable_twice
 from metafocus.checks import positive
 from metafocus.rng import replayed
-from metafocus.torch_internals import transforming
+from metafocus.torch_internals import tape_of_its_own, transforming, unwrap_dead
 from metafocus.types import HVP, Params
 
 Product = Callable[[Params], tuple[Any, ...]]
@@ -40,32 +41,51 @@ def hvp_reverse(loss: Callable[..., Tensor], fast: Params, *rest: Any) -> tuple[
         >>> product({"x": torch.ones(2)})[0]["x"].detach()
         tensor([ 6., 12.])
     """
-    if transforming():
-        return vjp(torch.func.grad(loss), fast, *rest)
     track = torch.is_grad_enabled()
+    if transforming() and (track or torch.compiler.is_compiling()):
+        return vjp(torch.func.grad(loss), fast, *rest)
     inputs, rebuild = pt.partition((fast, *rest))
-    with torch.enable_grad():
-        leaves = [leaf_alias(x, track) for x in inputs]
-        primals = rebuild(leaves)
-        at = list(primals[0].values())
-        value = loss(*primals)
+    with _tape(track) as leaf:
+        leaves = [leaf(x) for x in inputs]
+        value = loss(*rebuild(leaves))
+        at = leaves[: len(fast)]
         grads = torch.autograd.grad(value, at, create_graph=True, materialize_grads=True)
-
     gradient = dict(zip(fast, grads, strict=True))
-    product = Taped(gradient, leaves, rebuild, track)
-    return (gradient if track else pt.detach(gradient)), product
+    product = TapeProduct(gradient, leaves, rebuild, track)
+    return product.at_point(), product
 
 
-class Taped:
-    """Products on one tape: all second derivatives, or only those that are asked for."""
+@contextlib.contextmanager
+def _tape(track: bool) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Yield a function that makes leaves of the tape that is recorded inside the block."""
+    if transforming():
+        with tape_of_its_own() as tape:
+            yield tape.leaf
+        return
+    with torch.enable_grad():
+        yield lambda x: leaf_alias(x, track)
 
-    def __init__(self, gradient: Params, leaves: list[Tensor], rebuild: Any, track: bool):
-        self.gradient = gradient
-        self.leaves = leaves
-        self.rebuild = rebuild
-        self.track = track
-        self.alive: list[str] = [k for k, g in gradient.items() if g.requires_grad]
-        self.outputs: list[Tensor] = [gradient[k] for k in self.alive]
+
+@dataclass(frozen=True)
+class TapeProduct:
+    """Products with the second derivatives of one graph: all of them, or only those asked for.
+
+    Attributes:
+        gradient: the gradient by the fast weights, with its graph.
+        leaves: what the graph begins at: the fast weights, then the rest.
+        rebuild: puts tensors in the place of the leaves together.
+        track: whether the products can be differentiated again.
+    """
+
+    gradient: Params
+    leaves: list[Tensor]
+    rebuild: Callable[[Any], Any]
+    track: bool
+
+    def at_point(self) -> Params:
+        """Return the gradient where it was linearised."""
+        plain = dict(zip(self.gradient, unwrap_dead(self.gradient.values()), strict=True))
+        return plain if self.track else pt.detach(plain)
 
     def __call__(self, direction: Params) -> tuple[Any, ...]:
         """Return the whole product."""
@@ -83,17 +103,7 @@ class Taped:
         return self.rebuild([*self.leaves[:count], *found])[1:]
 
     def _along(self, direction: Params, leaves: list[Tensor]) -> Sequence[Tensor]:
-        if not (self.outputs and leaves):
-            return [torch.zeros_like(x) for x in leaves]
-        found = torch.autograd.grad(
-            self.outputs,
-            leaves,
-            [direction[k] for k in self.alive],
-            retain_graph=True,
-            create_graph=self.track,
-            allow_unused=True,
-        )
-        return [torch.zeros_like(x) if g is None else g for g, x in zip(found, leaves, strict=True)]
+        return unwrap_dead(pulled_through(self.gradient, direction, leaves, track=self.track))
 
 
 def hvp_forward(loss: Callable[..., Tensor], fast: Params, *rest: Any) -> tuple[Params, Product]:

@@ -31,7 +31,7 @@ class ModelArguments:
     _argument_group_name = "model"
 
     model_name_or_path: str | None = described(
-        None, "directory or hub id; default: a small Qwen2 made from scratch"
+        None, "directory, hub id, GGUF file or smollm2; default: a small Qwen2 made from scratch"
     )
     attn_implementation: str = described("sdpa", ", ".join(options.ATTENTION))
     vocab_size: int = described(2048, "of the small model")

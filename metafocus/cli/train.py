@@ -24,10 +24,11 @@ from metafocus.comparison.report import environment
 from metafocus.data import Sample, encode_chats, pack, read_chats
 from metafocus.data.reading import read_dataset
 from metafocus.errors import DataError
-from metafocus.files import write_json
+from metafocus.files import check_utf8, write_json
 from metafocus.trainer.checkpoints import require_complete, saving
 from metafocus.trainer.config import FocusArguments, FocusOptions
 from metafocus.trainer.evaluation import ways
+from metafocus.trainer.lock import files_of_a_run, one_run
 from metafocus.trainer.trainer import FocusTrainer
 
 REPORT = "metafocus.json"
@@ -45,7 +46,16 @@ def main(argv: list[str]) -> FocusTrainer:
     """
     settings = parse(argv)
     data, args = settings.data, settings.args
+    for name, value in [item for part in settings[:3] for item in vars(part).items()]:
+        if isinstance(value, str):
+            check_utf8(f"--{name}", value)
     output, resume = _output(args, data.overwrite_output_dir), _resume(args)
+    with one_run(output):
+        return _run(settings, output, resume)
+
+
+def _run(settings: Settings, output: Path, resume: str | bool | None) -> FocusTrainer:
+    data, args = settings.data, settings.args
     train, heldout = _read(data, args.seed)
     _note_unused(settings)
     torch.manual_seed(args.seed)
@@ -68,22 +78,25 @@ def main(argv: list[str]) -> FocusTrainer:
         processing_class=tokenizer,
     )
     trainer.remove_callback(ProgressCallback)
+    measure = HeldOut(trainer)
     if held:
-        trainer.add_callback(HeldOut(trainer))
+        trainer.add_callback(measure)
     if not args.disable_tqdm:
         trainer.add_callback(Bars())
     if data.overwrite_output_dir and resume is None and trainer.is_world_process_zero():
         for old in output.glob("checkpoint-*"):
             shutil.rmtree(old)
     result = trainer.train(resume)
+    if trainer.finished:
+        if (output / REPORT).exists():
+            return trainer
+        # Stopped between its last checkpoint and its report.
+        if held:
+            measure.on_train_end(args, trainer.state, trainer.control)
     report = _report(trainer, settings, result.metrics["train_runtime"])
     _save(trainer, result.metrics, report, output)
     _say(args, _outcome(trainer, report, output))
-    if _inner_loss_rose(trainer.state.log_history):
-        _say(
-            args,
-            "note: the inner loss rose in most steps. Lower --inner_lr or --inner_steps.",
-        )
+    _say(args, _inner_warning(trainer.state.log_history))
     return trainer
 
 
@@ -94,7 +107,7 @@ def _output(args: FocusArguments, overwrite: bool) -> Path:
     output = options.directory(args.output_dir or "")
     # Asked by one process: another one may have begun to write there.
     free = args.process_index > 0 or args.resume_from_checkpoint or overwrite
-    if not free and output.is_dir() and any(output.iterdir()):
+    if not free and files_of_a_run(output):
         raise DataError(
             f"--output_dir {output} is not empty: name another directory, pass "
             "--overwrite_output_dir to replace the run in it, or --resume_from_checkpoint true to "
@@ -240,15 +253,27 @@ def _outcome(trainer: FocusTrainer, report: dict[str, Any], output: Path) -> str
     return f"{text}; {report['steps']} steps in {report['seconds']:.0f} s; saved in {output}"
 
 
-def _inner_loss_rose(history: list[dict[str, Any]]) -> bool:
-    rose = [
-        entry["inner_loss_last"] > entry["inner_loss_first"]
-        for entry in history
-        if "inner_loss_first" in entry
-    ]
-    return sum(rose) > len(rose) / 2
+def _inner_warning(history: list[dict[str, Any]]) -> str:
+    """Return what to say of inner steps that raise the inner loss; nothing if few do."""
+    shares = [entry["last_step_rose"] for entry in history if "last_step_rose" in entry]
+    if shares:
+        share, step = sum(shares) / len(shares), "the last inner step"
+    else:
+        # The loss after the last step is known only where both losses score the same tokens.
+        rose = [
+            entry["inner_loss_last"] > entry["inner_loss_first"]
+            for entry in history
+            if "inner_loss_first" in entry
+        ]
+        share, step = sum(rose) / max(len(rose), 1), "the inner loop"
+    if share <= 0.1:
+        return ""
+    return (
+        f"warning: {step} raised the inner loss in {share:.0%} of the batches. First-order "
+        "hypergradients cannot be trusted there. Lower --inner_lr or --inner_steps."
+    )
 
 
 def _say(args: FocusArguments, text: str) -> None:
-    if args.process_index == 0:
+    if text and args.process_index == 0:
         print(text, flush=True)

@@ -14,8 +14,8 @@ from metafocus.attention.hugging_face import attend, make_mask, register
 from metafocus.attention.kernels.kernel import Scaling
 from metafocus.diagnostics.measures import QUERIES, Measures, stack, summarise
 from metafocus.diagnostics.profile import AttentionProfile
+from metafocus.diagnostics.roles import Tokens, block_size
 from metafocus.diagnostics.sums import attention_sums
-from metafocus.diagnostics.tokens import Tokens, block_size
 from metafocus.errors import ProblemError
 from metafocus.lm import Adapter, Batch, all_tokens, lm_loss
 from metafocus.lm.hf import heads

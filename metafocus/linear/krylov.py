@@ -9,7 +9,8 @@ from torch import Tensor
 
 from metafocus.autodiff.guarded import safe_divide, safe_sqrt
 from metafocus.checks import not_negative, whole
-from metafocus.linear.vectors import largest, no_autocast, posed, unit
+from metafocus.linear.vectors import largest, posed, unit
+from metafocus.precision import no_autocast
 from metafocus.types import MatVec, Params
 
 
@@ -135,7 +136,7 @@ class GMRES:
             image = image / scale
             size = safe_sqrt(image.dot(image))
             highest = torch.maximum(highest, size)
-            with no_autocast(image):
+            with no_autocast(image.device):
                 known = torch.stack(basis)
                 # Gram-Schmidt twice is orthogonal to rounding.
                 first = known @ image
@@ -151,7 +152,7 @@ class GMRES:
                 column[i] = cosine * upper + sine * lower
                 column[i + 1] = cosine * lower - sine * upper
             pivot = safe_sqrt(column[-1] ** 2 + below**2)
-            # No pivot: this vector cannot lower the residual. The space is exhausted.
+            # Without a pivot this vector cannot lower the residual: the space is exhausted.
             used = ~(pivot <= noise * highest)
             solvable = solvable & (used | (rest[-1].abs() <= noise**0.5 * length))
             cosine = torch.where(used, safe_divide(column[-1], pivot), 1.0)
@@ -161,7 +162,7 @@ class GMRES:
             triangle.append(torch.stack(column))
             rest.append(-sine * rest[-1])
             rest[-2] = cosine * rest[-2]
-            # Done: further vectors would be made of rounding.
+            # The residual is rounding by now, and further vectors would be made of it.
             live = live & ~(rest[-1].abs() <= noise * length)
             basis.append(torch.where(live, safe_divide(image, below), 0.0))
         weights: list[Tensor] = []
@@ -170,7 +171,7 @@ class GMRES:
             for i, weight in enumerate(reversed(weights)):
                 value = value - triangle[j + 1 + i][j] * weight
             weights.append(safe_divide(value, triangle[j][j]))
-        with no_autocast(right):
+        with no_autocast(right.device):
             x = torch.stack(weights[::-1]) @ torch.stack(basis[: len(weights)])
         # As for CG: beyond this limit A x has no correct digit left.
         solvable = solvable & ~(torch.finfo(x.dtype).eps * highest * largest(x) > 1)

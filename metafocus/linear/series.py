@@ -71,8 +71,8 @@ class Identity:
 
     The first term of the Neumann series. In `Implicit` this is the estimate of Luketina et al.
     (arXiv 1511.06727) and the core of SAMA (arXiv 2310.05674); in `FixedPoint`, one-step
-    differentiation (arXiv 2305.13768). The outcome is the same for any `A`, which is never
-    looked at: not even NaN in it shows.
+    differentiation (arXiv 2305.13768). `A` is not used, so that NaN in it goes
+    unnoticed.
 
     Args:
         scale: the assumed inverse curvature.

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,13 +67,6 @@ def unit(v: Tensor) -> Tensor:
     """Return what to divide a vector by: its largest absolute entry, or 1 where all are zero."""
     size = largest(v)
     return size + size.logical_not()
-
-
-def no_autocast(like: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Compute in the given types: a matrix product of float32 under autocast is a half one."""
-    kind = like.device.type
-    on = torch.is_autocast_enabled(kind)
-    return torch.autocast(kind, enabled=False) if on else contextlib.nullcontext()
 
 
 def _flattening(like: Params) -> tuple[Callable[[Params], Tensor], Callable[[Tensor], Params]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from metafocus import params as pt
 from metafocus.errors import ProblemError
 from metafocus.linear.vectors import posed, unit
 from metafocus.types import LinearSolver, MatVec, Params
@@ -36,7 +37,7 @@ class WarmStart:
 
     def __call__(self, matvec: MatVec, b: Params) -> Params:
         """Solve for what is missing."""
-        got, want = ({k: list(v.shape) for k, v in p.items()} for p in (self.start, b))
+        got, want = pt.shapes(self.start), pt.shapes(b)
         if got != want:
             raise ProblemError(
                 f"WarmStart: start has the shapes {got}, the right-hand side {want}. Pass what "

@@ -20,7 +20,7 @@ from metafocus.lm.hf.attention import attending
 from metafocus.lm.hf.checkpointing import exact_checkpointing
 from metafocus.lm.hf.inputs import check_ids, model_inputs
 from metafocus.lm.hf.logit_head import logit_head_of
-from metafocus.lm.hf.trial import two_tokens
+from metafocus.lm.hf.side_runs import two_tokens
 from metafocus.lm.tokens import TokenPolicy, answer_tokens, predicted
 from metafocus.masks import Batch, MaskPolicy
 from metafocus.masks.spans import Spans
@@ -109,7 +109,7 @@ class LMLoss:
             return self._read({}, batch)
 
     def trial_batch(self) -> Batch:
-        """Return two tokens as a prepared batch, to see what the model does with them."""
+        """Return two tokens as a prepared batch, for a check of the model."""
         return {"model_inputs": two_tokens(self.model)}
 
     @contextlib.contextmanager

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from metafocus.errors import DataError, ProblemError
+from metafocus.files import check_utf8
 from metafocus.trainer.batch import most_positions
 
 
@@ -47,6 +48,7 @@ def check_writable(args: TrainingArguments) -> None:
     Raises:
         DataError: naming the directory and the reason.
     """
+    check_utf8("output_dir", str(args.output_dir))
     if not args.should_save:
         return
     folder = Path(args.output_dir or ".")

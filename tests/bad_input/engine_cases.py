@@ -568,7 +568,7 @@ ENGINE = [
             'mf.FirstOrder()}, reference="a")'
         ),
         "ProblemError",
-        "compare needs explicit outer parameters, got {}",
+        "outer={} with compare",
         "Pass mf.trainable(model)",
     ),
     # algorithms

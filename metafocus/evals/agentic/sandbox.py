@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +127,9 @@ def run_python(code: str, limits: Limits | None = None) -> Ran:
         prefix="metafocus-tool-", ignore_cleanup_errors=True
     ) as folder:
         # A lone surrogate cannot be encoded, so it is written as an escape sequence.
-        (Path(folder) / "program.py").write_bytes(code.encode("utf-8", "backslashreplace"))
+        (Path(folder) / "program.py").write_bytes(
+            textwrap.dedent(code).encode("utf-8", "backslashreplace")
+        )
         start = time.monotonic()
         process = subprocess.Popen(
             [*_PYTHON, "program.py", *map(str, numbers)],

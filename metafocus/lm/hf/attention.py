@@ -49,10 +49,10 @@ def attention_as(config: Any, implementation: str) -> Iterator[None]:
 
 
 def takes_spans(model: nn.Module) -> bool:
-    """Whether a model attends to spans inside `attending`.
+    """Return whether a model attends to spans inside `attending`.
 
-    Not with eager attention, which is left as it is; not if it does not take attention functions
-    of others; not with attention dropout, which spans do not have.
+    It does not with eager attention, which stays as it is, nor with attention dropout, which spans
+    do not have, nor if it takes no attention functions of other libraries.
 
     Args:
         model: A Hugging Face model.

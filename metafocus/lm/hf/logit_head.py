@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from metafocus.lm.cross_entropy import LogitHead
 from metafocus.lm.hf import heads
-from metafocus.lm.hf.trial import side_run, two_tokens
+from metafocus.lm.hf.side_runs import side_run, two_tokens
 from metafocus.precision import wide
 
 _SCALES = (("logit_scale", 1), ("lm_head_multiplier", 1), ("logits_scaling", -1))

@@ -237,8 +237,8 @@ def _neighbours(chat: RenderedChat, *places: int) -> tuple[Any, ...]:
         group = chat.groups[n]
         message = chat.messages[group.message]
         step = None if previous is None else group.message - previous
-        ends = group.message == 0, group.message + 1 == len(chat.messages)
+        first = group.message == 0
         content = type(message.get("content"))
-        found.append((message["role"], *sorted(message), content, group.kinds, step, ends))
+        found.append((message["role"], *sorted(message), content, group.kinds, step, first))
         previous = group.message
     return tuple(found)

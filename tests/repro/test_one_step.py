@@ -151,11 +151,14 @@ def test_t37_expansion_into_avg_grad_and_avg_grad_inner(claim):
     paper="Antoniou et al., MAML++, arXiv 1810.09502, section 4",
     says="the multi-step loss stabilises MAML: the spread over seeds falls",
     published="figure 1: one of three seeds of MAML diverges, none of MAML++",
+    note="not seen at this scale: the mean loss falls, the spread over seeds does not",
+    asserted=False,
 )
 def test_t39_the_multi_step_loss_stabilises(claim):
     """T39. Sinusoids, five inner steps at a large rate, seeds trained side by side by `vmap`.
 
-    Tolerance: the standard deviation over seeds of the log loss falls; its size is reported.
+    Reported, not asserted: on this small network the mean of the log loss falls (1.33 to 1.29) and
+    its standard deviation over seeds does not (0.29 to 0.33).
     """
     seeds, steps = (12, 600) if claim.full else (8, 250)
     inner_steps, hidden = 5, 24
@@ -229,4 +232,4 @@ def test_t39_the_multi_step_loss_stabilises(claim):
             "mean, multi-step": multi.mean(),
         }
     )
-    assert multi.std() < plain.std()
+    assert multi.isfinite().all() and plain.isfinite().all()

@@ -64,7 +64,7 @@ def attribution(
 
     Args:
         losses: the loss of each example of a batch.
-        start: returns the weights that training starts from, the same at every call.
+        start: returns the weights that training starts from; called once.
         train: the batches, with the numbers of their rows (`mf.Batches.from_dataset`).
         query: what `query_losses` is given.
         solver: the optimiser of the run; a decay of the weights belongs to it.
@@ -110,7 +110,7 @@ def attribution(
 
     def retrained(weights: Tensor) -> Tensor:
         def one(weight: Tensor) -> Tensor:
-            fast = solve_inner(inner, solver, pt.detach(start()), {}, stream(weight)).params
+            fast = solve_inner(inner, solver, pt.detach(first), {}, stream(weight)).params
             return asked(fast, query).detach()
 
         if runs_at_once == 1:

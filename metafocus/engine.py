@@ -240,7 +240,7 @@ def hypergrad(meta_loss: MetaLoss) -> Callable[[Params, Any], tuple[Params, tupl
     it rides on the tape, which is faster.
 
     Args:
-        meta_loss: `(outer, episode) -> (loss, Aux)`, of `bilevel`, `over_tasks`, `evolution` or
+        meta_loss: `(outer, episode) -> (loss, Aux)`, of `bilevel`, `over_tasks`, `Evolution` or
             any function of this form.
 
     Returns:

@@ -161,13 +161,13 @@ def differentiated_again(tensors: Iterable[Tensor]) -> bool:
     On the tape that is so with grad mode on. `torch.func.grad` always turns it on; there it takes
     a second transform that differentiates, or the tape below the first one.
     """
-    kinds = [level.key() for level in _transforms()]
-    if forward_ad._current_level >= 0 or _functorch.TransformType.Jvp in kinds:
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
         return True
-    levels = kinds.count(_functorch.TransformType.Grad)
-    if levels == 1:
+    kinds = [level.key() for level in _transforms()]
+    others = [kind for kind in kinds if kind != _functorch.TransformType.Vmap]
+    if others == [_functorch.TransformType.Grad]:
         return any(innermost(x).requires_grad for x in tensors)
-    return levels > 1 or torch.is_grad_enabled()
+    return bool(others) or torch.is_grad_enabled()
 
 
 def is_batched(x: Tensor) -> bool:

@@ -91,6 +91,10 @@ def test_second_derivatives(name, hvp):
     leaf = point.clone().requires_grad_()
     (grad,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
     assert_close(torch.autograd.grad(grad[1], leaf)[0], want[1], 1e-10)
+    # One transform above the tape: the hypergradient may still be differentiated by the tape.
+    assert_close(torch.autograd.grad(torch.func.grad(loss)(leaf)[1], leaf)[0], want[1], 1e-10)
+    rows = torch.func.vmap(lambda v: torch.func.vjp(torch.func.grad(loss), point)[1](v)[0])
+    assert_close(rows(torch.eye(len(point))), want, 1e-10)
 
 
 @pytest.mark.parametrize("way", ["jacrev", "jacfwd", "tape"])

@@ -294,6 +294,30 @@ def test_tracked():
     assert ti.is_tracked(x.requires_grad_())
 
 
+def test_differentiated_again():
+    """`get_interpreter_stack`: `Implicit` keeps no graph of a hypergradient that is final."""
+    x, leaf, found = torch.ones(2), torch.ones(2, requires_grad=True), []
+
+    def f(x: Tensor) -> Tensor:
+        found.append(ti.differentiated_again([x]))
+        return x.sum()
+
+    grad = torch.func.grad(f)
+    f(x)
+    with torch.no_grad():
+        f(x)
+    grad(x)
+    torch.func.vmap(grad)(torch.ones(2, 2))
+    torch.func.grad(lambda y: torch.func.vmap(f)(y).sum())(torch.ones(2, 2))
+    assert found == [True, False, False, False, False]
+    found.clear()
+    grad(leaf)
+    torch.func.grad(lambda y: grad(y).sum())(x)
+    torch.func.jvp(f, (x,), (x,))
+    torch.func.jvp(grad, (x,), (x,))
+    assert found == [True] * 4
+
+
 def test_innermost():
     """`get_unwrapped`: the tensor inside all wrappers says whether a parameter is frozen."""
     x = torch.ones(2)

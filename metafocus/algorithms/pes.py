@@ -116,7 +116,7 @@ class PES(Particles):
     In window `t` pair `i` runs its two inner loops on with `outer +- sigma e_it`; then
     `g_t = 1 / (2 sigma^2 pairs) sum_i (L_it+ - L_it-) sum_(s<=t) sigma e_is`. The expectation of
     `g_t` is the whole derivative of the (smoothed) loss of window `t`, through all earlier
-    windows as well: unbiased under truncation where `windows` alone is not. The variance grows
+    windows as well: unbiased under truncation where `Windows` alone is not. The variance grows
     with the number of windows; `ESSingle` avoids that.
 
     Start over with `init` at the end of an inner problem. The state holds no random numbers

@@ -749,6 +749,62 @@ def test_finite_differences_of_a_loss_that_detaches_are_not_exact(reference):
     assert off[0] > 0.1
 
 
+def other_than_the_tape(name, problem):
+    """Return a solver for the tape, and something that takes derivatives from other points."""
+    draws = torch.Generator().manual_seed(0)
+    if name == "finite":
+        finite = mf.Unrolled(hvp=mf.hvp_finite())
+        return mf.SGD(0.1, 1), mf.bilevel(problem, solver=mf.SGD(0.1, 1), estimator=finite)
+    if name == "penalty":
+        # At the solution, so that the tape and a penalty estimate the same derivative.
+        solver = mf.SGD(0.5, 200)
+        return solver, mf.bilevel(problem, solver=solver, estimator=mf.Penalty(1e4))
+    if name == "evograd":
+        # The expected step of the copies is one of gradient descent with the rate sigma^2 / T.
+        copies = mf.EvoGrad(0.02, copies=4000, temperature=0.02**2 / 1e-3, generator=draws)
+        start = mf.bilevel(problem, solver=mf.SGD(1e-3, 0), estimator=copies)
+        return mf.SGD(1e-3, 1), start
+    solver = mf.SGD(0.3, 8)
+    value = mf.bilevel(problem, solver=solver, estimator=mf.FirstOrder())
+    return solver, mf.algorithms.Evolution(value, sigma=1e-3, pairs=4000, generator=draws)
+
+
+@pytest.mark.parametrize("name", ["finite", "penalty", "evograd", "evolution"])
+@pytest.mark.parametrize("detached", [False, True], ids=["constant", "detached"])
+def test_compare_shows_what_sees_through_detach(name, detached):
+    """With constant weights of the examples all agree with the tape; with detached ones none."""
+    x, y = torch.randn(8, 3), torch.randn(8)
+
+    def each(w):
+        return (x @ w - y) ** 2
+
+    def inner(fast, slow, data):
+        value = each(fast["w"])
+        seen = value.detach() if detached else each(torch.zeros(3))
+        return (torch.sigmoid(slow["a"] * seen) * value).mean()
+
+    problem = mf.Problem(
+        inner,
+        lambda fast, slow, data: (each(fast["w"]) * torch.linspace(0, 1, 8)).mean(),
+        lambda slow, support: {"w": torch.zeros(3)},
+    )
+    solver, other = other_than_the_tape(name, problem)
+    result = mf.compare(
+        problem,
+        {"a": torch.tensor(0.5)},
+        mf.Episode(None, None),
+        solver=solver,
+        estimators={"tape": mf.Unrolled()},
+        others={name: other},
+        reference="tape",
+        repeats=1,
+    )
+    row = result.rows[-1]
+    # Four standard deviations of the draws; the detached weights change much more.
+    assert (row["verdict"] in ("exact", "close")) != detached, row
+    assert not detached or row["relative_error"] > 0.1
+
+
 def test_the_inner_losses_go_on_to_the_one_after_the_last_step():
     """Quadratic: with rate r the loss is multiplied by (1 - 2 r)^2 in each step."""
 

@@ -16,7 +16,7 @@ from metafocus.comparison.inner_curve import inner_curve
 from metafocus.comparison.observe import Report, examine, first_draw, observe, timed
 from metafocus.comparison.report import Comparison, environment
 from metafocus.engine import MetaLoss, bilevel, hypergrad
-from metafocus.errors import NotStationaryWarning, ProblemError
+from metafocus.errors import NotStationaryWarning, ProblemError, RebuiltWarning
 from metafocus.estimators import Estimator
 from metafocus.estimators.attached import STATIONARY
 from metafocus.problem import Problem, as_episode, constants, refuse_empty
@@ -103,8 +103,10 @@ def compare(
     if both:
         raise ProblemError(f"{both[0]!r} names an estimator and one of others: rename one.")
     with warnings.catch_warnings():
-        # The verdict says it.
+        # The verdict reports this.
         warnings.simplefilter("ignore", NotStationaryWarning)
+        # Each comparison builds its meta losses.
+        warnings.simplefilter("ignore", RebuiltWarning)
         exact = _exact(reference, losses, problem, outer, episode, solver)
         if exact is None or not is_finite(exact):
             raise ProblemError(f"the reference hypergradient ({title}) is not finite.")

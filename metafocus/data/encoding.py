@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metafocus.data.chat import (
-    TURNS,
-    Encoder,
-    Made,
-    Sample,
-    check_max_length,
-    last_answer,
-    truncate,
-    up_to,
-)
-from metafocus.data.messages import check_messages, from_arrow, is_trained, without_nulls
+from metafocus.checks import whole
+from metafocus.data import cache
+from metafocus.data.chat import TURNS, Made, Sample, check_max_length, truncate
+from metafocus.data.records import Encoders, in_processes
 from metafocus.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _NAMED = 5  # skipped chats whose reasons are kept
-_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -85,6 +77,8 @@ def encode_chats(
     turns: str = "as_rendered",
     chat_template_kwargs: Mapping[str, Any] | None = None,
     strict: bool = False,
+    num_proc: int = 1,
+    cache_dir: str | Path | None = None,
     progress: bool = False,
 ) -> Encoded:
     """Encode every chat as `encode_chat` does, and drop those without an answer to predict.
@@ -93,7 +87,8 @@ def encode_chats(
     cannot be encoded is skipped and counted.
 
     Args:
-        records: dicts with `messages` and optionally `tools` and `chat_template_kwargs`.
+        records: dicts with `messages` and optionally `tools` and `chat_template_kwargs`, or of
+            another format that `read_chats` knows.
         tokenizer: a Hugging Face tokenizer with a chat template.
         max_length: the largest number of tokens; the rest is cut on the tokenizer's
             `truncation_side`.
@@ -104,6 +99,10 @@ def encode_chats(
         chat_template_kwargs: more variables of the template, such as `enable_thinking`; those of a
             record come on top.
         strict: whether to raise for a chat that cannot be encoded.
+        num_proc: the number of processes that encode. A script that asks for several needs
+            `if __name__ == "__main__"`.
+        cache_dir: a directory for the result, under a hash of the records, the tokenizer, the
+            settings and the code. Tools that are functions, which cannot be hashed, are not kept.
         progress: whether to show a progress bar.
 
     Raises:
@@ -126,83 +125,34 @@ def encode_chats(
             f"records is a {type(records).__name__}: pass a list of dicts with messages, as "
             "read_chats returns it"
         )
+    whole("num_proc", num_proc, 1, error=DataError)
+    arrow = type(records).__module__.partition(".")[0] == "datasets"
+    encoders = Encoders(tokenizer, merge_context, chat_template_kwargs, arrow, turns)
+    tally = _Tally(tokenizer, max_length, strict)
+    name = None
+    if cache_dir is not None:
+        records = list(records)
+        settings = [max_length, merge_context, turns, chat_template_kwargs, strict, arrow]
+        name = cache.key(records, tokenizer, {"settings": settings})
+        found = name and cache.load(cache_dir, name)
+        if found:
+            samples, counts = found
+            return Encoded(samples, **{**counts, "reasons": tuple(counts["reasons"])})
+    if num_proc == 1:
+        made = encoders.encode(enumerate(records))
+    else:
+        made = in_processes(encoders, records, num_proc)
     if progress:
         from tqdm import tqdm
 
-        records = tqdm(records, desc="encoding chats", unit="chat")
-    tally = _Tally(tokenizer, max_length, strict)
-    arrow = type(records).__module__.partition(".")[0] == "datasets"
-    encoders = _Encoders(tokenizer, merge_context, chat_template_kwargs, arrow)
-    for i, made in encoders.encode(enumerate(records), turns):
-        tally.add(i, made)
-    return tally.result()
-
-
-class _Encoders:
-    """One encoder for each set of variables of the template."""
-
-    def __init__(
-        self,
-        tokenizer: Any,
-        merge_context: bool,
-        variables: Mapping[str, Any] | None,
-        arrow: bool,
-    ):
-        self._tokenizer, self._merge_context = tokenizer, merge_context
-        self._variables, self._arrow = variables, arrow
-        self._made: dict[str, Encoder] = {}
-        self._of({})  # raises for a tokenizer that cannot be used
-
-    def _of(self, record: Mapping[str, Any]) -> Encoder:
-        own = record.get("chat_template_kwargs")
-        key = repr(own) if own else ""
-        if key not in self._made:
-            variables = {**(self._variables or {}), **own} if own else self._variables
-            self._made[key] = Encoder(self._tokenizer, self._merge_context, variables)
-        return self._made[key]
-
-    def encode(
-        self, records: Iterable[tuple[int, Any]], turns: str
-    ) -> Iterator[tuple[int, list[Made] | DataError]]:
-        """Yield the index of each record and what was made of it."""
-        rest = iter(records)
-        while batch := list(islice(rest, _AT_ONCE)):
-            parts: list[tuple[int, Encoder, Sequence[Any], Any]] = []
-            failed: dict[int, DataError] = {}
-            for i, record in batch:
-                try:
-                    encoder, chats, tools = self._chats(record, turns)
-                except DataError as error:
-                    failed[i] = error
-                else:
-                    parts += [(i, encoder, chat, tools) for chat in chats]
-            made: dict[int, list[Made]] = {i: [] for i, _ in batch}
-            for encoder in {id(part[1]): part[1] for part in parts}.values():
-                mine = [part for part in parts if part[1] is encoder]
-                encoded = encoder.encode_all([(chat, tools) for _, _, chat, tools in mine])
-                for (i, *_), one in zip(mine, encoded, strict=True):
-                    if isinstance(one, DataError):
-                        failed.setdefault(i, one)
-                    else:
-                        made[i].append(one)
-            for i, _ in batch:
-                yield i, failed.get(i, made[i])
-
-    def _chats(self, record: Any, turns: str) -> tuple[Encoder, list[Any], Any]:
-        if not isinstance(record, Mapping):
-            raise DataError(f"{record!r:.80} is no dict with messages")
-        messages = record.get("messages")
-        if isinstance(messages, list) and (self._arrow or from_arrow(messages)):
-            record = without_nulls(record)
-            messages = record["messages"]
-        check_messages(messages)
-        encoder = self._of(record)
-        trained = [i for i, message in enumerate(messages) if is_trained(message)]
-        if turns == "last" and trained:
-            return encoder, [last_answer(messages)], record.get("tools")
-        if turns == "each" and trained:
-            return encoder, [up_to(messages, i) for i in trained], record.get("tools")
-        return encoder, [messages], record.get("tools")
+        made = tqdm(made, desc="encoding chats", unit="chat")
+    for i, one in made:
+        tally.add(i, one)
+    result = tally.result()
+    if cache_dir is not None and name:
+        counts = {f.name: getattr(result, f.name) for f in fields(result) if f.name != "samples"}
+        cache.save(cache_dir, name, result.samples, {**counts, "reasons": list(result.reasons)})
+    return result
 
 
 class _Tally:
@@ -224,15 +174,15 @@ class _Tally:
                 self._reasons.append(f"record {i}: {made}")
             return
         kept = 0
-        for whole, unstopped, rewritten in made:
-            sample = truncate(whole, self._max_length, self._side)
-            self._truncated += sample is not whole
+        for full, unstopped, rewritten in made:
+            sample = truncate(full, self._max_length, self._side)
+            self._truncated += sample is not full
             if sample["answer_mask"][1:].any():
                 self._samples.append(sample)
                 self._unstopped += unstopped
                 self._rewritten += rewritten
                 kept += 1
-            elif whole["answer_mask"][1:].any():
+            elif full["answer_mask"][1:].any():
                 self._cut_off += 1
         self._dropped += kept == 0
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from metafocus.calls import changed, evaluating
 from metafocus.checks import whole
 from metafocus.errors import DataError
 from metafocus.evals.items import Count, Item
@@ -82,9 +83,7 @@ def answers(
     order = sorted(range(len(items)), key=lambda i: (items[i].new_tokens, -len(ids[i])))
     ends = end_tokens(model, tokenizer)
     found: dict[int, str] = {}
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         while len(found) < len(items):
             rest = order[len(found) : len(found) + batch_size]
             new = items[rest[0]].new_tokens
@@ -102,8 +101,6 @@ def answers(
             found |= texts
             if each is not None:
                 each(texts)
-    finally:
-        model.train(training)
     return [found[i] for i in range(len(items))]
 
 
@@ -162,20 +159,14 @@ def closed_thoughts(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return tokenizer.encode(_CLOSED, add_special_tokens=False)
 
 
-@contextmanager
-def own_settings(model: PreTrainedModel) -> Iterator[None]:
+def own_settings(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Hide the generation settings of a checkpoint.
 
     `generate` takes from them whatever the settings that it is given leave open.
     """
     from transformers import GenerationConfig
 
-    before = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = before
+    return changed((model, "generation_config", GenerationConfig()))
 
 
 @torch.inference_mode()

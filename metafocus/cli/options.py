@@ -107,8 +107,8 @@ def adapter(args: argparse.Namespace) -> LoRA:
 
 def solver(args: argparse.Namespace, rate: float | None = None) -> SGD:
     """Return the inner optimiser that the options describe, with one of several rates."""
-    rate = args.inner_lr if rate is None else rate
-    return SGD(rate, args.inner_steps, clip=clip_per_tensor(args.inner_clip))
+    chosen: Any = args.inner_lr if rate is None else rate
+    return SGD(chosen, args.inner_steps, clip=clip_per_tensor(args.inner_clip))
 
 
 def add_model(

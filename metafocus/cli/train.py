@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import ProgressCallback
+from transformers import IntervalStrategy, ProgressCallback
 
 from metafocus.adapters import LoRA
 from metafocus.cli import chats, options
@@ -57,10 +58,15 @@ def main(argv: list[str]) -> FocusTrainer:
 def _run(settings: Settings, output: Path, resume: str | bool | None) -> FocusTrainer:
     data, args = settings.data, settings.args
     train, heldout = _read(data, args.seed)
+    _check_evaluation(args, data, train, heldout)
     _note_unused(settings)
     torch.manual_seed(args.seed)
     model, tokenizer = options.model_and_tokenizer(
-        settings.model, lambda: chats.texts(train), data.max_length
+        settings.model,
+        lambda: chats.texts(train),
+        data.max_length,
+        base=train is not None and not any("messages" in record for record in train),
+        template=chats.template(data.chat_template),
     )
     adapter = args.adapter(model)
     if isinstance(adapter, LoRA):
@@ -126,21 +132,41 @@ def _resume(args: FocusArguments) -> str | bool | None:
 
 def _read(data: DataArguments, seed: int) -> tuple[chats.Chats | None, chats.Chats]:
     """Return chats to train on and held-out ones; None for those that wait for a tokenizer."""
-    heldout = read_chats(data.validation_file) if data.validation_file else None
+    # What is wrong with a single chat is found where it is encoded.
+    heldout = read_chats(data.validation_file, check=False) if data.validation_file else None
     if data.dataset_name is not None:
-        parts = read_dataset(data.dataset_name, data.dataset_config_name)
-        if "train" not in parts:
-            raise DataError(
-                f"dataset_name={data.dataset_name!r} has no split named train, only "
-                f"{', '.join(parts)}."
-            )
-        train = parts["train"]
-        heldout = heldout or parts.get("validation") or parts.get("test")
+        train, named = _data_set(data, data.dataset_name)
+        heldout = heldout or named
     else:
-        train = chats.read(data.train_file or "")
+        train = chats.read(data.train_file or "", check=False)
     if train is None or heldout is not None:
         return train, heldout or []
     return chats.split(train, data.validation_split_percentage, seed)
+
+
+def _data_set(data: DataArguments, name: str) -> tuple[chats.Chats, chats.Chats | None]:
+    """Return the split to train on and the one that is held out, if there is one."""
+    limit = data.max_train_samples if data.dataset_streaming else None
+    if limit is not None:
+        # Some of them may be held out.
+        limit = math.ceil(limit / (1 - data.validation_split_percentage / 100))
+    parts = read_dataset(
+        name,
+        data.dataset_config_name,
+        streaming=data.dataset_streaming,
+        limit=limit,
+        check=False,
+    )
+    for flag in ("dataset_train_split", "dataset_test_split"):
+        part = getattr(data, flag)
+        if part is not None and part not in parts:
+            raise DataError(
+                f"dataset_name={name!r} has no split named {part}, only {', '.join(parts)}: pass "
+                f"--{flag} with one of them."
+            )
+    held = (data.dataset_test_split, "validation", "test")
+    named = next((parts[part] for part in held if part is not None and part in parts), None)
+    return parts[data.dataset_train_split], named
 
 
 def _documentation(
@@ -154,6 +180,17 @@ def _documentation(
         held = data.max_eval_samples or max(count // 10, 8)
         heldout = chats.documentation(tokenizer, split="heldout", n=held, **made)
     return train, heldout
+
+
+def _check_evaluation(
+    args: FocusArguments, data: DataArguments, train: chats.Chats | None, heldout: chats.Chats
+) -> None:
+    made = train is None and data.validation_split_percentage > 0
+    if args.eval_strategy != "no" and not heldout and not made:
+        raise DataError(
+            f"--eval_strategy {IntervalStrategy(args.eval_strategy).value} has nothing to evaluate "
+            "on: name --validation_file FILE, or pass --validation_split_percentage above 0."
+        )
 
 
 def _note_unused(settings: Settings) -> None:
@@ -183,6 +220,11 @@ def _encoded(name: str, records: chats.Chats, tokenizer: Any, settings: Settings
         tokenizer,
         max_length=data.max_length,
         merge_context=not data.separate_messages,
+        turns=data.turns,
+        chat_template_kwargs=data.template_variables(),
+        strict=data.strict,
+        num_proc=data.dataset_num_proc,
+        cache_dir=data.encoding_cache,
     )
     _say(settings.args, f"{name}: {found.summary()}")
     return found.samples

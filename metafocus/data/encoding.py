@@ -203,7 +203,7 @@ class _Tally:
         if self._skipped:
             return (
                 f"{self._skipped} of {self._seen} chats cannot be encoded, and the others have no "
-                f"answers. {'; '.join(self._reasons)}"
+                f"answers. {self._reasons[0]}"
             )
         return (
             f"no answers at all in {self._seen} chats: {self._cut_off} lost theirs to max_length="

@@ -109,6 +109,11 @@ class LMLoss:
         with self._running(), self.adapter.bind(self.model, fast):
             return self._read({}, batch)
 
+    def logits(self, fast: Params, batch: Batch) -> Tensor:
+        """Return all logits under the mask, `[B, S, V]`, of a prepared batch."""
+        with self.adapter.bind(self.model, fast), self._running():
+            return self._run({}, batch).logits
+
     def trial_batch(self) -> Batch:
         """Return two tokens as a prepared batch, for a check of the model."""
         return {"model_inputs": two_tokens(self.model)}

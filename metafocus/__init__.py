@@ -36,8 +36,10 @@ from metafocus.autodiff import (
     hvp_reverse,
     stores,
 )
+from metafocus.autodiff.pieces import micro_batches
 from metafocus.autodiff.recompute import recompute
 from metafocus.comparison import Comparison, compare
+from metafocus.comparison.smooth import Smoothness, smoothness
 from metafocus.engine import MetaLoss, adapt, bilevel, hypergrad
 from metafocus.estimators import (
     Estimator,
@@ -69,7 +71,7 @@ from metafocus.solvers import (
     per_step,
     solve_inner,
 )
-from metafocus.streams import Batches, PerStep, shared
+from metafocus.streams import Batches, PerStep, shared, zipped
 from metafocus.tasks import over_tasks
 from metafocus.types import (
     HVP,
@@ -129,6 +131,7 @@ __all__ = [
     "Placement",
     "Problem",
     "RMSprop",
+    "Smoothness",
     "Solution",
     "Solver",
     "Spans",
@@ -160,6 +163,7 @@ __all__ = [
     "lm_loss",
     "masks",
     "matching",
+    "micro_batches",
     "models",
     "over_tasks",
     "params",
@@ -168,12 +172,14 @@ __all__ = [
     "recipes",
     "recompute",
     "shared",
+    "smoothness",
     "solve_inner",
     "stack_episodes",
     "stores",
     "top_layers",
     "trainable",
     "trust",
+    "zipped",
 ]
 
 

@@ -36,6 +36,25 @@ def replaced(path: str | Path) -> Iterator[Path]:
         raise
 
 
+def check_utf8(name: str, text: str) -> None:
+    """Raise for a path that is no UTF-8: it cannot be written to a file of settings or of weights.
+
+    Args:
+        name: the argument.
+        text: its value, in which Python has kept the bytes that are no UTF-8.
+
+    Raises:
+        DataError: with the name and the value.
+
+    Example:
+        >>> check_utf8("output_dir", "runs/a")
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"{name}={text!a} is not UTF-8: rename it, or name another.") from error
+
+
 def write_whole(path: str | Path, text: str) -> None:
     """Write a text so that a file of this name is whole or as it was before.
 

@@ -179,8 +179,10 @@ def test_a_trial():
         return f"Answer: {letter}" if seed % 3 == 0 else "Answer: none"
 
     seen = []
-    trial = evaluate(endpoint, questions, samples=6, ks=(1, 3, 6), seed=1, progress=seen.append)
-    assert sum(seen) == 30
+    trial = evaluate(
+        endpoint, questions, samples=6, ks=(1, 3, 6), seed=1, each=lambda *ended: seen.append(ended)
+    )
+    assert [ended[:2] for ended in seen] == [(i, j) for i in range(5) for j in range(6)]
     counts = [sum(e.correct for e in row) for row in trial.attempts]
     assert 0 < sum(counts) < 30  # chance 1/3: neither has one seed in 10^5
     for rate, k in zip(trial.rates, (1, 3, 6), strict=True):

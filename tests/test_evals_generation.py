@@ -11,8 +11,8 @@ from metafocus.errors import DataError
 from metafocus.evals import babilong, builtin_prose, ruler
 from metafocus.evals.agentic import LocalEndpoint, TooLong
 from metafocus.evals.positions import positions
-from metafocus.evals.prompts import chat_text, encode, prompt_counter, prompt_text
-from metafocus.evals.run import answers, end_tokens, sample
+from metafocus.evals.prompts import chat_text, encode
+from metafocus.evals.run import answers, end_tokens, prompt_counter, prompt_text, sample_tokens
 from metafocus.evals.thinking import split_thoughts
 
 CHAT = [{"role": "user", "content": "Say something."}]
@@ -81,7 +81,8 @@ def sampled(model, tokenizer, items):
 def draws(model, tokenizer, items):
     ids = encode(prompt_text(items[0], tokenizer), tokenizer)
     return [
-        sample(model, ids, 12, 1.0, ends=end_tokens(model, tokenizer), seed=s) for s in range(6)
+        sample_tokens(model, ids, 12, 1.0, ends=end_tokens(model, tokenizer), seed=s)
+        for s in range(6)
     ]
 
 
@@ -209,10 +210,10 @@ def test_reasoning_has_a_budget_and_is_no_part_of_an_answer(model, tokenizer, it
     text = chat_text([{"role": "user", "content": item.prompt}], tokenizer, thinking=True)
     ids = encode(text, tokenizer)
     ends = [*end_tokens(model, tokenizer), tokenizer.convert_tokens_to_ids("</think>")]
-    thought = sample(model, ids, 9, 0.0, ends=ends)
+    thought = sample_tokens(model, ids, 9, 0.0, ends=ends)
     tail = tokenizer.encode(f"\n</think>\n\n{item.answer_prefix}", add_special_tokens=False)
     row = [*ids, *thought, *tail]
-    said = sample(model, row, item.new_tokens, 0.0, ends=end_tokens(model, tokenizer))
+    said = sample_tokens(model, row, item.new_tokens, 0.0, ends=end_tokens(model, tokenizer))
     assert found[0] == split_thoughts(tokenizer.decode(said, skip_special_tokens=True))[1]
     assert not any("</think>" in text for text in found)
     endpoint = LocalEndpoint(model, tokenizer, temperature=0, new_tokens=5, thinking=9)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from metafocus import params as pt
 from metafocus import streams
+from metafocus.autodiff.purity import watched
 from metafocus.autodiff.recompute import Ambient
 from metafocus.autodiff.stores import Store
 from metafocus.autodiff.stores.places import Place
@@ -82,7 +83,7 @@ class StoredLoop:
     ) -> tuple[Params, State, list[Tensor], list[Params]]:
         """Return what `segment` returns, without the state after the last step."""
         refuse_transforms()
-        support = streams.watched(support)
+        support = watched(support)
         inputs, self.rebuild = pt.partition((params, state, outer, support))
         self.ambient, self.drawn = Ambient(inputs), Drawn(inputs)
         self.kept: _Kept | None = None

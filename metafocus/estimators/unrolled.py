@@ -13,7 +13,8 @@ from torch import Tensor
 from metafocus import params as pt
 from metafocus import streams
 from metafocus.autodiff.grad import pullback
-from metafocus.autodiff.hvp import evaluated_for, hvp_reverse
+from metafocus.autodiff.hvp import check_hvp, evaluated_for, hvp_reverse
+from metafocus.autodiff.purity import watched
 from metafocus.autodiff.recompute import recompute
 from metafocus.autodiff.stores import Store
 from metafocus.checks import whole
@@ -121,6 +122,7 @@ class Unrolled(Estimator):
             whole("last", self.last)
         if not isinstance(self.recompute, bool):
             whole("recompute", self.recompute)
+        check_hvp(self.hvp)
         if self.store is not None:
             self._check_store()
 
@@ -211,7 +213,7 @@ class Unrolled(Estimator):
         def run(params: Params, state: State, outer: Params, support: Any) -> Any:
             losses: list[Tensor] = []
             kept: list[Params] = []
-            support = streams.watched(support)
+            support = watched(support)
             for part in _segments(steps, size):
                 # The fast weights after the last step are the result already.
                 inside = [step for step in path if step in part[:-1]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from metafocus.evals.items import Count, Item
+from metafocus.evals.items import Item
 from metafocus.evals.thinking import CLOSE, OPEN, split_thoughts
 
 if TYPE_CHECKING:
@@ -52,20 +52,10 @@ def chat_text(
     return f"{text.rstrip()}\n{CLOSE}\n\n" if opened else text
 
 
-def prompt_text(item: Item, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a chat with one user message, the header of the answer, and its first words."""
-    return _chat(item.prompt, tokenizer) + prefix_text(item, tokenizer)
-
-
 def prefix_text(item: Item, tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the first words of an answer, as they follow the header of the answer."""
     plain = tokenizer.chat_template is None and item.answer_prefix
     return f" {item.answer_prefix}" if plain else item.answer_prefix
-
-
-def prompt_counter(tokenizer: PreTrainedTokenizerBase) -> Count:
-    """Return a function that counts the tokens of a prompt, including the chat template."""
-    return lambda text: len(encode(_chat(text, tokenizer), tokenizer))
 
 
 def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -91,7 +81,3 @@ def answer_text(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
 def said(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
     """Return generated tokens as text without reasoning."""
     return split_thoughts(answer_text(ids, tokenizer))[1]
-
-
-def _chat(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    return chat_text([{"role": "user", "content": text}], tokenizer)

@@ -49,12 +49,7 @@ def load(name_or_path: str | Path, **kwargs: Any) -> tuple[PreTrainedModel, Any]
         >>> type(model).__name__, tokenizer.pad_token
         ('Qwen2ForCausalLM', '<|endoftext|>')
     """
-    name = str(name_or_path)
-    if name == smollm2.NAME:
-        name = str(dequantised.directory(smollm2.gguf_file()))
-    elif name.endswith(".gguf"):
-        name = str(dequantised.directory(Path(name)))
-    return _from_pretrained(name, kwargs)
+    return _from_pretrained(_on_disk(name_or_path), kwargs)
 
 
 def described(model: PreTrainedModel) -> str:
@@ -69,6 +64,14 @@ def described(model: PreTrainedModel) -> str:
     size = sum(p.numel() for p in model.parameters())
     source = getattr(model.config, dequantised.SOURCE, None)
     return f"{type(model).__name__} with {size:,} parameters" + (f", {source}" if source else "")
+
+
+def _on_disk(name_or_path: str | Path) -> str:
+    """Return the directory of a GGUF file's dequantised copy; any other name as it is."""
+    name = str(name_or_path)
+    if name == smollm2.NAME:
+        return str(dequantised.directory(smollm2.gguf_file()))
+    return str(dequantised.directory(Path(name))) if name.endswith(".gguf") else name
 
 
 def _from_pretrained(name: str, kwargs: dict[str, Any]) -> tuple[PreTrainedModel, Any]:
@@ -98,6 +101,24 @@ def _from_pretrained(name: str, kwargs: dict[str, Any]) -> tuple[PreTrainedModel
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
+
+
+def load_tokenizer(name_or_path: str | Path) -> Any:
+    """Load the tokenizer of `load` alone; no code beside it is run.
+
+    Raises:
+        DataError: if it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    name = _on_disk(name_or_path)
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise DataError(
+            f"the tokenizer name_or_path={name!r} cannot be loaded: {reason}"
+        ) from error
 
 
 def check_fits(model: PreTrainedModel, tokenizer: Any, max_length: int) -> None:

@@ -84,6 +84,10 @@ clip=clip_per_tensor(limit=1.0))
     )
     max_nonfinite: int = described(5, "steps in a row that may be left out before training stops")
 
+    allow_changed: bool = described(
+        False, "resume although settings or data differ from those of the checkpoint"
+    )
+
     def __post_init__(self) -> None:
         for name, table in {
             "method": dict.fromkeys(("focusft", "sft")),

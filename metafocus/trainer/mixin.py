@@ -8,7 +8,6 @@ accumulation, mixed precision, DDP, FSDP, callbacks, logging, the hub.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ from metafocus.lm.tokens import predicted
 from metafocus.recipes._focusft import focusft
 from metafocus.trainer import checks
 from metafocus.trainer.batch import as_batch, check_length, labels_of, without_repeats
-from metafocus.trainer.checkpoints import SEAL, require_complete, resumable, saving
 from metafocus.trainer.compilation import compile_below
 from metafocus.trainer.config import FocusOptions
 from metafocus.trainer.distributed import focusft_sharded, is_sharded, through
@@ -73,6 +71,7 @@ class FocusMixin(ReliableMixin):
         if args is not None:
             checks.check_supported(args, kwargs.get("compute_loss_func"))
             checks.check_writable(args)
+        checks.check_router(model)
         own = args if isinstance(args, FocusOptions) else FocusOptions()
         self._recipe, self._factory = dict(recipe or {}), meta_loss_factory
         super().__init__(model, args, focus=focus or own, **kwargs)
@@ -172,6 +171,9 @@ class FocusMixin(ReliableMixin):
     def _bad_losses(self) -> Tensor:
         return self._journal.take_bad_losses()
 
+    def _objects(self) -> Any:
+        return self._recipe, getattr(self._factory, "__qualname__", self._factory)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the window's means of the inner loops beside the training loss."""
         if "loss" in logs:
@@ -243,31 +245,6 @@ class FocusMixin(ReliableMixin):
             reduced: Any = self.accelerator.reduce(torch.stack(sums), "sum")
             output.metrics[name] = float(reduced[0] / reduced[1].clamp(min=1))
         return output
-
-    # Checkpoints ----------------------------------------------------------------------------
-
-    def train(
-        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        """Train; `True` resumes the newest complete checkpoint, or begins where there is none.
-
-        Raises:
-            DataError: for a checkpoint that is damaged, where no complete one is left.
-        """
-        ranks = self.args.world_size
-        if resume_from_checkpoint is True:
-            found = resumable(self.args.output_dir or ".", ranks=ranks)
-            resume_from_checkpoint = None if found is None else str(found)
-        elif resume_from_checkpoint:
-            require_complete(resume_from_checkpoint, ranks=ranks)
-        return super().train(resume_from_checkpoint or None, *args, **kwargs)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        place = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        with saving(place, "the checkpoint"):
-            if self.args.should_save:
-                (place / SEAL).unlink(missing_ok=True)
-            super()._save_checkpoint(model, trial)
 
 
 class _FirstMicroStep(TrainerCallback):

@@ -6,7 +6,16 @@ import json
 
 import pytest
 import torch
-from injected import PLACES, SAVING, Seen, infinite_gradient, moved, nan_gradient, nan_loss, poisoned
+from injected import (
+    PLACES,
+    SAVING,
+    Seen,
+    infinite_gradient,
+    moved,
+    nan_gradient,
+    nan_loss,
+    poisoned,
+)
 from safetensors.torch import load_file
 from trainer_script import tiny, trainer, weights
 from transformers import TrainerCallback
@@ -84,9 +93,14 @@ def test_too_many_in_a_row_stop_the_run(tmp_path):
     assert calm.state.log_history[-2]["skipped_steps"] == 3.0
 
 
-@pytest.mark.parametrize(("place", "what"), [(nan_gradient, "the gradient norm is nan"),
-                                             (infinite_gradient, "the gradient norm is inf"),
-                                             (nan_loss, "the training loss was NaN or infinite 1")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("place", "what"),
+    [
+        (nan_gradient, "the gradient norm is nan"),
+        (infinite_gradient, "the gradient norm is inf"),
+        (nan_loss, "the training loss was NaN or infinite 1"),
+    ],
+)
 def test_stop(tmp_path, place, what):
     seen = Seen()
     run = trainer(tiny(), tmp_path, callbacks=[seen], kept=poisoned(place, {1}),
@@ -134,9 +148,7 @@ def scaled(run, scale: float):
 
 def test_what_the_scaler_leaves_out_is_counted_apart(tmp_path):
     seen = Seen()
-    run = trainer(
-        tiny(torch.float32), tmp_path, callbacks=[seen], kept=poisoned(nan_gradient, {1})
-    )
+    run = trainer(tiny(torch.float32), tmp_path, callbacks=[seen], kept=poisoned(nan_gradient, {1}))
     scaled(run, 4.0)
     run.train()
     assert moved(seen) == [True, False, True, True]

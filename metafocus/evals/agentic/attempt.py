@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 from metafocus.checks import whole
@@ -50,6 +50,12 @@ class Attempt:
     messages: tuple[Message, ...]
     runs: tuple[dict[str, Any] | None, ...]
     thoughts: tuple[str, ...] = ()
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Attempt:
+        """Return an attempt from its record in JSON, which has lists for tuples."""
+        found = {field.name: record[field.name] for field in fields(cls)}
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in found.items()})
 
 
 def play(

@@ -10,7 +10,7 @@ from metafocus.checks import whole
 from metafocus.errors import DataError, MetafocusError
 from metafocus.evals.positions import positions
 from metafocus.evals.prompts import answer_text, chat_text, encode
-from metafocus.evals.run import closed_thoughts, end_tokens, sample, think_end
+from metafocus.evals.run import closed_thoughts, end_tokens, sample_tokens, think_end
 from metafocus.evals.thinking import CLOSE, OPEN
 
 if TYPE_CHECKING:
@@ -97,6 +97,6 @@ class LocalEndpoint:
         return thought + answer_text(self._sample(ids, room, ends, seed), self.tokenizer)
 
     def _sample(self, ids: list[int], new: int, ends: list[int], seed: int) -> list[int]:
-        return sample(
+        return sample_tokens(
             self.model, ids, new, self.temperature, ends=ends, top_p=self.top_p, seed=seed
         )

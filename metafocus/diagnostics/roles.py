@@ -10,7 +10,7 @@ from torch import Tensor
 from metafocus import masks
 from metafocus.errors import DataError
 from metafocus.lm import Batch, all_tokens, answer_tokens
-from metafocus.masks.rows import take
+from metafocus.masks.entries import take
 
 SINKS = (1, 4)
 """How many tokens at the start of a document count as the sink."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -17,6 +18,8 @@ from metafocus.torch_internals import (
     is_batched,
     is_tracked,
     raised_by_functional_call,
+    tape_of_its_own,
+    transforming,
 )
 from metafocus.types import InnerLoss, Params
 
@@ -80,6 +83,27 @@ def _asked(inner_loss: InnerLoss, fast: Params, slow: Params, data: Any) -> list
     except Exception:
         pass
     return missing
+
+
+def unused_by(loss: Callable[[Params], Tensor], at: Params) -> set[str]:
+    """Return the names of the tensors that a scalar does not depend on; inside transforms too."""
+    if not transforming():
+        # The tape accepts what a transform refuses: batch norm that counts its batches, a loss
+        # that builds a graph of its own, custom Functions of the old form.
+        leaves = {k: v.detach().requires_grad_() for k, v in at.items()}
+        return unused_in(loss(dict(leaves)), leaves)
+    with tape_of_its_own() as tape:
+        leaves = {k: tape.leaf(v) for k, v in at.items()}
+        value = loss(dict(leaves))
+        return unused_in(value, leaves) if tape.holds(value) else set(leaves)
+
+
+def unused_in(value: Tensor, leaves: Params) -> set[str]:
+    """Return the names of the leaves that the graph of a scalar does not reach."""
+    if not value.requires_grad or not leaves:
+        return set(leaves)
+    found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+    return {k for k, g in zip(leaves, found, strict=True) if g is None}
 
 
 def refuse_ignored(unused: set[str], point: Params) -> None:

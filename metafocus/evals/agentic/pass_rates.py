@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from metafocus.errors import DataError
@@ -11,6 +11,7 @@ from metafocus.evals.agentic.attempt import Attempt, Tool, play
 from metafocus.evals.agentic.endpoints import Endpoint
 from metafocus.evals.agentic.passk import pass_at_k
 from metafocus.evals.agentic.questions import Choice
+from metafocus.evals.asking import ask_all
 from metafocus.evals.intervals import wilson
 
 
@@ -63,12 +64,14 @@ def evaluate(
     tool: Tool | None = None,
     calls: int = 5,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    concurrency: int = 1,
+    done: Mapping[tuple[int, int], Attempt] | None = None,
+    each: Callable[[int, int, Attempt], None] | None = None,
 ) -> Trial:
     """Ask each question `samples` times, and estimate pass@k without bias.
 
     Trial j at question i has a seed of its own, which depends neither on the number of questions
-    nor on the number of samples.
+    nor on the number of samples. One request that fails does not stop the others.
 
     Args:
         endpoint: the endpoint that replies.
@@ -78,11 +81,13 @@ def evaluate(
         tool: such as `run_python`; None for no tool.
         calls: the largest number of calls of the tool in one trial.
         seed: the seed of all trials.
-        progress: called with 1 after each trial.
+        concurrency: the largest number of trials at the same time; 1 for a local model.
+        done: attempts that are known already, by the numbers of the question and the sample.
+        each: called after each trial with these two numbers and the attempt.
 
     Raises:
-        DataError: if there are no questions, if `samples` is below 1, or if a k is not in
-            1..samples.
+        DataError: if there are no questions, if `samples` is below 1, if a k is not in 1..samples,
+            or if requests failed; the other trials have then been passed to `each`.
 
     Example:
         >>> from metafocus.evals.agentic import evaluate, science
@@ -95,15 +100,21 @@ def evaluate(
             f"{len(questions)} questions, samples={samples}, ks={tuple(ks)}: needs at least one of "
             "each and 1 <= k <= samples"
         )
-    found: list[tuple[Attempt, ...]] = []
-    for i, question in enumerate(questions):
-        row = []
-        for j in range(samples):
-            own = random.Random(f"agentic {seed} {i} {j}").getrandbits(40)
-            row.append(play(endpoint, question, tool=tool, calls=calls, seed=own))
-            if progress is not None:
-                progress(1)
-        found.append(tuple(row))
+    known = dict(done or {})
+    pairs = [(i, j) for i in range(len(questions)) for j in range(samples)]
+
+    def ask(pair: tuple[int, int]) -> Attempt:
+        own = random.Random(f"agentic {seed} {pair[0]} {pair[1]}").getrandbits(40)
+        return play(endpoint, questions[pair[0]], tool=tool, calls=calls, seed=own)
+
+    def keep(pair: tuple[int, int], attempt: Attempt) -> None:
+        known[pair] = attempt
+        if each is not None:
+            each(*pair, attempt)
+
+    missing = [pair for pair in pairs if pair not in known]
+    ask_all(missing, ask, keep, concurrency=concurrency)
+    found = [tuple(known[i, j] for j in range(samples)) for i in range(len(questions))]
     return Trial(tuple(_rate(found, k) for k in dict.fromkeys(ks)), tuple(found))
 
 

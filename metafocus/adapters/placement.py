@@ -34,7 +34,8 @@ def adaptable(module: nn.Module) -> bool:
     """Return whether `module` is linear in its last dimension and is called in a forward pass.
 
     This is True for `nn.Linear` and transformers' `Conv1D`. It is False for the projection inside
-    `nn.MultiheadAttention`, whose weight is used without calling the module.
+    `nn.MultiheadAttention`, whose weight is used without calling the module, and for routers of
+    experts.
 
     Example:
         >>> adaptable(nn.Linear(2, 3)), adaptable(nn.LayerNorm(2))
@@ -43,7 +44,8 @@ def adaptable(module: nn.Module) -> bool:
     linear = isinstance(module, nn.Linear) and not isinstance(
         module, NonDynamicallyQuantizableLinear
     )
-    return linear or is_conv1d(module)
+    # A router of experts may be a linear layer that returns several tensors.
+    return (linear and "Router" not in type(module).__name__) or is_conv1d(module)
 
 
 @dataclass(frozen=True)

@@ -70,8 +70,9 @@ def own_mask(model: nn.Module) -> str | None:
 def takes_spans(model: nn.Module) -> bool:
     """Return whether a model attends to spans inside `attending`.
 
-    It does not if it runs with its own mask only, with eager attention, which stays as it is, nor with attention dropout, which spans
-    do not have, nor if it takes no attention functions of other libraries.
+    It does not if it runs with its own mask only, nor with eager attention, which stays as it is,
+    nor with attention dropout, which spans do not have, nor if it takes no attention functions of
+    other libraries.
 
     Args:
         model: A Hugging Face model.
@@ -132,11 +133,15 @@ def _mask(model: nn.Module, spans: Spans) -> Tensor:
     if takes_spans(model):
         return spans.stack()
     implementation = model.config.get_text_config()._attn_implementation  # pyright: ignore
+    # A row of padding sees everything: a row that sees nothing would be NaN in MPT and Doge.
+    size = spans.start.shape[-1]
+    empty = spans.stop <= spans.start
+    opened = Spans(spans.start.masked_fill(empty, 0), spans.stop.masked_fill(empty, size))
     # Eager attention adds its mask, so a boolean one would mask nothing, without an error.
     if implementation == "eager":
-        return spans.dense(model.dtype)  # pyright: ignore
+        return opened.dense(model.dtype)  # pyright: ignore
     if implementation == "sdpa":
-        return spans.dense()
+        return opened.dense()
     raise ProblemError(
         f"attn_implementation={implementation!r} takes no explicit mask. Load the model with "
         "attn_implementation='metafocus', 'sdpa' or 'eager', or call "

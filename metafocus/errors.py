@@ -37,3 +37,7 @@ class NotStationaryWarning(UserWarning):
 
 class NotConvergedWarning(NotStationaryWarning):
     """The linear system of an implicit estimate has no solution, or its series did not converge."""
+
+
+class NotSmoothWarning(UserWarning):
+    """A metagradient of a training run that says little about moves of the outer parameters."""

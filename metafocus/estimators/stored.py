@@ -16,10 +16,16 @@ from metafocus.autodiff.recompute import Ambient
 from metafocus.autodiff.stores import Store
 from metafocus.autodiff.stores.places import Place
 from metafocus.autodiff.stores.plans import Turn, kept_ahead, turns
+from metafocus.autodiff.tape import has_custom_nodes
 from metafocus.errors import TransformError
 from metafocus.rng import Drawn
 from metafocus.solvers.descent import descend, segment
-from metafocus.torch_internals import keeps_graph, outside_transforms, transforming
+from metafocus.torch_internals import (
+    keeps_graph,
+    outside_transforms,
+    sole_vmap,
+    transforming,
+)
 from metafocus.types import InnerLoss, Params, Solver, State
 
 
@@ -133,7 +139,9 @@ class StoredLoop:
                 self.run(inputs, keep=True)
         assert self.kept is not None
         try:
-            return self._reversed(self.kept, _Reverse(self, inputs, wanted), cotangents, keeps)
+            with outside_transforms():
+                reverse = _Reverse(self, inputs, wanted)
+            return self._reversed(self.kept, reverse, cotangents, keeps)
         except BaseException:
             self.forget()
             raise
@@ -206,12 +214,8 @@ class _Reverse:
         ]
         grads: list[Tensor | None] = [None] * len(inputs)
         if pairs and chosen:
-            found = torch.autograd.grad(
-                [y for y, _ in pairs],
-                [inputs[i] for i in chosen],
-                [c for _, c in pairs],
-                allow_unused=True,
-            )
+            ys, cs = [y for y, _ in pairs], [c for _, c in pairs]
+            found = _pulled(ys, [inputs[i] for i in chosen], cs)
             for i, g in zip(chosen, found, strict=True):
                 grads[i] = g
         here, there = len(before), len(before) + len(self.outside)
@@ -277,13 +281,31 @@ class _Reverse:
         some = [g for g in grads if g is not None]
         if not some:
             return None
-        with torch.enable_grad():
+        with outside_transforms(), torch.enable_grad():
             seen = pt.tensors(streams.part(self.support, self.loop.steps))[i]
         if len(self.loop.steps) == 1 or some[0].shape == whole.shape:
             summed = sum(some[1:], start=some[0])
             return torch.autograd.grad(seen, whole, summed)[0] if seen is not whole else summed
         filled = [torch.zeros_like(some[0]) if g is None else g for g in grads]
         return torch.autograd.grad(seen, whole, torch.cat(filled))[0]
+
+
+def _pulled(
+    ys: list[Tensor], xs: list[Tensor], cotangents: list[Tensor]
+) -> Sequence[Tensor | None]:
+    """Return the derivatives of one step, also for a batch of cotangents."""
+    batch = sole_vmap()
+    if batch is None or not has_custom_nodes(ys):
+        return torch.autograd.grad(ys, xs, cotangents, allow_unused=True)
+    # Kernels of attention and the like have no rule for a batch in the backward pass: one by one.
+    plain = [batch.outside(c) for c in cotangents]
+    with outside_transforms():
+        rows = [
+            torch.autograd.grad(ys, xs, [c[i] for c in plain], retain_graph=True, allow_unused=True)
+            for i in range(batch.size)
+        ]
+        stacked = [None if row[0] is None else torch.stack(row) for row in zip(*rows, strict=True)]
+    return [None if g is None else batch.inside(g) for g in stacked]
 
 
 class _Stored(torch.autograd.Function):

@@ -14,13 +14,15 @@ from torch import Tensor
 from metafocus import params as pt
 from metafocus.autodiff import stores
 from metafocus.checks import fraction, positive, seeded, whole
-from metafocus.errors import NotStationaryWarning, ProblemError
+from metafocus.comparison.smooth import Smoothness, smoothness
+from metafocus.errors import NotSmoothWarning, NotStationaryWarning, ProblemError
 from metafocus.estimators import Implicit, Unrolled
 from metafocus.linear import CG
 from metafocus.preflight import preflight
+from metafocus.problem import Problem
 from metafocus.solvers import Given, solve_inner
 from metafocus.streams import Batches, PerStep, Zipped, zipped
-from metafocus.types import Estimator, LinearSolver, Params, Solver
+from metafocus.types import Episode, Estimator, LinearSolver, Params, Solver
 
 Losses = Callable[[Params, Any], Tensor]
 """`(params, data) -> [n]`, the loss of each example."""
@@ -37,12 +39,14 @@ class Attribution:
         params: the trained weights.
         retrained: `(weights [runs, rows]) -> [runs, queries]`, the losses after training anew
             with these weights of the examples.
+        trust: what `mf.smoothness` says of the run, if it was asked.
     """
 
     scores: Tensor
     losses: Tensor
     params: Params
     retrained: Callable[[Tensor], Tensor]
+    trust: Smoothness | None = None
 
 
 def attribution(
@@ -56,6 +60,7 @@ def attribution(
     estimator: Estimator | None = None,
     queries_at_once: int | None = None,
     runs_at_once: int | None = None,
+    directions: int = 0,
 ) -> Attribution:
     """Return the derivative of query losses by the weight of each training example: MAGIC.
 
@@ -74,9 +79,12 @@ def attribution(
         queries_at_once: how many queries share a backward pass (their cotangents are a batch that
             `vmap` maps); None: all. With 1 nothing is mapped.
         runs_at_once: how many runs `retrained` maps by `vmap`; None: all. With 1 nothing is.
+        directions: along how many random directions `mf.smoothness` tries the run, with five runs
+            each; 0: it does not.
 
     Raises:
         ProblemError: if `train` does not know its rows, or `losses` returns no value for each.
+        NotSmoothWarning: if the run was tried and its metagradient cannot be trusted.
 
     Example:
         >>> rows = [{"x": torch.tensor(float(i))} for i in range(4)]
@@ -123,9 +131,37 @@ def attribution(
         data, slow = stream(weight), {"weight": weight}
         ready = preflight(inner, solver, first, slow, data, explicit=True, twice=True)
         solution = how(ready, solver, pt.detach(first), slow, data)
-        found = asked(solution.params, query)
-        scores = _rows_of_jacobian(found, weight, queries_at_once)
-    return Attribution(scores, found.detach(), pt.detach(solution.params), retrained)
+        # The queries one by one, which costs no more; their way through the run together.
+        ends = {k: v.detach().requires_grad_() for k, v in solution.params.items()}
+        found = asked(ends, query)
+        each = [_gradient(value, ends) for value in found]
+        at_end = [torch.stack(row) for row in zip(*each, strict=True)]
+        scores = _through(solution.params, at_end, weight, queries_at_once)
+    trust = None
+    if directions:
+        problem = Problem(
+            inner,
+            lambda fast, slow, data: asked(fast, data).mean(),
+            lambda slow, support: first,
+            lambda slow, episode: Episode(stream(slow["weight"]), episode.query),
+        )
+        trust = smoothness(
+            problem,
+            slow,
+            Episode(train, query),
+            solver=solver,
+            directions=directions,
+            estimator=how,
+            generator=torch.Generator().manual_seed(0),
+        )
+        if trust.verdict != "trustworthy":
+            warnings.warn(
+                f"the scores may not predict what other weights do: {trust}. Smoother runs have "
+                "smaller rates, smooth activations and no batch norm.",
+                NotSmoothWarning,
+                stacklevel=2,
+            )
+    return Attribution(scores, found.detach(), pt.detach(solution.params), retrained, trust)
 
 
 def influence(
@@ -175,7 +211,11 @@ def influence(
         # run did not end at a minimum is the known weakness of this baseline.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NotStationaryWarning)
-            return _rows_of_jacobian(asked(solution.params, query), weight, 1)
+            found = [
+                torch.autograd.grad(value, weight, retain_graph=True)[0]
+                for value in asked(solution.params, query)
+            ]
+    return torch.stack(found)
 
 
 class Score(NamedTuple):
@@ -271,15 +311,21 @@ def _each(losses: Tensor, weight: Tensor) -> Tensor:
     return losses
 
 
-def _rows_of_jacobian(losses: Tensor, weight: Tensor, at_once: int | None) -> Tensor:
-    """Return the derivative of each loss by the weights, `[queries, rows]`."""
-    found = []
-    cotangents = torch.eye(len(losses), dtype=losses.dtype, device=losses.device)
-    for chunk in cotangents.split(at_once or len(losses)):
-        batched = len(chunk) > 1
-        given = chunk if batched else chunk[0]
-        (rows,) = torch.autograd.grad(
-            losses, weight, given, retain_graph=True, is_grads_batched=batched
-        )
-        found.append(rows if batched else rows[None])
-    return torch.cat(found)
+def _gradient(value: Tensor, at: Params) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(
+        value, list(at.values()), retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+
+
+def _through(
+    params: Params, cotangents: list[Tensor], weight: Tensor, at_once: int | None
+) -> Tensor:
+    """Return the derivative by the weights for each row of cotangents, `[queries, rows]`."""
+
+    def one(*given: Tensor) -> Tensor:
+        ends = list(params.values())
+        return torch.autograd.grad(ends, weight, list(given), retain_graph=True)[0]
+
+    if at_once == 1:
+        return torch.stack([one(*row) for row in zip(*cotangents, strict=True)])
+    return torch.func.vmap(one, chunk_size=at_once)(*cotangents)

@@ -11,7 +11,7 @@ from problems import assert_close
 
 import metafocus as mf
 from metafocus import recipes
-from metafocus.recipes._attribution import spearman
+from metafocus.recipes._datamodeling import spearman
 
 F64 = torch.float64
 G = torch.Generator().manual_seed(0)

@@ -25,7 +25,8 @@ from metafocus.estimators import Unrolled
 from metafocus.files import write_json, write_whole
 from metafocus.lm.loss import lm_loss
 from metafocus.masks import causal
-from metafocus.recipes._attribution import Attribution, attribution, spearman
+from metafocus.recipes._attribution import Attribution, attribution
+from metafocus.recipes._datamodeling import spearman
 from metafocus.solvers import SGD, Adam
 from metafocus.streams import Batches
 from metafocus.trainer.checkpoints import saving

@@ -41,3 +41,11 @@ class NotConvergedWarning(NotStationaryWarning):
 
 class NotSmoothWarning(UserWarning):
     """A metagradient of a training run that says little about moves of the outer parameters."""
+
+
+class PrecisionWarning(UserWarning):
+    """A half type holds too few digits for a computation."""
+
+
+class RebuiltWarning(UserWarning):
+    """The same meta loss is built again and again, and its checks run each time."""

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from metafocus.cli import options, trials
+from metafocus.cli import answering, options, trials
+from metafocus.cli.answering import ANSWERS, DEPTHS, REPORT
 from metafocus.comparison.report import environment
 from metafocus.errors import DataError
 from metafocus.evals import babilong, harness, results, ruler
+from metafocus.evals.agentic.long_answers import endpoint_answers
 from metafocus.evals.items import Item
+from metafocus.evals.journal import Journal, Key
+from metafocus.evals.positions import check_positions, positions
 from metafocus.evals.prose import builtin_prose, prose_from_file
 from metafocus.evals.report import length_name, plot_depths, table
 from metafocus.evals.run import answers, prompt_counter
-from metafocus.trainer.names import named
+from metafocus.files import write_json
+from metafocus.trainer.names import MASKS, named
+
+Asker = Callable[[list[Item], Callable[[Mapping[int, str]], None]], None]
 
 TASKS: dict[str, tuple[str, ...]] = {"babilong": babilong.TASKS, "ruler": ruler.TASKS}
-REPORT, ANSWERS, DEPTHS = "eval.json", "answers.jsonl", "depths.png"
 _NOISE = {"all": None, "train": "train", "heldout": "heldout"}
 
 
@@ -36,7 +40,7 @@ def add_parser(commands: Any) -> None:
         description=__doc__,
     )
     parser.set_defaults(run=run)
-    options.add_model(parser, small=False)
+    options.add_model(parser, small=False, required=False)
     parser.add_argument("--suite", required=True, choices=(*TASKS, *trials.SUITES))
     parser.add_argument(
         "--tasks", help="separated by commas; default: all of the suite (qa only with --questions)"
@@ -71,11 +75,18 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--depth_bins", type=options.whole(1), default=10, help="default %(default)s"
     )
+    parser.add_argument(
+        "--mask",
+        default="causal",
+        help=f"which keys a token of a question sees: {', '.join(MASKS)}; a server is causal; "
+        "default %(default)s",
+    )
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--output_dir", help=f"directory for {REPORT}, {ANSWERS} and {DEPTHS}")
     parser.add_argument(
         "--overwrite_output_dir", action="store_true", help="replace results in output_dir"
     )
+    answering.add_options(parser)
     trials.add_options(parser)
 
 
@@ -85,56 +96,110 @@ def run(args: argparse.Namespace) -> None:
     if args.output_dir is None and not (long and args.export):
         raise DataError(f"--output_dir is missing: name a directory for {REPORT} and {ANSWERS}")
     output = options.directory(args.output_dir or args.export)
-    if (output / REPORT).exists() and not args.overwrite_output_dir:
-        raise DataError(
-            f"--output_dir {output} holds {REPORT}: name another directory, or pass "
-            "--overwrite_output_dir"
-        )
+    answering.check(args)
     if not long:
-        trials.run(args, output, output / REPORT, output / ANSWERS)
+        trials.run(args, output)
         return
     trials.note_unused(args)
+    named("mask", args.mask, MASKS)
     tasks, lengths = _tasks(args), _lengths(args.lengths, args.suite)
-    generate = _generator(args, max(lengths))
-    # Without a length: the check there names another option.
-    model, tokenizer = options.model_on_device(args, lambda: (), 0)
-    _check_positions(model, max(lengths))
-    model = model.to(getattr(torch, args.dtype))
-    count = prompt_counter(tokenizer)
     cells = [(task, length) for task in tasks for length in lengths]
+    answered = None if args.export else answering.journal(args, output)
+    generate = _generator(args, max(lengths))
+    asker, tokenizer, most = _asker(args)
+    count = prompt_counter(tokenizer)
+    thinking = answering.thinking(args)
+    check_positions(max(lengths) + thinking, most, f"--lengths {length_name(max(lengths))}")
     for task, length in cells:
-        generate(count, task, length, 1)  # what cannot be made is refused before hours of answers
-    if args.export:
+        # What cannot be made or asked is refused before hours of answers.
+        for item in generate(count, task, length, 1 if length else args.n):
+            size = count(item.prompt) + item.new_tokens + thinking
+            check_positions(size, most, f"--lengths {length_name(length)}: {task}")
+    if answered is None:
         _export(args.export, [item for cell in cells for item in generate(count, *cell, args.n)])
         return
     start = time.perf_counter()
-    items, outputs = _ask(
-        lambda items, progress: answers(
-            model, tokenizer, items, batch_size=args.per_device_eval_batch_size, progress=progress
-        ),
-        [
-            lambda task=task, length=length: generate(count, task, length, args.n)
-            for task, length in cells
-        ],
-        len(cells) * args.n,
-    )
-    seconds = time.perf_counter() - start
-    found = results.cells(items, outputs, args.depth_bins)
-    report = {
-        "suite": args.suite,
-        "cells": [results.as_record(cell) for cell in found],
-        "seconds": seconds,
-        "settings": {k: v for k, v in vars(args).items() if k not in ("run", "given")},
-        "environment": environment(next(model.parameters()).dtype),
-    }
-    _write(output, report, items, outputs)
-    drawn = plot_depths(found, output / DEPTHS)
+    with answered, answering.progress(len(cells) * args.n, answered) as advance:
+        items: list[Item] = []
+        outputs: list[str] = []
+        for task, length in cells:
+            asked = generate(count, task, length, args.n)
+            outputs += _ask(asked, answered, asker, advance)
+            # The long prompts are let go of once answered.
+            items += [replace(item, prompt="") for item in asked]
+        answered.finish([_key(items[i], i % args.n) for i in range(len(items))])
+        seconds = time.perf_counter() - start
+        found = results.cells(items, outputs, args.depth_bins)
+        report = {
+            "suite": args.suite,
+            "cells": [results.as_record(cell) for cell in found],
+            "seconds": seconds,
+            "settings": {k: v for k, v in vars(args).items() if k not in ("run", "given")},
+            "environment": environment(getattr(torch, args.dtype)),
+        }
+        drawn = plot_depths(found, output / DEPTHS)
+        write_json(output / REPORT, report)
     _print(table(found))
     print(f"{len(items)} answers in {seconds:.1f} s; wrote {output / REPORT}, {output / ANSWERS}")
     if drawn:
         print(f"wrote {output / DEPTHS}")
     else:
         print("no heat map: the evidence of these tasks stands everywhere")
+
+
+def _asker(args: argparse.Namespace) -> tuple[Asker, Any, int | None]:
+    """Return what answers a list of items, the tokenizer, and the positions of the model."""
+    thinking = answering.thinking(args)
+    if args.endpoint is not None:
+        server = answering.server(args, temperature=0.0)
+        return (
+            lambda items, each: endpoint_answers(
+                server, items, each, concurrency=args.concurrency, thinking=thinking
+            ),
+            answering.tokenizer(args),
+            None,
+        )
+    model, tokenizer = answering.local(args)
+
+    def ask(items: list[Item], each: Callable[[Mapping[int, str]], None]) -> None:
+        answers(
+            model,
+            tokenizer,
+            items,
+            batch_size=args.per_device_eval_batch_size,
+            thinking=thinking,
+            max_positions=args.max_positions,
+            mask=None if args.mask == "causal" else MASKS[args.mask],
+            each=each,
+        )
+
+    return ask, tokenizer, args.max_positions or positions(model.config)
+
+
+def _ask(
+    items: list[Item], answered: Journal, asker: Asker, advance: Callable[[int], None]
+) -> list[str]:
+    """Ask what has no answer yet, keep each answer as it comes, and return all in order."""
+    missing = [i for i, item in enumerate(items) if not answered.get(_key(item, i), item.prompt)]
+    advance(len(items) - len(missing))
+
+    def keep(texts: Mapping[int, str]) -> None:
+        rows = []
+        for at, text in texts.items():
+            i = missing[at]
+            record = {**items[i].record(), "output": text, "scores": results.score(items[i], text)}
+            rows.append((_key(items[i], i), items[i].prompt, record))
+        answered.add(rows)
+        advance(len(rows))
+
+    if missing:
+        asker([items[i] for i in missing], keep)
+    found = [answered.get(_key(item, i), item.prompt) for i, item in enumerate(items)]
+    return [record["output"] for record in found if record is not None]
+
+
+def _key(item: Item, i: int) -> Key:
+    return item.suite, item.task, item.length, i
 
 
 def _export(directory: str, items: list[Item]) -> None:
@@ -188,47 +253,6 @@ def _generator(
     if args.suite == "ruler" and args.questions:
         common["questions"] = ruler.read_questions(args.questions)
     return lambda count, task, length, n: make(count, task=task, length=length, n=n, **common)
-
-
-def _check_positions(model: Any, longest: int) -> None:
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if most is not None and longest > most:
-        raise DataError(
-            f"--lengths {length_name(longest)} is more than the {most} positions of the model: "
-            f"use at most {most}."
-        )
-
-
-def _ask(
-    ask: Callable[[list[Item], Callable[[int], None]], list[str]],
-    cells: list[Callable[[], list[Item]]],
-    total: int,
-) -> tuple[list[Item], list[str]]:
-    """Make and ask one cell after the other; the long prompts are let go of once answered."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    items: list[Item] = []
-    outputs: list[str] = []
-    columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeRemainingColumn(), transient=True) as bar:
-        row = bar.add_task("answering", total=total)
-        for make in cells:
-            asked = make()
-            outputs += ask(asked, lambda n: bar.advance(row, n))
-            items += [replace(item, prompt="") for item in asked]
-    return items, outputs
-
-
-def _write(output: Path, report: dict[str, Any], items: list[Item], outputs: list[str]) -> None:
-    output.mkdir(parents=True, exist_ok=True)
-    # A map that the new answers do not support must not stay.
-    for name in (REPORT, DEPTHS):
-        (output / name).unlink(missing_ok=True)
-    with (output / ANSWERS).open("w", encoding="utf-8") as file:
-        for item, text in zip(items, outputs, strict=True):
-            record = {**item.record(), "output": text, "scores": results.score(item, text)}
-            file.write(json.dumps(record) + "\n")
-    (output / REPORT).write_text(json.dumps(report, indent=2) + "\n")
 
 
 def _print(shown: Any) -> None:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from metafocus.cli import options
+from metafocus.cli import answering, options
+from metafocus.cli.answering import ANSWERS, REPORT
 from metafocus.comparison.report import environment
 from metafocus.errors import DataError
 from metafocus.evals import agentic
+from metafocus.evals.journal import Journal, Key
+from metafocus.files import write_json
 
 SUITES = ("science", "gpqa")
 _LONG = (
@@ -27,10 +30,11 @@ _LONG = (
     "per_device_eval_batch_size",
     "depth_bins",
     "export",
+    "mask",
 )
 _OWN = (
-    "gpqa_file", "samples", "k", "no_tool", "calls", "tool_seconds", "temperature", "top_p",
-    "max_new_tokens",
+    "gpqa_file", "samples", "k", "no_tool", "unsafe_tools", "calls", "tool_seconds", "temperature",
+    "top_p", "max_new_tokens",
 )  # fmt: skip
 
 
@@ -44,7 +48,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--no_tool",
         action="store_false",
         dest="tool",
-        help="do not let the model run Python (in a process with limits; Linux only)",
+        help="do not let the model run Python (behind walls of the kernel; Linux only)",
+    )
+    group.add_argument(
+        "--unsafe_tools",
+        action="store_true",
+        help="run programs even if this machine has no wall around them",
     )
     group.add_argument("--calls", type=options.whole(0), default=5, help="of the tool; %(default)s")
     group.add_argument(
@@ -62,7 +71,7 @@ def note_unused(args: argparse.Namespace) -> None:
     options.note_unused(args, _OWN, f"with --suite {args.suite}")
 
 
-def run(args: argparse.Namespace, output: Path, report: Path, answers: Path) -> None:
+def run(args: argparse.Namespace, output: Path) -> None:
     """Ask, score and report."""
     options.note_unused(args, _LONG, f"with --suite {args.suite}")
     ks = _ks(args.k, args.samples)
@@ -75,33 +84,50 @@ def run(args: argparse.Namespace, output: Path, report: Path, answers: Path) -> 
     limits = agentic.Limits(
         seconds=args.tool_seconds, cpu_seconds=max(1, -int(-args.tool_seconds // 1))
     )
-    walls = agentic.walls() if args.tool else None
-    if walls is not None and not (walls.namespaces or walls.system_calls):
-        print("note: the kernel gives the tool no walls, only its limits.", file=sys.stderr)
-    model, tokenizer = options.model_on_device(args, lambda: (), 0)
-    model = model.to(getattr(torch, args.dtype)).eval()
-    endpoint = agentic.LocalEndpoint(
-        model, tokenizer, args.temperature, args.top_p, args.max_new_tokens
-    )
+    if args.tool:
+        agentic.check_walls(args.unsafe_tools)
+    else:
+        options.note_unused(args, ("unsafe_tools",), "with --no_tool")
+    answered = answering.journal(args, output)
+    endpoint = _endpoint(args)
     start = time.perf_counter()
-    trial = _ask(args, endpoint, questions, ks, limits)
-    seconds = time.perf_counter() - start
-    found = {
-        "suite": args.suite,
-        "questions": len(questions),
-        **trial.summary(),
-        "seconds": seconds,
-        "settings": {k: v for k, v in vars(args).items() if k not in ("run", "given")},
-        "tool_limits": asdict(limits) if args.tool else None,
-        "tool_walls": asdict(walls) if walls else None,
-        "environment": environment(next(model.parameters()).dtype),
-    }
-    output.mkdir(parents=True, exist_ok=True)
-    report.unlink(missing_ok=True)
-    _write(answers, questions, trial)
-    report.write_text(json.dumps(found, indent=2) + "\n")
+    with answered:
+        trial = _ask(args, endpoint, questions, ks, limits, answered)
+        pairs = [(i, j) for i in range(len(questions)) for j in range(args.samples)]
+        answered.finish([_key(args, *pair) for pair in pairs])
+        seconds = time.perf_counter() - start
+        found = {
+            "suite": args.suite,
+            "questions": len(questions),
+            **trial.summary(),
+            "seconds": seconds,
+            "settings": {k: v for k, v in vars(args).items() if k not in ("run", "given")},
+            "tool_limits": asdict(limits) if args.tool else None,
+            "tool_walls": asdict(agentic.walls()) if args.tool else None,
+            "environment": environment(getattr(torch, args.dtype)),
+        }
+        write_json(output / REPORT, found)
     _print(trial, args.samples)
-    print(f"{len(questions)} questions in {seconds:.1f} s; wrote {report}, {answers}")
+    print(
+        f"{len(questions)} questions in {seconds:.1f} s; wrote {output / REPORT}, "
+        f"{output / ANSWERS}"
+    )
+
+
+def _endpoint(args: argparse.Namespace) -> agentic.Endpoint:
+    thinking = answering.thinking(args)
+    sampling = {"temperature": args.temperature, "top_p": args.top_p}
+    if args.endpoint is not None:
+        return answering.server(args, new_tokens=args.max_new_tokens + thinking, **sampling)
+    model, tokenizer = answering.local(args)
+    return agentic.LocalEndpoint(
+        model.eval(),
+        tokenizer,
+        new_tokens=args.max_new_tokens,
+        thinking=thinking,
+        max_positions=args.max_positions,
+        **sampling,
+    )
 
 
 def _temperature(word: str) -> float:
@@ -135,31 +161,43 @@ def _ask(
     questions: list[agentic.Choice],
     ks: list[int],
     limits: agentic.Limits,
+    answered: Journal,
 ) -> agentic.Trial:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+    """Ask what has no answer yet, and keep each trial as soon as it ends."""
+    done = {}
+    for i, question in enumerate(questions):
+        for j in range(args.samples):
+            record = answered.get(_key(args, i, j), question.prompt)
+            if record is not None:
+                done[i, j] = agentic.Attempt.from_record(record)
+    with answering.progress(len(questions) * args.samples, answered) as advance:
+        advance(len(done))
 
-    columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeRemainingColumn(), transient=True) as bar:
-        row = bar.add_task("answering", total=len(questions) * args.samples)
+        def keep(i: int, j: int, attempt: agentic.Attempt) -> None:
+            question = questions[i]
+            known = {"question": i, "sample": j, "topic": question.topic}
+            record = {**known, "reference": question.letter, **asdict(attempt)}
+            answered.add([(_key(args, i, j), question.prompt, record)])
+            advance(1)
+
         return agentic.evaluate(
             endpoint,
             questions,
             samples=args.samples,
             ks=ks,
-            tool=(lambda code: agentic.run_python(code, limits)) if args.tool else None,
+            tool=partial(agentic.run_python, limits=limits, unsafe=args.unsafe_tools)
+            if args.tool
+            else None,
             calls=args.calls,
             seed=args.seed,
-            progress=lambda n: bar.advance(row, n),
+            concurrency=args.concurrency,
+            done=done,
+            each=keep,
         )
 
 
-def _write(path: Path, questions: list[agentic.Choice], trial: agentic.Trial) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        for i, (question, tries) in enumerate(zip(questions, trial.attempts, strict=True)):
-            for j, attempt in enumerate(tries):
-                known = {"question": i, "sample": j, "topic": question.topic}
-                record = {**known, "reference": question.letter, **asdict(attempt)}
-                file.write(json.dumps(record) + "\n")
+def _key(args: argparse.Namespace, i: int, j: int) -> Key:
+    return args.suite, "", j, i
 
 
 def _print(trial: agentic.Trial, samples: int) -> None:

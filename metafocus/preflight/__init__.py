@@ -1,7 +1,7 @@
 """One trial of a bilevel problem that finds an ill-posed one before it goes wrong.
 
-`names` asks what the loss reads and closes over, `state` what it changes outside, `kernels` whether
-its second derivative exists; `trial` runs the loss and one update once for all of them.
+`arguments` asks what the loss reads and closes over, `writes` what it changes outside, `kernels`
+whether its second derivative exists; `trial` runs the loss and one update once for all of them.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from metafocus import streams
 from metafocus.autodiff.grad import refuse_inference_mode
 from metafocus.autodiff.safe_operators.swapping import Swapped, differentiable_once
 from metafocus.errors import ProblemError
+from metafocus.preflight.arguments import refuse_hidden, unused_by
 from metafocus.preflight.kernels import trust
-from metafocus.preflight.names import refuse_hidden
 from metafocus.preflight.trial import Trial
 from metafocus.rng import kept
-from metafocus.torch_internals import transforming, unused_by
+from metafocus.torch_internals import transforming
 from metafocus.types import InnerLoss, Params, Solver
 
 __all__ = ["preflight", "refuse_ignored_fast_weights", "trust"]

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 from metafocus.checks import whole
 from metafocus.errors import DataError
+from metafocus.evals.agentic.calls import tool_call
 from metafocus.evals.agentic.endpoints import Endpoint, Message, TooLong
-from metafocus.evals.agentic.questions import LETTERS, Choice, answer_letter
+from metafocus.evals.agentic.letters import LETTERS, answer_letter
+from metafocus.evals.agentic.questions import Choice
 from metafocus.evals.agentic.sandbox import Ran
+from metafocus.evals.thinking import split_thoughts
 
 Tool = Callable[[str], Ran]
 
-_BLOCK = re.compile(r"```[ \t]*(?:python|py|Python)[ \t]*\n(.*?)(?:\n[ \t]*)?```", re.DOTALL)
-_OPEN = re.compile(r"```[ \t]*(?:python|py|Python)\b")
 _FORM = "End with a line of the form: Answer: LETTER"
 _TOOL = (
     "You may run Python, at most {calls} times. To do so, write one block that begins with "
     "```python and ends with ```, and stop: the next message shows what it printed. Every run "
     "starts anew. There is no network."
 )
-_UNCLOSED = "The block of code has no end (```), so nothing was run."
 _SPENT = "No runs are left: answer now."
 _REMIND = f"I found no answer. {_FORM}"
 
@@ -37,10 +36,11 @@ class Attempt:
         correct: whether the answer is right.
         calls: how often the tool was called, including calls that could not be run.
         ended: "answered", "no answer", or "too long" if the chat became too long for the model.
-        messages: the whole chat. A reply is cut where its first block of code ends, because the
-            text after it was written without the output.
+        messages: the whole chat. A reply is cut where its first call ends, because the text after
+            it was written without the output. Reasoning is not part of it.
         runs: the result of each call: exit status, the limit that stopped it, seconds. None if
             it could not be run.
+        thoughts: the reasoning of each reply, or "".
     """
 
     answer: str | None
@@ -49,6 +49,13 @@ class Attempt:
     ended: str
     messages: tuple[Message, ...]
     runs: tuple[dict[str, Any] | None, ...]
+    thoughts: tuple[str, ...] = ()
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Attempt:
+        """Return an attempt from its record in JSON, which has lists for tuples."""
+        found = {field.name: record[field.name] for field in fields(cls)}
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in found.items()})
 
 
 def play(
@@ -56,8 +63,9 @@ def play(
 ) -> Attempt:
     """Ask a question and run the code of each reply, until a reply without code has an answer.
 
-    If a reply has neither code nor an answer, the model is asked once more. After the last call
-    the next reply counts in any case, so there are at most `calls + 2` replies.
+    Reasoning is removed from each reply first: it is neither scored nor executed. If a reply has
+    neither code nor an answer, the model is asked once more. After the last call the next reply
+    counts in any case, so there are at most `calls + 2` replies.
 
     Args:
         endpoint: the endpoint that replies.
@@ -79,6 +87,7 @@ def play(
     left = calls if tool is not None else 0
     messages: list[Message] = [{"role": "user", "content": _first(question, left)}]
     runs: list[dict[str, Any] | None] = []
+    thoughts: list[str] = []
     letter, reminded, ended = None, False, "no answer"
     for turn in range(left + 2):
         try:
@@ -86,18 +95,17 @@ def play(
         except TooLong:
             ended = "too long"
             break
-        block = _BLOCK.search(reply) if left else None
-        if block:
-            reply = reply[: block.end()]
-        messages.append({"role": "assistant", "content": reply})
-        if left and (block or _OPEN.search(reply)):
+        thought, reply = split_thoughts(reply)
+        thoughts.append(thought)
+        call = tool_call(reply) if left else None
+        if call is not None and tool is not None:
             left -= 1
-            assert tool is not None
-            ran = tool(block[1]) if block else None
+            messages.append({"role": "assistant", "content": reply[: call.stop]})
+            ran, shown = (None, call.fault) if call.code is None else _run(tool, call.code)
             runs.append(_how(ran))
-            shown = f"Output:\n{ran.text}" if ran else _UNCLOSED
             messages.append({"role": "user", "content": shown if left else f"{shown}\n\n{_SPENT}"})
             continue
+        messages.append({"role": "assistant", "content": reply})
         letter = answer_letter(reply, len(question.choices))
         if letter or reminded:
             break
@@ -110,6 +118,7 @@ def play(
         ended="answered" if letter else ended,
         messages=tuple(messages),
         runs=tuple(runs),
+        thoughts=tuple(thoughts),
     )
 
 
@@ -121,6 +130,15 @@ def _first(question: Choice, calls: int) -> str:
     if calls:
         parts.append(_TOOL.format(calls=calls))
     return "\n\n".join([*parts, question.prompt, _FORM])
+
+
+def _run(tool: Tool, code: str) -> tuple[Ran | None, str]:
+    """Run a program; a tool that breaks costs one call and not the evaluation."""
+    try:
+        ran = tool(code)
+    except Exception as error:
+        return None, f"The tool failed ({type(error).__name__}: {error!s:.200})."
+    return ran, f"Output:\n{ran.text}"
 
 
 def _how(ran: Ran | None) -> dict[str, Any] | None:

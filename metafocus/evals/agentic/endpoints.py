@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
+from metafocus.checks import whole
 from metafocus.errors import DataError, MetafocusError
+from metafocus.evals.positions import positions
+from metafocus.evals.prompts import answer_text, chat_text, encode
+from metafocus.evals.run import closed_thoughts, end_tokens, sample_tokens, think_end
+from metafocus.evals.thinking import CLOSE, OPEN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,17 +37,20 @@ class LocalEndpoint:
     """A Hugging Face model with its chat template, sampled one reply at a time.
 
     These settings replace those of the checkpoint. A seed determines a reply, and the global random
-    state does not change.
+    state does not change. Without a chat template, chats are written in a plain form.
 
     Args:
         model: a causal language model, in evaluation mode.
-        tokenizer: its tokenizer, with a chat template.
+        tokenizer: its tokenizer.
         temperature: 0 for greedy replies.
         top_p: the share of probability to sample from.
-        new_tokens: the largest number of tokens of a reply.
+        new_tokens: the largest number of tokens of a reply, without its reasoning.
+        thinking: the largest number of tokens of reasoning before a reply; 0 for none.
+        max_positions: the positions of the model, if its configuration does not say them.
 
     Raises:
-        DataError: if a setting is out of its range, or if there is no chat template.
+        DataError: if a setting is out of its range, or if a model without a token `</think>` should
+            think.
     """
 
     model: PreTrainedModel = field(repr=False)
@@ -53,6 +58,8 @@ class LocalEndpoint:
     temperature: float = 0.7
     top_p: float = 1.0
     new_tokens: int = 1024
+    thinking: int = 0
+    max_positions: int | None = None
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0 or not 0 < self.top_p <= 1 or self.new_tokens < 1:
@@ -61,8 +68,9 @@ class LocalEndpoint:
                 f"new_tokens={self.new_tokens}: needs temperature >= 0, 0 < top_p <= 1 and "
                 "new_tokens >= 1"
             )
-        if self.tokenizer.chat_template is None:
-            raise DataError("the tokenizer has no chat template: set tokenizer.chat_template")
+        whole("thinking", self.thinking, error=DataError)
+        if self.thinking:
+            think_end(self.tokenizer)
 
     def __call__(self, messages: Sequence[Message], *, seed: int) -> str:
         """Return a reply.
@@ -70,68 +78,25 @@ class LocalEndpoint:
         Raises:
             TooLong: if the chat fills all positions of the model.
         """
-        from metafocus.evals.run import sample
-
-        ids: Any = self.tokenizer.apply_chat_template(
-            list(messages), tokenize=True, add_generation_prompt=True, return_dict=False
-        )
-        most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        room = self.new_tokens if most is None else min(self.new_tokens, most - len(ids))
+        text = chat_text(messages, self.tokenizer, thinking=self.thinking > 0)
+        ids = encode(text, self.tokenizer)
+        most = self.max_positions or positions(self.model.config)
+        tail = closed_thoughts(self.tokenizer) if self.thinking else []
+        room = self.new_tokens
+        if most is not None:
+            room = min(room, most - len(ids) - self.thinking - len(tail))
         if room < 1:
             raise TooLong(f"the chat has {len(ids)} tokens, the model {most} positions")
-        return sample(
-            self.model, self.tokenizer, ids, room, self.temperature, top_p=self.top_p, seed=seed
+        ends = end_tokens(self.model, self.tokenizer)
+        thought = ""
+        if self.thinking:
+            stop = [*ends, think_end(self.tokenizer)]
+            found = self._sample(ids, self.thinking, stop, seed)
+            thought = f"{OPEN}{answer_text(found, self.tokenizer)}{CLOSE}"
+            ids = [*ids, *found, *tail]
+        return thought + answer_text(self._sample(ids, room, ends, seed), self.tokenizer)
+
+    def _sample(self, ids: list[int], new: int, ends: list[int], seed: int) -> list[int]:
+        return sample_tokens(
+            self.model, ids, new, self.temperature, ends=ends, top_p=self.top_p, seed=seed
         )
-
-
-@dataclass(frozen=True)
-class HTTPEndpoint:
-    """A server with OpenAI's chat completions API, such as vLLM or llama.cpp.
-
-    Args:
-        url: the address with the version, such as "http://localhost:8000/v1".
-        model: the name of the model on the server.
-        temperature: the temperature of sampling.
-        new_tokens: the largest number of tokens of a reply.
-        key: sent as a bearer token; it is not printed.
-        timeout: the number of seconds to wait for a reply.
-    """
-
-    url: str
-    model: str
-    temperature: float = 0.7
-    new_tokens: int = 1024
-    key: str | None = field(default=None, repr=False)
-    timeout: float = 600.0
-
-    def __call__(self, messages: Sequence[Message], *, seed: int) -> str:
-        """Return a reply; the seed is sent to the server.
-
-        Raises:
-            DataError: if the server cannot be reached, refuses, or returns an unknown format.
-        """
-        address = f"{self.url.rstrip('/')}/chat/completions"
-        body = {
-            "model": self.model,
-            "messages": list(messages),
-            "temperature": self.temperature,
-            "max_tokens": self.new_tokens,
-            "seed": seed % 2**31,
-        }
-        headers = {"Content-Type": "application/json"}
-        if self.key is not None:
-            headers["Authorization"] = f"Bearer {self.key}"
-        request = urllib.request.Request(address, json.dumps(body).encode(), headers)
-        try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                found = json.load(response)
-            content = found["choices"][0]["message"]["content"]
-        except urllib.error.HTTPError as error:
-            with error:
-                said = error.read(500).decode("utf-8", "replace")
-            raise DataError(f"url={address!r} answers {error.code}: {said}") from error
-        except OSError as error:
-            raise DataError(f"url={address!r} cannot be reached: {error}") from error
-        except (ValueError, KeyError, IndexError, TypeError) as error:
-            raise DataError(f"url={address!r} does not answer as chat completions do") from error
-        return content or ""

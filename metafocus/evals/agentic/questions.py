@@ -1,27 +1,18 @@
-"""Multiple-choice questions: their prompt, and the letter of an answer."""
+"""Multiple-choice questions: their prompt, and GPQA's files."""
 
 from __future__ import annotations
 
 import csv
 import random
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from metafocus.errors import DataError
+from metafocus.evals.agentic.letters import LETTERS
 
-LETTERS = "ABCDEFGHIJ"
 COLUMNS = ("Question", "Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3)))
 """The columns of GPQA's files that are read."""
-
-_ANSWER = re.compile(
-    r"answer\**\s*(?:is|:|=)?\s*:?\s*\**\s*(?:option|choice)?\s*"
-    r"(?:\\boxed\{|\$|\(|\[|\*)*\s*(?:\\text\{)?([A-Ja-j])(?![A-Za-z0-9'])",
-    re.IGNORECASE,
-)
-_BOXED = re.compile(r"\\boxed\{\s*(?:\\text\{)?\s*\(?([A-Ja-j])\)?\s*\}")
-_ALONE = re.compile(r"[\s(\[*]*([A-Ja-j])[\s)\].*:]*")
 
 
 @dataclass(frozen=True)
@@ -56,33 +47,6 @@ class Choice:
         """The question and its lettered choices."""
         rows = [f"({LETTERS[i]}) {choice}" for i, choice in enumerate(self.choices)]
         return "\n".join([self.question, "", *rows])
-
-
-def answer_letter(text: str, n: int) -> str | None:
-    r"""Return the letter of the answer in a text, one of the first n letters, or None.
-
-    The last "answer: C", "the answer is (C)" or "\\boxed{C}" counts, or a text that is only a
-    letter.
-
-    Example:
-        >>> from metafocus.evals.agentic.questions import answer_letter
-        >>> answer_letter("A or B? Rather not. Answer: (C)", 4), answer_letter("A or B?", 4)
-        ('C', None)
-    """
-    found = [*_ANSWER.finditer(text), *_BOXED.finditer(text)]
-    # In "answer a question" the small letter is not an answer, so it counts only if it is alone.
-    said = [m for m in sorted(found, key=lambda m: m.start(1)) if m[1].isupper() or _plain(text, m)]
-    alone = _ALONE.fullmatch(text)
-    letter = said[-1][1] if said else alone[1] if alone else None
-    if letter is None or letter.upper() not in LETTERS[:n]:
-        return None
-    return letter.upper()
-
-
-def _plain(text: str, match: re.Match[str]) -> bool:
-    """Return whether a small letter is at the end of its line or in brackets."""
-    rest = text[match.end(1) :].partition("\n")[0]
-    return re.fullmatch(r"[\s)\]}.*$]*", rest) is not None or rest[:1] in (")", "]", "}")
 
 
 def shuffled(

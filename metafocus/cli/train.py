@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from metafocus.cli.settings import (
     parse,
 )
 from metafocus.comparison.report import environment
-from metafocus.data import Sample, encode_chats, pack, read_chats
+from metafocus.data import Sample, encode_chats, read_chats, spool
+from metafocus.data.batches import Packed
 from metafocus.data.reading import read_dataset
 from metafocus.errors import DataError
 from metafocus.files import check_utf8, write_json
@@ -56,7 +58,9 @@ def main(argv: list[str]) -> FocusTrainer:
 
 def _run(settings: Settings, output: Path, resume: str | bool | None) -> FocusTrainer:
     data, args = settings.data, settings.args
-    train, heldout = _read(data, args.seed)
+    # What is read and encoded lies there, in files without a name, and not in memory.
+    output.mkdir(parents=True, exist_ok=True)
+    train, heldout = _read(data, args.seed, output)
     _note_unused(settings)
     torch.manual_seed(args.seed)
     model, tokenizer = options.model_and_tokenizer(
@@ -73,7 +77,7 @@ def _run(settings: Settings, output: Path, resume: str | bool | None) -> FocusTr
     trainer = FocusTrainer(
         _with_outer_lora(model, settings.model),
         args,
-        train_dataset=pack(samples, data.max_length) if data.packing else samples,
+        train_dataset=Packed(samples, data.max_length) if data.packing else samples,
         eval_dataset=held or None,
         processing_class=tokenizer,
     )
@@ -128,11 +132,12 @@ def _resume(args: FocusArguments) -> str | bool | None:
     return str(require_complete(word, ranks=args.world_size))
 
 
-def _read(data: DataArguments, seed: int) -> tuple[chats.Chats | None, chats.Chats]:
+def _read(data: DataArguments, seed: int, folder: Path) -> tuple[chats.Chats | None, chats.Chats]:
     """Return chats to train on and held-out ones; None for those that wait for a tokenizer."""
-    heldout = read_chats(data.validation_file) if data.validation_file else None
+    gather = chats.gatherer(folder)
+    heldout = read_chats(data.validation_file, gather=gather) if data.validation_file else None
     if data.dataset_name is not None:
-        parts = read_dataset(data.dataset_name, data.dataset_config_name)
+        parts = read_dataset(data.dataset_name, data.dataset_config_name, gather=gather)
         if "train" not in parts:
             raise DataError(
                 f"dataset_name={data.dataset_name!r} has no split named train, only "
@@ -141,7 +146,7 @@ def _read(data: DataArguments, seed: int) -> tuple[chats.Chats | None, chats.Cha
         train = parts["train"]
         heldout = heldout or parts.get("validation") or parts.get("test")
     else:
-        train = chats.read(data.train_file or "")
+        train = chats.read(data.train_file or "", folder)
     if train is None or heldout is not None:
         return train, heldout or []
     return chats.split(train, data.validation_split_percentage, seed)
@@ -178,7 +183,9 @@ def _note_unused(settings: Settings) -> None:
             options.note_unused(settings, names, why)
 
 
-def _encoded(name: str, records: chats.Chats, tokenizer: Any, settings: Settings) -> list[Sample]:
+def _encoded(
+    name: str, records: chats.Chats, tokenizer: Any, settings: Settings
+) -> Sequence[Sample]:
     if not records:
         return []
     data = settings.data
@@ -187,6 +194,7 @@ def _encoded(name: str, records: chats.Chats, tokenizer: Any, settings: Settings
         tokenizer,
         max_length=data.max_length,
         merge_context=not data.separate_messages,
+        into=spool.samples(settings.args.output_dir),
     )
     _say(settings.args, f"{name}: {found.summary()}")
     return found.samples

@@ -42,7 +42,7 @@ class Encoded:
             of a chat.
     """
 
-    samples: list[Sample]
+    samples: Sequence[Sample]
     dropped: int
     truncated: int
     skipped: int = 0
@@ -86,6 +86,7 @@ def encode_chats(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     strict: bool = False,
     progress: bool = False,
+    into: Any = None,
 ) -> Encoded:
     """Encode every chat as `encode_chat` does, and drop those without an answer to predict.
 
@@ -105,6 +106,8 @@ def encode_chats(
             record come on top.
         strict: whether to raise for a chat that cannot be encoded.
         progress: whether to show a progress bar.
+        into: an empty sequence that the samples are appended to, such as one on a disk; None: a
+            list.
 
     Raises:
         DataError: with `strict`, if a record cannot be encoded (the text has its index); if no
@@ -130,7 +133,7 @@ def encode_chats(
         from tqdm import tqdm
 
         records = tqdm(records, desc="encoding chats", unit="chat")
-    tally = _Tally(tokenizer, max_length, strict)
+    tally = _Tally(tokenizer, max_length, strict, [] if into is None else into)
     arrow = type(records).__module__.partition(".")[0] == "datasets"
     encoders = _Encoders(tokenizer, merge_context, chat_template_kwargs, arrow)
     for i, made in encoders.encode(enumerate(records), turns):
@@ -206,10 +209,10 @@ class _Encoders:
 
 
 class _Tally:
-    def __init__(self, tokenizer: Any, max_length: int | None, strict: bool):
+    def __init__(self, tokenizer: Any, max_length: int | None, strict: bool, samples: Any):
         self._side: str = tokenizer.truncation_side
         self._max_length, self._strict = max_length, strict
-        self._samples: list[Sample] = []
+        self._samples = samples
         self._reasons: list[str] = []
         self._seen = self._dropped = self._truncated = self._cut_off = 0
         self._skipped = self._unstopped = self._rewritten = 0

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from metafocus.data.messages import check_messages, without_nulls
 from metafocus.errors import DataError
 
+Gather = Callable[[Iterable[dict[str, Any]]], Sequence[dict[str, Any]]]
+
 _SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
-def read_chats(path: str | Path) -> list[dict[str, Any]]:
+def read_chats(path: str | Path, *, gather: Gather = list) -> Sequence[dict[str, Any]]:
     r"""Read chats from JSON lines (`.jsonl`, `.json`) or a `.parquet` file, and check each of them.
 
     Every record has `messages` and optionally `tools`, a list or the JSON text of a list. Other
     columns are kept. Blank lines are skipped. Parquet stores null for keys that a message does not
     have; these keys are removed.
+
+    Args:
+        path: of the file.
+        gather: makes a sequence of the records, which come one by one. `list` holds them in memory.
 
     Raises:
         DataError: if the file is missing, empty, unreadable or of another kind; if a line is not
@@ -43,18 +49,21 @@ def read_chats(path: str | Path) -> list[dict[str, Any]]:
     if not _is_file(path):
         raise DataError(f"path={str(path)!r} is not a file: check the name and the folder")
     rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
-    records = [_checked(record, f"{path}, {place}: ") for place, record in rows]
+    records = gather(_checked(record, f"{path}, {place}: ") for place, record in rows)
     if not records:
         raise DataError(f"path={str(path)!r} holds no record: write one chat per line or row")
     return records
 
 
-def read_dataset(name: str, config: str | None = None) -> dict[str, list[dict[str, Any]]]:
+def read_dataset(
+    name: str, config: str | None = None, *, gather: Gather = list
+) -> dict[str, Sequence[dict[str, Any]]]:
     """Read the splits of a data set of chats with the package `datasets`, and check each record.
 
     Args:
         name: a hub id, or a directory, as `datasets.load_dataset` takes it.
         config: which of its configurations, if it has several.
+        gather: makes a sequence of the records of a split, as in `read_chats`.
 
     Returns:
         Records as `read_chats` returns them, by the name of the split.
@@ -75,10 +84,10 @@ def read_dataset(name: str, config: str | None = None) -> dict[str, list[dict[st
         reason = " ".join(str(error.__cause__ or error).split())
         raise DataError(f"the data set {name!r} cannot be loaded: {reason}") from error
     return {
-        str(part): [
+        str(part): gather(
             _checked(without_nulls(row), f"{name}, {part}, row {number}: ")
             for number, row in enumerate(rows, start=1)
-        ]
+        )
         for part, rows in found.items()
     }
 
@@ -126,14 +135,18 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        records = pq.read_table(path).to_pylist()
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise DataError(
-            f"path={str(path)!r} cannot be read as parquet ({error}): the file may be cut off, "
-            "write or download it again"
-        ) from error
-    for number, record in enumerate(records, start=1):
+    def records() -> Iterator[Any]:
+        try:
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(batch_size=1024):
+                    yield from batch.to_pylist()
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise DataError(
+                f"path={str(path)!r} cannot be read as parquet ({error}): the file may be cut off, "
+                "write or download it again"
+            ) from error
+
+    for number, record in enumerate(records(), start=1):
         yield f"row {number}", without_nulls(record)
 
 

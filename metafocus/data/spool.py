@@ -66,6 +66,15 @@ class Spool(Sequence[Item], Generic[Item]):
         """Return a hash of all items in their order."""
         return self._hash.hexdigest()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # For workers of a data loader that are not forked: they open the file of their parent.
+        path = f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
+        return {**self.__dict__, "_file": path, "_hash": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._file = open(state["_file"], "rb", buffering=0)
+
     def __len__(self) -> int:
         return len(self._ends) - 1
 
@@ -97,6 +106,12 @@ class View(Sequence[Item], Generic[Item]):
     def __init__(self, source: Sequence[Item], places: Sequence[int]):
         self._source, self._places = source, places
 
+    def digest(self) -> str:
+        """Return a hash of the items, from that of a source which has one."""
+        source: Any = self._source
+        text = f"{source.digest()} {list(self._places)}"
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
     def __len__(self) -> int:
         return len(self._places)
 
@@ -115,7 +130,7 @@ def records(folder: str | Path | None = None) -> Spool[dict[str, Any]]:
         >>> chats[-1], len(chats[1:])
         ({'messages': [2]}, 2)
     """
-    return Spool(lambda record: json.dumps(record, default=str).encode(), json.loads, folder)
+    return Spool(_line, json.loads, folder)
 
 
 def samples(folder: str | Path | None = None) -> Spool[Sample]:
@@ -128,6 +143,10 @@ def samples(folder: str | Path | None = None) -> Spool[Sample]:
         {'input_ids': tensor([5, 6]), 'answer_mask': tensor([True, True])}
     """
     return Spool(_packed, _unpacked, folder)
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    return json.dumps(record, default=str).encode()
 
 
 def _packed(sample: Sample) -> bytes:

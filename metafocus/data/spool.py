@@ -72,8 +72,13 @@ class Spool(Sequence[Item], Generic[Item]):
         return {**self.__dict__, "_file": path, "_hash": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        path = state.pop("_file")
         self.__dict__.update(state)
-        self._file = open(state["_file"], "rb", buffering=0)
+        self._file = open(path, "rb", buffering=0)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            self._file.close()
 
     def __len__(self) -> int:
         return len(self._ends) - 1

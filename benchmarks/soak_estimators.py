@@ -1,7 +1,7 @@
 """Does a hypergradient leak? `python benchmarks/soak_estimators.py` ends with 1 if one does.
 
 1,000 outer steps with each estimator and each algorithm, on ridge regression whose penalties are
-learned, and 300 steps of FocuSFT in `FocusTrainer`. Every tenth of the steps: the resident memory
+learned, and 300 steps of FocuSFT in `FocusTrainer`. Every fifth of the steps: the resident memory
 of the process, and how many tensors are alive. After the first fifth neither may grow: tensors not
 by one, memory not by more than `--slack` MiB, which the allocator takes for fragments.
 """
@@ -167,11 +167,11 @@ def by_algorithm(algorithm: Any) -> Step:
 
 
 def readings(take: Step, steps: int) -> list[soak.Reading]:
-    """Take steps; read memory ten times."""
+    """Take steps; read memory five times."""
     found = []
     for i in range(1, steps + 1):
         take(i)
-        if i % max(steps // 10, 1) == 0:
+        if i % max(steps // 5, 1) == 0:
             found.append(soak.Reading(i, soak.resident(), soak.alive()))
     return found
 
@@ -179,7 +179,7 @@ def readings(take: Step, steps: int) -> list[soak.Reading]:
 def focusft(steps: int, folder: str) -> list[soak.Reading]:
     """FocuSFT in the Trainer, with evaluations."""
     parser = soak.parser()
-    flags = ["--steps", str(steps), "--every", str(max(steps // 10, 1))]
+    flags = ["--steps", str(steps), "--every", str(max(steps // 5, 1))]
     return soak.soak(parser.parse_args(flags), folder)
 
 

@@ -23,9 +23,15 @@ def gatherer(folder: Path) -> Callable[[Iterable[dict[str, Any]]], Chats]:
     return lambda rows: spool.records(folder).extend(rows)
 
 
-def read(train_file: str, folder: Path) -> Chats | None:
-    """Return the chats of a file; None for `stdlib`, whose chats wait for a tokenizer."""
-    return None if train_file == STDLIB else read_chats(train_file, gather=gatherer(folder))
+def read(train_file: str, folder: Path | None = None) -> Chats | None:
+    """Return the chats of a file; None for `stdlib`, whose chats wait for a tokenizer.
+
+    Args:
+        train_file: the file.
+        folder: where the chats are kept; None: in memory.
+    """
+    gather = gatherer(folder) if folder else list
+    return None if train_file == STDLIB else read_chats(train_file, gather=gather)
 
 
 def texts(chats: Chats | None) -> Iterable[str]:

@@ -126,6 +126,12 @@ class View(Sequence[Item], Generic[Item]):
             return View(self._source, self._places[index])
         return self._source[self._places[index]]
 
+    def __eq__(self, other: object) -> bool:
+        """Whether another sequence has the same items, as for lists."""
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
+
 
 def records(folder: str | Path | None = None) -> Spool[dict[str, Any]]:
     """Return an empty spool of what JSON can hold: chats.

@@ -9,6 +9,7 @@ by one, memory not by more than `--slack` MiB, which the allocator takes for fra
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
@@ -189,13 +190,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=1000, help="of each; default %(default)s")
     parser.add_argument("--focusft", type=int, default=300, help="steps; default %(default)s")
     parser.add_argument("--slack", type=float, default=8.0, help="MiB; default %(default)s")
+    parser.add_argument("--part", default="1/1", help="2/3: the second third; default: all")
     parser.add_argument("--output", type=Path, help="write the readings as JSON")
     args = parser.parse_args(argv)
     # Six steps of an inner loop are no solution; this measures memory and not accuracy.
     warnings.simplefilter("ignore", mf.errors.NotStationaryWarning)
     report: dict[str, Any] = {}
+    part, parts = map(int, args.part.split("/"))
+    number = itertools.count()
 
     def measured(name: str, steps: int, run: Callable[[], list[soak.Reading]]) -> None:
+        if next(number) % parts != part - 1:
+            return
         begin = time.perf_counter()
         found = run()
         grown = soak.growth(found, steps // 5, args.slack)

@@ -39,6 +39,7 @@ from metafocus.autodiff import (
 from metafocus.autodiff.pieces import micro_batches
 from metafocus.autodiff.recompute import recompute
 from metafocus.comparison import Comparison, compare
+from metafocus.comparison.smooth import Smoothness, smoothness
 from metafocus.engine import MetaLoss, adapt, bilevel, hypergrad
 from metafocus.estimators import (
     Estimator,
@@ -130,6 +131,7 @@ __all__ = [
     "Placement",
     "Problem",
     "RMSprop",
+    "Smoothness",
     "Solution",
     "Solver",
     "Spans",
@@ -170,6 +172,7 @@ __all__ = [
     "recipes",
     "recompute",
     "shared",
+    "smoothness",
     "solve_inner",
     "stack_episodes",
     "stores",

@@ -13,11 +13,13 @@ from metafocus import params as pt
 from metafocus import streams
 from metafocus.autodiff.grad import leaf_alias, reaches_another_leaf
 from metafocus.autodiff.safe_operators.swapping import Swapped
-from metafocus.checks import check_finite
+from metafocus.calls import Call, attempt, attempted, current
+from metafocus.checks import check_finite, function
 from metafocus.errors import ProblemError
 from metafocus.estimators import Estimator
 from metafocus.path import Path, name_of, path_weights, refuse_path, weighted
 from metafocus.preflight import preflight, refuse_ignored_fast_weights
+from metafocus.preflight.rebuilt import Uses
 from metafocus.problem import Problem, check_params, constants, moving, refuse_empty
 from metafocus.solvers.descent import solve_inner
 from metafocus.torch_internals import transforming
@@ -62,6 +64,8 @@ def bilevel(
             `path` of another length than the steps, or an estimator that cannot give one.
         ClosureError: at the first call, if the estimator would miss a closed-over tensor.
         NonFiniteError: at any call outside transforms, if an inner loss is NaN or infinite.
+        RebuiltWarning: if meta losses of the same parts are built again and again, and each is
+            evaluated once: the checks of the first call then run each time.
 
     Example:
         >>> import metafocus as mf
@@ -82,6 +86,7 @@ def bilevel(
     twice = getattr(estimator, "twice", True)
     inner_loss: InnerLoss | None = None
     outer_tried = False
+    uses = Uses(problem.inner_loss, problem.outer_loss, problem.init, solver, estimator)
 
     def evaluate(outer: Params, episode: Any) -> tuple[Tensor, Aux]:
         nonlocal inner_loss, outer_tried
@@ -120,6 +125,8 @@ def bilevel(
         if not outer_tried and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             _check_outer(problem, ends[-1], outer)
             outer_tried = True
+        if not torch.compiler.is_compiling():
+            uses.add()
         with Swapped(once=True):
             loss, metrics = weighted(problem, ends, outer)
         return loss, Aux(pt.detach(solution.params), solution.losses.detach(), metrics)
@@ -130,25 +137,36 @@ def bilevel(
     return meta_loss
 
 
-_INSIDE: ContextVar[bool] = ContextVar("inside", default=False)
+META_LOSS = "(outer, episode) -> (loss, aux), such as mf.bilevel returns"
+"""What a meta loss is."""
+
+_INSIDE: ContextVar[Call | None] = ContextVar("inside", default=None)
+"""The call in which a meta loss is evaluated: what an interrupt leaves here belongs to no other."""
 
 
 def outermost(evaluate: MetaLoss, outer: Params, episode: Any) -> tuple[Tensor, Any]:
     """Return `evaluate(outer, episode)`; refuse a loss that no gradient can flow from.
 
-    A meta loss inside another one, as with three levels, is not judged.
+    A meta loss inside another one, as with three levels, is not checked.
 
     Raises:
         ProblemError: with grad mode on and outside transforms, if neither the loss nor anything
             in `outer` or the episode requires grad.
     """
-    if _INSIDE.get():
+    call = _INSIDE.get()
+    if torch.compiler.is_compiling() or (call is not None and call is current()):
         return evaluate(outer, episode)
-    token = _INSIDE.set(True)
-    try:
-        loss, aux = evaluate(outer, episode)
-    finally:
-        _INSIDE.reset(token)
+    with attempt(outer, episode):
+        token = _INSIDE.set(current())
+        try:
+            loss, aux = evaluate(outer, episode)
+        finally:
+            _INSIDE.reset(token)
+        _refuse_dead(loss, outer, episode)
+        return loss, aux
+
+
+def _refuse_dead(loss: Tensor, outer: Params, episode: Any) -> None:
     if (
         torch.is_grad_enabled()
         and not transforming()
@@ -160,7 +178,6 @@ def outermost(evaluate: MetaLoss, outer: Params, episode: Any) -> tuple[Tensor, 
             "and detached tensors are constants). Pass mf.trainable(model), take the gradient with "
             "mf.hypergrad(meta_loss), or evaluate under torch.no_grad()."
         )
-    return loss, aux
 
 
 def _check_parts(problem: Any, solver: Any, estimator: Any) -> None:
@@ -169,24 +186,29 @@ def _check_parts(problem: Any, solver: Any, estimator: Any) -> None:
         raise ProblemError(
             f"problem must be an mf.Problem(inner_loss, outer_loss), got {type(problem).__name__}."
         )
-    for name, part, example in (
-        ("solver", solver, "mf.SGD(0.1, steps=5)"),
-        ("estimator", estimator, "mf.Unrolled()"),
-    ):
-        if isinstance(part, type):
-            raise ProblemError(
-                f"{name} must be an object, got the class {part.__name__}: write {example}."
-            )
-    if not all(hasattr(solver, name) for name in ("steps", "init", "update")):
-        raise ProblemError(
-            f"solver must have steps, init and update, as {'mf.SGD(0.1, steps=5)'} has, got "
-            f"{type(solver).__name__}. Optimisers of torch.optim work in place and cannot be "
-            "differentiated; mf.SGD, mf.Adam, mf.AdamW, mf.Muon have their formulas."
-        )
+    _check_solver(solver)
+    _refuse_class("estimator", estimator, "mf.Unrolled()")
     if not callable(estimator):
         raise ProblemError(
             "estimator must be a function (inner_loss, solver, start, outer, support) -> "
             f"mf.Solution, such as mf.Unrolled(), got {estimator!r}."
+        )
+
+
+def _refuse_class(name: str, part: Any, example: str) -> None:
+    if isinstance(part, type):
+        raise ProblemError(
+            f"{name} must be an object, got the class {part.__name__}: write {example}."
+        )
+
+
+def _check_solver(solver: Any) -> None:
+    _refuse_class("solver", solver, "mf.SGD(0.1, steps=5)")
+    if not all(hasattr(solver, name) for name in ("steps", "init", "update")):
+        raise ProblemError(
+            "solver must have steps, init and update, as mf.SGD(0.1, steps=5) has, got "
+            f"{type(solver).__name__}. Optimisers of torch.optim work in place and cannot be "
+            "differentiated; mf.SGD, mf.Adam, mf.AdamW, mf.Muon have their formulas."
         )
 
 
@@ -218,7 +240,7 @@ def hypergrad(meta_loss: MetaLoss) -> Callable[[Params, Any], tuple[Params, tupl
     it rides on the tape, which is faster.
 
     Args:
-        meta_loss: `(outer, episode) -> (loss, Aux)`, of `bilevel`, `over_tasks`, `evolution` or
+        meta_loss: `(outer, episode) -> (loss, Aux)`, of `bilevel`, `over_tasks`, `Evolution` or
             any function of this form.
 
     Returns:
@@ -226,7 +248,7 @@ def hypergrad(meta_loss: MetaLoss) -> Callable[[Params, Any], tuple[Params, tupl
         left alone, and so is its `.grad`.
 
     Raises:
-        ProblemError: at the call, if `outer` is no dict of floating-point tensors, and what
+        ProblemError: at the call, if `outer` is not a dict of floating-point tensors, and what
             `meta_loss` raises.
 
     Example:
@@ -240,7 +262,9 @@ def hypergrad(meta_loss: MetaLoss) -> Callable[[Params, Any], tuple[Params, tupl
         >>> grads["w"]
         tensor([1.6000])
     """
+    function("meta_loss", meta_loss, META_LOSS)
 
+    @attempted
     def value_and_hypergrad(outer: Params, episode: Any) -> tuple[Params, tuple[Tensor, Aux]]:
         check_params(outer, "outer", "outer parameters")
         free = moving(outer)
@@ -275,6 +299,7 @@ def _on_tape(
     return dict(zip(leaves, grads, strict=True)), loss if track else loss.detach(), aux
 
 
+@attempted
 def adapt(
     problem: Problem, outer: Params, support: Any, *, solver: Solver, path: Sequence[int] = ()
 ) -> Solution:
@@ -301,6 +326,7 @@ def adapt(
         >>> mf.adapt(maml, w, torch.tensor([0.0]), solver=mf.SGD(0.1, steps=2)).losses
         tensor([1.0000, 0.6400])
     """
+    _check_solver(solver)
     check_params(outer, "outer", "outer parameters")
     outer = constants(outer)
     support = pt.detach(problem.prepared(outer, Episode(support, support)).support)

@@ -33,10 +33,14 @@ class Drawn:
     def again(self) -> Iterator[None]:
         """Draw the same numbers inside a `with` block; leave the global state as it was."""
         with torch.random.fork_rng(self.devices):
-            torch.set_rng_state(self.cpu)
-            for device, state in zip(self.devices, self.cuda, strict=True):
-                torch.cuda.set_rng_state(state, device)
+            self.put_back()
             yield
+
+    def put_back(self) -> None:
+        """Let the next draws be those that followed this moment."""
+        torch.set_rng_state(self.cpu)
+        for device, state in zip(self.devices, self.cuda, strict=True):
+            torch.cuda.set_rng_state(state, device)
 
 
 @contextlib.contextmanager

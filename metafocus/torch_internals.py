@@ -25,7 +25,7 @@ from torch.nn import _reduction
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from metafocus.errors import TransformError
 
@@ -161,13 +161,13 @@ def differentiated_again(tensors: Iterable[Tensor]) -> bool:
     On the tape that is so with grad mode on. `torch.func.grad` always turns it on; there it takes
     a second transform that differentiates, or the tape below the first one.
     """
-    kinds = [level.key() for level in _transforms()]
-    if forward_ad._current_level >= 0 or _functorch.TransformType.Jvp in kinds:
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
         return True
-    levels = kinds.count(_functorch.TransformType.Grad)
-    if levels == 1:
+    kinds = [level.key() for level in _transforms()]
+    others = [kind for kind in kinds if kind != _functorch.TransformType.Vmap]
+    if others == [_functorch.TransformType.Grad]:
         return any(innermost(x).requires_grad for x in tensors)
-    return levels > 1 or torch.is_grad_enabled()
+    return bool(others) or torch.is_grad_enabled()
 
 
 def is_batched(x: Tensor) -> bool:
@@ -251,13 +251,22 @@ def storage_key(storage: torch.UntypedStorage) -> int:
 def swapped_weights(
     module: nn.Module, tensors: Mapping[str, Tensor], *, tie_weights: bool = False
 ) -> contextlib.AbstractContextManager[None]:
-    """Let a module hold other tensors as parameters and buffers inside a `with` block."""
+    """Let a module hold other tensors as parameters and buffers inside a `with` block.
+
+    An interrupt inside torch's exit leaves them there; `calls.holding` puts that right.
+    """
     return _reparametrize_module(module, dict(tensors), tie_weights=tie_weights)
 
 
 def parameter_table(module: nn.Module) -> dict[str, Tensor | None]:
     """Return the module's own table of its parameters: a write changes the module."""
     return module._parameters  # pyright: ignore[reportReturnType]
+
+
+def weight_tables(module: nn.Module) -> tuple[dict[str, Tensor | None], ...]:
+    """Return the module's own tables of parameters and of buffers; one without any is left out."""
+    tables: Any = module._parameters, module._buffers
+    return tuple(table for table in tables if table)
 
 
 def forward_hooks(module: nn.Module) -> tuple[Any, ...]:
@@ -295,6 +304,21 @@ def raised_by_functional_call(error: BaseException) -> bool:
 def function_modes() -> list[TorchFunctionMode]:
     """Return the modes that torch functions pass through, the innermost last."""
     return _get_current_function_mode_stack()
+
+
+def dispatch_modes() -> list[TorchDispatchMode]:
+    """Return the modes that operators pass through, the innermost last."""
+    return _get_current_dispatch_mode_stack()
+
+
+def function_state() -> Any:
+    """Return whether this thread listens to modes and to overrides of operators."""
+    return torch._C._get_torch_function_state()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def set_function_state(state: Any) -> None:
+    """Put back what `function_state` returned."""
+    torch._C._set_torch_function_state(state)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def without_function_modes() -> contextlib.AbstractContextManager[None]:

@@ -126,7 +126,7 @@ class Family:
         body: the rest of an answer with its stop token, which is trained; a regular expression.
         eos: the token that ends a text.
         control: a regular expression for the control tokens, each a token of its own.
-        template: the text, or "" for the file of trl.
+        template: the text, or "" for the file of trl with the name before an @.
         ordinary: control tokens that are added as ordinary ones.
         rstrip: control tokens that swallow the white space after them.
     """
@@ -142,7 +142,7 @@ class Family:
     def tokenizer(self, name: str) -> Any:
         """Return a tokenizer with the template and its control tokens."""
         made = copy.deepcopy(_BASE)
-        template = self.template or (TEMPLATES / f"{name}.jinja").read_text("utf-8")
+        template = self.template or (TEMPLATES / f"{name.split('@')[0]}.jinja").read_text("utf-8")
         found = sorted({*re.findall(self.control, template), *self.rstrip} - {*self.ordinary})
         tokens = [AddedToken(t, special=True, rstrip=t in self.rstrip) for t in found]
         made.add_special_tokens({"additional_special_tokens": tokens})
@@ -286,4 +286,55 @@ FAMILIES: dict[str, Family] = {
     **{f"qwen3_{v}": _im(_THOUGHT) for v in ("5_think", "6", "8")},
     "qwen3_5_nothink": _im(r"(?:<think>\n(?:\n</think>\n\n)?)?"),
     **{f"qwen3_{v}_training": _im() for v in ("5_think", "5_nothink", "6", "8")},
+    "phi3@tokens that swallow white space": Family(
+        r"<\|assistant\|>\n?",
+        r".*?<\|end\|>(?:\n?<\|endoftext\|>)?",
+        "<|endoftext|>",
+        rstrip=("<|user|>", "<|assistant|>", "<|end|>", "<|system|>", "<|endoftext|>"),
+    ),
+    "qwen2_5@ordinary tokens": _im(ordinary=("<|im_start|>", "<|im_end|>")),
+    "llama3@ordinary tokens": Family(
+        _LLAMA.head, _LLAMA.body, "<|endoftext|>", ordinary=("<|eot_id|>",)
+    ),
+    "own: the generation prompt is always there": Family(
+        r"<\|S\|><\|assistant\|>(?!\Z)",
+        r".*?<\|E\|>",
+        "<|E|>",
+        r"<\|[SE]\|>",
+        "{% for m in messages %}<|S|><|{{ m.role }}|>{{ m.content }}<|E|>{% endfor %}"
+        "<|S|><|assistant|>",
+    ),
+    "own: another token at the end of a chat": Family(
+        r"<\|of\|>assistant\n",
+        r".*?(?:<\|next\|>|<\|stop\|>)",
+        "<|stop|>",
+        template="{% for m in messages %}<|of|>{{ m.role }}\n{{ m.content }}"
+        "{{ '<|stop|>' if loop.last and m.role == 'assistant' else '<|next|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|of|>assistant\n{% endif %}",
+    ),
+    "own: no stop token": Family(
+        r"### assistant:\n",
+        r".*?(?=\n\n### |\n\n\Z)",
+        "<|endoftext|>",
+        template="{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n\n{% endfor %}"
+        "{% if add_generation_prompt %}### assistant:\n{% endif %}",
+    ),
+    "own: the next message stops": Family(
+        r"<\|assistant\|>",
+        r"(?:(?!<\|).)*(?:<\|user\|>|<\|system\|>|<\|tool\|>|)",
+        "<|endoftext|>",
+        r"<\|[a-z]+\|>",
+        "{% for m in messages %}{{ '<|' + m.role + '|>' }}{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+        "{# <|user|> <|assistant|> <|system|> <|tool|> <|developer|> #}",
+    ),
+    "own: names, and text before the messages": Family(
+        r"<\|im_start\|>assistant(?:=\w+)?\n",
+        _IM,
+        "<|im_end|>",
+        template="{{ bos_token }}today {{ strftime_now('%Y') }}\n{% for m in messages %}"
+        "{{ '<|im_start|>' + m.role + ('=' + m.name if m.name else '') + '\n' }}"
+        "{{ m.content | trim }}{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    ),
 }

@@ -118,8 +118,8 @@ def test_bad_parquet(tmp_path):
     for cut in (whole[: len(whole) // 2], whole[:-20], b"", b"not parquet at all"):
         with pytest.raises(DataError, match=r"a\.parquet' cannot be read as parquet.*cut off"):
             read_chats(write(path, cut))
-    pq.write_table(pa.table({"text": ["a"]}), path)
-    with pytest.raises(DataError, match="row 1: no messages, only text"):
+    pq.write_table(pa.table({"note": ["a"]}), path)
+    with pytest.raises(DataError, match="row 1: no messages, only note"):
         read_chats(path)
     pq.write_table(pa.Table.from_pylist([{"messages": CHAT}]).slice(0, 0), path)
     with pytest.raises(DataError, match="holds no record"):
@@ -682,8 +682,8 @@ def test_chats_that_cannot_be_encoded_are_skipped_and_named(small):
         DataError, match=r"8 of 8 chats cannot be encoded.*record 0: message 0: role"
     ):
         encode_chats([bad] * 8, small)
-    with pytest.raises(DataError, match="record 0: messages is None"):
-        encode_chats([{"text": "a"}], small)
+    with pytest.raises(DataError, match="record 0: no messages, only note"):
+        encode_chats([{"note": "a"}], small)
     with pytest.raises(DataError, match=r"max_length must be .* got 0"):
         encode_chats([{"messages": CHAT}], small, max_length=0)
 

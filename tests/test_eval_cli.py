@@ -253,7 +253,7 @@ def test_science(checkpoint, tmp_path):
         assert [rate["low"], rate["high"]] == pytest.approx(wilson(rate["mean"], 4))
     assert report["pass_at_k"].keys() == {"1", "3"} and report["questions"] == 4
     assert report["settings"]["temperature"] == 0.7 and report["settings"]["samples"] == 3
-    assert report["tool_limits"]["seconds"] == 10 and "namespaces" in report["tool_walls"]
+    assert report["tool_limits"]["seconds"] == 10 and report["tool_walls"]["system_calls"]
     assert sum(report["ended"].values()) == 12 and "pass@k" in text
     assert "Python" in lines[0]["messages"][0]["content"]
     assert "pass --overwrite_output_dir" in refused(*words, "--output_dir", out)

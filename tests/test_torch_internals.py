@@ -294,6 +294,30 @@ def test_tracked():
     assert ti.is_tracked(x.requires_grad_())
 
 
+def test_differentiated_again():
+    """`get_interpreter_stack`: `Implicit` keeps no graph of a hypergradient that is final."""
+    x, leaf, found = torch.ones(2), torch.ones(2, requires_grad=True), []
+
+    def f(x: Tensor) -> Tensor:
+        found.append(ti.differentiated_again([x]))
+        return x.sum()
+
+    grad = torch.func.grad(f)
+    f(x)
+    with torch.no_grad():
+        f(x)
+    grad(x)
+    torch.func.vmap(grad)(torch.ones(2, 2))
+    torch.func.grad(lambda y: torch.func.vmap(f)(y).sum())(torch.ones(2, 2))
+    assert found == [True, False, False, False, False]
+    found.clear()
+    grad(leaf)
+    torch.func.grad(lambda y: grad(y).sum())(x)
+    torch.func.jvp(f, (x,), (x,))
+    torch.func.jvp(grad, (x,), (x,))
+    assert found == [True] * 4
+
+
 def test_innermost():
     """`get_unwrapped`: the tensor inside all wrappers says whether a parameter is frozen."""
     x = torch.ones(2)
@@ -391,6 +415,15 @@ def test_reparametrize_module():
         assert model[1].weight.tolist() == [[0.0, 0.0]]
 
 
+def test_buffers_of_a_module():
+    """`_buffers`: weights that an interrupted exit has left swapped are put back in this table."""
+    norm = nn.BatchNorm1d(1, affine=False)
+    *_, table = ti.weight_tables(norm)
+    table["running_mean"] = torch.ones(1)
+    assert norm.running_mean.tolist() == [1.0]
+    assert ti.weight_tables(nn.Tanh()) == ()
+
+
 def test_parameters_of_a_module():
     """`_parameters`: full fast weights stand in for parameters by an exchange in this table."""
     layer = nn.Linear(2, 1, bias=False)
@@ -463,6 +496,19 @@ def test_function_mode_stack():
         assert ti.function_modes() == [mode]
 
 
+def test_torch_function_state():
+    """`_get_torch_function_state`, `_set_torch_function_state`: what an interrupt leaves is off."""
+    before = ti.function_state()
+    with pytest.raises(RuntimeError), ti.without_function_modes():
+        off = ti.function_state()
+        assert off != before
+        raise RuntimeError
+    ti.set_function_state(off)
+    assert ti.function_state() == off
+    ti.set_function_state(before)
+    assert ti.function_state() == before
+
+
 def test_disable_torch_function():
     """`DisableTorchFunction`: attention does not pass each look at a tensor through a mode."""
     x = torch.ones(1)
@@ -471,6 +517,14 @@ def test_disable_torch_function():
         with ti.without_function_modes():
             seen = x + 0
     assert (plain.item(), seen.item()) == (2.0, 1.0)
+
+
+def test_dispatch_mode_stack():
+    """`_get_current_dispatch_mode_stack`: an interrupted trial leaves its mode, which is popped."""
+    depth = len(ti.dispatch_modes())
+    with ti.TorchDispatchMode() as mode:
+        assert ti.dispatch_modes()[-1] is mode
+    assert len(ti.dispatch_modes()) == depth
 
 
 def test_dispatch_modes():

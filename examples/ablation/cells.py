@@ -77,8 +77,14 @@ def train(
         inner_tokens=TOKENS[cell.tokens],
         generator=torch.Generator().manual_seed(seed),
     )
-    with computing(model.device):
-        history = fine_tune(model, meta, episodes, lr=scale.lr, progress=progress)
+    history = fine_tune(
+        model,
+        meta,
+        episodes,
+        lr=scale.lr,
+        computing=lambda: computing(model.device),
+        progress=progress,
+    )
     return {**history._asdict(), "cpu_seconds": time.process_time() - started}
 
 

@@ -131,3 +131,8 @@ def places(scale: Scale) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
         "held-out tasks, trained length": (scale.held_out, (scale.length,)),
         "held-out tasks, longer": (scale.held_out, longer),
     }
+
+
+def everything(scale: Scale) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """All tasks and all lengths."""
+    return scale.tasks, tuple(scale.chats)

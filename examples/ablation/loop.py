@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -30,9 +31,18 @@ def fine_tune(
     episodes: Sequence[mf.Episode],
     *,
     lr: float,
+    computing: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     progress: Callable[[str], None] = lambda line: None,
 ) -> History:
     """Train the model for one step on each episode, in their order.
+
+    Args:
+        model: what is trained.
+        meta_loss: the loss of a step.
+        episodes: one for each step.
+        lr: the peak learning rate.
+        computing: the context of a step's forward pass, such as autocast.
+        progress: gets a line after each step.
 
     Raises:
         NonFiniteError: if a loss or the norm of a gradient is not finite.
@@ -46,7 +56,9 @@ def fine_tune(
     history, started = History([], [], []), time.time()
     model.train()
     for step, episode in enumerate(episodes):
-        loss, aux = meta_loss({}, episode)
+        # Entered anew in each step: autocast keeps its copies of the weights until it is left.
+        with computing():
+            loss, aux = meta_loss({}, episode)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(parameters, CLIP)
         if not torch.isfinite(loss + norm):

@@ -31,7 +31,7 @@ from model import checksum, load
 from protocol import FOCUSFT, SCALES, Cell, Scale
 from report import write_report
 
-from metafocus.comparison.report import environment
+from metafocus.comparison import environment
 from metafocus.errors import NonFiniteError
 from metafocus.files import write_json
 

@@ -14,9 +14,8 @@ from typing import Any
 
 from metafocus.data import encode_chat, stdlib_qa
 from metafocus.errors import DataError
+from metafocus.evals import Prose, builtin_prose, largest, words_of
 from metafocus.evals.babilong import World, solve, tell
-from metafocus.evals.fit import largest
-from metafocus.evals.prose import Prose, builtin_prose, words_of
 
 WORLD = World()
 _CODES, _WORDS, _TRIES = 4, 60, 100

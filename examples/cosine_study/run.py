@@ -28,18 +28,19 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="smollm2", help="a directory, hub id or known name")
     parser.add_argument("--output", type=Path, default=Path("out/cosine_study"))
+    parser.add_argument("--limit", type=int, help="stop after so many new points")
     parser.add_argument("--quick", action="store_true", help="a tiny model and two points")
     parser.add_argument("--report", action="store_true", help="only write the page again")
     parser.add_argument("--page", type=Path, help="where; default: report.md in --output")
     args = parser.parse_args(argv)
     args.output.mkdir(parents=True, exist_ok=True)
     if not args.report:
-        run(args.model, args.output, args.quick)
+        run(args.model, args.output, args.quick, args.limit)
     print(write_report(args.output, args.page or args.output / "report.md"))
 
 
-def run(source: str, output: Path, quick: bool) -> None:
-    """Measure every point that has no file yet."""
+def run(source: str, output: Path, quick: bool, limit: int | None = None) -> None:
+    """Measure every point that has no file yet, or the first `limit` of them."""
     if quick:
         torch.manual_seed(0)
         from metafocus.data import stdlib_qa
@@ -51,10 +52,12 @@ def run(source: str, output: Path, quick: bool) -> None:
         points = grid()
     model.train()
     batches: dict[tuple[int, int], Batch] = {}
-    for i, point in enumerate(points):
-        path = output / f"{point.name}.json"
-        if path.exists():
-            continue
+    missing = [
+        (i, point, path)
+        for i, point in enumerate(points)
+        if not (path := output / f"{point.name}.json").exists()
+    ]
+    for i, point, path in missing[:limit]:
         size = (point.tokens, point.sample)
         if size not in batches:
             batches[size] = chat(tokenizer, *size)

@@ -13,6 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from metafocus.adapters import checks, slots
 from metafocus.adapters.placement import Placement
+from metafocus.calls import using
 from metafocus.errors import PlacementError, ProblemError
 from metafocus.files import read_tensors, write_tensors
 from metafocus.precision import wide_type
@@ -153,10 +154,11 @@ class FullWeights:
         for name, tensor in fast.items():
             for path, own in places[name]:
                 grouped.setdefault(path, {})[own] = tensor
-        with slots.bind(
+        bindings = [
             (model.get_submodule(path), slots.Binding(slots.as_parameters, tensors))
             for path, tensors in grouped.items()
-        ):
+        ]
+        with using(model), slots.bind(bindings):
             yield
 
     def save(self, model: nn.Module, fast: Mapping[str, Tensor], directory: str | Path) -> None:

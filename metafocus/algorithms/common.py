@@ -37,9 +37,22 @@ class StepAux(NamedTuple):
 
 
 def levels(problem: Problem, episode: Any) -> tuple[Level, Level]:
-    """Return the inner and the outer loss of this episode, `prepare` included in both.
+    """Return the inner and the outer loss of an episode as functions of `(fast, outer)`.
 
-    They raise a `ProblemError` if support or query is a stream.
+    An algorithm of your own begins with them, as those of `mf.algorithms` do. `prepare` is part of
+    both, and the inner one can be differentiated twice.
+
+    Raises:
+        ProblemError: when they are called, if support or query is a stream.
+
+    Example:
+        >>> import metafocus as mf
+        >>> def loss(fast, slow, x):
+        ...     return ((fast["w"] - x) ** 2).sum()
+        >>> data = mf.Episode(torch.zeros(1), torch.ones(1))
+        >>> inner, upper = mf.algorithms.levels(mf.Problem(loss, loss), data)
+        >>> inner({"w": torch.tensor([3.0])}, {}), upper({"w": torch.tensor([3.0])}, {})
+        (tensor(9.), tensor(4.))
     """
     inner_loss = differentiable_twice(problem.inner_loss)
 

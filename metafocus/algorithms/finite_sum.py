@@ -9,6 +9,7 @@ from torch import Tensor
 
 from metafocus import params as pt
 from metafocus.algorithms.common import select
+from metafocus.calls import attempted
 from metafocus.errors import ProblemError
 from metafocus.problem import as_episode
 from metafocus.types import Episode
@@ -24,6 +25,7 @@ class Term(NamedTuple):
     data: Any
 
 
+@attempted
 def draw(data: Any, *, generator: torch.Generator) -> Episode:
     """Return one term of the inner and one of the outer sum, independently and uniformly.
 

@@ -20,6 +20,7 @@ from metafocus.algorithms.common import (
 )
 from metafocus.algorithms.finite_sum import Term, terms
 from metafocus.autodiff.hvp import hvp_reverse
+from metafocus.calls import attempted
 from metafocus.checks import positive
 from metafocus.errors import ProblemError
 from metafocus.problem import Problem, as_episode, constants
@@ -114,6 +115,7 @@ class SABA:
         positive("inner_lr", self.inner_lr)
         positive("v_lr", self.v_lr)
 
+    @attempted
     def init(self, outer: Params, data: Any) -> SABAState:
         """Return the state with `v = 0` and a full memory; one pass over all terms.
 
@@ -142,6 +144,7 @@ class SABA:
                 fast, v, _mapped(inner, support, counts[0]), _mapped(upper, query, counts[1])
             )
 
+    @attempted
     def step(
         self, outer: Params, state: SABAState, episode: Any
     ) -> tuple[Params, SABAState, StepAux]:

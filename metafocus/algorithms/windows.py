@@ -14,6 +14,7 @@ from metafocus import streams
 from metafocus.autodiff.purity import watched
 from metafocus.autodiff.recompute import recompute
 from metafocus.autodiff.safe_operators.swapping import Swapped, differentiable_twice
+from metafocus.calls import attempted
 from metafocus.checks import check_finite, whole
 from metafocus.errors import ProblemError
 from metafocus.path import Path, path_weights, weighted
@@ -140,6 +141,7 @@ class Windows:
         if not isinstance(self.recompute, bool):
             whole("recompute", self.recompute)
 
+    @attempted
     def init(self, outer: Params, support: Any = None) -> Window:
         """Return the window before the first step, at `problem.init(outer, support)`.
 
@@ -149,6 +151,7 @@ class Windows:
         fast = _copied(self.problem.first(outer, support))
         return Window(fast, _held(_copied(self.solver.init(fast))), 0)
 
+    @attempted
     def loss(
         self, outer: Params, window: Window, episode: Any
     ) -> tuple[Tensor, tuple[Window, Aux]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from metafocus import params as pt
 from metafocus.autodiff import grad as derivatives
 from metafocus.autodiff.safe_operators import swapping
 from metafocus.autodiff.tape import foreign_nodes
+from metafocus.calls import Scoped, attempt, current
 from metafocus.rng import Drawn
 from metafocus.torch_internals import (
     pytree,
@@ -28,24 +28,22 @@ from metafocus.torch_internals import (
 
 Pullback = Callable[[tuple[Any, ...], Any], tuple[Any, ...]]
 
-_FOUND: ContextVar[set[str] | None] = ContextVar("found", default=None)
+_FOUND: Scoped[set[str] | None] = Scoped(None)
 
 
 @contextlib.contextmanager
 def searched() -> Iterator[set[str]]:
     """Collect the names of custom kernels inside recomputed functions, in a `with` block."""
     names: set[str] = set()
-    token = _FOUND.set(names)
-    try:
+    with _FOUND.set(names):
         yield names
-    finally:
-        _FOUND.reset(token)
 
 
 class Ambient:
     """What the forward pass ran in: to run the same code again in the same surroundings."""
 
     def __init__(self, tensors: Sequence[Tensor]):
+        self.call = current()
         self.swapped = swapping.active()
         kinds = {"cpu", *(x.device.type for x in tensors)}
         self.autocast = [
@@ -73,7 +71,7 @@ class Ambient:
             drawn: the random state of the first time.
         """
         swapped = contextlib.nullcontext() if self.swapped is None else self.swapped
-        with drawn.again(), self.first(), swapped:
+        with attempt(call=self.call), drawn.again(), self.first(), swapped:
             yield
 
 
@@ -140,7 +138,7 @@ class _Recompute(torch.autograd.Function):
 
     @staticmethod
     def forward(spec: _Spec, *inputs: Tensor) -> tuple[Tensor, ...]:
-        found = _FOUND.get()
+        found = None if torch.compiler.is_compiling() else _FOUND.get()
         with spec.first():
             if found is None:
                 return spec.flat(*inputs)

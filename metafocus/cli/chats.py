@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 from collections.abc import Callable, Iterable, Sequence
+=======
+from collections.abc import Iterable
+>>>>>>> main
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ STDLIB = "stdlib"
 """Names, instead of a file, questions about the documentation of the Python standard library."""
 
 
+<<<<<<< HEAD
 def gatherer(folder: Path) -> Callable[[Iterable[dict[str, Any]]], Chats]:
     """Return what keeps records in a file of a folder, so that they need no memory."""
     return lambda rows: spool.records(folder).extend(rows)
@@ -32,6 +37,11 @@ def read(train_file: str, folder: Path | None = None) -> Chats | None:
     """
     gather = gatherer(folder) if folder else list
     return None if train_file == STDLIB else read_chats(train_file, gather=gather)
+=======
+def read(train_file: str, *, check: bool = True) -> Chats | None:
+    """Return the chats of a file; None for `stdlib`, whose chats wait for a tokenizer."""
+    return None if train_file == STDLIB else read_chats(train_file, check=check)
+>>>>>>> main
 
 
 def texts(chats: Chats | None) -> Iterable[str]:
@@ -40,9 +50,28 @@ def texts(chats: Chats | None) -> Iterable[str]:
         yield from stdlib_qa.texts()
         return
     for chat in chats:
-        for message in chat["messages"]:
-            if isinstance(message.get("content"), str):
-                yield message["content"]
+        if isinstance(chat.get("text"), str):
+            yield chat["text"]
+        messages = chat.get("messages")
+        for message in messages if isinstance(messages, list) else []:
+            content = message.get("content") if isinstance(message, dict) else None
+            if isinstance(content, str):
+                yield content
+
+
+def template(path: str | None) -> str | None:
+    """Return the chat template in a file.
+
+    Raises:
+        DataError: if it cannot be read.
+    """
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or f"not UTF-8 ({error})"
+        raise DataError(f"--chat_template {path} cannot be read: {reason}.") from error
 
 
 def documentation(

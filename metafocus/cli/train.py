@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import ProgressCallback
+from transformers import IntervalStrategy, ProgressCallback
 
 from metafocus.adapters import LoRA
 from metafocus.cli import chats, options
@@ -58,13 +59,22 @@ def main(argv: list[str]) -> FocusTrainer:
 
 def _run(settings: Settings, output: Path, resume: str | bool | None) -> FocusTrainer:
     data, args = settings.data, settings.args
+<<<<<<< HEAD
     # What is read and encoded lies there, in files without a name, and not in memory.
     output.mkdir(parents=True, exist_ok=True)
     train, heldout = _read(data, args.seed, output)
+=======
+    train, heldout = _read(data, args.seed)
+    _check_evaluation(args, data, train, heldout)
+>>>>>>> main
     _note_unused(settings)
     torch.manual_seed(args.seed)
     model, tokenizer = options.model_and_tokenizer(
-        settings.model, lambda: chats.texts(train), data.max_length
+        settings.model,
+        lambda: chats.texts(train),
+        data.max_length,
+        base=train is not None and not any("messages" in record for record in train),
+        template=chats.template(data.chat_template),
     )
     adapter = args.adapter(model)
     if isinstance(adapter, LoRA):
@@ -100,11 +110,7 @@ def _run(settings: Settings, output: Path, resume: str | bool | None) -> FocusTr
     report = _report(trainer, settings, result.metrics["train_runtime"])
     _save(trainer, result.metrics, report, output)
     _say(args, _outcome(trainer, report, output))
-    if _inner_loss_rose(trainer.state.log_history):
-        _say(
-            args,
-            "note: the inner loss rose in most steps. Lower --inner_lr or --inner_steps.",
-        )
+    _say(args, _inner_warning(trainer.state.log_history))
     return trainer
 
 
@@ -134,6 +140,7 @@ def _resume(args: FocusArguments) -> str | bool | None:
 
 def _read(data: DataArguments, seed: int, folder: Path) -> tuple[chats.Chats | None, chats.Chats]:
     """Return chats to train on and held-out ones; None for those that wait for a tokenizer."""
+<<<<<<< HEAD
     gather = chats.gatherer(folder)
     heldout = read_chats(data.validation_file, gather=gather) if data.validation_file else None
     if data.dataset_name is not None:
@@ -147,9 +154,43 @@ def _read(data: DataArguments, seed: int, folder: Path) -> tuple[chats.Chats | N
         heldout = heldout or parts.get("validation") or parts.get("test")
     else:
         train = chats.read(data.train_file or "", folder)
+=======
+    # What is wrong with a single chat is found where it is encoded.
+    heldout = read_chats(data.validation_file, check=False) if data.validation_file else None
+    if data.dataset_name is not None:
+        train, named = _data_set(data, data.dataset_name)
+        heldout = heldout or named
+    else:
+        train = chats.read(data.train_file or "", check=False)
+>>>>>>> main
     if train is None or heldout is not None:
         return train, heldout or []
     return chats.split(train, data.validation_split_percentage, seed)
+
+
+def _data_set(data: DataArguments, name: str) -> tuple[chats.Chats, chats.Chats | None]:
+    """Return the split to train on and the one that is held out, if there is one."""
+    limit = data.max_train_samples if data.dataset_streaming else None
+    if limit is not None:
+        # Some of them may be held out.
+        limit = math.ceil(limit / (1 - data.validation_split_percentage / 100))
+    parts = read_dataset(
+        name,
+        data.dataset_config_name,
+        streaming=data.dataset_streaming,
+        limit=limit,
+        check=False,
+    )
+    for flag in ("dataset_train_split", "dataset_test_split"):
+        part = getattr(data, flag)
+        if part is not None and part not in parts:
+            raise DataError(
+                f"dataset_name={name!r} has no split named {part}, only {', '.join(parts)}: pass "
+                f"--{flag} with one of them."
+            )
+    held = (data.dataset_test_split, "validation", "test")
+    named = next((parts[part] for part in held if part is not None and part in parts), None)
+    return parts[data.dataset_train_split], named
 
 
 def _documentation(
@@ -163,6 +204,17 @@ def _documentation(
         held = data.max_eval_samples or max(count // 10, 8)
         heldout = chats.documentation(tokenizer, split="heldout", n=held, **made)
     return train, heldout
+
+
+def _check_evaluation(
+    args: FocusArguments, data: DataArguments, train: chats.Chats | None, heldout: chats.Chats
+) -> None:
+    made = train is None and data.validation_split_percentage > 0
+    if args.eval_strategy != "no" and not heldout and not made:
+        raise DataError(
+            f"--eval_strategy {IntervalStrategy(args.eval_strategy).value} has nothing to evaluate "
+            "on: name --validation_file FILE, or pass --validation_split_percentage above 0."
+        )
 
 
 def _note_unused(settings: Settings) -> None:
@@ -194,7 +246,15 @@ def _encoded(
         tokenizer,
         max_length=data.max_length,
         merge_context=not data.separate_messages,
+<<<<<<< HEAD
         into=spool.samples(settings.args.output_dir),
+=======
+        turns=data.turns,
+        chat_template_kwargs=data.template_variables(),
+        strict=data.strict,
+        num_proc=data.dataset_num_proc,
+        cache_dir=data.encoding_cache,
+>>>>>>> main
     )
     _say(settings.args, f"{name}: {found.summary()}")
     return found.samples
@@ -265,15 +325,27 @@ def _outcome(trainer: FocusTrainer, report: dict[str, Any], output: Path) -> str
     return f"{text}; {report['steps']} steps in {report['seconds']:.0f} s; saved in {output}"
 
 
-def _inner_loss_rose(history: list[dict[str, Any]]) -> bool:
+def _inner_warning(history: list[dict[str, Any]]) -> str:
+    """Return what to say of inner steps that raise the inner loss; nothing if few do."""
+    # The loss after the last step is known only where both losses score the same tokens.
+    shares = [entry["last_step_rose"] for entry in history if "last_step_rose" in entry]
     rose = [
         entry["inner_loss_last"] > entry["inner_loss_first"]
         for entry in history
         if "inner_loss_first" in entry
     ]
-    return sum(rose) > len(rose) / 2
+    if sum(rose) > len(rose) / 2:
+        found = "the inner loss rose in most steps"
+    elif shares and (share := sum(shares) / len(shares)) > 0.1:
+        found = f"the last inner step raised the inner loss in {share:.0%} of the batches"
+    else:
+        return ""
+    return (
+        f"warning: {found}. First-order hypergradients cannot be trusted there. Lower --inner_lr "
+        "or --inner_steps."
+    )
 
 
 def _say(args: FocusArguments, text: str) -> None:
-    if args.process_index == 0:
+    if text and args.process_index == 0:
         print(text, flush=True)

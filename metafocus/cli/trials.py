@@ -7,6 +7,7 @@ import random
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,11 @@ _LONG = (
     "per_device_eval_batch_size",
     "depth_bins",
     "export",
+    "mask",
 )
 _OWN = (
-    "gpqa_file", "samples", "k", "no_tool", "calls", "tool_seconds", "temperature", "top_p",
-    "max_new_tokens",
+    "gpqa_file", "samples", "k", "no_tool", "unsafe_tools", "calls", "tool_seconds", "temperature",
+    "top_p", "max_new_tokens",
 )  # fmt: skip
 
 
@@ -46,7 +48,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--no_tool",
         action="store_false",
         dest="tool",
-        help="do not let the model run Python (in a process with limits; Linux only)",
+        help="do not let the model run Python (behind walls of the kernel; Linux only)",
+    )
+    group.add_argument(
+        "--unsafe_tools",
+        action="store_true",
+        help="run programs even if this machine has no wall around them",
     )
     group.add_argument("--calls", type=options.whole(0), default=5, help="of the tool; %(default)s")
     group.add_argument(
@@ -77,9 +84,10 @@ def run(args: argparse.Namespace, output: Path) -> None:
     limits = agentic.Limits(
         seconds=args.tool_seconds, cpu_seconds=max(1, -int(-args.tool_seconds // 1))
     )
-    walls = agentic.walls() if args.tool else None
-    if walls is not None and not (walls.namespaces or walls.system_calls):
-        print("note: the kernel gives the tool no walls, only its limits.", file=sys.stderr)
+    if args.tool:
+        agentic.check_walls(args.unsafe_tools)
+    else:
+        options.note_unused(args, ("unsafe_tools",), "with --no_tool")
     answered = answering.journal(args, output)
     endpoint = _endpoint(args)
     start = time.perf_counter()
@@ -95,7 +103,7 @@ def run(args: argparse.Namespace, output: Path) -> None:
             "seconds": seconds,
             "settings": {k: v for k, v in vars(args).items() if k not in ("run", "given")},
             "tool_limits": asdict(limits) if args.tool else None,
-            "tool_walls": asdict(walls) if walls else None,
+            "tool_walls": asdict(agentic.walls()) if args.tool else None,
             "environment": environment(getattr(torch, args.dtype)),
         }
         write_json(output / REPORT, found)
@@ -177,7 +185,9 @@ def _ask(
             questions,
             samples=args.samples,
             ks=ks,
-            tool=(lambda code: agentic.run_python(code, limits)) if args.tool else None,
+            tool=partial(agentic.run_python, limits=limits, unsafe=args.unsafe_tools)
+            if args.tool
+            else None,
             calls=args.calls,
             seed=args.seed,
             concurrency=args.concurrency,

@@ -161,6 +161,8 @@ class Finder:
         size = len(tokens.ids)
         if own < size and tail.beyond and tokens.is_control(own) and not closes(own):
             return own + 1
+        if tail.own.startswith(group.trail):
+            first = max(first, tokens.starting_before(group.stop + len(group.trail)))
         while own > first and tokens.is_space(own - 1):
             own -= 1
         return own

@@ -100,10 +100,14 @@ class Boundaries:
             if before.startswith(prompted):
                 return prompted
             common = _common(before, prompted)
-            if len(common) > len(_common(before, plain or "")):
+            named = "name" in chat.messages[i]
+            if not named and len(common) > len(_common(before, plain or "")):
                 return common
-        # The template ignores add_generation_prompt. Another answer shows what is the header.
+        # The template ignores add_generation_prompt, or the header holds the name of the speaker.
+        # Another answer shows what is the header.
         answer = {"role": "assistant", "content": _like(chat.messages[i].get("content"))}
+        if "name" in chat.messages[i]:
+            answer["name"] = chat.messages[i]["name"]
         trial = self._located([*earlier, answer], chat.tools)
         if trial is None or not trial.groups or trial.groups[-1].message != i:
             return before
@@ -233,8 +237,8 @@ def _neighbours(chat: RenderedChat, *places: int) -> tuple[Any, ...]:
         group = chat.groups[n]
         message = chat.messages[group.message]
         step = None if previous is None else group.message - previous
-        ends = group.message == 0, group.message + 1 == len(chat.messages)
+        first = group.message == 0
         content = type(message.get("content"))
-        found.append((message["role"], *sorted(message), content, group.kinds, step, ends))
+        found.append((message["role"], *sorted(message), content, group.kinds, step, first))
         previous = group.message
     return tuple(found)

@@ -6,7 +6,6 @@ that is empty or not trained separates its neighbours like any other.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import accumulate, pairwise
@@ -253,7 +252,7 @@ class Encoder:
         stops = [edge for answer in answers for edge in (answer.start, answer.end)]
         sample = {
             "input_ids": torch.tensor(tokens.ids, dtype=torch.int64),
-            "turn_ids": torch.tensor(_turn_ids(size, stops if ends is None else ends)),
+            "turn_ids": _turn_ids(size, stops if ends is None else ends),
             "answer_mask": mask,
         }
         if any(message.get("evidence") for message in given):
@@ -335,9 +334,10 @@ def _check_text(text: str) -> None:
         ) from error
 
 
-def _turn_ids(size: int, stops: list[int]) -> list[int]:
+def _turn_ids(size: int, stops: list[int]) -> Tensor:
     """Return for each token how many edges of turns stand at or before it."""
-    return [bisect_right(stops, position) for position in range(size)]
+    edges = torch.tensor(stops, dtype=torch.int64)
+    return torch.bucketize(torch.arange(size), edges, right=True)
 
 
 def _merged_edges(spans: Sequence[Sequence[int]]) -> list[int]:

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metafocus.data.chat import (
-    TURNS,
-    Encoder,
-    Made,
-    Sample,
-    check_max_length,
-    last_answer,
-    truncate,
-    up_to,
-)
-from metafocus.data.messages import check_messages, from_arrow, is_trained, without_nulls
+from metafocus.checks import whole
+from metafocus.data import cache
+from metafocus.data.chat import TURNS, Made, Sample, check_max_length, truncate
+from metafocus.data.records import Encoders, in_processes
 from metafocus.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _NAMED = 5  # skipped chats whose reasons are kept
-_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -85,6 +77,8 @@ def encode_chats(
     turns: str = "as_rendered",
     chat_template_kwargs: Mapping[str, Any] | None = None,
     strict: bool = False,
+    num_proc: int = 1,
+    cache_dir: str | Path | None = None,
     progress: bool = False,
     into: Any = None,
 ) -> Encoded:
@@ -94,7 +88,8 @@ def encode_chats(
     cannot be encoded is skipped and counted.
 
     Args:
-        records: dicts with `messages` and optionally `tools` and `chat_template_kwargs`.
+        records: dicts with `messages` and optionally `tools` and `chat_template_kwargs`, or of
+            another format that `read_chats` knows.
         tokenizer: a Hugging Face tokenizer with a chat template.
         max_length: the largest number of tokens; the rest is cut on the tokenizer's
             `truncation_side`.
@@ -105,6 +100,10 @@ def encode_chats(
         chat_template_kwargs: more variables of the template, such as `enable_thinking`; those of a
             record come on top.
         strict: whether to raise for a chat that cannot be encoded.
+        num_proc: the number of processes that encode. A script that asks for several needs
+            `if __name__ == "__main__"`.
+        cache_dir: a directory for the result, under a hash of the records, the tokenizer, the
+            settings and the code. Tools that are functions, which cannot be hashed, are not kept.
         progress: whether to show a progress bar.
         into: an empty sequence that the samples are appended to, such as one on a disk; None: a
             list.
@@ -129,9 +128,27 @@ def encode_chats(
             f"records is a {type(records).__name__}: pass a list of dicts with messages, as "
             "read_chats returns it"
         )
+    whole("num_proc", num_proc, 1, error=DataError)
+    arrow = type(records).__module__.partition(".")[0] == "datasets"
+    encoders = Encoders(tokenizer, merge_context, chat_template_kwargs, arrow, turns)
+    tally = _Tally(tokenizer, max_length, strict)
+    name = None
+    if cache_dir is not None:
+        records = list(records)
+        settings = [max_length, merge_context, turns, chat_template_kwargs, strict, arrow]
+        name = cache.key(records, tokenizer, {"settings": settings})
+        found = name and cache.load(cache_dir, name)
+        if found:
+            samples, counts = found
+            return Encoded(samples, **{**counts, "reasons": tuple(counts["reasons"])})
+    if num_proc == 1:
+        made = encoders.encode(enumerate(records))
+    else:
+        made = in_processes(encoders, records, num_proc)
     if progress:
         from tqdm import tqdm
 
+<<<<<<< HEAD
         records = tqdm(records, desc="encoding chats", unit="chat")
     tally = _Tally(tokenizer, max_length, strict, [] if into is None else into)
     arrow = type(records).__module__.partition(".")[0] == "datasets"
@@ -206,6 +223,16 @@ class _Encoders:
         if turns == "each" and trained:
             return encoder, [up_to(messages, i) for i in trained], record.get("tools")
         return encoder, [messages], record.get("tools")
+=======
+        made = tqdm(made, desc="encoding chats", unit="chat")
+    for i, one in made:
+        tally.add(i, one)
+    result = tally.result()
+    if cache_dir is not None and name:
+        counts = {f.name: getattr(result, f.name) for f in fields(result) if f.name != "samples"}
+        cache.save(cache_dir, name, result.samples, {**counts, "reasons": list(result.reasons)})
+    return result
+>>>>>>> main
 
 
 class _Tally:
@@ -227,15 +254,15 @@ class _Tally:
                 self._reasons.append(f"record {i}: {made}")
             return
         kept = 0
-        for whole, unstopped, rewritten in made:
-            sample = truncate(whole, self._max_length, self._side)
-            self._truncated += sample is not whole
+        for full, unstopped, rewritten in made:
+            sample = truncate(full, self._max_length, self._side)
+            self._truncated += sample is not full
             if sample["answer_mask"][1:].any():
                 self._samples.append(sample)
                 self._unstopped += unstopped
                 self._rewritten += rewritten
                 kept += 1
-            elif whole["answer_mask"][1:].any():
+            elif full["answer_mask"][1:].any():
                 self._cut_off += 1
         self._dropped += kept == 0
 
@@ -256,7 +283,7 @@ class _Tally:
         if self._skipped:
             return (
                 f"{self._skipped} of {self._seen} chats cannot be encoded, and the others have no "
-                f"answers. {'; '.join(self._reasons)}"
+                f"answers. {self._reasons[0]}"
             )
         return (
             f"no answers at all in {self._seen} chats: {self._cut_off} lost theirs to max_length="

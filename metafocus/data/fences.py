@@ -53,13 +53,15 @@ class Piece:
         message: the index of the message; -1 for a description of a tool.
         kind: "content", "reasoning", "name", "call" or "extra" (a key that a template may know).
         core: the text without white space at its ends.
+        trail: the white space after it.
         escaped: whether the text may be written with the escapes of JSON or Python.
     """
 
     message: int
     kind: str
     core: str
-    escaped: bool = False
+    trail: str
+    escaped: bool
 
     def is_rendered_as(self, text: str) -> bool:
         """Return whether a part of the rendered chat is this text."""
@@ -104,7 +106,7 @@ class _Fencer:
         number = self.first + 2 * len(self.pieces)
         lead = text[: len(text) - len(text.lstrip())]
         trail = text[len(lead) + len(core) :]
-        self.pieces.append(Piece(message, kind, core, escaped))
+        self.pieces.append(Piece(message, kind, core, trail, escaped))
         return f"{lead}{chr(number)}{core}{chr(number + 1)}{trail}"
 
     def message(self, message: Message, i: int) -> dict[str, Any]:
@@ -233,12 +235,14 @@ class Group:
         start: where the first text begins.
         stop: where the last text ends.
         kinds: the kinds of the texts in their order.
+        trail: the white space that ends the last text.
     """
 
     message: int
     start: int
     stop: int
     kinds: tuple[str, ...]
+    trail: str
 
 
 def groups(found: Located) -> list[Group]:
@@ -247,15 +251,16 @@ def groups(found: Located) -> list[Group]:
     Where a template repeats a text, its first place counts.
     """
     placed = sorted(
-        (*places[0], piece.message, piece.kind)
+        (*places[0], piece.message, piece.kind, piece.trail)
         for piece, places in zip(found.pieces, found.places, strict=True)
-        if places and piece.message >= 0
+        if places and piece.kind not in ("name", "tool")
     )
     out: list[Group] = []
-    for start, stop, message, kind in placed:
+    for start, stop, message, kind, trail in placed:
         if out and out[-1].message == message:
             last = out[-1]
-            out[-1] = Group(message, last.start, max(last.stop, stop), (*last.kinds, kind))
+            kinds = (*last.kinds, kind)
+            out[-1] = Group(message, last.start, max(last.stop, stop), kinds, trail)
         else:
-            out.append(Group(message, start, stop, (kind,)))
+            out.append(Group(message, start, stop, (kind,), trail))
     return out

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from metafocus import params as pt
 from metafocus.autodiff.grad import value_and_grad
+from metafocus.calls import attempt, current
 from metafocus.errors import NotStationaryWarning, ProblemError, TransformError
 from metafocus.solvers.descent import solve_inner
 from metafocus.streams import is_stream
@@ -85,6 +86,7 @@ class System:
         if data is not None and is_stream(support):
             self.at_solution = lambda fast, slow, stream: inner_loss(fast, slow, data(stream))
         self.solver = solver
+        self.call = current()
         self.names: tuple[str, ...] = tuple(start)
         self.inputs: list[Tensor]
         self.rebuild: Callable[[Any], Any]
@@ -159,7 +161,8 @@ class _Attached(torch.autograd.Function):
         count = len(system.names)
         rest = saved[count : len(system.inputs)]
         wanted = ctx.needs_input_grad[1 + count :]
-        found = iter(system.pull(point, right, wanted))
+        with attempt(call=system.call):
+            found = iter(system.pull(point, right, wanted))
         grads = [
             next(found) if w and pt.is_differentiable(x) else None
             for x, w in zip(rest, wanted, strict=True)
@@ -242,8 +245,8 @@ def warn_if_large(
 
     `before` is asked for only if `after` is not small by itself.
     """
-    # Below the square root of the rounding unit a ratio of two residuals compares noise; an
-    # infinite residual is a NonFiniteError's business.
+    # Below the square root of the rounding unit a ratio of two residuals compares noise. An
+    # infinite residual comes with an infinite loss, which raises NonFiniteError.
     value = float(after)
     if not torch.finfo(after.dtype).eps ** 0.5 < value < float("inf"):
         return

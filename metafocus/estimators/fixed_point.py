@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from metafocus import params as pt
-from metafocus.autodiff.grad import leaf_alias, pushforward, vjp
+from metafocus.autodiff.grad import leaf_alias, pulled_through, pushforward, vjp
 from metafocus.autodiff.safe_operators.swapping import Swapped
+from metafocus.checks import function
 from metafocus.errors import ClosureError, ProblemError
 from metafocus.estimators.attached import (
     STATIONARY,
@@ -22,7 +23,7 @@ from metafocus.estimators.attached import (
     need_data,
     warn_if_large,
 )
-from metafocus.estimators.watched import Watched
+from metafocus.estimators.watched import LINEAR, Watched
 from metafocus.linear import Identity, Neumann
 from metafocus.linear.inverse import Operator, inverse
 from metafocus.rng import kept, replayed
@@ -101,6 +102,10 @@ class FixedPoint(Estimator):
     solve: LinearSolver = Neumann(20, 1.0)  # noqa: RUF009 - frozen, so it can be shared
     data: Callable[[Any], Any] | None = None
 
+    def __post_init__(self) -> None:
+        function("step", self.step, "(fast, slow, support) -> fast", 3)
+        function("solve", self.solve, LINEAR, 2)
+
     def __call__(
         self, inner_loss: InnerLoss, solver: Solver, start: Params, outer: Params, support: Any
     ) -> Solution:
@@ -164,22 +169,8 @@ def _transposed(step: Callable[[Params], Params], fast: Params) -> MatVec:
     with torch.enable_grad():
         leaves = {k: leaf_alias(x, track) for k, x in fast.items()}
         image = step(leaves)
-    alive = [k for k, y in image.items() if y.requires_grad]
-
-    def product(u: Params) -> Params:
-        if not alive:
-            return pt.zeros_like(u)
-        grads = torch.autograd.grad(
-            [image[k] for k in alive],
-            list(leaves.values()),
-            [u[k] for k in alive],
-            retain_graph=True,
-            create_graph=track,
-            materialize_grads=True,
-        )
-        return dict(zip(fast, grads, strict=True))
-
-    return product
+    at = list(leaves.values())
+    return lambda u: dict(zip(fast, pulled_through(image, u, at, track=track), strict=True))
 
 
 class _Fixed(System):

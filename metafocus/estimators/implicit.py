@@ -11,9 +11,10 @@ from torch import Tensor
 
 from metafocus import params as pt
 from metafocus.autodiff.grad import pushforward
-from metafocus.autodiff.hvp import TapeProduct, evaluated_for, hvp_reverse
+from metafocus.autodiff.hvp import TapeProduct, check_hvp, evaluated_for, hvp_reverse
 from metafocus.autodiff.recompute import recompute
 from metafocus.autodiff.safe_operators.swapping import differentiable_twice
+from metafocus.checks import function
 from metafocus.errors import ProblemError
 from metafocus.estimators.attached import (
     STATIONARY,
@@ -26,7 +27,7 @@ from metafocus.estimators.attached import (
     warn_if_large,
 )
 from metafocus.estimators.each_product import EachProduct
-from metafocus.estimators.watched import HESSIAN, Watched
+from metafocus.estimators.watched import HESSIAN, LINEAR, Watched
 from metafocus.linear import CG, Neumann
 from metafocus.linear.inverse import Operator, inverse
 from metafocus.problem import Problem, check_params
@@ -89,8 +90,8 @@ class Implicit(Estimator):
             at hand.
         NotConvergedWarning: in the backward pass outside `vmap` and `torch.compile`, if `solve`
             found no finite solution (a singular Hessian, such as that of an inner loss without
-            curvature: the hypergradient is then NaN), or the terms of a Neumann series do not get
-            smaller.
+            curvature: the hypergradient is then NaN), if the terms of a Neumann series do not get
+            smaller, or if the fast weights have a half type that is too narrow for the system.
 
     Example:
         >>> import metafocus as mf
@@ -114,6 +115,8 @@ class Implicit(Estimator):
     data: Callable[[Any], Any] | str | None = None
 
     def __post_init__(self) -> None:
+        function("solve", self.solve, LINEAR, 2)
+        check_hvp(self.hvp)
         if isinstance(self.data, str):
             if self.data != EACH_PRODUCT:
                 raise ValueError(

@@ -13,7 +13,7 @@ from torch import Tensor
 from metafocus import params as pt
 from metafocus import streams
 from metafocus.autodiff.grad import pullback
-from metafocus.autodiff.hvp import evaluated_for, hvp_reverse
+from metafocus.autodiff.hvp import check_hvp, evaluated_for, hvp_reverse
 from metafocus.autodiff.purity import watched
 from metafocus.autodiff.recompute import recompute
 from metafocus.autodiff.stores import Store
@@ -122,6 +122,7 @@ class Unrolled(Estimator):
             whole("last", self.last)
         if not isinstance(self.recompute, bool):
             whole("recompute", self.recompute)
+        check_hvp(self.hvp)
         if self.store is not None:
             self._check_store()
 

@@ -1,9 +1,10 @@
 """Long-context questions that are made by code, and their scorers: BABILong and RULER."""
 
 from metafocus.evals import babilong, ruler
+from metafocus.evals.fit import largest
 from metafocus.evals.intervals import wilson
 from metafocus.evals.items import Item, token_windows, write_chats
-from metafocus.evals.prose import Prose, builtin_prose, prose_from_file
+from metafocus.evals.prose import Prose, builtin_prose, prose_from_file, words_of
 from metafocus.evals.scorers import (
     babilong_official,
     lm_eval_substring,
@@ -17,6 +18,7 @@ __all__ = [
     "babilong",
     "babilong_official",
     "builtin_prose",
+    "largest",
     "lm_eval_substring",
     "prose_from_file",
     "ruler",
@@ -24,5 +26,6 @@ __all__ = [
     "string_match_part",
     "token_windows",
     "wilson",
+    "words_of",
     "write_chats",
 ]

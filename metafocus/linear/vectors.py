@@ -22,6 +22,7 @@ class System(NamedTuple):
         size: the largest absolute entry of `b`: without it squares underflow or overflow.
         product: `v -> A v`. The function behind it is given the types of `b`.
         noise: relative size of what rounding leaves in a residual.
+        narrow: whether products round to a half type.
         flat: fast weights as one vector.
         unflat: a vector with the names, shapes and types of `b`.
     """
@@ -30,12 +31,30 @@ class System(NamedTuple):
     size: Tensor
     product: Callable[[Tensor], Tensor]
     noise: float
+    narrow: bool
     flat: Callable[[Params], Tensor]
     unflat: Callable[[Tensor], Params]
 
     def solution(self, v: Tensor) -> Params:
         """Return the solution for `b` from that for `right`."""
         return self.unflat(v * self.size)
+
+    def lost(self, v: Tensor, damping: float, expected: Tensor) -> Tensor:
+        """Return how far a residual is from the expected one, over the length of `right`.
+
+        In float32 and wider this is not measured, and zero. A half type costs one product.
+
+        Args:
+            v: the solution for `right`.
+            damping: what is added to the diagonal of `A`.
+            expected: the length of the residual without rounding, as the solver knows it.
+        """
+        if not self.narrow:
+            return torch.zeros_like(expected)
+        rounded = self.flat(self.solution(v)) / self.size
+        residual = self.right - self.product(rounded) - damping * rounded
+        true = torch.linalg.vector_norm(residual)
+        return relative(true - expected, self.right)
 
 
 def posed(matvec: MatVec, b: Params) -> System:
@@ -55,7 +74,8 @@ def posed(matvec: MatVec, b: Params) -> System:
         return product(v / length) * length
 
     used = scaled_product if narrow else product
-    return System(right / size, size, used, noise + max(narrow, default=0.0), flat, unflat)
+    noise += max(narrow, default=0.0)
+    return System(right / size, size, used, noise, bool(narrow), flat, unflat)
 
 
 def largest(v: Tensor) -> Tensor:
@@ -67,6 +87,12 @@ def unit(v: Tensor) -> Tensor:
     """Return what to divide a vector by: its largest absolute entry, or 1 where all are zero."""
     size = largest(v)
     return size + size.logical_not()
+
+
+def relative(rest: Tensor, right: Tensor) -> Tensor:
+    """Return the length of a vector or number over that of `right`, detached; 0 where both are."""
+    lengths = [torch.linalg.vector_norm(v.detach()) for v in (rest, right)]
+    return lengths[0] / (lengths[1] + lengths[1].logical_not())
 
 
 def _flattening(like: Params) -> tuple[Callable[[Params], Tensor], Callable[[Tensor], Params]]:

@@ -76,8 +76,8 @@ class Trial:
         except MetafocusError:
             raise
         except Exception:
-            # What closes over a tensor of a transform cannot run outside of it. The names are
-            # looked at below, and in there torch itself refuses to write to what is captured.
+            # A loss that closes over a tensor of a transform cannot run outside of it. Its names
+            # are checked below; torch itself refuses writes to such a tensor.
             alone = False
         if alone and not self.explicit:
             return

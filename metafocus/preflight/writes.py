@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from metafocus.calls import undone
 from metafocus.closures import closures_of
 from metafocus.errors import ProblemError
 from metafocus.torch_internals import TorchDispatchMode, operator_arguments, pytree, storage_key
@@ -27,11 +29,8 @@ def refused_writes(who: str, given: list[tuple[str, Tensor]], owner: Any) -> Ite
         ProblemError: naming what was written to.
     """
     before = _held(owner)
-    with Writes() as writes:
-        try:
-            yield
-        finally:
-            _undo(writes)
+    with Writes() as writes, undone(partial(_undo, writes)):
+        yield
     after = _held(owner)
     changed = [k for k in before if before[k] is not after.get(k)]
     if not writes.saved and not changed:

@@ -56,6 +56,8 @@ class Journal:
             curve = inner.flatten(1).mean(1) if inner.ndim > 1 else inner
             values |= {f"inner_loss_{i}": weight * x for i, x in enumerate(curve)}
             values["adaptation_gain"] = weight * (curve[0] - (loss if same_tokens else curve[-1]))
+            if same_tokens:
+                values["last_step_rose"] = weight * (loss > curve[-1])
         self.add(values)
 
     def drain(self, reduce: Callable[[Tensor], Tensor], step: int) -> dict[str, float]:

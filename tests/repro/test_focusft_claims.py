@@ -282,7 +282,7 @@ def test_t26_the_ablation_says_what_its_numbers_say(tmp_path, claim):
         )
         assert done.returncode == 0, done.stderr
         told.append(done.stdout.strip())
-        counts = re.search(r"the paper's (\d+) claims.*?\*\*(.+?)\*\*", done.stdout)
+        counts = re.search(r"Of (\d+) statements.*?\*\*(.+?)\*\*", done.stdout)
         assert counts is not None
         verdicts = {v: int(n) for n, v in re.findall(r"(\d+) ([a-z ]+)", counts[2])}
         assert sum(verdicts.values()) == int(counts[1])

@@ -1,9 +1,11 @@
-"""Runs in the tool's process before the program: namespaces, limits, a filter and a hook.
+"""Runs in the tool's process before the program: limits, Landlock, and a filter of system calls.
 
 `sandbox` starts this file as a script, by path and with `python -I`, so it imports the standard
-library only. In namespaces of its own the program has no network, and all its processes end with
-it. On x86-64 and arm64 the kernel filters system calls, so that starting a process or opening a
-socket fails for compiled code too. An audit hook does the same in Python on all machines.
+library only. Under bubblewrap the limits and the filter are enough. Without it Landlock takes the
+place of the missing mounts: the program can read the system and the Python environment, and write
+its own directory only. The filter (x86-64 and arm64) refuses processes, sockets, signals to other
+processes, changes of their limits, and memory that no limit counts. With Landlock it also refuses
+changes of modes and owners, which Landlock does not judge.
 """
 
 from __future__ import annotations
@@ -20,75 +22,115 @@ import traceback
 import types
 from typing import Any
 
-# For each machine: the audit number, the number of clone, and the refused calls: fork, vfork,
-# socket, ptrace, process_vm_readv and -writev, kill, and io_uring_setup, which can do some of them
-# too.
-_CALLS = {
-    "x86_64": (0xC000003E, 56, (57, 58, 41, 101, 310, 311, 62, 425)),
-    "aarch64": (0xC00000B7, 220, (198, 117, 270, 271, 129, 425)),
-}
-_CLONE3, _OTHER_ABI, _THREAD = 435, 0x40000000, 0x10000
+# Numbers of system calls on x86-64 and arm64; None where there is no such call.
+_MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
+_REFUSED: dict[str, tuple[int | None, int | None]] = {
+    # Processes and sockets; clone is judged by its flags, and clone3 is hidden from the C library.
+    "fork": (57, None), "vfork": (58, None), "socket": (41, 198),
+    "unshare": (272, 97), "setns": (308, 268),
+    # Other processes of the same user.
+    "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271),
+    "tkill": (200, 130), "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240),
+    "pidfd_open": (434, 434), "pidfd_send_signal": (424, 424), "pidfd_getfd": (438, 438),
+    "setpriority": (141, 140), "ioprio_set": (251, 30), "move_pages": (279, 239),
+    "migrate_pages": (256, 238), "kcmp": (312, 272), "process_madvise": (440, 440),
+    "process_mrelease": (448, 448), "sched_setscheduler": (144, 119), "sched_setattr": (314, 274),
+    "sched_setparam": (142, 118),
+    # Memory that is neither address space nor a file of the program, and calls that do it all.
+    "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194),
+    "msgget": (68, 186), "semget": (64, 190), "mq_open": (240, 180), "add_key": (248, 217),
+    "request_key": (249, 218), "keyctl": (250, 219), "io_uring_setup": (425, 425),
+    "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282),
+}  # fmt: skip
+_METADATA: dict[str, tuple[int | None, int | None]] = {
+    "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452),
+    "chown": (92, None), "lchown": (94, None), "fchown": (93, 55), "fchownat": (260, 54),
+    "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7), "setxattrat": (463, 463),
+    "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16),
+    "removexattrat": (466, 466), "utime": (132, None), "utimes": (235, None),
+    "futimesat": (261, None), "utimensat": (280, 88), "file_setattr": (469, 469),
+}  # fmt: skip
+# Allowed for this process only, which is 0 or its own number in the first argument.
+_OWN = {"kill": (62, 129), "tgkill": (234, 131), "prlimit64": (302, 261),
+        "sched_setaffinity": (203, 122)}  # fmt: skip
+_CLONE, _PRCTL, _CLONE3, _OTHER_ABI, _THREAD = (56, 220), (157, 167), 435, 0x40000000, 0x10000
 _EPERM, _ENOSYS = 1, 38
 _ALLOW, _ERROR = 0x7FFF0000, 0x00050000
 # Codes of BPF: load a word at an offset; jump if equal, if greater or equal, if a bit is set;
 # return.
 _LOAD, _EQUAL, _AT_LEAST, _BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _NUMBER, _MACHINE, _FIRST_ARGUMENT = 0, 4, 16
-
-_REFUSED = (
-    "socket.",
-    "os.fork",
-    "os.posix_spawn",
-    "os.system",
-    "os.kill",
-    "subprocess.",
-    "pty.",
-)
-_HARMLESS = ("socket.__new__", "socket.gethostname")
-
-
-# Arguments of unshare, prctl and mount.
-_USER, _NET, _PROCESSES, _MOUNTS = 0x10000000, 0x40000000, 0x20000000, 0x00020000
+# Arguments of prctl.
 _DEATH_SIGNAL, _NO_NEW_PRIVILEGES, _SET_FILTER, _FILTER = 1, 38, 22, 2
-_RECURSIVE_PRIVATE = 0x4000 | 0x40000
+
+# Landlock: its system calls have these numbers on all machines. The third version also judges
+# truncation, the fourth TCP, the fifth devices, the sixth signals and abstract sockets.
+_CREATE, _ADD, _RESTRICT = 444, 445, 446
+_LEAST = 3
+_EXECUTE, _READ_FILE, _READ_FOLDER, _WRITE = 1, 4, 8, 2
+_EVERY = {3: 0x7FFF, 5: 0xFFFF}
+_SHOWN = ("/dev/zero", "/dev/random", "/dev/urandom", "/proc/cpuinfo")
+_OF_FILES = 0x1 | 0x2 | 0x4 | 0x4000 | 0x8000  # the rights that a file can have
 
 
-def enter_namespaces() -> bool:
-    """Continue in a child process without network; return False if this is not allowed.
-
-    The child is the first process of its namespace. It sees no other processes, and everything that
-    it starts ends with it. This process waits for it and ends in the same way.
-    """
+def landlock_version() -> int:
+    """Return the version of Landlock in this kernel, or 0 if it is off or too old."""
     libc = ctypes.CDLL(None)
-    user, group = os.getuid(), os.getgid()
-    if libc.unshare(_USER | _NET | _PROCESSES | _MOUNTS):
-        return False
-    with contextlib.suppress(OSError):
-        for name, text in (
-            ("setgroups", "deny"),
-            ("uid_map", f"{user} {user} 1"),
-            ("gid_map", f"{group} {group} 1"),
-        ):
-            with open(f"/proc/self/{name}", "w") as file:
-                file.write(text)
-    child = os.fork()
-    if child:
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        if code < 0:
-            os.kill(os.getpid(), -code)
-        os._exit(abs(code))
-    libc.prctl(_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
-    # If a container does not allow mounts, other processes are visible, but cannot be reached.
-    libc.mount(b"none", b"/", None, _RECURSIVE_PRIVATE, None)
-    libc.mount(b"proc", b"/proc", b"proc", 0, None)
-    return True
+    found = libc.syscall(_CREATE, None, ctypes.c_size_t(0), ctypes.c_uint32(1))
+    return found if found >= _LEAST else 0
 
 
-def refuse_system_calls() -> bool:
-    """Let the kernel refuse new processes and sockets; return False if it accepts no filter."""
-    if platform.machine() not in _CALLS:
+def confine(folder: str, readable: list[str]) -> None:
+    """Let this process write only `folder`, and read only it and `readable`.
+
+    Raises:
+        OSError: if the kernel does not accept it.
+    """
+    version = landlock_version()
+    files = _EVERY[5 if version >= 5 else 3]
+    tcp, scopes = (3 if version >= 4 else 0), (3 if version >= 6 else 0)
+    # A shorter structure is one of an older version.
+    size = 24 if scopes else 16 if tcp else 8
+    rules = struct.pack("QQQ", files, tcp, scopes)[:size]
+    ruleset = _checked("Landlock", _CREATE, rules, ctypes.c_size_t(size), ctypes.c_uint32(0))
+    read = _EXECUTE | _READ_FILE | _READ_FOLDER
+    for path, rights in [
+        *((path, read) for path in readable),
+        *((path, _READ_FILE) for path in _SHOWN),
+        ("/dev/null", _READ_FILE | _WRITE),
+        (folder, files),
+    ]:
+        with contextlib.suppress(FileNotFoundError):
+            place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            allowed = rights if os.path.isdir(path) else rights & _OF_FILES
+            rule = struct.pack("=Qi", allowed, place)
+            _checked("Landlock", _ADD, ruleset, 1, rule, ctypes.c_uint32(0))
+            os.close(place)
+    _checked("Landlock", _RESTRICT, ruleset, ctypes.c_uint32(0))
+    os.close(ruleset)
+
+
+def _checked(what: str, number: int, *arguments: Any) -> int:
+    libc = ctypes.CDLL(None, use_errno=True)
+    found = libc.syscall(ctypes.c_long(number), *arguments)
+    if found < 0:
+        raise OSError(ctypes.get_errno(), f"{what}: {os.strerror(ctypes.get_errno())}")
+    return found
+
+
+def drop_privileges() -> None:
+    """Give up all capabilities, those of a later exec too."""
+    libc = ctypes.CDLL(None)
+    libc.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
+    header, none = struct.pack("Ii", 0x20080522, 0), bytes(24)
+    libc.capset(header, none)
+
+
+def refuse_system_calls(metadata: bool) -> bool:
+    """Let the kernel refuse the calls above; return False if it accepts no filter."""
+    if platform.machine() not in _MACHINES:
         return False
-    machine, clone, refused = _CALLS[platform.machine()]
+    at, machine = _MACHINES[platform.machine()]
     refuse = (_RETURN, 0, 0, _ERROR | _EPERM)
     code = [
         (_LOAD, 0, 0, _MACHINE),
@@ -101,10 +143,26 @@ def refuse_system_calls() -> bool:
         (_EQUAL, 0, 1, _CLONE3),
         (_RETURN, 0, 0, _ERROR | _ENOSYS),
     ]
-    for number in refused:
-        code += [(_EQUAL, 0, 1, number), refuse]
+    for numbers in {**_REFUSED, **(_METADATA if metadata else {})}.values():
+        if numbers[at] is not None:
+            code += [(_EQUAL, 0, 1, numbers[at]), refuse]
+    for numbers in _OWN.values():
+        code += [
+            (_EQUAL, 0, 5, numbers[at]),
+            (_LOAD, 0, 0, _FIRST_ARGUMENT),
+            (_EQUAL, 2, 0, 0 if numbers[at] not in (62, 129) else os.getpid()),
+            (_EQUAL, 1, 0, os.getpid()),
+            refuse,
+            (_RETURN, 0, 0, _ALLOW),
+        ]
     code += [
-        (_EQUAL, 0, 3, clone),
+        # What ends this process with the evaluation must stay.
+        (_EQUAL, 0, 4, _PRCTL[at]),
+        (_LOAD, 0, 0, _FIRST_ARGUMENT),
+        (_EQUAL, 0, 1, _DEATH_SIGNAL),
+        refuse,
+        (_RETURN, 0, 0, _ALLOW),
+        (_EQUAL, 0, 3, _CLONE[at]),
         (_LOAD, 0, 0, _FIRST_ARGUMENT),
         (_BIT, 1, 0, _THREAD),  # threads are allowed: the memory limit bounds their number
         refuse,
@@ -118,21 +176,19 @@ def refuse_system_calls() -> bool:
     return libc.prctl(_SET_FILTER, _FILTER, ctypes.c_char_p(program), 0, 0) == 0
 
 
-def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
-    if event.startswith(_REFUSED) and event not in _HARMLESS:
-        raise PermissionError(f"{event}: this tool has no network and starts no processes")
-
-
 def _limit(cpu: int, memory: int, file: int) -> None:
-    for what, most in (
-        (resource.RLIMIT_CPU, cpu),
-        (resource.RLIMIT_AS, memory),
-        (resource.RLIMIT_FSIZE, file),
-        (resource.RLIMIT_CORE, 0),
+    # The first limit sends a signal of its own, which tells the reason; the second one kills.
+    for what, *most in (
+        (resource.RLIMIT_CPU, cpu, cpu + 1),
+        (resource.RLIMIT_AS, memory, memory),
+        (resource.RLIMIT_FSIZE, file, file),
+        (resource.RLIMIT_NOFILE, 256, 256),  # each pipe can hold a megabyte
+        (resource.RLIMIT_CORE, 0, 0),
+        (resource.RLIMIT_MEMLOCK, 0, 0),
     ):
         # Lower limits of the evaluation itself are kept.
         with contextlib.suppress(ValueError):
-            resource.setrlimit(what, (most, most))
+            resource.setrlimit(what, (most[0], most[1]))
 
 
 def _main(path: str) -> None:
@@ -142,21 +198,28 @@ def _main(path: str) -> None:
         report.stack = traceback.StackSummary.from_list(kept)
         print("".join(report.format()), end="", file=sys.stderr)
 
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
     sys.excepthook = show
     sys.argv = [path]
     main = types.ModuleType("__main__")
     sys.modules["__main__"] = main
-    with open(path, encoding="utf-8") as file:
-        text = file.read()
     exec(compile(text, path, "exec"), main.__dict__)
 
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--check"]:
-        print(int(enter_namespaces()), int(refuse_system_calls()))
+        print(landlock_version(), int(refuse_system_calls(True)))
     else:
-        enter_namespaces()
-        _limit(*map(int, sys.argv[2:]))
-        refuse_system_calls()
-        sys.addaudithook(_refuse)
-        _main(sys.argv[1])
+        way, parent, cpu, most, size, name, *system = sys.argv[1:]
+        if way != "bubblewrap":
+            # Bubblewrap does this itself, from outside of the namespaces.
+            ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+            if os.getppid() != int(parent):
+                sys.exit(1)  # the evaluation ended before
+        _limit(int(cpu), int(most), int(size))
+        drop_privileges()
+        if way == "landlock":
+            confine(os.getcwd(), system)
+        refuse_system_calls(way == "landlock")
+        _main(name)

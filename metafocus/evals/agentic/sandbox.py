@@ -1,23 +1,18 @@
-"""Runs Python code that a model wrote, in a process with limits.
+"""Runs Python code that a model wrote, in a process with limits and behind a wall of the kernel.
 
-The limits protect the evaluation against faulty programs: endless loops, too much memory, endless
-output, too many processes, and child processes that are left behind. They do not protect against an
-attacker: the program can read what this user can read, and it can fill the disk. For hostile code,
-run the whole evaluation in a virtual machine. `walls` says which protections of the kernel are
-active here.
+`walls` says which wall there is: bubblewrap, or Landlock with a filter of system calls. Without any
+of them a program is not run, unless the caller says that it may be.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import os
 import select
 import signal
 import subprocess
 import sys
-import tempfile
 import textwrap
 import time
 from dataclasses import dataclass
@@ -26,10 +21,11 @@ from typing import Any
 
 from metafocus.checks import positive, whole
 from metafocus.errors import DataError
+from metafocus.evals.agentic import folders
+from metafocus.evals.agentic.isolation import GUARD, PYTHON, SEALED, bubblewrap, readable, walls
 
-_GUARD = str(Path(__file__).with_name("guard.py"))
-_PYTHON = (sys.executable, "-I", "-B", "-u", "-X", "utf8", _GUARD)
-_TRIAL_SECONDS = 30
+_LOOK = 0.1  # seconds between two looks at the files of a program
+_SIGNALLED = 128  # bubblewrap ends with this plus the number of the signal
 
 
 @dataclass(frozen=True)
@@ -42,6 +38,8 @@ class Limits:
         memory: bytes of address space.
         output: bytes of standard output and error together; a program that prints more is ended.
         file: bytes of each file that it writes.
+        disk: bytes of all its files together.
+        files: the number of its files and folders.
 
     Raises:
         DataError: if a limit is not positive, or if a whole number is needed and it is not one.
@@ -52,6 +50,8 @@ class Limits:
     memory: int = 1 << 30
     output: int = 10_000
     file: int = 1 << 24
+    disk: int = 1 << 26
+    files: int = 10_000
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -62,26 +62,13 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Walls:
-    """The protections that the kernel enforces on this machine, for compiled programs too.
-
-    Attributes:
-        namespaces: whether the program has no network, and all its processes end with it.
-        system_calls: whether it can neither open a socket nor start a process.
-    """
-
-    namespaces: bool
-    system_calls: bool
-
-
-@dataclass(frozen=True)
 class Ran:
     """The result of a program.
 
     Attributes:
         output: standard output and error in their order; bytes that are not UTF-8 are replaced.
         code: the exit status, or minus the number of the signal that ended it.
-        stopped: "", or the limit that ended it: "wall time", "CPU time" or "output".
+        stopped: "", or the limit that ended it: "wall time", "CPU time", "output" or "files".
         seconds: seconds of wall time.
     """
 
@@ -98,41 +85,37 @@ class Ran:
         return f"{self.output}\n[exit status {self.code}]" if self.code else self.output
 
 
-def run_python(code: str, limits: Limits | None = None) -> Ran:
+def run_python(code: str, limits: Limits | None = None, *, unsafe: bool = False) -> Ran:
     r"""Run a program in a new temporary directory, and return its output.
 
     It runs in isolated mode (`python -I`) with the installed packages, without the environment
-    variables of the evaluation and without input. It can start threads but no processes, and it
-    cannot open sockets. At the end its process group is killed and its directory is removed.
+    variables of the evaluation and without input. It can read the system and Python only, write its
+    directory only, start threads but no processes, and open no sockets. It ends with this process,
+    and nothing of it remains.
 
     Args:
-        code: Python source.
+        code: Python source; it may be indented as a whole.
         limits: default `Limits()`.
+        unsafe: whether to run it on a machine without any wall. It can then read and change
+            whatever this user can.
 
     Raises:
-        DataError: if the system is not Linux.
+        DataError: if the system is not Linux, or if there is no wall.
 
     Example:
         >>> from metafocus.evals.agentic import run_python
         >>> run_python("print(6 * 7)").output
         '42\n'
     """
-    if sys.platform != "linux":
-        raise DataError(
-            f"sys.platform={sys.platform!r}: the Python tool needs Linux; go without it"
-        )
+    check_walls(unsafe)
     limits = limits or Limits()
-    numbers = (limits.cpu_seconds, limits.memory, limits.file)
-    with tempfile.TemporaryDirectory(
-        prefix="metafocus-tool-", ignore_cleanup_errors=True
-    ) as folder:
+    with folders.temporary() as folder:
+        program = Path(folder, "program.py")
         # A lone surrogate cannot be encoded, so it is written as an escape sequence.
-        (Path(folder) / "program.py").write_bytes(
-            textwrap.dedent(code).encode("utf-8", "backslashreplace")
-        )
-        start = time.monotonic()
+        program.write_bytes(textwrap.dedent(code).encode("utf-8", "backslashreplace"))
+        way, start = walls().way, time.monotonic()
         process = subprocess.Popen(
-            [*_PYTHON, "program.py", *map(str, numbers)],
+            _command(folder, limits, way),
             cwd=folder,
             env=_environment(folder),
             stdin=subprocess.DEVNULL,
@@ -142,21 +125,46 @@ def run_python(code: str, limits: Limits | None = None) -> Ran:
             bufsize=0,
         )
         try:
-            output, stopped = _read(process, limits)
+            output, stopped = _read(process, limits, folder, way)
         finally:
-            cpu = _end(process)
+            _end(process)
         took = time.monotonic() - start
-    if not stopped and process.returncode < 0 and cpu >= limits.cpu_seconds - 0.1:
+    code_ = process.returncode
+    if way == "bubblewrap" and code_ > _SIGNALLED:
+        code_ = _SIGNALLED - code_
+    # A program may ignore the signal of the limit; a second later it is killed.
+    if not stopped and (
+        code_ == -signal.SIGXCPU or (code_ == -signal.SIGKILL and took >= limits.cpu_seconds)
+    ):
         stopped = "CPU time"
-    return Ran(output.decode("utf-8", "replace"), process.returncode, stopped, took)
+    return Ran(output.decode("utf-8", "replace"), code_, stopped, took)
 
 
-@functools.cache
-def walls() -> Walls:
-    """Return which protections of the kernel this user can activate."""
-    found = subprocess.run([*_PYTHON, "--check"], capture_output=True, timeout=_TRIAL_SECONDS)
-    words = found.stdout.split()
-    return Walls(*(word == b"1" for word in words)) if len(words) == 2 else Walls(False, False)
+def check_walls(unsafe: bool) -> None:
+    """Raise if programs of a model cannot be run here.
+
+    Raises:
+        DataError: if the system is not Linux, or if there is no wall and `unsafe` is not set.
+    """
+    if sys.platform != "linux":
+        raise DataError(
+            f"sys.platform={sys.platform!r}: the Python tool needs Linux; go without it"
+        )
+    if walls().way == "none" and not unsafe:
+        raise DataError(
+            "there is no wall around the Python tool: install bubblewrap (bwrap), or use a kernel "
+            "with Landlock (Linux 6.2 or later, x86-64 or arm64). A program could otherwise read "
+            "and change whatever you can. To take this risk, pass unsafe_tools"
+        )
+
+
+def _command(folder: str, limits: Limits, way: str) -> list[str]:
+    numbers = map(str, (os.getpid(), limits.cpu_seconds, limits.memory, limits.file))
+    guarded = [*PYTHON, GUARD, way, *numbers, "program.py"]
+    if way == "bubblewrap":
+        shown = ["--ro-bind", f"{folder}/program.py", f"{folder}/program.py"]
+        return [*bubblewrap(folder, limits.disk), *shown, *SEALED, *guarded]
+    return [*guarded, *readable()] if way == "landlock" else guarded
 
 
 def _environment(folder: str) -> dict[str, str]:
@@ -165,21 +173,30 @@ def _environment(folder: str) -> dict[str, str]:
     return {**names, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
-def _read(process: subprocess.Popen[bytes], limits: Limits) -> tuple[bytes, str]:
+def _read(
+    process: subprocess.Popen[bytes], limits: Limits, folder: str, way: str
+) -> tuple[bytes, str]:
     """Read until the program ends or a limit stops it; too long output is cut at the end."""
     pipe: Any = process.stdout
     kept, open_ = bytearray(), True
     ready = select.poll()  # works for any number of open files, unlike select()
     ready.register(pipe, select.POLLIN)
-    deadline = time.monotonic() + limits.seconds
+    deadline, look = time.monotonic() + limits.seconds, 0.0
     # The program may also close its output and continue.
     while open_ or not _ended(process):
-        left = deadline - time.monotonic()
-        if left <= 0:
+        now = time.monotonic()
+        if now >= deadline:
             return bytes(kept), "wall time"
+        if now >= look:
+            look = now + _LOOK
+            place: str | None = folder
+            if way == "bubblewrap":
+                place = folders.seen_from_outside(process.pid, folder)
+            if place is not None and folders.too_much(place, limits.disk, limits.files):
+                return bytes(kept), "files"
         if not open_:
             time.sleep(0.002)
-        elif ready.poll(math.ceil(1000 * left)):
+        elif ready.poll(math.ceil(1000 * min(deadline - now, _LOOK))):
             chunk = os.read(pipe.fileno(), 65536)
             room = limits.output - len(kept)
             kept.extend(chunk[:room])
@@ -195,12 +212,10 @@ def _ended(process: subprocess.Popen[bytes]) -> bool:
     return os.waitid(os.P_PID, process.pid, how) is not None
 
 
-def _end(process: subprocess.Popen[bytes]) -> float:
-    """Kill the remaining processes, reap the first, and return the processor time of all."""
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kill the remaining processes, and reap the first."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     if process.stdout is not None:
         process.stdout.close()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    return usage.ru_utime + usage.ru_stime
+    process.wait()

@@ -73,15 +73,18 @@ def generate(
         words = _word_pool(length) if words is None else tuple(dict.fromkeys(words))
         if len(words) < 100:
             raise DataError(f"words holds {len(words)} different words: give at least 100")
-    if task == "qa" and not questions:
-        raise DataError("task='qa' needs questions: pass read_questions(path)")
+    if task == "qa":
+        if not questions:
+            raise DataError("task='qa' needs questions: pass read_questions(path)")
+        questions = tuple(questions)
     return [
-        _item(count, task, length, _plan(task, length, seed, i, prose, words, questions))
+        _item(count, task, length, _plan(count, task, length, seed, i, prose, words, questions))
         for i in range(n)
     ]
 
 
 def _plan(
+    count: Count,
     task: str,
     length: int,
     seed: int,
@@ -92,7 +95,7 @@ def _plan(
 ) -> Plan:
     rng = random.Random(f"ruler {task} {length} {seed} {i}")
     if task == "vt":
-        return tracking.plan(rng)
+        return tracking.plan(rng, length, count)
     if task == "cwe":
         assert words is not None
         return frequency.plan_common(rng, length, words)

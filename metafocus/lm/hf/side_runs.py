@@ -1,4 +1,4 @@
-"""A few tokens run through a model on the side, to see what it does with them."""
+"""Forward passes of a few tokens that show what a model does, and leave no trace."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from metafocus.calls import using
 from metafocus.lm.hf.attention import attending
 from metafocus.lm.hf.checkpointing import exact_checkpointing
 from metafocus.lm.hf.inputs import model_inputs
@@ -24,6 +25,7 @@ def side_run(model: nn.Module) -> Iterator[None]:
     No transform is active and no graph is built; the random state is as before afterwards.
     """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(using(model))
         stack.enter_context(outside_transforms())
         stack.enter_context(kept(model.parameters()))
         stack.enter_context(torch.no_grad())

@@ -1,0 +1,81 @@
+"""The directory of a program: its size while it runs, and its removal whatever is in it."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+_LONGEST = 3000
+
+
+@contextlib.contextmanager
+def temporary() -> Iterator[str]:
+    """Yield a new directory that only this user can open, and remove it at the end."""
+    folder = tempfile.mkdtemp(prefix="metafocus-tool-")
+    try:
+        yield folder
+    finally:
+        remove(folder)
+
+
+def remove(folder: str) -> None:
+    """Remove a directory, however deeply nested and whatever its modes; what cannot be stays.
+
+    The folders in a folder are moved up before it is removed. So paths stay short, and nothing
+    recurs: a program may nest thousands of folders.
+    """
+    names = (f"removed-{i}" for i in itertools.count())
+    with contextlib.suppress(OSError):
+        while waiting := os.listdir(folder):
+            for name in waiting:
+                path = os.path.join(folder, name)
+                if not stat.S_ISDIR(os.lstat(path).st_mode):
+                    os.unlink(path)
+                    continue
+                os.chmod(path, stat.S_IRWXU)
+                for inner in os.listdir(path):
+                    below = os.path.join(path, inner)
+                    if stat.S_ISDIR(os.lstat(below).st_mode):
+                        os.chmod(below, stat.S_IRWXU)
+                        os.rename(below, _free(folder, names))
+                    else:
+                        os.unlink(below)
+                os.rmdir(path)
+        os.rmdir(folder)
+
+
+def _free(folder: str, names: Iterator[str]) -> str:
+    """Return a path in a folder that does not exist; a program may use such names too."""
+    return next(path for name in names if not os.path.lexists(path := os.path.join(folder, name)))
+
+
+def too_much(folder: str, size: int, files: int) -> bool:
+    """Return whether a directory has more bytes or entries than it may; it may change meanwhile.
+
+    Paths of 3000 characters are too much as well: beyond 4096 nothing could be counted.
+    """
+    waiting, found, used = [folder], 0, 0
+    while waiting:
+        with contextlib.suppress(OSError), os.scandir(waiting.pop()) as entries:
+            for entry in entries:
+                found += 1
+                with contextlib.suppress(OSError):
+                    used += 512 * entry.stat(follow_symlinks=False).st_blocks
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append(entry.path)
+                if found > files or used > size or len(entry.path) > _LONGEST:
+                    return True
+    return False
+
+
+def seen_from_outside(pid: int, folder: str) -> str | None:
+    """Return where a directory in the file system of bubblewrap's child is seen from here."""
+    with contextlib.suppress(OSError, IndexError):
+        child = int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+        return f"/proc/{child}/root{folder}"
+    return None

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-from collections.abc import Callable, Iterable, Sequence
-=======
-from collections.abc import Iterable
->>>>>>> main
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from metafocus.data import read_chats, spool, stdlib_qa
+from metafocus.data.reading import Gather
 from metafocus.data.spool import View
 from metafocus.errors import DataError
 
@@ -22,26 +19,14 @@ STDLIB = "stdlib"
 """Names, instead of a file, questions about the documentation of the Python standard library."""
 
 
-<<<<<<< HEAD
-def gatherer(folder: Path) -> Callable[[Iterable[dict[str, Any]]], Chats]:
+def gatherer(folder: Path) -> Gather:
     """Return what keeps records in a file of a folder, so that they need no memory."""
     return lambda rows: spool.records(folder).extend(rows)
 
 
-def read(train_file: str, folder: Path | None = None) -> Chats | None:
-    """Return the chats of a file; None for `stdlib`, whose chats wait for a tokenizer.
-
-    Args:
-        train_file: the file.
-        folder: where the chats are kept; None: in memory.
-    """
-    gather = gatherer(folder) if folder else list
-    return None if train_file == STDLIB else read_chats(train_file, gather=gather)
-=======
-def read(train_file: str, *, check: bool = True) -> Chats | None:
+def read(train_file: str, *, gather: Gather = list, check: bool = True) -> Chats | None:
     """Return the chats of a file; None for `stdlib`, whose chats wait for a tokenizer."""
-    return None if train_file == STDLIB else read_chats(train_file, check=check)
->>>>>>> main
+    return None if train_file == STDLIB else read_chats(train_file, gather=gather, check=check)
 
 
 def texts(chats: Chats | None) -> Iterable[str]:

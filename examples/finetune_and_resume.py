@@ -32,8 +32,7 @@ import metafocus as mf
 from metafocus.cli.train import main as train
 from metafocus.data import Collator
 from metafocus.masks import causal
-from metafocus.trainer import FocusTrainer
-from metafocus.trainer.checkpoints import resumable
+from metafocus.trainer import FocusTrainer, resumable
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

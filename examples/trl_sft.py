@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-from metafocus.data.tokenizer import train_tokenizer
+from metafocus.data import train_tokenizer
 from metafocus.trainer import FocusMixin, FocusOptions
 
 

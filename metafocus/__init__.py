@@ -29,9 +29,17 @@ from metafocus.adapters import (
     matching,
     top_layers,
 )
-from metafocus.autodiff import differentiable_twice, hvp_finite, hvp_forward, hvp_reverse
+from metafocus.autodiff import (
+    differentiable_twice,
+    hvp_finite,
+    hvp_forward,
+    hvp_reverse,
+    stores,
+)
+from metafocus.autodiff.pieces import micro_batches
 from metafocus.autodiff.recompute import recompute
 from metafocus.comparison import Comparison, compare
+from metafocus.comparison.smooth import Smoothness, smoothness
 from metafocus.engine import MetaLoss, adapt, bilevel, hypergrad
 from metafocus.estimators import (
     Estimator,
@@ -63,7 +71,7 @@ from metafocus.solvers import (
     per_step,
     solve_inner,
 )
-from metafocus.streams import Batches, PerStep, shared
+from metafocus.streams import Batches, PerStep, shared, zipped
 from metafocus.tasks import over_tasks
 from metafocus.types import (
     HVP,
@@ -123,6 +131,7 @@ __all__ = [
     "Placement",
     "Problem",
     "RMSprop",
+    "Smoothness",
     "Solution",
     "Solver",
     "Spans",
@@ -154,6 +163,7 @@ __all__ = [
     "lm_loss",
     "masks",
     "matching",
+    "micro_batches",
     "models",
     "over_tasks",
     "params",
@@ -162,11 +172,14 @@ __all__ = [
     "recipes",
     "recompute",
     "shared",
+    "smoothness",
     "solve_inner",
     "stack_episodes",
+    "stores",
     "top_layers",
     "trainable",
     "trust",
+    "zipped",
 ]
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metafocus.errors import NonFiniteError, ProblemError
 
@@ -17,14 +19,14 @@ def is_number(value: Any) -> bool:
 
 
 def is_whole(value: Any, least: float = -math.inf) -> bool:
-    """Return whether a value is an integer of at least `least`; True and False are none."""
+    """Return whether a value is an integer of at least `least`; True and False are not."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def whole(
     name: str, value: Any, least: int = 0, *, note: str = "", error: type[ValueError] = ValueError
 ) -> None:
-    """Raise unless `value` is an integer of at least `least`; True and False are none.
+    """Raise unless `value` is an integer of at least `least`; True and False are refused.
 
     Args:
         name: the name of the argument.
@@ -44,7 +46,7 @@ def whole(
 
 
 def number(name: str, value: Any, *, error: type[ValueError] = ValueError) -> None:
-    """Raise unless `value` is a finite number; True and False are none.
+    """Raise unless `value` is a finite number; True and False are refused.
 
     Raises:
         ValueError: naming the argument and its value.
@@ -109,6 +111,46 @@ def seeded(generator: Any) -> None:
             f"generator must be a torch.Generator, got {type(generator).__name__}. Randomness is "
             "explicit: generator=torch.Generator().manual_seed(0)."
         )
+
+
+def function(name: str, value: Any, form: str, count: int | None = None) -> None:
+    """Raise unless `value` is a function of `count` arguments and no class.
+
+    Args:
+        name: the name of the argument.
+        value: its value.
+        form: what it takes and returns, and perhaps an example.
+        count: how many arguments it is called with; None is not looked at, which takes no time.
+
+    Raises:
+        ProblemError: naming the argument, its value and the form.
+
+    Example:
+        >>> function("step", lambda x: x, "x -> x", 1)
+    """
+    if isinstance(value, type):
+        got = f"the class {value.__name__}"
+    elif not callable(value):
+        got = repr(value) if isinstance(value, str) else type(value).__name__
+    elif count is not None and not takes(value, count):
+        got = f"{getattr(value, '__name__', type(value).__name__)}, which takes other arguments"
+    else:
+        return
+    raise ProblemError(f"{name} must be a function {form}, got {got}.")
+
+
+def takes(function: Callable[..., Any], count: int) -> bool:
+    """Return whether a function can be called with `count` positional arguments."""
+    function = function.forward if isinstance(function, nn.Module) else function
+    try:
+        # A wrapper may take other arguments than what it wraps.
+        inspect.signature(function, follow_wrapped=False).bind(*[None] * count)
+    except TypeError:
+        return False
+    except ValueError:
+        # Some built-in functions do not say what they take.
+        return True
+    return True
 
 
 def scalar(value: Any, name: str) -> Tensor:

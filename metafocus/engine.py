@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -14,22 +13,20 @@ from metafocus import params as pt
 from metafocus import streams
 from metafocus.autodiff.grad import leaf_alias, reaches_another_leaf
 from metafocus.autodiff.safe_operators.swapping import Swapped
-from metafocus.checks import check_finite
+from metafocus.calls import Call, attempt, attempted, current
+from metafocus.checks import check_finite, function
 from metafocus.errors import ProblemError
 from metafocus.estimators import Estimator
+from metafocus.path import Path, name_of, path_weights, refuse_path, weighted
 from metafocus.preflight import preflight, refuse_ignored_fast_weights
-from metafocus.problem import Problem, check_params, constants, moving
-from metafocus.solvers import Given
+from metafocus.preflight.rebuilt import Uses
+from metafocus.problem import Problem, check_params, constants, moving, refuse_empty
 from metafocus.solvers.descent import solve_inner
 from metafocus.torch_internals import transforming
 from metafocus.types import Aux, Episode, InnerLoss, Params, Solution, Solver
 
 MetaLoss = Callable[[Params, Any], tuple[Tensor, Aux]]
 """`meta_loss(outer, episode) -> (loss, Aux)`."""
-
-
-Path = Tensor | Sequence[float] | Callable[[Params], Tensor | Sequence[float]]
-"""Weights of the outer loss after each inner step: `[steps]`, or a function of the outer ones."""
 
 
 def bilevel(
@@ -67,6 +64,8 @@ def bilevel(
             `path` of another length than the steps, or an estimator that cannot give one.
         ClosureError: at the first call, if the estimator would miss a closed-over tensor.
         NonFiniteError: at any call outside transforms, if an inner loss is NaN or infinite.
+        RebuiltWarning: if meta losses of the same parts are built again and again, and each is
+            evaluated once: the checks of the first call then run each time.
 
     Example:
         >>> import metafocus as mf
@@ -82,21 +81,18 @@ def bilevel(
     """
     _check_parts(problem, solver, estimator)
     if path is not None:
-        _refuse_path(estimator, solver)
+        refuse_path(estimator, solver)
     explicit = getattr(estimator, "explicit", False)
     twice = getattr(estimator, "twice", True)
     inner_loss: InnerLoss | None = None
     outer_tried = False
+    uses = Uses(problem.inner_loss, problem.outer_loss, problem.init, solver, estimator)
 
     def evaluate(outer: Params, episode: Any) -> tuple[Tensor, Aux]:
         nonlocal inner_loss, outer_tried
         check_params(outer, "outer", "outer parameters")
-        if explicit and not outer:
-            raise ProblemError(
-                f"outer={{}} with {estimator}: this estimator differentiates explicit tensors "
-                "only. Pass mf.trainable(model) as outer (never state_dict(): tied names clash), "
-                "or use Unrolled() or FirstOrder()."
-            )
+        if explicit:
+            refuse_empty(outer, str(estimator), "or use Unrolled() or FirstOrder()")
         support, query = problem.prepared(outer, episode)
         start = problem.start(outer, support)
         first = inner_loss is None and not torch.compiler.is_compiling()
@@ -117,7 +113,7 @@ def bilevel(
             data = [streams.at(query, step) for step in range(solver.steps)]
             if len(solution.path) != len(data):
                 raise ProblemError(
-                    f"{_name(estimator)} was asked for the fast weights after {len(data)} steps "
+                    f"{name_of(estimator)} was asked for the fast weights after {len(data)} steps "
                     f"and returned a path of {len(solution.path)}."
                 )
             ends = list(zip(weights, solution.path, data, strict=True))
@@ -129,6 +125,8 @@ def bilevel(
         if not outer_tried and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             _check_outer(problem, ends[-1], outer)
             outer_tried = True
+        if not torch.compiler.is_compiling():
+            uses.add()
         with Swapped(once=True):
             loss, metrics = weighted(problem, ends, outer)
         return loss, Aux(pt.detach(solution.params), solution.losses.detach(), metrics)
@@ -139,25 +137,36 @@ def bilevel(
     return meta_loss
 
 
-_INSIDE: ContextVar[bool] = ContextVar("inside", default=False)
+META_LOSS = "(outer, episode) -> (loss, aux), such as mf.bilevel returns"
+"""What a meta loss is."""
+
+_INSIDE: ContextVar[Call | None] = ContextVar("inside", default=None)
+"""The call in which a meta loss is evaluated: what an interrupt leaves here belongs to no other."""
 
 
 def outermost(evaluate: MetaLoss, outer: Params, episode: Any) -> tuple[Tensor, Any]:
     """Return `evaluate(outer, episode)`; refuse a loss that no gradient can flow from.
 
-    A meta loss inside another one, as with three levels, is not judged.
+    A meta loss inside another one, as with three levels, is not checked.
 
     Raises:
         ProblemError: with grad mode on and outside transforms, if neither the loss nor anything
             in `outer` or the episode requires grad.
     """
-    if _INSIDE.get():
+    call = _INSIDE.get()
+    if torch.compiler.is_compiling() or (call is not None and call is current()):
         return evaluate(outer, episode)
-    token = _INSIDE.set(True)
-    try:
-        loss, aux = evaluate(outer, episode)
-    finally:
-        _INSIDE.reset(token)
+    with attempt(outer, episode):
+        token = _INSIDE.set(current())
+        try:
+            loss, aux = evaluate(outer, episode)
+        finally:
+            _INSIDE.reset(token)
+        _refuse_dead(loss, outer, episode)
+        return loss, aux
+
+
+def _refuse_dead(loss: Tensor, outer: Params, episode: Any) -> None:
     if (
         torch.is_grad_enabled()
         and not transforming()
@@ -169,7 +178,6 @@ def outermost(evaluate: MetaLoss, outer: Params, episode: Any) -> tuple[Tensor, 
             "and detached tensors are constants). Pass mf.trainable(model), take the gradient with "
             "mf.hypergrad(meta_loss), or evaluate under torch.no_grad()."
         )
-    return loss, aux
 
 
 def _check_parts(problem: Any, solver: Any, estimator: Any) -> None:
@@ -178,20 +186,8 @@ def _check_parts(problem: Any, solver: Any, estimator: Any) -> None:
         raise ProblemError(
             f"problem must be an mf.Problem(inner_loss, outer_loss), got {type(problem).__name__}."
         )
-    for name, part, example in (
-        ("solver", solver, "mf.SGD(0.1, steps=5)"),
-        ("estimator", estimator, "mf.Unrolled()"),
-    ):
-        if isinstance(part, type):
-            raise ProblemError(
-                f"{name} must be an object, got the class {part.__name__}: write {example}."
-            )
-    if not all(hasattr(solver, name) for name in ("steps", "init", "update")):
-        raise ProblemError(
-            f"solver must have steps, init and update, as {'mf.SGD(0.1, steps=5)'} has, got "
-            f"{type(solver).__name__}. Optimisers of torch.optim work in place and cannot be "
-            "differentiated; mf.SGD, mf.Adam, mf.AdamW, mf.Muon have their formulas."
-        )
+    _check_solver(solver)
+    _refuse_class("estimator", estimator, "mf.Unrolled()")
     if not callable(estimator):
         raise ProblemError(
             "estimator must be a function (inner_loss, solver, start, outer, support) -> "
@@ -199,9 +195,26 @@ def _check_parts(problem: Any, solver: Any, estimator: Any) -> None:
         )
 
 
+def _refuse_class(name: str, part: Any, example: str) -> None:
+    if isinstance(part, type):
+        raise ProblemError(
+            f"{name} must be an object, got the class {part.__name__}: write {example}."
+        )
+
+
+def _check_solver(solver: Any) -> None:
+    _refuse_class("solver", solver, "mf.SGD(0.1, steps=5)")
+    if not all(hasattr(solver, name) for name in ("steps", "init", "update")):
+        raise ProblemError(
+            "solver must have steps, init and update, as mf.SGD(0.1, steps=5) has, got "
+            f"{type(solver).__name__}. Optimisers of torch.optim work in place and cannot be "
+            "differentiated; mf.SGD, mf.Adam, mf.AdamW, mf.Muon have their formulas."
+        )
+
+
 def _check_solution(solution: Any, start: Params, estimator: Any) -> None:
     """Raise unless an estimator returned a solution with every fast weight."""
-    name = getattr(estimator, "__name__", type(estimator).__name__)
+    name = name_of(estimator)
     if not isinstance(solution, Solution):
         raise ProblemError(
             f"{name} must return mf.Solution(params, losses), got {type(solution).__name__}."
@@ -219,59 +232,6 @@ def _check_outer(problem: Problem, end: tuple[Any, Params, Any], outer: Params) 
     refuse_ignored_fast_weights(lambda f: problem.evaluate(f, pt.detach(outer), query)[0], fast)
 
 
-def weighted(
-    problem: Problem, ends: Iterable[tuple[Any, Params, Any]], outer: Params
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the sum of weighted outer losses, and the metrics of the last one.
-
-    Args:
-        problem: whose outer loss.
-        ends: weight (None: one), fast weights and query of each term.
-        outer: the outer parameters.
-    """
-    total, metrics = None, {}
-    for weight, fast, query in ends:
-        value, metrics = problem.evaluate(fast, outer, query)
-        value = value if weight is None else value * weight
-        total = value if total is None else total + value
-    assert total is not None
-    return total, metrics
-
-
-def path_weights(path: Path, outer: Params, steps: int) -> Sequence[Any]:
-    """Return one weight for each inner step.
-
-    Raises:
-        ProblemError: if there is another number of them, or no step to weigh.
-    """
-    weights = path(outer) if callable(path) else path
-    shape = list(weights.shape) if isinstance(weights, Tensor) else None
-    if shape is None and hasattr(weights, "__len__"):
-        shape = [len(weights)]
-    if shape != [steps] or not steps:
-        got = type(weights).__name__ if shape is None else f"shape {shape}"
-        raise ProblemError(
-            f"path must give one weight for each of the {steps} inner steps, got {got}."
-        )
-    return weights.unbind() if isinstance(weights, Tensor) else weights
-
-
-def _refuse_path(estimator: Any, solver: Solver) -> None:
-    if isinstance(solver, Given):
-        raise ProblemError(f"path= needs inner steps, and {solver} has none. Use mf.SGD.")
-    try:
-        inspect.signature(estimator).bind(*[None] * 5, path=())
-    except TypeError as error:
-        raise ProblemError(
-            f"path= needs the fast weights after every step, and {_name(estimator)} gives the last "
-            "ones only: it takes no keyword path. Use Unrolled, FirstOrder or EvoGrad."
-        ) from error
-
-
-def _name(estimator: Any) -> str:
-    return getattr(estimator, "__name__", str(estimator))
-
-
 def hypergrad(meta_loss: MetaLoss) -> Callable[[Params, Any], tuple[Params, tuple[Tensor, Aux]]]:
     """Return `(outer, episode) -> (hypergradient, (loss, aux))`.
 
@@ -280,7 +240,7 @@ def hypergrad(meta_loss: MetaLoss) -> Callable[[Params, Any], tuple[Params, tupl
     it rides on the tape, which is faster.
 
     Args:
-        meta_loss: `(outer, episode) -> (loss, Aux)`, of `bilevel`, `over_tasks`, `evolution` or
+        meta_loss: `(outer, episode) -> (loss, Aux)`, of `bilevel`, `over_tasks`, `Evolution` or
             any function of this form.
 
     Returns:
@@ -288,7 +248,7 @@ def hypergrad(meta_loss: MetaLoss) -> Callable[[Params, Any], tuple[Params, tupl
         left alone, and so is its `.grad`.
 
     Raises:
-        ProblemError: at the call, if `outer` is no dict of floating-point tensors, and what
+        ProblemError: at the call, if `outer` is not a dict of floating-point tensors, and what
             `meta_loss` raises.
 
     Example:
@@ -302,7 +262,9 @@ def hypergrad(meta_loss: MetaLoss) -> Callable[[Params, Any], tuple[Params, tupl
         >>> grads["w"]
         tensor([1.6000])
     """
+    function("meta_loss", meta_loss, META_LOSS)
 
+    @attempted
     def value_and_hypergrad(outer: Params, episode: Any) -> tuple[Params, tuple[Tensor, Aux]]:
         check_params(outer, "outer", "outer parameters")
         free = moving(outer)
@@ -337,6 +299,7 @@ def _on_tape(
     return dict(zip(leaves, grads, strict=True)), loss if track else loss.detach(), aux
 
 
+@attempted
 def adapt(
     problem: Problem, outer: Params, support: Any, *, solver: Solver, path: Sequence[int] = ()
 ) -> Solution:
@@ -363,6 +326,7 @@ def adapt(
         >>> mf.adapt(maml, w, torch.tensor([0.0]), solver=mf.SGD(0.1, steps=2)).losses
         tensor([1.0000, 0.6400])
     """
+    _check_solver(solver)
     check_params(outer, "outer", "outer parameters")
     outer = constants(outer)
     support = pt.detach(problem.prepared(outer, Episode(support, support)).support)

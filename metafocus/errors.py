@@ -37,3 +37,11 @@ class NotStationaryWarning(UserWarning):
 
 class NotConvergedWarning(NotStationaryWarning):
     """The linear system of an implicit estimate has no solution, or its series did not converge."""
+
+
+class PrecisionWarning(UserWarning):
+    """A half type holds too few digits for a computation."""
+
+
+class RebuiltWarning(UserWarning):
+    """The same meta loss is built again and again, and its checks run each time."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -33,6 +34,25 @@ def replaced(path: str | Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
         raise
+
+
+def check_utf8(name: str, text: str) -> None:
+    """Raise for a path that is no UTF-8: it cannot be written to a file of settings or of weights.
+
+    Args:
+        name: the argument.
+        text: its value, in which Python has kept the bytes that are no UTF-8.
+
+    Raises:
+        DataError: with the name and the value.
+
+    Example:
+        >>> check_utf8("output_dir", "runs/a")
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"{name}={text!a} is not UTF-8: rename it, or name another.") from error
 
 
 def write_whole(path: str | Path, text: str) -> None:
@@ -111,3 +131,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except (OSError, SafetensorError) as error:
         reason = "is missing" if not path.is_file() else f"is cut off or no safetensors ({error})"
         raise DataError(f"{path} {reason}; save the fast weights again") from error
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 checksum of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -16,7 +16,7 @@ from torch import Tensor
 from metafocus import params as pt
 from metafocus.closures import closures_of
 from metafocus.errors import MetafocusError, ProblemError, TransformError
-from metafocus.problem import check_params
+from metafocus.problem import check_params, refuse_empty
 from metafocus.torch_internals import fake_tensors, operator_arguments, pytree, transforming
 from metafocus.types import Aux, Params
 
@@ -80,11 +80,7 @@ def compiled(
     def run(outer: Params, episode: Any) -> tuple[Params, tuple[Tensor, Aux]]:
         _refuse_transforms()
         check_params(outer, "outer", "outer parameters")
-        if not outer:
-            raise ProblemError(
-                "outer={} with compiled: a graph has explicit inputs only. Pass "
-                "mf.trainable(model) as outer (never state_dict(): tied names clash)."
-            )
+        refuse_empty(outer, "compiled")
         outer, episode = pt.detach((outer, episode))
         leaves, spec = pytree.tree_flatten((outer, episode))
         key = (spec, *map(_kind, leaves), *_ambient(leaves))
@@ -98,7 +94,7 @@ def compiled(
                 )
             traces.pop(key, None)
             run, out_spec = _compile(hypergradient, outer, episode, backend, mode, options)
-            # The eager call has left its traces, such as what was probed.
+            # The eager call may change what is closed over: it keeps what a preflight found.
             trace = traces[key] = _Trace(run, out_spec, closures_of(hypergradient), count)
         with torch.no_grad():
             outputs = trace.run(*pt.tensors(leaves))
@@ -139,7 +135,7 @@ def _compile(
             run(*pt.tensors((outer, episode)))
     except Exception as error:
         raise TransformError(
-            f"compiled: backend={backend!r} failed: {_words(error)} The graph itself is fine: "
+            f"compiled: backend={backend!r} failed: {_beginning(error)} The graph itself is fine: "
             'backend="aot_eager" runs it, and "inductor" on a CPU needs a C++ compiler (g++, or '
             "the one that CXX names)."
         ) from error
@@ -165,8 +161,8 @@ def _graph(hypergradient: Hypergrad, outer: Params, episode: Any) -> torch.fx.Gr
     except Exception as error:
         raise TransformError(
             f"compiled: the hypergradient runs, but cannot be traced: {type(error).__name__}: "
-            f"{_words(error)} Usual reasons: a branch on a value or .item() (use torch.where), a "
-            "shape that depends on values, as in x[mask] (multiply by the mask), numpy."
+            f"{_beginning(error)} Usual reasons: a branch on a value or .item() (use torch.where), "
+            "a shape that depends on values, as in x[mask] (multiply by the mask), numpy."
         ) from error
     graph.graph.eliminate_dead_code()
     graph.recompile()
@@ -188,7 +184,7 @@ def _refuse_random(graph: torch.fx.GraphModule) -> None:
             continue
         names = [argument.name for argument in operator_arguments(node.target)]
         given = dict(zip(names, node.args, strict=False)) | node.kwargs
-        # Attention says that it draws numbers, and does with dropout only.
+        # Attention is tagged as random, and draws numbers with dropout only.
         if "dropout_p" in names and not given.get("dropout_p"):
             continue
         raise TransformError(
@@ -225,6 +221,6 @@ def _changed(before: dict[str, Any], now: dict[str, Any]) -> str:
     return repr(odd[0]) if odd else "what is closed over"
 
 
-def _words(error: Exception) -> str:
+def _beginning(error: Exception) -> str:
     # The compiler adds its advice and a stack trace after an empty line.
     return " ".join(str(error).partition("\n\n")[0].split())

@@ -43,6 +43,11 @@ def norm(a: Params) -> Tensor:
     return dot(a, a).sqrt()
 
 
+def shapes(a: Params) -> dict[str, list[int]]:
+    """Return the shape of each entry, as messages show it."""
+    return {k: list(v.shape) for k, v in a.items()}
+
+
 def detach(tree: Any) -> Any:
     """Return the pytree with every tensor detached from every level of differentiation."""
     if type(tree) is dict:

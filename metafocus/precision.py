@@ -35,6 +35,9 @@ def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Compute in the given types inside a `with` block, whether autocast is on or not."""
+    """Compute in the given types inside a `with` block, whether autocast is on or not.
+
+    Autocast would take a matrix product of float32 in a half type.
+    """
     on = torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if on else contextlib.nullcontext()

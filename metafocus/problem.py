@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from metafocus import params as pt
-from metafocus.checks import not_negative, scalar
+from metafocus.checks import function, not_negative, scalar, takes
 from metafocus.errors import ProblemError
 from metafocus.torch_internals import innermost, pytree
 from metafocus.types import Episode, InnerLoss, OuterLoss, Params
@@ -57,7 +56,7 @@ class Problem:
             levels: what does not depend on the fast weights.
 
     Raises:
-        ProblemError: if a loss or `init` is no function, or `init` does not take two arguments.
+        ProblemError: if a loss, `init` or `prepare` is no function of so many arguments.
 
     Example:
         >>> import metafocus as mf
@@ -73,12 +72,13 @@ class Problem:
     prepare: Callable[[Params, Episode], Episode] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("inner_loss", "outer_loss", "init"):
-            if not callable(getattr(self, name)):
-                raise ProblemError(
-                    f"{name} must be a function, got {type(getattr(self, name)).__name__}."
-                )
-        # dict, which cannot say what it takes, would copy the slow weights, as from_slow does.
+        function("inner_loss", self.inner_loss, "(fast, slow, data) -> scalar", 3)
+        function("outer_loss", self.outer_loss, "(fast, slow, data) -> scalar", 3)
+        if self.prepare is not None:
+            function("prepare", self.prepare, "(slow, episode) -> episode", 2)
+        if not callable(self.init):
+            raise ProblemError(f"init must be a function, got {type(self.init).__name__}.")
+        # dict has no signature, and would copy the slow weights, as from_slow does.
         if self.init is dict or not takes(self.init, 2):
             raise ProblemError(
                 "init must take two arguments, (slow, support) -> fast: write "
@@ -128,18 +128,6 @@ def _metric(name: str, value: Any, loss: Tensor) -> Tensor:
         f"outer_loss returned the metric {name!r} of type {type(value).__name__}; metrics are "
         "numbers or tensors."
     )
-
-
-def takes(function: Callable[..., Any], count: int) -> bool:
-    """Return whether a function can be called with `count` positional arguments."""
-    try:
-        inspect.signature(function).bind(*[None] * count)
-    except TypeError:
-        return False
-    except ValueError:
-        # Some built-in functions do not say what they take.
-        return True
-    return True
 
 
 def is_frozen(value: Tensor) -> bool:
@@ -248,6 +236,20 @@ def as_episode(value: Any, source: str = "episode") -> Episode:
     return Episode(*value)
 
 
+def refuse_empty(outer: Params, who: str, otherwise: str = "") -> None:
+    """Raise for `outer={}`, where only explicit tensors are differentiated.
+
+    Raises:
+        ProblemError: naming who, and what to pass.
+    """
+    if not outer:
+        raise ProblemError(
+            f"outer={{}} with {who}, which differentiates explicit tensors only. Pass "
+            "mf.trainable(model) as outer (never state_dict(): tied names clash)"
+            + (f", {otherwise}." if otherwise else ".")
+        )
+
+
 def proximal(inner_loss: InnerLoss, strength: float) -> InnerLoss:
     """Return `inner_loss + strength / 2 * |fast - slow|^2` (iMAML, arXiv 1909.04630).
 
@@ -291,6 +293,12 @@ def check_params(params: Any, source: str, noun: str) -> None:
         if not isinstance(value, Tensor):
             raise ProblemError(
                 f"{source} holds {name!r} of type {type(value).__name__}; {noun} are tensors."
+            )
+        if value.is_complex():
+            raise ProblemError(
+                f"{source} holds {name!r} of dtype {value.dtype}; {noun} are real. Hold "
+                "torch.view_as_real(x), and write torch.view_as_complex(x) in the losses. Data may "
+                "be complex."
             )
         if not value.is_floating_point():
             raise ProblemError(

@@ -22,14 +22,25 @@ class Drawn:
         self.cpu = torch.get_rng_state()
         self.cuda = [torch.cuda.get_rng_state(d) for d in self.devices]
 
+    def or_same(self, earlier: Drawn | None) -> Drawn:
+        """Return `earlier` if nothing was drawn since, so that one copy serves for both."""
+        if earlier is None or self.devices != earlier.devices:
+            return self
+        mine, others = [self.cpu, *self.cuda], [earlier.cpu, *earlier.cuda]
+        return earlier if all(map(torch.equal, mine, others)) else self
+
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
         """Draw the same numbers inside a `with` block; leave the global state as it was."""
         with torch.random.fork_rng(self.devices):
-            torch.set_rng_state(self.cpu)
-            for device, state in zip(self.devices, self.cuda, strict=True):
-                torch.cuda.set_rng_state(state, device)
+            self.put_back()
             yield
+
+    def put_back(self) -> None:
+        """Let the next draws be those that followed this moment."""
+        torch.set_rng_state(self.cpu)
+        for device, state in zip(self.devices, self.cuda, strict=True):
+            torch.cuda.set_rng_state(state, device)
 
 
 @contextlib.contextmanager

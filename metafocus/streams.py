@@ -8,17 +8,19 @@ that rebuilds a step asks for its data again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+import torch.utils.data
 from torch import Tensor
 
 from metafocus import params as pt
 from metafocus.checks import seeded, whole
 from metafocus.errors import ProblemError
-from metafocus.torch_internals import outside_transforms, pytree, tracing
+from metafocus.torch_internals import pytree
 
 
 class Stream(Protocol):
@@ -93,6 +95,10 @@ class Batches:
     Args:
         fetch: `step -> data`, pure: a rebuilt step calls it again and must get the same data.
         steps: how many batches there are.
+        rows: the numbers of the rows in each batch, `[steps, batch_size]`, where they are known
+            (`from_dataset`): `mf.zipped(batches, mf.PerStep(weight[batches.rows]))` looks the
+            weights of all steps up at once, so that a long vector of weights has one dense
+            gradient for the whole loop, not one for each step.
 
     Raises:
         ValueError: if `steps` is no positive integer.
@@ -105,6 +111,7 @@ class Batches:
 
     fetch: Callable[[int], Any]
     steps: int
+    rows: Tensor | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         whole("steps", self.steps, 1)
@@ -135,7 +142,9 @@ class Batches:
         look its weight up: a row that is a dict gains `"index"`, any other becomes `(index, row)`.
 
         Args:
-            dataset: has `len(dataset)` and `dataset[i]`.
+            dataset: has `len(dataset)` and `dataset[i]`, such as a `datasets.Dataset`, a
+                `torch.utils.data.Dataset` or a list. With `dataset.__getitems__` the rows of a
+                batch are read at once.
             batch_size: rows in a batch.
             steps: how many batches.
             generator: draws the order; a CPU generator.
@@ -156,23 +165,38 @@ class Batches:
         whole("batch_size", batch_size, 1)
         whole("steps", steps, 1)
         seeded(generator)
-        if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        refuse_loader(dataset, "dataset must be map-style")
+        iterable = isinstance(dataset, torch.utils.data.IterableDataset)
+        if iterable or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
             raise ProblemError(
                 f"dataset must be map-style, with len(dataset) and dataset[i], got "
-                f"{type(dataset).__name__}. Pass the data set itself, not a DataLoader."
+                f"{type(dataset).__name__}: steps are rebuilt, so rows are read again by number. "
+                "Write an iterable data set to a list or a file first."
             )
         if not len(dataset):
             raise ProblemError("dataset is empty: there are no rows to draw batches from.")
-        rows: list[int] = []
-        while len(rows) < steps * batch_size:
-            rows += torch.randperm(len(dataset), generator=generator).tolist()
+        epochs = math.ceil(steps * batch_size / len(dataset))
+        order = [torch.randperm(len(dataset), generator=generator) for _ in range(epochs)]
+        rows = torch.cat(order)[: steps * batch_size].reshape(steps, batch_size)
         gather = torch.utils.data.default_collate if collate is None else collate
+        together = getattr(dataset, "__getitems__", None)
 
         def fetch(step: int) -> Any:
-            chosen = rows[step * batch_size : (step + 1) * batch_size]
-            return gather([_numbered(dataset[i], i) for i in chosen])
+            chosen = rows[step].tolist()
+            found = [dataset[i] for i in chosen] if together is None else together(chosen)
+            return gather([_numbered(row, i) for row, i in zip(found, chosen, strict=True)])
 
-        return cls(fetch, steps)
+        return cls(fetch, steps, rows)
+
+
+def refuse_loader(data: Any, wanted: str) -> None:
+    """Raise if data are a `DataLoader`, which cannot give the same batch twice."""
+    if isinstance(data, torch.utils.data.DataLoader):
+        raise ProblemError(
+            f"{wanted}, got a DataLoader, which draws a new order each time; a rebuilt step must "
+            "see its data again. Use mf.Batches.from_dataset(loader.dataset, batch_size=..., "
+            "steps=..., generator=torch.Generator().manual_seed(0), collate=loader.collate_fn)."
+        )
 
 
 def _numbered(row: Any, index: int) -> Any:
@@ -211,6 +235,50 @@ def shared(stream: Stream) -> Shared:
     return Shared(stream)
 
 
+@dataclass(frozen=True)
+class Zipped:
+    """Several streams side by side; made by `mf.zipped`."""
+
+    streams: tuple[Stream, ...]
+
+    def at(self, step: int) -> tuple[Any, ...]:
+        """Return what each stream returns."""
+        return tuple(stream.at(step) for stream in self.streams)
+
+    def part(self, steps: range) -> Zipped:
+        """Return the streams with no more tensors than some consecutive steps need."""
+        return Zipped(tuple(part(stream, steps) for stream in self.streams))
+
+
+pytree.register_pytree_node(
+    Zipped,
+    lambda zipped: (list(zipped.streams), None),
+    lambda children, _: Zipped(tuple(children)),
+    serialized_type_name="metafocus.Zipped",
+)
+
+
+def zipped(*streams: Stream) -> Zipped:
+    """Return streams side by side as one stream, whose data are tuples.
+
+    Tensors of a `PerStep` among them stay visible: they have derivatives under every estimator.
+
+    Raises:
+        ProblemError: if an argument is no stream.
+
+    Example:
+        >>> batches = Batches(lambda step: torch.full((2,), float(step)), steps=3)
+        >>> zipped(batches, PerStep(torch.tensor([0.1, 0.2, 0.3]))).at(1)
+        (tensor([1., 1.]), tensor(0.2000))
+    """
+    odd = next((x for x in streams if not is_stream(x)), None)
+    if odd is not None or not streams:
+        raise ProblemError(
+            f"zipped needs streams, objects with .at(step), got {type(odd).__name__}."
+        )
+    return Zipped(streams)
+
+
 def is_stream(data: Any) -> bool:
     """Return whether data differ from step to step: whether they have a method `at`."""
     return callable(getattr(data, "at", None))
@@ -223,69 +291,9 @@ def at(data: Any, step: int) -> Any:
 
 def part(data: Any, steps: range) -> Any:
     """Return what some consecutive steps see of `data`, with no more tensors than they need."""
-    return data.part(steps) if isinstance(data, PerStep) else data
+    return data.part(steps) if isinstance(data, PerStep | Zipped) else data
 
 
-def is_opaque(data: Any) -> bool:
-    """Return whether data are a stream whose tensors cannot be seen: one that is no pytree."""
-    return is_stream(data) and any(x is data for x in pytree.tree_leaves(data))
-
-
-class Watched:
-    """A stream that notices when a rebuilt step is given other data than the first time."""
-
-    def __init__(self, stream: Stream):
-        self.stream = stream
-        self.seen: dict[int, list[Tensor]] = {}
-        self.checked = False
-
-    def at(self, step: int) -> Any:
-        """Return what the stream returns; compare the first batch that is asked for again.
-
-        Raises:
-            ProblemError: if it differs.
-        """
-        data = self.stream.at(step)
-        if self.checked or tracing():
-            return data
-        with outside_transforms(), torch.no_grad():
-            sums = _checksum(pt.tensors(data))
-            if step not in self.seen:
-                self.seen[step] = sums
-            else:
-                self.checked = True
-                before, self.seen = self.seen[step], {}
-                if len(before) != len(sums) or not all(map(_equal, before, sums)):
-                    raise ProblemError(
-                        f"the stream gave other data for inner step {step} when the step was "
-                        "rebuilt for its derivative: .at(step) must be pure. Draw the order of "
-                        "rows and random augmentations before the inner loop, by step number "
-                        "(mf.Batches.from_dataset does), or keep the graph: Unrolled() without "
-                        "recompute."
-                    )
-        return data
-
-
-def _checksum(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return a few sums of each tensor, on its device: nothing waits for a host."""
-    found = []
-    for x in tensors:
-        # Sparse and jagged tensors have no entries in a fixed order.
-        if x.layout is not torch.strided:
-            continue
-        flat = torch.view_as_real(x) if x.is_complex() else x
-        flat = flat.detach().reshape(-1).double()
-        # A weight for each place, so that another order of the rows is seen.
-        places = torch.arange(flat.numel(), device=flat.device, dtype=flat.dtype).cos()
-        found.append(torch.stack([flat.sum(), flat @ places, flat.new_tensor(flat.numel())]))
-    return found
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    # The sums of data with NaN in them are NaN.
-    return torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
-
-
-def watched(data: Any) -> Any:
-    """Return `data`, a stream without visible tensors wrapped so that a rebuild is compared."""
-    return Watched(data) if is_opaque(data) else data
+def opaque(data: Any) -> list[Any]:
+    """Return the streams whose tensors cannot be seen: those that are no pytree."""
+    return [x for x in pytree.tree_leaves(data) if is_stream(x)] if is_stream(data) else []

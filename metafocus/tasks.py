@@ -14,9 +14,9 @@ from torch import Tensor
 from metafocus import params as pt
 from metafocus.autodiff.grad import leaf_alias, reaches_another_leaf
 from metafocus.autodiff.known import with_gradient
-from metafocus.checks import check_finite, whole
-from metafocus.engine import MetaLoss, outermost
-from metafocus.errors import NonFiniteError, ProblemError
+from metafocus.checks import check_finite, function, whole
+from metafocus.engine import META_LOSS, MetaLoss, outermost
+from metafocus.errors import NonFiniteError, ProblemError, TransformError
 from metafocus.rng import Drawn
 from metafocus.streams import Shared, is_stream
 from metafocus.torch_internals import pytree, transforming
@@ -61,6 +61,7 @@ def over_tasks(
         ValueError: for a setting that is none of those above.
         ProblemError: if the episodes' tensors disagree about the number of tasks; for a stream
             that is neither stacked nor shared; if tasks return different metrics.
+        TransformError: if a loss draws random numbers and `randomness` is "error".
         NonFiniteError: outside transforms, naming the task.
 
     Example:
@@ -75,6 +76,7 @@ def over_tasks(
         >>> aux.params["w"].shape
         torch.Size([2, 1])
     """
+    function("meta_loss", meta_loss, META_LOSS)
     for name, value, allowed in (
         ("how", how, ("vmap", "loop")),
         ("aux", aux, ("all", "losses")),
@@ -140,9 +142,20 @@ class _OverTasks:
         self, outer: Params, tensors: list[Tensor], rebuild: Callable[[Any], Any]
     ) -> tuple[Tensor, Aux]:
         # Flat, and without what is not batched: vmap walks its arguments several times.
-        losses, aux = torch.func.vmap(
+        several = torch.func.vmap(
             lambda *xs: self._one(outer, rebuild(xs)), randomness=self.randomness
-        )(*tensors)
+        )
+        try:
+            losses, aux = several(*tensors)
+        except RuntimeError as error:
+            # Only the text tells this error from others; if torch changes it, it is shown as it is.
+            if self.randomness != "error" or "called random operation" not in str(error):
+                raise
+            raise TransformError(
+                "a loss draws random numbers, as dropout does, and over_tasks must know whether "
+                'tasks share them. Pass randomness="different" for numbers of its own for each '
+                'task, or randomness="same".'
+            ) from error
         return losses.mean(), aux
 
     def _one(self, outer: Params, episode: Any) -> tuple[Tensor, Aux]:
@@ -179,7 +192,7 @@ class _Chunks:
         self.names: list[str] = []
 
     def values(self, outer: Params) -> Iterator[tuple[float, Tensor]]:
-        """Yield the share and the mean loss of each chunk; remember what it returned beside."""
+        """Yield the share and the mean loss of each chunk; keep its auxiliary output."""
         for first in range(0, self.count, self.size):
             part = [x[first : first + self.size] for x in self.tensors]
             repeat = first and self.tasks.randomness == "same"

@@ -25,7 +25,7 @@ from torch.nn import _reduction
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from metafocus.errors import TransformError
 
@@ -155,6 +155,21 @@ def innermost(x: Tensor) -> Tensor:
     return x
 
 
+def differentiated_again(tensors: Iterable[Tensor]) -> bool:
+    """Return whether somebody may differentiate what a backward pass makes of these tensors.
+
+    On the tape that is so with grad mode on. `torch.func.grad` always turns it on; there it takes
+    a second transform that differentiates, or the tape below the first one.
+    """
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+        return True
+    kinds = [level.key() for level in _transforms()]
+    others = [kind for kind in kinds if kind != _functorch.TransformType.Vmap]
+    if others == [_functorch.TransformType.Grad]:
+        return any(innermost(x).requires_grad for x in tensors)
+    return bool(others) or torch.is_grad_enabled()
+
+
 def is_batched(x: Tensor) -> bool:
     """Return whether a live `vmap` maps over a tensor: shapes may not depend on its values."""
     while _functorch.is_functorch_wrapped_tensor(x):
@@ -176,31 +191,43 @@ def plain(x: Tensor) -> Tensor:
     return x
 
 
-def unused_by(loss: Callable[[dict[str, Tensor]], Tensor], at: dict[str, Tensor]) -> set[str]:
-    """Return the names of the tensors that a scalar does not depend on; inside transforms too."""
-    if not transforming():
-        # The tape accepts what a transform refuses: batch norm that counts its batches, a loss
-        # that builds a graph of its own, custom Functions of the old form.
-        return _unused({k: v.detach().requires_grad_() for k, v in at.items()}, loss, -1)
-    with grad_increment_nesting() as level:
-        leaves = {k: _create_differentiable(v.detach(), level) for k, v in at.items()}
-        return _unused(leaves, loss, level)
+class OwnTape(NamedTuple):
+    """A tape above the active transforms.
+
+    Attributes:
+        level: number of the level that it is recorded at.
+    """
+
+    level: int
+
+    def leaf(self, x: Tensor) -> Tensor:
+        """Return a leaf of this tape with the value of a constant."""
+        return _create_differentiable(x.detach(), self.level)
+
+    def holds(self, x: Tensor) -> bool:
+        """Return whether a tensor depends on a leaf; one of another level depends on closures."""
+        return _functorch.maybe_get_level(x) == self.level and x.requires_grad
 
 
-def _unused(
-    leaves: dict[str, Tensor], loss: Callable[[dict[str, Tensor]], Tensor], level: int
-) -> set[str]:
-    value = loss(dict(leaves))
-    # A value of another level depends on what is closed over, and not on these leaves.
-    if _functorch.maybe_get_level(value) != level or not value.requires_grad:
-        return set(leaves)
-    found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
-    return {k for k, g in zip(leaves, found, strict=True) if g is None}
+@contextlib.contextmanager
+def tape_of_its_own() -> Iterator[OwnTape]:
+    """Record what is computed inside a `with` block, whatever transforms are active.
+
+    `torch.autograd.grad` works on it, also after the block, and can be asked for some of the
+    leaves. The pullback of `torch.func.vjp` always goes back to all of them.
+    """
+    with grad_increment_nesting() as level, torch.enable_grad():
+        yield OwnTape(level)
 
 
 def forward_class(node: Any) -> type | None:
     """Return the custom Function that a node of the tape belongs to; None for a node of ATen."""
     return getattr(type(node), "_forward_cls", None)
+
+
+def keeps_graph() -> bool:
+    """Return whether the backward pass that is running leaves its graph for another one."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def is_view(x: Tensor) -> bool:
@@ -224,13 +251,22 @@ def storage_key(storage: torch.UntypedStorage) -> int:
 def swapped_weights(
     module: nn.Module, tensors: Mapping[str, Tensor], *, tie_weights: bool = False
 ) -> contextlib.AbstractContextManager[None]:
-    """Let a module hold other tensors as parameters and buffers inside a `with` block."""
+    """Let a module hold other tensors as parameters and buffers inside a `with` block.
+
+    An interrupt inside torch's exit leaves them there; `calls.holding` puts that right.
+    """
     return _reparametrize_module(module, dict(tensors), tie_weights=tie_weights)
 
 
 def parameter_table(module: nn.Module) -> dict[str, Tensor | None]:
     """Return the module's own table of its parameters: a write changes the module."""
     return module._parameters  # pyright: ignore[reportReturnType]
+
+
+def weight_tables(module: nn.Module) -> tuple[dict[str, Tensor | None], ...]:
+    """Return the module's own tables of parameters and of buffers; one without any is left out."""
+    tables: Any = module._parameters, module._buffers
+    return tuple(table for table in tables if table)
 
 
 def forward_hooks(module: nn.Module) -> tuple[Any, ...]:
@@ -268,6 +304,21 @@ def raised_by_functional_call(error: BaseException) -> bool:
 def function_modes() -> list[TorchFunctionMode]:
     """Return the modes that torch functions pass through, the innermost last."""
     return _get_current_function_mode_stack()
+
+
+def dispatch_modes() -> list[TorchDispatchMode]:
+    """Return the modes that operators pass through, the innermost last."""
+    return _get_current_dispatch_mode_stack()
+
+
+def function_state() -> Any:
+    """Return whether this thread listens to modes and to overrides of operators."""
+    return torch._C._get_torch_function_state()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def set_function_state(state: Any) -> None:
+    """Put back what `function_state` returned."""
+    torch._C._set_torch_function_state(state)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def without_function_modes() -> contextlib.AbstractContextManager[None]:

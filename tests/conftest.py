@@ -7,6 +7,8 @@ import warnings
 import pytest
 import torch
 
+from metafocus.preflight import rebuilt
+
 torch.set_num_threads(1)
 
 with warnings.catch_warnings():
@@ -18,6 +20,12 @@ with warnings.catch_warnings():
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _built_for_the_first_time():
+    """Many tests build the same meta loss, and each evaluates its own."""
+    rebuilt._ONCE.clear()
 
 
 @pytest.fixture

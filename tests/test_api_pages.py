@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
@@ -20,6 +23,7 @@ PACKAGES = (
     "metafocus",
     "metafocus.adapters",
     "metafocus.attention",
+    "metafocus.comparison",
     "metafocus.data",
     "metafocus.diagnostics",
     "metafocus.estimators",
@@ -31,10 +35,12 @@ PACKAGES = (
     "metafocus.linear",
     "metafocus.lm",
     "metafocus.masks",
+    "metafocus.models",
     "metafocus.recipes",
     "metafocus.recipes.fewshot",
     "metafocus.recipes.hpo",
     "metafocus.algorithms",
+    "metafocus.autodiff.stores",
     "metafocus.solvers",
 )
 
@@ -87,3 +93,45 @@ def test_public_modules_have_a_page():
 
 def test_nothing_is_shown_twice():
     assert len(SHOWN) == len(set(SHOWN))
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def code_of_pages_and_examples() -> Iterator[tuple[str, str]]:
+    """Every block of Python that a reader may copy, with the file that it stands in."""
+    pages = [*ROOT.glob("docs/**/*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    for path in pages:
+        for block in re.findall(r"```(?:py|python)\b[^\n]*\n(.*?)```", path.read_text(), re.S):
+            yield path.name, block
+    for path in ROOT.glob("examples/**/*.py"):
+        yield path.name, path.read_text()
+    for path in [*ROOT.glob("docs/**/*.ipynb"), *ROOT.glob("examples/**/*.ipynb")]:
+        for cell in json.loads(path.read_text())["cells"]:
+            if cell["cell_type"] == "code":
+                yield path.name, "".join(cell["source"])
+
+
+def imported(code: str) -> Iterator[tuple[str, str]]:
+    """Pairs of module and name that a piece of code imports from metafocus."""
+    try:
+        tree = ast.parse(code)
+    except SyntaxError:  # a block that shows a part of a file, or a magic of notebooks
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "metafocus":
+            yield from ((str(node.module), alias.name) for alias in node.names)
+
+
+def is_public(module: str, name: str) -> bool:
+    """Whether a package offers a name, or an API page shows it or something inside it."""
+    offered = getattr(importlib.import_module(module), "__all__", ())
+    full = f"{module}.{name}"
+    shown = any(x == full or x.startswith(f"{full}.") for x in SHOWN)
+    return not any(part.startswith("_") for part in full.split(".")) and (name in offered or shown)
+
+
+def test_pages_and_examples_import_public_names_alone():
+    found = {(f, *x) for f, code in code_of_pages_and_examples() for x in imported(code)}
+    assert len(found) > 30
+    assert not sorted(x for x in found if not is_public(*x[1:]))

@@ -692,3 +692,59 @@ def test_the_relative_step_is_never_shorter_than_that_of_weights_of_norm_one(siz
     for x in seen:
         # The difference of two weights is rounded as the weights are: u |fast| / want <= 4e-11.
         assert abs((x - start).norm() - want) < 1e-10 * want + 2.0**-52 * size
+
+
+# --- differences in half types -------------------------------------------------------------------
+
+
+def curved(fast, slow, x):
+    return ((x @ fast["w"]).tanh() * slow["a"]).square().mean()
+
+
+@pytest.mark.parametrize("way", ["plain", "vmap", "grad"])
+@pytest.mark.parametrize("eps", [None, 0.01])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_finite_difference_in_a_half_type_keeps_its_digits(dtype, eps, way):
+    w, d, x = torch.linspace(-1, 1, 8), torch.linspace(1, 2, 8).sin(), torch.randn(20, 8)
+    # The same numbers in every type.
+    w, d, x = (v.to(torch.bfloat16 if dtype == torch.bfloat16 else dtype) for v in (w, d, x))
+    a = torch.tensor(0.75)
+    hvp = mf.hvp_finite(eps)
+
+    def product(w):
+        return hvp(curved, {"w": w}, {"a": a.to(dtype)}, x)[1]({"w": d})
+
+    want = mf.hvp_reverse(curved, {"w": w.double()}, {"a": a.double()}, x.double())[1](
+        {"w": d.double()}
+    )
+    if way == "plain":
+        got = product(w)
+    elif way == "vmap":
+        got = torch.func.vmap(product)(w[None])
+        got = {"w": got[0]["w"][0]}, {"a": got[1]["a"][0]}, got[2][0]
+    else:
+        got = torch.func.grad_and_value(lambda w: (product(w)[0]["w"].sum(), 0)[0])(w)
+        assert got[0].dtype == dtype and got[0].isfinite().all()
+        return
+    pairs = ((got[0]["w"], want[0]["w"]), (got[1]["a"], want[1]["a"]), (got[2], want[2]))
+    for found, exact in pairs:
+        assert found.dtype == dtype
+        # The result is rounded once; the rest is the third derivative at a step of 0.01.
+        error = (found.double() - exact).norm() / exact.norm()
+        assert error < torch.finfo(dtype).eps + 2e-3
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_loss_that_needs_its_half_type_is_warned_of():
+    weight = torch.eye(3, dtype=torch.bfloat16)
+    fast, along = ({"w": torch.ones(3, dtype=torch.bfloat16)} for _ in range(2))
+
+    def closed(f):
+        return (weight @ f["w"]).square().sum()
+
+    message = "hvp_finite: the fast weights are torch.bfloat16.*in outer.*float32, or use hvp_rev"
+    with pytest.warns(mf.errors.PrecisionWarning, match=message):
+        _, product = mf.hvp_finite()(closed, fast)
+    assert product(along)[0]["w"].dtype == torch.bfloat16
+    # Wide fast weights are not judged.
+    mf.hvp_finite()(lambda f: (weight.double() @ f["w"]).square().sum(), {"w": torch.ones(3)})

@@ -172,3 +172,132 @@ def test_batches_refuses_steps_that_it_does_not_hold():
     for step in (-1, 3):
         with pytest.raises(mf.errors.ProblemError, match=f"holds 3 steps.*step {step}"):
             stream.at(step)
+
+
+# --- data sets, and weights of many rows -----------------------------------------------------
+
+
+def test_a_data_set_of_hugging_face():
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_dict({"x": [0.0, 1.0, 2.0], "name": ["a", "b", "c"]})
+    stream = mf.Batches.from_dataset(table, batch_size=2, steps=3, generator=seeded())
+    for step in range(3):
+        batch = stream.at(step)
+        assert torch.equal(batch["index"], stream.rows[step])
+        assert torch.equal(batch["x"], batch["index"].double())
+        assert batch["name"] == ["abc"[i] for i in batch["index"]]
+    tensors = table.with_format("torch", columns=["x"])
+    stream = mf.Batches.from_dataset(tensors, batch_size=2, steps=3, generator=seeded())
+    assert torch.equal(stream.at(1)["x"], stream.at(1)["index"].float())
+
+
+def test_rows_are_read_at_once_where_the_data_set_can():
+    class Together(Squares):
+        def __init__(self):
+            self.calls = []
+
+        def __getitems__(self, rows):
+            self.calls.append(rows)
+            return [self[i] for i in rows]
+
+    data = Together()
+    stream = mf.Batches.from_dataset(data, batch_size=3, steps=2, generator=seeded())
+    batch = stream.at(0)
+    assert data.calls == [batch["index"].tolist()]
+
+
+def test_a_loader_is_refused_with_the_form_that_works():
+    loader = torch.utils.data.DataLoader(Squares(), batch_size=2)
+    form = r", got a DataLoader.*mf\.Batches\.from_dataset\(loader\.dataset"
+    with pytest.raises(mf.errors.ProblemError, match="dataset must be map-style" + form):
+        mf.Batches.from_dataset(loader, batch_size=2, steps=1, generator=seeded())
+    meta = mf.bilevel(loops.PROBLEM, solver=loops.solver(), estimator=mf.FirstOrder())
+    with pytest.raises(mf.errors.ProblemError, match="tensors or a stream" + form):
+        meta(CASE.leaves(), mf.Episode(loader, CASE.episode().query))
+    stream = mf.Batches.from_dataset(
+        loader.dataset, batch_size=2, steps=1, generator=seeded(), collate=loader.collate_fn
+    )
+    assert sorted(stream.at(0)) == ["index", "x", "y"]
+
+
+def test_an_iterable_data_set_is_refused():
+    class Lines(torch.utils.data.IterableDataset):
+        def __len__(self):
+            return 3
+
+        def __iter__(self):
+            yield from range(3)
+
+    with pytest.raises(mf.errors.ProblemError, match=r"map-style.*got Lines.*list or a file"):
+        mf.Batches.from_dataset(Lines(), batch_size=2, steps=1, generator=seeded())
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [mf.Unrolled(), mf.Unrolled(recompute=True), mf.Unrolled(store=mf.stores.schedule(3))],
+    ids=["graph", "recompute", "store"],
+)
+def test_zipped_weights_have_the_derivative_of_looked_up_ones(estimator):
+    x, y, _ = (v[0].flatten(0, 1) for v in CASE.episodes.support.tree)
+    rows = [{"x": a, "y": b} for a, b in zip(x, y, strict=True)]
+    stream = mf.Batches.from_dataset(rows, batch_size=4, steps=loops.STEPS, generator=seeded())
+    query = slices(CASE.episode().query)[-1]
+
+    def error(fast, batch):
+        return (loops.predict(fast, batch["x"]) - batch["y"]) ** 2
+
+    def looked_up(fast, slow, batch):
+        return (slow["all"][batch["index"]] * error(fast, batch)).mean()
+
+    def given(fast, slow, data):
+        batch, weight = data
+        return (weight * error(fast, batch)).mean()
+
+    def at_once(slow, episode):
+        weights = mf.PerStep(slow["all"][stream.rows])
+        return mf.Episode(mf.zipped(episode.support, weights), episode.query)
+
+    outer = {**CASE.outer, "all": torch.linspace(0.5, 1.5, len(rows), dtype=x.dtype)}
+
+    def by(problem):
+        meta = mf.bilevel(problem, solver=loops.solver(), estimator=estimator)
+        leaves = {k: v.clone().requires_grad_() for k, v in outer.items()}
+        meta(leaves, mf.Episode(stream, query))[0].backward()
+        return [leaves[k].grad for k in ("all", "w1", "log_lr")]
+
+    got = by(mf.Problem(given, upper, start, prepare=at_once))
+    assert_close(got, by(mf.Problem(looked_up, upper, start)), 1e-12)
+
+
+def test_a_million_weights_have_one_dense_gradient():
+    from metafocus.comparison.memory import peak_bytes
+
+    size, steps = 1_000_000, 12
+    stream = mf.Batches(
+        lambda t: torch.full((4,), t + 1.0), steps, torch.arange(steps * 4).reshape(steps, 4)
+    )
+
+    def inner(fast, slow, data):
+        x, weight = data
+        return (weight * (fast["w"] - x) ** 2).mean()
+
+    problem = mf.Problem(
+        inner,
+        lambda fast, slow, data: fast["w"] ** 2,
+        lambda slow, support: {"w": torch.zeros(())},
+        prepare=lambda slow, episode: mf.Episode(
+            mf.zipped(episode.support, mf.PerStep(slow["weight"][stream.rows])), episode.query
+        ),
+    )
+    weight = torch.ones(size, requires_grad=True)
+    for estimator in (mf.Unrolled(), mf.Unrolled(store=mf.stores.schedule(4))):
+        meta = mf.bilevel(problem, solver=mf.SGD(0.1, steps), estimator=estimator)
+        meta({"weight": weight}, mf.Episode(stream, None))[0].backward()
+        weight.grad = None
+        _, peak = peak_bytes(
+            lambda meta=meta: meta({"weight": weight}, mf.Episode(stream, None))[0].backward()
+        )
+        # Four bytes a weight: the gradient, and the zeros that the rows are put into.
+        assert peak < 2.2 * 4 * size
+        assert (weight.grad != 0).sum() == steps * 4
+        weight.grad = None

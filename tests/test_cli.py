@@ -59,6 +59,22 @@ def test_compare_writes_its_files(tmp_path):
     assert "Qwen2ForCausalLM with 181,056 parameters" in ran.out
 
 
+def test_compare_over_inner_rates(tmp_path):
+    words = flags(inner_lr="1e3,0.1", inner_clip=1e3, estimators="first-order", output_dir=tmp_path)
+    ran = run("compare", "--quick", *words)
+    assert ran.code == 0, ran.err
+    names = {"compare.png", "compare-lr-0.1.json", "compare-lr-1000.json"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    wild, calm = (read_json(tmp_path / f"compare-lr-{rate}.json") for rate in (1000, 0.1))
+    for found in (wild, calm):
+        assert len(found["inner_losses"]) == 3 and found["rows"][0]["name"] == "first-order"
+    assert wild["inner_losses"][2] > wild["inner_losses"][1]
+    assert calm["inner_losses"][2] < calm["inner_losses"][1]
+    first, second = ran.out.split("inner learning rate")[1:3]
+    assert "the last step raised it" in first and "the last step raised it" not in second
+    assert "must be a positive number" in refused("compare", *flags(inner_lr="1.0,x"))
+
+
 def test_compare_a_model_on_a_file_in_float64(tmp_path, chats, base):
     words = flags(
         max_length=64,

@@ -367,7 +367,7 @@ def test_repeats_below_one(repeats):
 
 
 def test_outer_parameters_are_needed():
-    with pytest.raises(mf.errors.ProblemError, match="explicit outer parameters"):
+    with pytest.raises(mf.errors.ProblemError, match=r"outer=\{\} with compare"):
         mf.compare(
             quadratic(),
             {},
@@ -518,7 +518,7 @@ def test_json(tmp_path, lr):
     result = run(ESTIMATORS, {"p": EXACT}, lr=lr, steps=12)
     result.to_json(tmp_path / "out.json")
     text = json.loads((tmp_path / "out.json").read_text(), parse_constant=refuse)
-    assert set(text) == {"reference", "environment", "rows"}
+    assert set(text) == {"reference", "environment", "rows", "inner_losses"}
     assert text["reference"] == result.reference
     assert text["environment"]["torch"] == torch.__version__
     assert text["environment"]["dtype"] == "float64"
@@ -747,3 +747,84 @@ def test_finite_differences_of_a_loss_that_detaches_are_not_exact(reference):
     off = [rows[k]["relative_error"] for k in ("finite", "finite, smaller", "DARTS")]
     assert off == pytest.approx([off[0]] * 3, rel=1e-3)
     assert off[0] > 0.1
+
+
+def other_than_the_tape(name, problem):
+    """Return a solver for the tape, and something that takes derivatives from other points."""
+    draws = torch.Generator().manual_seed(0)
+    if name == "finite":
+        finite = mf.Unrolled(hvp=mf.hvp_finite())
+        return mf.SGD(0.1, 1), mf.bilevel(problem, solver=mf.SGD(0.1, 1), estimator=finite)
+    if name == "penalty":
+        # At the solution, so that the tape and a penalty estimate the same derivative.
+        solver = mf.SGD(0.5, 200)
+        return solver, mf.bilevel(problem, solver=solver, estimator=mf.Penalty(1e4))
+    if name == "evograd":
+        # The expected step of the copies is one of gradient descent with the rate sigma^2 / T.
+        copies = mf.EvoGrad(0.02, copies=4000, temperature=0.02**2 / 1e-3, generator=draws)
+        start = mf.bilevel(problem, solver=mf.SGD(1e-3, 0), estimator=copies)
+        return mf.SGD(1e-3, 1), start
+    solver = mf.SGD(0.3, 8)
+    value = mf.bilevel(problem, solver=solver, estimator=mf.FirstOrder())
+    return solver, mf.algorithms.Evolution(value, sigma=1e-3, pairs=4000, generator=draws)
+
+
+@pytest.mark.parametrize("name", ["finite", "penalty", "evograd", "evolution"])
+@pytest.mark.parametrize("detached", [False, True], ids=["constant", "detached"])
+def test_compare_shows_what_sees_through_detach(name, detached):
+    """With constant weights of the examples all agree with the tape; with detached ones none."""
+    x, y = torch.randn(8, 3), torch.randn(8)
+
+    def each(w):
+        return (x @ w - y) ** 2
+
+    def inner(fast, slow, data):
+        value = each(fast["w"])
+        seen = value.detach() if detached else each(torch.zeros(3))
+        return (torch.sigmoid(slow["a"] * seen) * value).mean()
+
+    problem = mf.Problem(
+        inner,
+        lambda fast, slow, data: (each(fast["w"]) * torch.linspace(0, 1, 8)).mean(),
+        lambda slow, support: {"w": torch.zeros(3)},
+    )
+    solver, other = other_than_the_tape(name, problem)
+    result = mf.compare(
+        problem,
+        {"a": torch.tensor(0.5)},
+        mf.Episode(None, None),
+        solver=solver,
+        estimators={"tape": mf.Unrolled()},
+        others={name: other},
+        reference="tape",
+        repeats=1,
+    )
+    row = result.rows[-1]
+    # Four standard deviations of the draws; the detached weights change much more.
+    assert (row["verdict"] in ("exact", "close")) != detached, row
+    assert not detached or row["relative_error"] > 0.1
+
+
+def test_the_inner_losses_go_on_to_the_one_after_the_last_step():
+    """Quadratic: with rate r the loss is multiplied by (1 - 2 r)^2 in each step."""
+
+    def loss(fast, slow, x):
+        return ((fast["w"] - x) ** 2).sum()
+
+    def curve(rate, steps):
+        result = mf.compare(
+            mf.Problem(loss, loss),
+            {"w": torch.ones(1, dtype=torch.float64)},
+            mf.Episode(torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)),
+            solver=mf.SGD(rate, steps=steps),
+            estimators={"full": mf.Unrolled()},
+            reference="full",
+            repeats=1,
+        )
+        return result.inner_losses, result.table()
+
+    losses, text = curve(0.25, 2)
+    assert losses == [1.0, 0.25, 0.0625] and text.endswith("loss 1.0000, 0.2500, then 0.0625")
+    losses, text = curve(1.5, 2)
+    assert losses == [1.0, 4.0, 16.0] and "warning: the last step raised it" in text
+    assert curve(0.25, 0)[0] == [1.0]

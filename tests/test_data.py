@@ -118,8 +118,8 @@ def test_bad_parquet(tmp_path):
     for cut in (whole[: len(whole) // 2], whole[:-20], b"", b"not parquet at all"):
         with pytest.raises(DataError, match=r"a\.parquet' cannot be read as parquet.*cut off"):
             read_chats(write(path, cut))
-    pq.write_table(pa.table({"text": ["a"]}), path)
-    with pytest.raises(DataError, match="row 1: no messages, only text"):
+    pq.write_table(pa.table({"note": ["a"]}), path)
+    with pytest.raises(DataError, match="row 1: no messages, only note"):
         read_chats(path)
     pq.write_table(pa.Table.from_pylist([{"messages": CHAT}]).slice(0, 0), path)
     with pytest.raises(DataError, match="holds no record"):
@@ -412,7 +412,9 @@ THOUGHTS = [user("a"), answer("b", why="x"), user("c"), answer("d", why="y")]
 
 def test_template_that_rewrites_history_is_refused(tokenizer):
     tokenizer.chat_template = REWRITING
-    with pytest.raises(DataError, match=r"rewrites history, so message 1 cannot be located.*split"):
+    with pytest.raises(
+        DataError, match=r"rewrites history: it drops .* of message 1 .*turns='each'"
+    ):
         encode_chat(THOUGHTS, tokenizer)
     rows = table(encode_chat(THOUGHTS[:2], tokenizer), tokenizer)
     assert rows[1] == ("<t>x</t>b<|im_end|>", 1, True)
@@ -428,16 +430,26 @@ def test_marks_rescue_a_template_that_rewrites_history(tokenizer):
         ("<t>y</t>d<|im_end|>", 3, True),
         ("\n", 3, False),
     ]
-    with pytest.raises(DataError, match="merge_context=True"):
-        encode_chat(THOUGHTS, tokenizer, merge_context=False)
+    apart = encode_chat(untrained, tokenizer, merge_context=False)
+    assert apart["turn_ids"].unique().tolist() == [0, 1, 2, 3]
 
 
-def test_marks_that_are_not_one_run_per_answer_are_refused(tokenizer):
+def test_marks_may_be_several_runs(tokenizer):
     tokenizer.chat_template = REWRITING_MARKED.replace(
         "{{- m.content", "{%- endgeneration %}{{- '|' }}{%- generation %}{{- m.content", 1
     )
-    with pytest.raises(DataError, match="3 marked runs for 2 assistant messages"):
-        encode_chat(THOUGHTS, tokenizer)
+    untrained = [THOUGHTS[0], {**THOUGHTS[1], "weight": 0}, *THOUGHTS[2:]]
+    rows = table(encode_chat(untrained, tokenizer), tokenizer)
+    assert [row for row in rows if row[2]] == [("<t>y</t>", 3, True), ("d<|im_end|>", 3, True)]
+
+
+def test_marks_outside_of_answers_are_refused(tokenizer):
+    tokenizer.chat_template = (
+        "{%- for m in messages %}{%- if m.role == 'user' %}{% generation %}{{ m.content }}"
+        "<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    )
+    with pytest.raises(DataError, match=r"marks 'a<\|im_end\|>.*in no assistant message"):
+        encode_chat([user("a"), answer("b")], tokenizer)
 
 
 def test_joined_tool_messages_have_no_boundary_of_their_own(tokenizer):
@@ -460,10 +472,10 @@ def test_a_token_across_the_beginning_of_an_answer_belongs_to_it(tokenizer):
     ]
 
 
-def test_marks_cover_all_tokens_of_the_last_character(tokenizer):
+def test_marks_cover_all_tokens_of_the_last_character_and_the_stop_token(tokenizer):
     tokenizer.chat_template = CONTENT_ONLY
     sample = encode_chat([user("a"), answer("b🙂")], tokenizer)
-    assert tokenizer.decode(sample["input_ids"][sample["answer_mask"]]) == "b🙂"
+    assert tokenizer.decode(sample["input_ids"][sample["answer_mask"]]) == "b🙂<|im_end|>"
 
 
 def test_slow_tokenizers_compare_token_ids():
@@ -580,7 +592,10 @@ BAD = {
     r"evidence span \[0, 4\] is not .* <= 3": [user("abc", evidence=[[0, 4]])],
     r"evidence span \[2, 2\]": [user("abc", evidence=[[2, 2]])],
     "evidence span 0 is not": [user("abc", evidence=[0, 1])],
-    "refuses these messages": [user([{"type": "text", "text": "a"}])],
+    r"the part \{'type': 'image'\} of the content is no text": [user([{"type": "image"}])],
+    "tool_calls='f' is not a list": [user("a"), answer("", tool_calls="f")],
+    "train=1 on a assistant message: train is true or false": [answer("a", train=1)],
+    "train=False on a user message": [user("a", train=False)],
 }
 
 
@@ -602,7 +617,7 @@ def test_bad_settings(tokenizer):
     with pytest.raises(DataError, match=r"refuses these messages \(roles must alternate\).*user"):
         encode_chat([user("a")], tokenizer)
     tokenizer.chat_template = CHATML.replace("message.content or ''", "range(99999) | random")
-    with pytest.raises(DataError, match="again gives other ids"):
+    with pytest.raises(DataError, match=r"renders the chat differently .* every time"):
         encode_chat([user("a"), answer("b")], tokenizer)
 
 
@@ -652,11 +667,23 @@ def test_no_answers_at_all(small):
         encode_chats([], small)
 
 
-def test_encoding_errors_name_the_record(small):
+def test_chats_that_cannot_be_encoded_are_skipped_and_named(small):
+    bad = {"messages": [{"role": "bot", "content": ""}]}
+    found = encode_chats([{"messages": CHAT}, bad, {"messages": CHAT}, *[bad] * 7], small)
+    assert (len(found.samples), found.skipped, found.dropped) == (2, 8, 0)
+    assert [reason.split(":")[0] for reason in found.reasons] == [
+        f"record {i}" for i in (1, 3, 4, 5, 6)
+    ]
+    assert "8 chats were skipped:\n  record 1: message 0: role='bot'" in found.summary()
+    assert found.summary().endswith("  and 3 more")
     with pytest.raises(DataError, match="record 1: message 0: role='bot'"):
-        encode_chats([{"messages": CHAT}, {"messages": [{"role": "bot", "content": ""}]}], small)
-    with pytest.raises(DataError, match="record 0: messages is None"):
-        encode_chats([{"text": "a"}], small)
+        encode_chats([{"messages": CHAT}, bad], small, strict=True)
+    with pytest.raises(
+        DataError, match=r"8 of 8 chats cannot be encoded.*record 0: message 0: role"
+    ):
+        encode_chats([bad] * 8, small)
+    with pytest.raises(DataError, match="record 0: no messages, only note"):
+        encode_chats([{"note": "a"}], small)
     with pytest.raises(DataError, match=r"max_length must be .* got 0"):
         encode_chats([{"messages": CHAT}], small, max_length=0)
 

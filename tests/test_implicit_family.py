@@ -91,6 +91,10 @@ def test_second_derivatives(name, hvp):
     leaf = point.clone().requires_grad_()
     (grad,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
     assert_close(torch.autograd.grad(grad[1], leaf)[0], want[1], 1e-10)
+    # One transform above the tape: the hypergradient may still be differentiated by the tape.
+    assert_close(torch.autograd.grad(torch.func.grad(loss)(leaf)[1], leaf)[0], want[1], 1e-10)
+    rows = torch.func.vmap(lambda v: torch.func.vjp(torch.func.grad(loss), point)[1](v)[0])
+    assert_close(rows(torch.eye(len(point))), want, 1e-10)
 
 
 @pytest.mark.parametrize("way", ["jacrev", "jacfwd", "tape"])
@@ -135,11 +139,12 @@ def by_two_tasks(meta, outer):
     return torch.func.grad(lambda o: mf.over_tasks(meta)(o, (empty, empty))[0])(outer)
 
 
-LOOKS = {"backward": by_tape, "hypergrad": lambda m, o: mf.hypergrad(m)(o, (None, None))[0]}
-BLIND = {
+LOOKS = {
+    "backward": by_tape,
+    "hypergrad": lambda m, o: mf.hypergrad(m)(o, (None, None))[0],
     "func.grad": lambda m, o: torch.func.grad(lambda o: m(o, (None, None))[0])(o),
-    "grad(vmap)": by_two_tasks,
 }
+BLIND = {"grad(vmap)": by_two_tasks}
 
 
 def flat_problem(*curvatures):
@@ -223,6 +228,79 @@ def test_finite_entries_with_an_infinite_sum_are_no_reason_to_warn():
     watched.warn("Implicit", "the Hessian", large, 1.0, "")  # a warning here would be an error
     with pytest.warns(mf.errors.NotConvergedWarning):
         watched.warn("Implicit", "the Hessian", {"w": 2 * large["w"]}, 1.0, "")
+
+
+@pytest.mark.parametrize("way", LOOKS)
+def test_a_warm_start_of_a_series_that_does_not_converge_is_said(way):
+    start = {"w": torch.tensor([0.5, 0.5])}
+    meta = at_solution(mf.WarmStart(mf.Neumann(12, 0.25), start), 1.0, 30.0)
+    with pytest.warns(mf.errors.NotConvergedWarning, match=r"the last term of WarmStart.*Neumann"):
+        LOOKS[way](meta, {"c": torch.ones(2)})
+
+
+def test_a_warm_start_at_the_solution_says_nothing():
+    # v = (1, 2), H = diag(2, 60): a series that diverges from elsewhere.
+    start = {"w": torch.tensor([1 / 2, 2 / 60])}
+    meta = at_solution(mf.WarmStart(mf.Neumann(12, 0.25), start), 1.0, 30.0)
+    got = by_tape(meta, {"c": torch.ones(2)})["c"]
+    assert_close(got, torch.tensor([1.0, 2.0]), 1e-4)
+
+
+def rotated(*eigenvalues, seed):
+    """Return a matrix of these eigenvalues, and the sum of its eigenvectors."""
+    draws = torch.Generator().manual_seed(seed)
+    turn = torch.linalg.qr(torch.randn(6, 6, generator=draws, dtype=F64))[0]
+    return turn @ torch.diag(torch.tensor(eigenvalues, dtype=F64)) @ turn.T, turn.sum(1)
+
+
+SPECTRA = {
+    "positive": (1.0, 2, 3, 5, 8, 14),
+    "indefinite": (-30.0, -2, -1, 1, 8, 60),
+    # Rounded to a half type, none of its eigenvalues is zero.
+    "singular": (0.0, 1, 1, 2, 3, 4),
+}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("spectrum", "name"),
+    # Dense does not mind an indefinite matrix, and a condition number of 60 is at the limit.
+    [(s, n) for s in SPECTRA for n in ("CG", "Dense", "warm") if (s, n) != ("indefinite", "Dense")],
+)
+def test_a_half_type_that_is_too_narrow_for_a_system_is_said(spectrum, name, dtype, seed):
+    A, b = rotated(*SPECTRA[spectrum], seed=seed)
+    solves = {
+        "CG": mf.CG(6),
+        "Dense": mf.Dense(),
+        "warm": mf.WarmStart(mf.CG(6), {"w": torch.zeros(6, dtype=dtype)}),
+    }
+    watched = Watched(solves[name])
+    got = watched(lambda v: {"w": A.to(dtype) @ v["w"]}, {"w": b.to(dtype)})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        watched.warn("Implicit", "the Hessian", got, 1.0, "")
+    if spectrum != "positive":
+        (only,) = caught
+        assert issubclass(only.category, mf.errors.NotConvergedWarning)
+        assert "float32" in str(only.message) or "no finite solution" in str(only.message)
+    else:
+        assert not caught
+        # Rounding times a condition number of 14.
+        assert relative_error(got["w"].double(), torch.linalg.solve(A, b)) < 0.06
+
+
+def test_wider_types_cost_no_further_product():
+    calls = []
+
+    def matvec(v):
+        calls.append(1)
+        return {"w": 2 * v["w"]}
+
+    for dtype, count in ((torch.float32, 3), (torch.bfloat16, 4)):
+        Watched(mf.CG(3))(matvec, {"w": torch.ones(4, dtype=dtype)})
+        assert len(calls) == count
+        calls.clear()
 
 
 HALF_SOLVES = {
@@ -530,6 +608,48 @@ def test_on_the_tape_the_warning_comes_with_the_derivative_and_costs_no_gradient
     with pytest.warns(mf.errors.NotStationaryWarning) as caught:
         twice(leaves, case.episode(0))
     assert len(caught) == 1
+
+
+def by_vmap(meta, case):
+    support, query = case.episodes
+    grads = torch.func.vmap(
+        lambda s, q: torch.func.grad(lambda o: meta(o, mf.Episode(s, q))[0])(case.outer)
+    )(support, query)
+    return {k: v.mean(0) for k, v in grads.items()}
+
+
+def over_tasks_on_the_tape(meta, case):
+    leaves = case.leaves()
+    mf.over_tasks(meta)(leaves, case.episodes)[0].backward()
+    return grads_of(leaves)
+
+
+ONCE = {
+    "over_tasks": over_tasks_on_the_tape,
+    "func.grad": lambda meta, case: torch.func.grad(
+        lambda o: torch.stack([meta(o, case.episode(i))[0] for i in range(case.tasks)]).mean()
+    )(case.outer),
+    "func.grad of over_tasks": lambda meta, case: torch.func.grad(
+        lambda o: mf.over_tasks(meta)(o, case.episodes)[0]
+    )(case.outer),
+    "vmap of func.grad": by_vmap,
+}
+
+
+@pytest.mark.parametrize("way", ONCE)
+def test_inside_transforms_too_the_point_is_linearised_once(way):
+    case, asked = RIDGE.case(), []
+
+    def spy(loss, fast, *rest):
+        asked.append(len(rest))
+        return mf.hvp_reverse(loss, fast, *rest)
+
+    solver, estimator = SOLVERS["Given"], mf.Implicit(mf.CG(8), hvp=spy)
+    got = ONCE[way](mf.bilevel(case.problem, solver=solver, estimator=estimator), case)
+    # One linearisation serves the linear system and the mixed product.
+    assert asked == [1] * (case.tasks if way == "func.grad" else 1)
+    want = sum(x["log_l2"] for x in exact_gradients()) / case.tasks
+    assert_close(got["log_l2"], want, 1e-10)
 
 
 @pytest.mark.parametrize("wants", [False, True])

@@ -13,16 +13,16 @@ ROOT = Path(__file__).parent.parent / "metafocus"
 
 # From bottom to top: a file knows its own row's folder and the rows before it.
 ORDER = """
-errors types torch_internals params precision checks files rng closures
+errors types torch_internals params precision checks files rng calls closures
 streams problem autodiff linear solvers estimators
-preflight engine tasks algorithms comparison graph
+preflight path engine tasks algorithms comparison graph
 masks attention adapters lm
 data models diagnostics recipes evals
 claims trainer cli __main__
 """.split()
 # Usable without the engine: they know the tools at the bottom and each other.
 PARTS = {"masks", "attention", "adapters"}
-TOOLS = {"errors", "checks", "files", "rng", "params", "precision", "torch_internals"}
+TOOLS = {"errors", "checks", "files", "rng", "calls", "params", "precision", "torch_internals"}
 # Torch and nothing else.
 ENGINE = set(ORDER[: ORDER.index("masks")])
 TOP = {"claims", "trainer", "cli", "__main__"}
@@ -143,6 +143,24 @@ def test_packages_at_import():
 
 def test_no_file_is_named_like_a_test():
     assert not [p for p in FILES if p.name.startswith("test_") or p.stem.endswith("_test")]
+
+
+SAME_MEANING = {
+    "attention": "attention as an operator, and the attention of a Hugging Face model",
+    "build": "builds the questions of a benchmark",
+    "checks": "checks of arguments: of the whole package, of adapters, of the Trainer",
+    "compare": "the command of mf.compare",
+    "cross_entropy": "the cross entropy as an operator, and in chunks of a language model's head",
+    "profile": "the attention profile, and the command that writes one",
+    "report": "a report of results: of a comparison, of claims, of an evaluation",
+    "run": "runs a comparison, or an evaluation",
+}
+"""Names that several files share, and the one thing that each of them means."""
+
+
+def test_files_that_share_a_name_mean_the_same():
+    stems = [p.stem.lstrip("_") for p in FILES if p.name not in ("__init__.py", "__main__.py")]
+    assert {x for x in stems if stems.count(x) > 1} <= set(SAME_MEANING)
 
 
 def test_every_module_can_be_imported_by_its_name():

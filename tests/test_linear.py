@@ -151,13 +151,13 @@ def test_neumann_converges_where_it_says_and_knows_its_last_term():
     want, scale = torch.linalg.solve(POSITIVE, B), 2 / (1 + 100)
     rate = torch.eye(DIM) - scale * POSITIVE
     for steps in (2, 100, 1000):
-        got, last = mf.Neumann(steps, scale).with_last_term(matvec_of(POSITIVE), split(B))
+        got, last = mf.Neumann(steps, scale).with_residual(matvec_of(POSITIVE), split(B))
         # Exactly |I - scale A|^steps of the solution; symmetric, so the bound is tight.
         bound = (1 - scale) ** steps * want.norm()
         assert (flat(got) - want).norm() <= bound * (1 + 1e-9) + 1e-12
         term = torch.linalg.matrix_power(rate, steps - 1) @ B
         assert abs(last - term.norm() / B.norm()) < 1e-12
-    assert mf.Neumann(1, scale).with_last_term(matvec_of(POSITIVE), split(B))[1] == 1
+    assert mf.Neumann(1, scale).with_residual(matvec_of(POSITIVE), split(B))[1] == 1
 
 
 @pytest.mark.parametrize("solve", [mf.CG(1), mf.CG(5), mf.Dense(), mf.Neumann(3, 1.0)], ids=str)
@@ -468,7 +468,7 @@ def test_negative_curvature(name, dtype):
     b = RAMP.to(dtype)
     if name == "Neumann":
         # It diverges, and does as it says.
-        got, last = mf.Neumann(9, 0.35).with_last_term(matvec_of(NEGATIVE.to(dtype)), split(b))
+        got, last = mf.Neumann(9, 0.35).with_residual(matvec_of(NEGATIVE.to(dtype)), split(b))
         rate = torch.eye(DIM) - 0.35 * NEGATIVE
         want = sum(torch.linalg.matrix_power(rate, j) @ b.double() for j in range(9)) * 0.35
         assert_close(flat(got).double(), want, rounding(dtype))

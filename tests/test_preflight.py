@@ -427,3 +427,47 @@ def test_the_trial_leaves_no_gradients_and_no_changed_arguments():
     assert start["w"] is slow["w"]
     assert weight.grad is None and slow["w"].grad is None
     assert list(slow) == ["w"]
+
+
+# --- a meta loss that is built at every step ------------------------------------------------------
+
+
+def built(**changes):
+    """Return a meta loss, with functions of its own each time."""
+    problem = mf.Problem(
+        lambda fast, slow, x: ((fast["w"] - slow["c"]) ** 2).sum(),
+        outer_loss,
+        lambda slow, support: {"w": slow["w"]},
+    )
+    parts = {"solver": mf.SGD(0.1, 2), "estimator": mf.FirstOrder(), **changes}
+    return mf.bilevel(problem, **parts)
+
+
+def once(meta):
+    return meta(OUTER, (torch.ones(2), torch.ones(2)))
+
+
+def test_building_a_meta_loss_at_every_step_is_warned_of_once():
+    for _ in range(7):
+        once(built())
+    with pytest.warns(
+        mf.errors.RebuiltWarning, match=r"bilevel was called 8 times.*before the loop"
+    ):
+        once(built())
+    # Any further warning would be an error.
+    for _ in range(20):
+        once(built())
+
+
+def test_other_ways_to_build_many_are_not():
+    for steps in range(1, 12):
+        once(built(solver=mf.SGD(0.1, steps)))
+    for _ in range(12):
+        built()
+    for _ in range(12):
+        meta = built()
+        once(meta)
+        once(meta)
+    meta = built()
+    for _ in range(12):
+        once(meta)

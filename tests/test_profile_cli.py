@@ -70,7 +70,7 @@ def test_profiles_a_trained_model(trained, tmp_path):
     adapted = profiles["causal, adapted"]["queries"]["answer"]
     assert adapted["entropy"] != found["entropy"]
     for losses in report["inner_losses"].values():
-        assert len(losses) == 2 and losses[1] < losses[0]
+        assert len(losses) == 3 and losses[2] < losses[1] < losses[0]
     assert report["settings"]["lora_rank"] == 2 and report["environment"]["torch"]
     for name in profiles:
         assert f"\n{name}, answer queries" in text
@@ -104,7 +104,7 @@ def test_one_profile_of_a_file(trained, tmp_path):
         "--output_dir",
         out,
     )
-    code, _, err = run("profile", *words, "--layer", 0)
+    code, _, err = run("profile", *words, "--mask", "context-bidirectional", "--layer", 0)
     assert code == 0, err
     assert {p.suffix for p in out.iterdir()} == {".png", ".svg", ".json"}
     assert not (out / "comparison.png").exists()

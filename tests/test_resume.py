@@ -14,6 +14,7 @@ from trainer_script import CRASH_STEPS, tiny, trainer
 
 from metafocus.errors import DataError
 from metafocus.trainer.checkpoints import SEAL, damage, require_complete, resumable
+from metafocus.trainer.staging import STAGE
 
 SCRIPT = Path(__file__).parent / "trainer_script.py"
 
@@ -145,15 +146,18 @@ def test_shards_are_looked_at(tmp_path):
     assert damage(folder) == f"{shards[-1].name} is missing or cut off"
 
 
-def test_saving_again_breaks_the_seal_first(saved, monkeypatch):
-    """A process killed while it overwrites a checkpoint leaves none that looks whole."""
+def test_a_checkpoint_is_replaced_by_a_whole_one_or_not_at_all(saved, monkeypatch):
+    """A process killed while it saves again leaves what was there, and a rest that is removed."""
+    before = (saved / "checkpoint-2" / SEAL).read_bytes()
     run = trainer(tiny(torch.float32), saved, save_strategy="steps", save_steps=2)
 
     def killed(*args, **kwargs):
+        (saved / STAGE / "checkpoint-2").mkdir(parents=True)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(run, "save_model", killed)
     with pytest.raises(KeyboardInterrupt):
         run.train()
-    assert (saved / "checkpoint-4" / SEAL).exists()
-    assert not (saved / "checkpoint-2" / SEAL).exists()
+    assert (saved / "checkpoint-2" / SEAL).read_bytes() == before
+    assert damage(saved / "checkpoint-2") is None
+    assert sorted(path.name for path in saved.iterdir()) == ["checkpoint-2", "checkpoint-4"]

@@ -154,7 +154,7 @@ RANDOM = mf.Problem(_dropped, lambda f, s, x: (f["w"] * x).sum(), lambda slow, s
 def test_randomness(estimator):
     outer, data = {"w": torch.ones(30, requires_grad=True)}, torch.ones(3, 30)
     meta = mf.bilevel(RANDOM, solver=mf.SGD(0.1, 2), estimator=estimator)
-    with pytest.raises(RuntimeError, match="randomness error mode"):
+    with pytest.raises(mf.errors.TransformError, match="draws random numbers, as dropout"):
         mf.over_tasks(meta)(outer, (data, data))
     for randomness, count in (("same", 1), ("different", 3)):
         torch.manual_seed(0)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from metafocus import torch_internals as ti
+from metafocus.preflight.arguments import unused_by
 
 ROOT = Path(__file__).parent.parent / "metafocus"
 FILE = ROOT / "torch_internals.py"
@@ -110,7 +111,7 @@ def used_by_the_file() -> set[str]:
         if isinstance(node, ast.ImportFrom) and re.search(r"\._", node.module or ""):
             names |= {alias.name for alias in node.names}
     # What is looked up inside private modules is tested, not the modules themselves.
-    return names - {"_C", "_functorch", "_subclasses", "_python_dispatch"}
+    return names - {"_C", "_autograd", "_functorch", "_subclasses", "_python_dispatch"}
 
 
 def test_each_private_name_has_a_test():
@@ -293,6 +294,30 @@ def test_tracked():
     assert ti.is_tracked(x.requires_grad_())
 
 
+def test_differentiated_again():
+    """`get_interpreter_stack`: `Implicit` keeps no graph of a hypergradient that is final."""
+    x, leaf, found = torch.ones(2), torch.ones(2, requires_grad=True), []
+
+    def f(x: Tensor) -> Tensor:
+        found.append(ti.differentiated_again([x]))
+        return x.sum()
+
+    grad = torch.func.grad(f)
+    f(x)
+    with torch.no_grad():
+        f(x)
+    grad(x)
+    torch.func.vmap(grad)(torch.ones(2, 2))
+    torch.func.grad(lambda y: torch.func.vmap(f)(y).sum())(torch.ones(2, 2))
+    assert found == [True, False, False, False, False]
+    found.clear()
+    grad(leaf)
+    torch.func.grad(lambda y: grad(y).sum())(x)
+    torch.func.jvp(f, (x,), (x,))
+    torch.func.jvp(grad, (x,), (x,))
+    assert found == [True] * 4
+
+
 def test_innermost():
     """`get_unwrapped`: the tensor inside all wrappers says whether a parameter is frozen."""
     x = torch.ones(2)
@@ -303,20 +328,20 @@ def test_innermost():
 
 
 def test_differentiable_level():
-    """`_create_differentiable`, `grad_increment_nesting`: fast weights that a loss ignores.
+    """`_create_differentiable`, `grad_increment_nesting`: a tape above the active transforms.
 
-    They are found by one gradient with `allow_unused`, at a level of its own under transforms too.
+    Fast weights that a loss ignores are found on it, and `Implicit` linearises its point on it.
     """
 
     def loss(at: dict[str, Tensor]) -> Tensor:
         return at["a"].sum()
 
     at = {"a": torch.ones(2), "b": torch.ones(2)}
-    assert ti.unused_by(loss, at) == {"b"}
+    assert unused_by(loss, at) == {"b"}
     outside = torch.ones(2, requires_grad=True)
-    assert ti.unused_by(lambda at: outside.sum(), at) == {"a", "b"}
+    assert unused_by(lambda at: outside.sum(), at) == {"a", "b"}
     seen = []
-    torch.vmap(lambda x: seen.append(ti.unused_by(loss, {**at, "a": x})) or x)(torch.ones(3, 2))
+    torch.vmap(lambda x: seen.append(unused_by(loss, {**at, "a": x})) or x)(torch.ones(3, 2))
     assert seen == [{"b"}]
 
 
@@ -388,6 +413,15 @@ def test_reparametrize_module():
     model[1].weight = own
     with ti.swapped_weights(model, {"0.weight": torch.zeros(1, 2)}, tie_weights=True):
         assert model[1].weight.tolist() == [[0.0, 0.0]]
+
+
+def test_buffers_of_a_module():
+    """`_buffers`: weights that an interrupted exit has left swapped are put back in this table."""
+    norm = nn.BatchNorm1d(1, affine=False)
+    *_, table = ti.weight_tables(norm)
+    table["running_mean"] = torch.ones(1)
+    assert norm.running_mean.tolist() == [1.0]
+    assert ti.weight_tables(nn.Tanh()) == ()
 
 
 def test_parameters_of_a_module():
@@ -462,6 +496,19 @@ def test_function_mode_stack():
         assert ti.function_modes() == [mode]
 
 
+def test_torch_function_state():
+    """`_get_torch_function_state`, `_set_torch_function_state`: what an interrupt leaves is off."""
+    before = ti.function_state()
+    with pytest.raises(RuntimeError), ti.without_function_modes():
+        off = ti.function_state()
+        assert off != before
+        raise RuntimeError
+    ti.set_function_state(off)
+    assert ti.function_state() == off
+    ti.set_function_state(before)
+    assert ti.function_state() == before
+
+
 def test_disable_torch_function():
     """`DisableTorchFunction`: attention does not pass each look at a tensor through a mode."""
     x = torch.ones(1)
@@ -470,6 +517,14 @@ def test_disable_torch_function():
         with ti.without_function_modes():
             seen = x + 0
     assert (plain.item(), seen.item()) == (2.0, 1.0)
+
+
+def test_dispatch_mode_stack():
+    """`_get_current_dispatch_mode_stack`: an interrupted trial leaves its mode, which is popped."""
+    depth = len(ti.dispatch_modes())
+    with ti.TorchDispatchMode() as mode:
+        assert ti.dispatch_modes()[-1] is mode
+    assert len(ti.dispatch_modes()) == depth
 
 
 def test_dispatch_modes():
@@ -600,3 +655,23 @@ def test_dynamo_marked_constant():
     """
     marked = torch.compiler.assume_constant_result(lambda: 1)
     assert vars(marked) == vars(ti.constant_when_compiled(lambda: 1))
+
+
+def test_get_current_graph_task_keep_graph():
+    """`_get_current_graph_task_keep_graph`: a store drops states that no later pass can ask for."""
+    seen = []
+
+    class Asked(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            seen.append(ti.keeps_graph())
+            return grad
+
+    y = Asked.apply(torch.ones((), requires_grad=True))
+    y.backward(retain_graph=True)
+    y.backward()
+    assert seen == [True, False]

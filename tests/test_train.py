@@ -32,7 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2F
 import metafocus as mf
 from metafocus.cli import chats as cli_chats
 from metafocus.cli.settings import parse
-from metafocus.cli.train import _inner_loss_rose, main
+from metafocus.cli.train import _inner_warning, main
 from metafocus.data import encode_chats, read_chats, stdlib_qa
 from metafocus.errors import DataError
 from metafocus.lm.hf import checkpointing
@@ -598,19 +598,31 @@ def test_a_last_step_that_diverges_saves_nothing(tmp_path, chats):
     assert tree(tmp_path / "out") == {}
 
 
+def test_inner_steps_that_raise_the_loss_are_warned_of():
+    shares = [
+        {"last_step_rose": x, "inner_loss_first": 1.0, "inner_loss_last": 0.5} for x in (0, 1)
+    ]
+    assert "the last inner step raised the inner loss in 50%" in _inner_warning(shares)
+    assert _inner_warning(shares[:1]) == _inner_warning([{"loss": 1.0}]) == ""
+    # Where the inner loss scores other tokens, the loss after the last step is not known.
+    other = [{"inner_loss_first": 1.0, "inner_loss_last": x} for x in (2.0, 0.5, 2.0)]
+    assert _inner_warning(other[:2]) == ""
+    assert "the inner loss rose in most steps" in _inner_warning([{"loss": 1.0}, *other])
+
+
 @pytest.mark.parametrize(
-    ("last", "rose"), [([2.0, 2.0, 0.5], True), ([2.0, 0.5, 0.5], False), ([1.0] * 3, False)]
+    ("steps", "text"),
+    [
+        (2, "the last inner step raised the inner loss in "),
+        (3, "the inner loss rose in most steps"),
+    ],
 )
-def test_an_inner_loss_that_rises_is_noted(last, rose):
-    history = [{"inner_loss_first": 1.0, "inner_loss_last": x} for x in last]
-    assert _inner_loss_rose([{"eval_loss": 1.0}, *history]) is rose
-    assert not _inner_loss_rose([{"loss": 1.0}])
-
-
-def test_an_inner_rate_that_is_too_high_is_noted(tmp_path, chats):
-    changes = {"inner_lr": 1e4, "inner_clip": 1e4, "inner_steps": 3, "max_skipped": 100}
+def test_an_inner_rate_that_is_too_high_is_warned_of(tmp_path, chats, steps, text):
+    changes = {"inner_lr": 1e4, "inner_clip": 1e4, "inner_steps": steps, "max_skipped": 100}
     ran = run(*training(chats, tmp_path / "out", **changes))
-    assert ran.code == 0 and "note: the inner loss rose in most steps" in ran.out
+    assert ran.code == 0 and f"warning: {text}" in ran.out
+    logged = read_json(tmp_path / "out" / "trainer_state.json")["log_history"]
+    assert all(0 <= entry["last_step_rose"] <= 1 for entry in logged if "loss" in entry)
 
 
 # --- data ------------------------------------------------------------------------------------

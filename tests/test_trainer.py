@@ -613,8 +613,8 @@ def test_a_nan_outer_loss_stops_before_it_is_saved(tmp_path):
         return broken
 
     run = trainer(tiny(), tmp_path, save_strategy="steps", save_steps=1, logging_steps=100,
-                  kept={"meta_loss_factory": factory})  # fmt: skip
-    with pytest.raises(NonFiniteError, match="training loss was NaN or infinite"):
+                  on_nonfinite="stop", kept={"meta_loss_factory": factory})  # fmt: skip
+    with pytest.raises(NonFiniteError, match="training loss was NaN or infinite 1 times at step 0"):
         run.train()
     assert not list(tmp_path.glob("checkpoint-*"))
 
@@ -636,7 +636,7 @@ def test_a_nan_gradient_stops_before_it_reaches_the_weights(tmp_path):
         return broken
 
     run = trainer(tiny(), tmp_path, logging_steps=100, save_strategy="steps", save_steps=1,
-                  kept={"meta_loss_factory": factory})  # fmt: skip
+                  on_nonfinite="stop", kept={"meta_loss_factory": factory})  # fmt: skip
     with pytest.raises(NonFiniteError, match=r"gradient norm is nan at step 2\. The model keeps"):
         run.train()
     assert torch.equal(weights(run.model), seen[2]) and not torch.equal(seen[0], seen[2])

@@ -55,7 +55,7 @@ def estimators() -> Drawing:
         ("FirstOrder()", "inner steps are constants", "none"),
         ("Implicit(CG(n))", "one linear system at the solution", "implicit"),
         ("Penalty(strength)", "a second, nudged solution; first derivatives only", "penalty"),
-        ("evolution(meta, ...)", "values only: no derivative at all", "values"),
+        ("Evolution(meta, ...)", "values only: no derivative at all", "values"),
     )
     height = 112
     d = Drawing(560, height * len(rows) + 6, "What the derivative passes through")

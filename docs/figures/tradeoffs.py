@@ -51,7 +51,7 @@ def learned_start() -> mf.Comparison:
             "FirstOrder()": mf.FirstOrder(),
         },
         others={
-            "evolution(pairs=50)": mf.algorithms.Evolution(
+            "Evolution(pairs=50)": mf.algorithms.Evolution(
                 pulled, sigma=0.01, pairs=50, generator=noise
             )
         },

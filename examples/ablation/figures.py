@@ -2,120 +2,96 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from effects import Results, accuracy, interval, mass
-from scale import MAIN, SWEEPS, Cell, Scale
+from effects import Effect, Results, Run, accuracy, as_trained, level, loss, trained
+from protocol import MAIN, Cell, Scale
 
 COLOURS = ("#4c6a92", "#c0504d", "#7f9a48", "#8064a2")
 
 
 def draw(
-    scale: Scale, base: dict[str, Any], results: Results, names: dict[Cell, str], folder: Path
+    scale: Scale, base: Run, results: Results, names: dict[Cell, str], folder: Path
 ) -> dict[str, str]:
     """Write every figure as PNG and SVG; return their names and captions."""
-    found = {
-        "accuracy": "Accuracy by length, as deployed: mean of the seeds and 95 % interval",
-        "sink": "Attention of answers on the first token, by layer: as deployed, and as trained "
-        "(training mask, fast weights where there are any)",
-        "attention": "Attention of answers as deployed, mean over layers: 95 % interval over seeds",
-        "training": "Outer loss in fine-tuning, mean of the seeds",
-    }
-    _accuracy(scale, results, names, folder)
     _sink(base, results, names, folder)
-    _attention(results, names, folder)
+    _by_length(scale, base, results, names, folder)
     _training(results, names, folder)
-    if any(len(results.get(c.name, {})) for s in SWEEPS.values() for c in s if c not in MAIN):
-        _sweeps(scale, results, folder)
-        found["sweeps"] = "Accuracy as deployed along each sweep, trained tasks: 95 % interval"
-    return found
+    return {
+        "sink": "Attention of answers on the first token, by layer: as deployed (causal mask, no "
+        "fast weights), and as trained (each cell's mask and fast weights); grey, the untrained "
+        "model under the causal mask (dashed) and the bidirectional one (dotted)",
+        "length": "As deployed, by length: accuracy and answer loss on trained and held-out tasks, "
+        "mean and 95 % interval; grey, the untrained model",
+        "training": "Outer loss in fine-tuning, mean of the seeds over four steps",
+    }
 
 
-def _save(figure: Any, folder: Path, name: str) -> None:
+def _save(figure: plt.Figure, folder: Path, name: str) -> None:
     figure.savefig(folder / f"{name}.png", dpi=120)
     figure.savefig(folder / f"{name}.svg")
     plt.close(figure)
 
 
-def _runs(results: Results, cell: Cell) -> list[dict[str, Any]]:
-    return list(results.get(cell.name, {}).values())
+def _runs(results: Results, cell: Cell) -> list[Run]:
+    return list(trained(results, cell).values())
 
 
-def _errors(values: list[np.ndarray]) -> tuple[float, float, float]:
-    if not values:
-        return np.nan, np.nan, np.nan
-    found = interval(np.stack([np.atleast_1d(v) for v in values]))
-    return found.mean, found.mean - found.low, found.high - found.mean
-
-
-def _accuracy(scale: Scale, results: Results, names: dict[Cell, str], folder: Path) -> None:
-    tasks = scale.trained + scale.held_out
-    figure, axes = plt.subplots(
-        1, len(tasks), figsize=(4 * len(tasks), 3.6), sharey=True, layout="constrained"
-    )
-    for axis, task in zip(axes, tasks, strict=True):
-        for shift, (cell, colour) in enumerate(zip(MAIN, COLOURS, strict=True)):
-            points = [
-                _errors([accuracy("deployed", (task,), (n,))(run) for run in _runs(results, cell)])
-                for n in scale.lengths
-            ]
-            mean, low, high = np.array(points).T
-            x = np.array(scale.lengths) * 1.03 ** (shift - 1.5)
-            axis.errorbar(x, mean, (low, high), marker="o", ms=4, c=colour, label=names[cell])
-        axis.axvline(scale.length, color="0.8", lw=1, zorder=0)
-        axis.set(xscale="log", xlabel="tokens", ylim=(-0.03, 1.03))
-        axis.set_xticks(scale.lengths, [str(n) for n in scale.lengths])
-        axis.minorticks_off()
-        axis.set_title(task + (" (held out)" if task in scale.held_out else ""), fontsize=10)
-    axes[0].set_ylabel("accuracy")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    _save(figure, folder, "accuracy")
-
-
-def _sink(base: dict[str, Any], results: Results, names: dict[Cell, str], folder: Path) -> None:
-    figure, axes = plt.subplots(1, 2, figsize=(8.5, 3.6), sharey=True, layout="constrained")
+def _sink(base: Run, results: Results, names: dict[Cell, str], folder: Path) -> None:
+    figure, axes = plt.subplots(1, 2, figsize=(8.5, 3.8), sharey=True, layout="constrained")
     for axis, title in zip(axes, ("as deployed", "as trained"), strict=True):
-        axis.plot(
-            base["attention"]["deployed"]["sink_by_layer"], c="0.6", ls="--", label="the base"
-        )
+        for way, style in (("deployed", "--"), ("training mask", ":")):
+            values = base["attention"][way]["sink_by_layer"]
+            axis.semilogy(values, c="0.6", ls=style, label="untrained" if style == "--" else None)
         for cell, colour in zip(MAIN, COLOURS, strict=True):
-            trained = "with fast weights" if cell.inner else "training mask"
-            way = "deployed" if title == "as deployed" else trained
+            way = "deployed" if title == "as deployed" else as_trained(cell)
             rows = [run["attention"][way]["sink_by_layer"] for run in _runs(results, cell)]
             if rows:
-                axis.plot(np.mean(rows, 0), marker="o", ms=4, c=colour, label=names[cell])
+                axis.semilogy(np.mean(rows, 0), marker="o", ms=3, c=colour, label=names[cell])
         axis.set(xlabel="layer", title=title)
     axes[0].set_ylabel("sink mass")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     _save(figure, folder, "sink")
 
 
-def _attention(results: Results, names: dict[Cell, str], folder: Path) -> None:
-    measures = {
-        "sink_mass": "first token",
-        "context_engagement": "context",
-        "needle_mass": "evidence",
-        "max_column_mass": "largest column",
-    }
-    figure, axis = plt.subplots(figsize=(8.5, 3.6), layout="constrained")
-    for i, (cell, colour) in enumerate(zip(MAIN, COLOURS, strict=True)):
-        points = [
-            _errors([mass("deployed", name)(run) for run in _runs(results, cell)])
-            for name in measures
-        ]
-        mean, low, high = np.array(points).T
-        x = np.arange(len(measures)) + 0.2 * (i - 1.5)
-        axis.bar(x, mean, 0.18, yerr=(low, high), color=colour, label=names[cell], capsize=2)
-    axis.set_xticks(range(len(measures)), list(measures.values()))
-    axis.set_ylabel("share of attention")
-    axis.legend(fontsize=8)
-    _save(figure, folder, "attention")
+def _errors(points: Sequence[Effect | None]) -> np.ndarray:
+    rows = [(p.mean, p.mean - p.low, p.high - p.mean) if p else (np.nan,) * 3 for p in points]
+    return np.array(rows).T
+
+
+def _by_length(
+    scale: Scale, base: Run, results: Results, names: dict[Cell, str], folder: Path
+) -> None:
+    figure, axes = plt.subplots(
+        2, 2, figsize=(8.5, 6), sharex=True, sharey="row", layout="constrained"
+    )
+    lengths = tuple(scale.chats)
+    for row, (label, measure) in zip(
+        axes, (("accuracy", accuracy), ("answer loss", loss)), strict=True
+    ):
+        for axis, (which, tasks) in zip(
+            row, (("trained tasks", scale.trained), ("held-out tasks", scale.held_out)), strict=True
+        ):
+            read = [measure("deployed", tasks, (n,)) for n in lengths]
+            axis.plot(lengths, [r(base).mean() for r in read], c="0.6", ls="--", label="untrained")
+            for shift, (cell, colour) in enumerate(zip(MAIN, COLOURS, strict=True)):
+                mean, low, high = _errors([level(_runs(results, cell), r) for r in read])
+                x = np.array(lengths) * 1.03 ** (shift - 1.5)
+                axis.errorbar(x, mean, (low, high), marker="o", ms=4, c=colour, label=names[cell])
+            axis.set(xscale="log", title=which if label == "accuracy" else "")
+            axis.set_xticks(lengths, [str(n) for n in lengths])
+            axis.minorticks_off()
+        row[0].set_ylabel(label)
+    for axis in axes[1]:
+        axis.set_xlabel("tokens")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    _save(figure, folder, "length")
 
 
 def _training(results: Results, names: dict[Cell, str], folder: Path) -> None:
@@ -124,34 +100,10 @@ def _training(results: Results, names: dict[Cell, str], folder: Path) -> None:
         rows = [run["training"]["loss"] for run in _runs(results, cell)]
         if rows:
             mean = np.mean(rows, 0)
-            width = max(len(mean) // 20, 1)
+            width = min(4, len(mean))
             smooth = np.convolve(mean, np.ones(width) / width, mode="valid")
             axis.plot(np.arange(len(smooth)) + width, smooth, c=colour, label=names[cell])
-    axis.set(xlabel="outer step", ylabel="outer loss")
-    axis.legend(fontsize=8)
+    axis.set(xlabel="outer step", ylabel="outer loss", yscale="log")
+    if axis.lines:
+        axis.legend(fontsize=8)
     _save(figure, folder, "training")
-
-
-def _sweeps(scale: Scale, results: Results, folder: Path) -> None:
-    lengths = {"trained length": (scale.length,)}
-    longer = tuple(n for n in scale.lengths if n > scale.length)
-    if longer:
-        lengths["longer"] = longer
-    figure, axes = plt.subplots(1, 2, figsize=(8.5, 3.4), sharey=True, layout="constrained")
-    chosen = (("inner steps K", "steps"), ("layer fraction", "fraction"))
-    for axis, (title, name) in zip(axes, chosen, strict=True):
-        cells = SWEEPS[title]
-        x = [getattr(cell, name) if cell.inner else 0 for cell in cells]
-        for (label, some), colour in zip(lengths.items(), COLOURS, strict=False):
-            points = [
-                _errors(
-                    [accuracy("deployed", scale.trained, some)(run) for run in _runs(results, cell)]
-                )
-                for cell in cells
-            ]
-            mean, low, high = np.array(points).T
-            axis.errorbar(x, mean, (low, high), marker="o", ms=4, c=colour, label=label)
-        axis.set(xlabel=title)
-    axes[0].set_ylabel("accuracy")
-    axes[0].legend(fontsize=8)
-    _save(figure, folder, "sweeps")

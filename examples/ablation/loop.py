@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import metafocus as mf
 from metafocus.errors import NonFiniteError
@@ -16,33 +18,47 @@ WARM_UP, WEIGHT_DECAY, CLIP = 0.1, 0.01, 1.0
 
 
 class History(NamedTuple):
-    """What each step saw: the outer loss, and the inner loss before the first and the last step."""
+    """What each step saw: the outer loss, the inner losses before each inner step, the norm."""
 
     loss: list[float]
-    inner_first: list[float | None]
-    inner_last: list[float | None]
+    inner: list[list[float]]
+    norm: list[float]
 
 
 def fine_tune(
     model: nn.Module,
     meta_loss: mf.MetaLoss,
-    samples: Sequence[dict[str, Tensor]],
-    collate: Callable[[Any], dict[str, Tensor]],
+    episodes: Sequence[mf.Episode],
     *,
-    steps: int,
-    rows: int,
     lr: float,
-    seed: int,
+    computing: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    progress: Callable[[str], None] = lambda line: None,
 ) -> History:
-    """Train the model; the seed fixes the order of the samples."""
+    """Train the model for one step on each episode, in their order.
+
+    Args:
+        model: what is trained.
+        meta_loss: the loss of a step.
+        episodes: one for each step.
+        lr: the peak learning rate.
+        computing: the context of a step's forward pass, such as autocast.
+        progress: gets a line after each step.
+
+    Raises:
+        NonFiniteError: if a loss or the norm of a gradient is not finite.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=WEIGHT_DECAY)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step, steps))
-    order, history = batches(len(samples), rows, seed), History([], [], [])
+    # Fused: on a CPU the step over 135M parameters takes a third of the time.
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=WEIGHT_DECAY, fused=True)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: factor(step, len(episodes))
+    )
+    history, started = History([], [], []), time.time()
     model.train()
-    for step in range(steps):
-        batch = collate([samples[i] for i in next(order)])
-        loss, aux = meta_loss({}, mf.Episode(batch, batch))
+    for step, episode in enumerate(episodes):
+        # Entered anew in each step: autocast keeps its copies of the weights until it is left.
+        with computing():
+            loss, aux = meta_loss({}, episode)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(parameters, CLIP)
         if not torch.isfinite(loss + norm):
@@ -50,10 +66,11 @@ def fine_tune(
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        inner = aux.inner_losses.tolist()
         history.loss.append(loss.item())
-        history.inner_first.append(inner[0] if inner else None)
-        history.inner_last.append(inner[-1] if inner else None)
+        history.inner.append(aux.inner_losses.tolist())
+        history.norm.append(norm.item())
+        seconds = (time.time() - started) / (step + 1)
+        progress(f"step {step + 1}/{len(episodes)} loss {loss.item():.3f} {seconds:.1f} s a step")
     return history
 
 
@@ -63,14 +80,3 @@ def factor(step: int, steps: int) -> float:
     if step < warm:
         return (step + 1) / warm
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(steps - warm, 1)))
-
-
-def batches(size: int, rows: int, seed: int) -> Iterator[list[int]]:
-    """Yield batches of indices forever, each epoch in a new order of its own generator."""
-    generator = torch.Generator().manual_seed(seed)
-    waiting: list[int] = []
-    while True:
-        while len(waiting) < rows:
-            waiting += torch.randperm(size, generator=generator).tolist()
-        yield waiting[:rows]
-        waiting = waiting[rows:]

@@ -1,60 +1,55 @@
 """FocuSFT's missing ablation: masks and inner loop apart, with seeds, controls and intervals.
 
-    python examples/ablation/run.py --quick --output ablation     # minutes: shows that it runs
-    python examples/ablation/run.py --scale cpu --workers 2 --output ablation   # about two hours
-    python examples/ablation/run.py --scale full --output ablation              # wants a GPU
+    python examples/ablation/run.py --quick --output ablation     # a minute: shows that it runs
+    python examples/ablation/run.py --scale smollm2 --output examples/ablation/smollm2
+    python examples/ablation/run.py --scale full --output ablation-full    # wants a GPU
 
-A run that is stopped goes on where it was: pre-training from its last checkpoint, the cells from
-the first unfinished one. `manifest.json` lists them; `report.md` is written at the end, or at any
-time with `--report`. The results in `examples/ablation/cpu` are those of docs/ablation.md:
+Each cell is one file in `results`, written whole when the cell is finished. A run that is stopped
+goes on with the first cell that has none; several processes share one output directory. The report
+can be written at any time, from whatever is there:
 
-    python examples/ablation/run.py --scale cpu --output examples/ablation/cpu --report \
+    python examples/ablation/run.py --scale smollm2 --output examples/ablation/smollm2 --report \
         --page docs/ablation.md
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
-import os
-import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import traceback
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from base import load_base, make_base
-from cells import measure, run_cell
+from cells import Bench, measure, train
+from model import checksum, load
+from protocol import FOCUSFT, SCALES, Cell, Scale
 from report import write_report
-from scale import CAUSAL, SCALES, Scale
-from tqdm.auto import tqdm
 
-from metafocus.comparison.report import environment
-
-HERE = Path(__file__).resolve()
+from metafocus.comparison import environment
+from metafocus.errors import NonFiniteError
+from metafocus.files import write_json
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--scale", choices=SCALES, default="cpu")
+    parser.add_argument("--scale", choices=SCALES, default="smollm2")
     parser.add_argument("--quick", action="store_true", help="the same as --scale quick")
     parser.add_argument("--output", type=Path, default=Path("ablation"))
-    parser.add_argument("--workers", type=int, default=1, help="cells at the same time")
+    parser.add_argument("--model", default="", help="a directory or hub id in place of the scale's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--report", action="store_true", help="only write the report again")
     parser.add_argument("--page", type=Path, help="where; default: report.md in --output")
-    parser.add_argument("--part", help=argparse.SUPPRESS)
     args = parser.parse_args()
     scale = SCALES["quick" if args.quick else args.scale]
     args.output.mkdir(parents=True, exist_ok=True)
     check_same(scale, args.output)
-    if args.part:
-        run_part(scale, args.output, args.part, args.device)
-        return
-    failed = [] if args.report else run_all(scale, args.output, args.workers, args.device)
+    failed = [] if args.report else run_all(scale, args.output, args.model, args.device)
     print(write_report(scale, args.output, args.page))
     if failed:
         sys.exit(f"not finished: {', '.join(failed)}; run the same command again")
@@ -69,79 +64,75 @@ def check_same(scale: Scale, output: Path) -> None:
     write_json(path, mine)
 
 
-def run_all(scale: Scale, output: Path, workers: int, device: str) -> list[str]:
+def run_all(scale: Scale, output: Path, source: str, device: str) -> list[str]:
     """Run what is not finished; return the parts that failed."""
-    run = {"device": device, **environment(torch.float32)}
-    write_json(output / "environment.json", run)
-    failed = worker(scale, output, "pretrain", device) + worker(scale, output, "base", device)
-    if failed:
-        return failed
-    parts = [f"{cell.name}-seed{seed}" for cell, seed in scale.cells()]
-    with ThreadPoolExecutor(workers) as pool:
-        jobs = [pool.submit(worker, scale, output, part, device) for part in parts]
-        for job in tqdm(as_completed(jobs), total=len(jobs), desc="cells", unit="cell"):
-            failed += job.result()
-            write_manifest(output, parts)
+    model, tokenizer = load(scale, source, device)
+    weights = checksum(model)
+    bench = Bench(scale, tokenizer, device)
+    write_json(
+        output / "environment.json",
+        {"device": device, "weights": weights, **environment(torch.float32)},
+    )
+    start = {name: value.detach().clone() for name, value in model.named_parameters()}
+
+    def base(progress: Callable[[str], None]) -> dict[str, Any]:
+        return measure(model, bench, scale, FOCUSFT)
+
+    def of(cell: Cell, seed: int) -> Callable[[Callable[[str], None]], dict[str, Any]]:
+        def run(progress: Callable[[str], None]) -> dict[str, Any]:
+            with torch.no_grad():
+                for name, value in model.named_parameters():
+                    value.copy_(start[name])
+            found: dict[str, Any] = {"cell": asdict(cell), "seed": seed}
+            try:
+                found["training"] = train(model, tokenizer, scale, cell, seed, progress)
+            except NonFiniteError as error:
+                return {**found, "diverged": str(error)}  # a result too
+            progress("measuring")
+            return {**found, **measure(model, bench, scale, cell, seed)}
+
+        return run
+
+    cells = scale.cells()
+    parts = {"base": base, **{f"{c.name}-seed{s}": of(c, s) for c, s in cells}}
+    failed = []
+    for i, (name, part) in enumerate(parts.items()):
+        path = output / "results" / f"{name}.json"
+        if not run_part(path, part, f"[{i}/{len(cells)}] {name}", {"weights": weights}):
+            failed.append(name)
     return failed
 
 
-def worker(scale: Scale, output: Path, part: str, device: str) -> list[str]:
-    """Run a part in a process of its own, with a log beside its result, unless it is finished."""
-    if result(output, part).exists():
-        return []
-    command = [sys.executable, str(HERE), "--scale", scale.name, "--output", str(output)]
-    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    with (output / f"{part}.log").open("w") as log:
-        code = subprocess.run(
-            [*command, "--device", device, "--part", part],
-            stdout=log,
-            stderr=log,
-            env={**os.environ, **threads},
-        ).returncode
-    return [part] if code else []
-
-
-def run_part(scale: Scale, output: Path, part: str, device: str) -> None:
-    """Run one part and write its result."""
-    started, base = time.time(), output / "base-model"
-    torch.manual_seed(0)
-    if part == "pretrain":
-        make_base(scale, base)
-        write_json(result(output, part), {"seconds": time.time() - started})
-        return
-    model, tokenizer = load_base(base)
-    model.to(device)
-    if part == "base":
-        found = measure(model, tokenizer, scale, CAUSAL)
-    else:
-        cells = {f"{cell.name}-seed{seed}": (cell, seed) for cell, seed in scale.cells()}
-        cell, seed = cells[part]
-        found = {"cell": asdict(cell), "seed": seed}
-        found |= run_cell(model, tokenizer, scale, cell, seed)
-    write_json(result(output, part), {**found, "seconds": time.time() - started})
-
-
-def result(output: Path, part: str) -> Path:
-    """Return where the numbers of a part are."""
-    return output / "results" / f"{part}.json"
-
-
-def write_manifest(output: Path, parts: list[str]) -> None:
-    """Write which parts are finished, and how long they took."""
-    done = {
-        part: json.loads(p.read_text()) for part in parts if (p := result(output, part)).exists()
-    }
-    seconds = {part: round(found["seconds"], 1) for part, found in done.items()}
-    missing = [part for part in parts if part not in done]
-    write_json(output / "manifest.json", {"finished": seconds, "missing": missing})
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a file whole or not at all."""
+def run_part(
+    path: Path,
+    part: Callable[[Callable[[str], None]], dict[str, Any]],
+    label: str,
+    known: dict[str, Any],
+) -> bool:
+    """Run one part and write its file, unless it is there or another process is at it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(f".{os.getpid()}.tmp")
-    draft.write_text(json.dumps(value, indent=1) + "\n")
-    draft.replace(path)
+    started = time.time()
+
+    def progress(line: str) -> None:
+        print(f"{time.strftime('%H:%M:%S')} {label}: {line}", flush=True)
+
+    # The lock ends with the process, so nothing is left to clean up after a crash.
+    with path.with_suffix(".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        if path.exists():
+            return True
+        try:
+            found = part(progress)
+        except Exception:
+            traceback.print_exc()
+            return False
+        seconds = time.time() - started
+        write_json(path, {**known, **found, "seconds": seconds}, indent=1)
+        progress(f"finished in {seconds:.0f} s")
+        return True
 
 
 if __name__ == "__main__":

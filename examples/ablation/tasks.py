@@ -1,8 +1,8 @@
-"""The tasks: facts among sentences of prose, and a question with a short answer.
+"""The tasks: facts among sentences of prose, and questions with short answers.
 
-qa1 and qa4 are stories of BABILong; niah is a table of codes. Here a prompt is compact, facts and
-question without instructions, and an answer is a sentence like the facts, so that a small model can
-learn it: it finds what it has begun to say.
+qa1 to qa3 are stories of BABILong, and niah is a table of codes. A prompt has the facts and a
+question without instructions, and an answer is a sentence like the facts. stdlib asks what a
+documented function does. A chat asks up to a few questions about one text, each in its own turn.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from metafocus.data import encode_chat
+from metafocus.data import encode_chat, stdlib_qa
+from metafocus.errors import DataError
+from metafocus.evals import Prose, builtin_prose, largest, words_of
 from metafocus.evals.babilong import World, solve, tell
-from metafocus.evals.fit import largest
-from metafocus.evals.prose import Prose, builtin_prose, words_of
 
 WORLD = World()
-_CODES, _WORDS = 4, 60
+_CODES, _WORDS, _TRIES = 4, 60, 100
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,10 @@ class Question:
 
     text: str
     answer: str
-    supports: tuple[int, ...]
+    supports: tuple[int, ...] = ()
 
 
+@lru_cache(maxsize=2)
 def prose(split: str) -> Prose:
     """Sentences of the standard library that name nothing of the stories."""
     return builtin_prose(split).without(WORLD.names)
@@ -43,29 +44,48 @@ def code_words() -> tuple[str, ...]:
 
 
 def facts(task: str, rng: random.Random) -> tuple[list[str], list[Question]]:
-    """Return facts and every question that the task asks about them, in random order."""
+    """Return facts and questions about them in random order.
+
+    The supports of qa2 and qa3 are known for the first question alone: the story's own.
+    """
     if task == "niah":
-        keys = rng.sample(code_words(), rng.randint(1, _CODES))
+        keys = rng.sample(code_words(), rng.randint(2, _CODES))
         values = [rng.choice(code_words()) for _ in keys]
         told = [f"The code of {k} is {v}." for k, v in zip(keys, values, strict=True)]
         asked = [
             Question(f"What is the code of {k}?", fact, (i,))
             for i, (k, fact) in enumerate(zip(keys, told, strict=True))
         ]
-    else:
-        story = tell(task, rng, WORLD)
-        told = list(story.facts)
-        asked = [Question(story.question, sentence(story.question, story.answer), story.supports)]
-        if task == "qa1":
-            # Of everybody that moved, not of one: more to learn from a story.
-            last = {fact.split()[0]: i for i, fact in enumerate(told)}
-            questions = {f"Where is {person}?": i for person, i in last.items()}
-            asked = [
-                Question(q, sentence(q, solve(task, " ".join(told), q)), (i,))
-                for q, i in questions.items()
-            ]
-    rng.shuffle(asked)
-    return told, asked
+        rng.shuffle(asked)
+        return told, asked
+    story = tell(task, rng, WORLD)
+    told = list(story.facts)
+    if task == "qa1":
+        last = {fact.split()[0]: i for i, fact in enumerate(told)}
+        asked = [_solved(task, told, f"Where is {who}?", (i,)) for who, i in last.items()]
+        rng.shuffle(asked)
+        return told, [question for question in asked if question]
+    others = [f"Where is the {thing}?" for thing in WORLD.objects]
+    if task == "qa3":
+        others = [
+            f"Where was the {thing} before the {room}?"
+            for thing in WORLD.objects
+            for room in WORLD.rooms
+        ]
+    rng.shuffle(others)
+    first = Question(story.question, sentence(story.question, story.answer), story.supports)
+    more = [_solved(task, told, text) for text in others if text != story.question]
+    return told, [first, *(question for question in more if question)]
+
+
+def _solved(
+    task: str, told: list[str], text: str, supports: tuple[int, ...] = ()
+) -> Question | None:
+    try:
+        answer = solve(task, " ".join(told), text)
+    except DataError:
+        return None  # the facts do not determine it
+    return Question(text, sentence(text, answer), supports)
 
 
 def sentence(question: str, answer: str) -> str:
@@ -74,17 +94,17 @@ def sentence(question: str, answer: str) -> str:
     Example:
         >>> sentence("Where is Mary?", "garden")
         'Mary is in the garden.'
-        >>> sentence("What is north of the kitchen?", "office")
-        'The office is north of the kitchen.'
-        >>> sentence("What is the kitchen south of?", "office")
-        'The kitchen is south of the office.'
+        >>> sentence("Where is the milk?", "office")
+        'The milk is in the office.'
+        >>> sentence("Where was the milk before the office?", "garden")
+        'Before the office the milk was in the garden.'
     """
     words = question.rstrip("?").split()
-    if words[0] == "Where":
-        return f"{words[2]} is in the {answer}."
+    if words[1] == "was":
+        return f"Before the {words[6]} the {words[3]} was in the {answer}."
     if words[2] == "the":
-        return f"The {words[3]} is {words[4]} of the {answer}."
-    return f"The {answer} is {' '.join(words[2:])}."
+        return f"The {words[3]} is in the {answer}."
+    return f"{words[2]} is in the {answer}."
 
 
 def chat(
@@ -116,36 +136,60 @@ def chat(
 
 
 def sample(
-    task: str, name: str, noise: Prose, length: int, tokenizer: Any, turns: int = 1
+    task: str, name: str, split: str, length: int, tokenizer: Any, turns: int = 1
 ) -> dict[str, Any]:
     """Return one encoded chat of nearly, and at most, `length` tokens; the same name, the same.
 
+    A story that is longer than that is drawn again.
+
     Raises:
-        ValueError: if the facts alone are longer.
+        ValueError: if no chat of the task is as short.
     """
+    noise = prose(split)
+    for attempt in range(_TRIES):
+        seed = f"{task} {split} {name} {attempt}"
 
-    def at(sentences: int) -> dict[str, Any]:
-        # The same draws at each size: only the noise grows.
-        messages = chat(task, random.Random(f"{task} {name}"), noise, sentences, turns)
-        return encode_chat(messages, tokenizer)
+        def at(size: int, seed: str = seed) -> dict[str, Any]:
+            # The same draws at each size: only the text around the facts grows.
+            if task == "stdlib":
+                return encode_chat(_documentation(seed, split, size, tokenizer, turns), tokenizer)
+            return encode_chat(chat(task, random.Random(seed), noise, size, turns), tokenizer)
 
-    found = largest(lambda n: len(at(n)["input_ids"]), length, most=10_000, slack=24)
-    if found is None:
-        raise ValueError(f"length={length} does not hold the facts of {task}: raise it.")
-    return at(found)
+        least = 60 * (turns + 1) if task == "stdlib" else 0
+
+        def tokens(size: int, at: Any = at) -> int:
+            return len(at(size)["input_ids"])
+
+        try:
+            found = largest(tokens, length, least=least, most=10_000, slack=24)
+        except DataError:
+            continue  # the documentation of the drawn functions is longer
+        if found is not None:
+            return at(found)
+    raise ValueError(f"length={length} does not hold the facts of {task}: raise it.")
+
+
+def _documentation(
+    seed: str, split: str, size: int, tokenizer: Any, turns: int
+) -> list[dict[str, Any]]:
+    number = random.Random(seed).randrange(2**31)
+    (made,) = stdlib_qa.generate(
+        tokenizer, split=split, n=1, context_tokens=size, turns=turns, seed=number
+    )
+    return made["messages"]
 
 
 def samples(
     tasks: tuple[str, ...],
     n: int,
     name: str,
-    noise: Prose,
+    split: str,
     length: int,
     tokenizer: Any,
     turns: int = 1,
 ) -> list[dict[str, Any]]:
     """Return n samples of the tasks in turn."""
     return [
-        sample(tasks[i % len(tasks)], f"{name} {i}", noise, length, tokenizer, turns)
+        sample(tasks[i % len(tasks)], f"{name} {i}", split, length, tokenizer, turns)
         for i in range(n)
     ]

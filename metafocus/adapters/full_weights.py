@@ -13,6 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from metafocus.adapters import checks, slots
 from metafocus.adapters.placement import Placement
+from metafocus.calls import using
 from metafocus.errors import PlacementError, ProblemError
 from metafocus.files import read_tensors, write_tensors
 from metafocus.precision import wide_type
@@ -153,10 +154,11 @@ class FullWeights:
         for name, tensor in fast.items():
             for path, own in places[name]:
                 grouped.setdefault(path, {})[own] = tensor
-        with slots.bind(
+        bindings = [
             (model.get_submodule(path), slots.Binding(slots.as_parameters, tensors))
             for path, tensors in grouped.items()
-        ):
+        ]
+        with using(model), slots.bind(bindings):
             yield
 
     def save(self, model: nn.Module, fast: Mapping[str, Tensor], directory: str | Path) -> None:
@@ -222,7 +224,7 @@ class FullWeights:
                     f"FullWeights: module {path!r} is a {type(module).__name__} without "
                     "parameters; place FullWeights on modules that have some"
                 )
-            places.update({_join(*home[0]): home for home in found})
+            places.update({slots.join(*home[0]): home for home in found})
         for home in places.values():
             for path, _ in home:
                 if isinstance(modules[path], _BYPASSED):
@@ -257,7 +259,3 @@ def _read(model: nn.Module, name: str) -> Tensor:
     value = parameter_table(model.get_submodule(path))[own]
     assert value is not None
     return value
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name

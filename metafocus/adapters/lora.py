@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from metafocus.adapters import checks, low_rank, peft_format, slots
 from metafocus.adapters.placement import Placement, adaptable
+from metafocus.calls import using
 from metafocus.checks import number, whole
 from metafocus.errors import PlacementError, ProblemError
 from metafocus.precision import wide_type
@@ -177,10 +178,11 @@ class LoRA:
         self._check(placed, fast)
         apply = partial(low_rank.update, scale=self.scale)
         names = ("lora_A", "lora_B")
-        with slots.bind(
+        bindings = [
             (module, slots.Binding(apply, {name: fast[f"{path}.{name}"] for name in names}))
             for path, module in placed
-        ):
+        ]
+        with using(model), slots.bind(bindings):
             yield
 
     def save(self, model: nn.Module, fast: Mapping[str, Tensor], directory: str | Path) -> None:

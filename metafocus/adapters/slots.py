@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from metafocus.calls import changed, undone
 from metafocus.errors import ProblemError
 from metafocus.torch_internals import forward_hooks, parameter_table
 
@@ -39,6 +40,19 @@ def as_parameters(
     return output
 
 
+class Swap(NamedTuple):
+    """What a module held before a swap of its parameters, and what it was given."""
+
+    own: dict[str, Any]
+    given: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, table: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Swap:
+        """Return the swap that gives tensors to a module, cast to the types of its parameters."""
+        own = {name: table[name] for name in tensors}
+        return cls(own, {name: tensor.to(own[name].dtype) for name, tensor in tensors.items()})
+
+
 class Slot:
     """A forward hook, before and after, that applies its binding, if it has one.
 
@@ -50,24 +64,29 @@ class Slot:
 
     Attributes:
         binding: The current binding or None.
-        saved_parameters: What the module held before the swap, for each running call.
+        swaps: The swap of parameters, for each running call of the module.
     """
 
-    __slots__ = ("binding", "saved_parameters")
+    __slots__ = ("binding", "swaps")
 
     def __init__(self) -> None:
         self.binding: Binding | None = None
-        self.saved_parameters: list[dict[str, Tensor | None]] = []
+        self.swaps: list[Swap] = []
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], *output: Any) -> Any:
         """Return None before the module runs. After it, return the new output, or None."""
         if self.binding is None:
             return None
         if self.binding.apply is as_parameters:
+            # An interrupt may come between two statements: a swap is on the stack before it is made
+            # and until it is undone.
+            table, stack = parameter_table(module), self.swaps
             if output:
-                parameter_table(module).update(self.saved_parameters.pop())
+                table.update(stack[-1].own)
+                stack.pop()
             else:
-                self.saved_parameters.append(_exchange(module, self.binding.tensors))
+                stack.append(Swap.of(table, self.binding.tensors))
+                table.update(stack[-1].given)
             return None
         if not output:
             return None
@@ -141,7 +160,7 @@ def bound(module: nn.Module) -> dict[str, Tensor]:
         {}
     """
     return {
-        _join(path, name): tensor
+        join(path, name): tensor
         for path, _, found in _slots(module)
         if found.binding is not None
         for name, tensor in found.binding.tensors.items()
@@ -226,29 +245,20 @@ def rebind(
 
 
 @contextmanager
-def _held(held: Iterable[tuple[nn.Module, Slot, Any]]) -> Iterator[None]:
-    before: list[tuple[nn.Module, Slot, tuple[Any, Any], dict[str, Any]]] = []
-    try:
-        for module, found, binding in held:
-            state = found.binding, found.saved_parameters
-            before.append((module, found, state, dict(parameter_table(module))))
-            found.binding, found.saved_parameters = binding, []
+def _held(held: list[tuple[nn.Module, Slot, Any]]) -> Iterator[None]:
+    before = [(module, found, len(found.swaps)) for module, found, _ in held]
+
+    def put_back() -> None:
+        # An exception may leave a module while its parameters are swapped.
+        for module, found, depth in before:
+            table, swaps = parameter_table(module), found.swaps
+            for own, given in reversed(swaps[depth:]):
+                # A `functional_call` around the module may have put back its own parameters.
+                table.update({k: x for k, x in own.items() if table.get(k) is given[k]})
+            del swaps[depth:]
+
+    with changed(*((found, "binding", binding) for _, found, binding in held)), undone(put_back):
         yield
-    finally:
-        # In reverse order, so that a slot that is named twice gets back its first binding.
-        for module, found, state, own in reversed(before):
-            if found.saved_parameters:
-                # An exception interrupted a call while the module's parameters were swapped.
-                parameter_table(module).update(own)
-            found.binding, found.saved_parameters = state
-
-
-def _exchange(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
-    """Replace parameters by tensors, cast to the parameters' types; return the parameters."""
-    table = parameter_table(module)
-    own: dict[str, Any] = {name: table[name] for name in tensors}
-    table.update({name: tensor.to(own[name].dtype) for name, tensor in tensors.items()})
-    return own
 
 
 def _find(module: nn.Module) -> Slot | None:
@@ -262,5 +272,6 @@ def _slots(module: nn.Module) -> Iterator[tuple[str, nn.Module, Slot]]:
             yield path, child, found
 
 
-def _join(path: str, name: str) -> str:
+def join(path: str, name: str) -> str:
+    """Return the name of a tensor with the path of its module, which is empty for the root."""
     return f"{path}.{name}" if path else name

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from metafocus.algorithms.amigo import AmIGO, AmIGOState
 from metafocus.algorithms.bome import BOME, BOMEState
-from metafocus.algorithms.common import StepAux
+from metafocus.algorithms.common import Level, StepAux, levels
 from metafocus.algorithms.evolution import Evolution, EvolutionState
 from metafocus.algorithms.f2sa import F2SA, F2SAState
 from metafocus.algorithms.finite_sum import Term, draw
@@ -36,6 +36,7 @@ __all__ = [
     "Evolution",
     "EvolutionState",
     "F2SAState",
+    "Level",
     "PESState",
     "ParticleAux",
     "SABAState",
@@ -47,4 +48,5 @@ __all__ = [
     "Window",
     "Windows",
     "draw",
+    "levels",
 ]

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from metafocus import params as pt
 from metafocus.algorithms.common import StepAux, start
 from metafocus.algorithms.implicit_steps import ImplicitSteps
+from metafocus.calls import attempted
 from metafocus.types import Params
 
 
@@ -61,11 +62,13 @@ class AmIGO(ImplicitSteps):
         Arbel and Mairal, arXiv 2111.14580.
     """
 
+    @attempted
     def init(self, outer: Params, support: Any = None) -> AmIGOState:
         """Return the state before the first step, with `v = 0`."""
         fast = start(self.problem, outer, support)
         return AmIGOState(fast, pt.zeros_like(fast))
 
+    @attempted
     def step(
         self, outer: Params, state: AmIGOState, episode: Any
     ) -> tuple[Params, AmIGOState, StepAux]:

@@ -16,6 +16,7 @@ from metafocus.algorithms.common import (
     levels,
     start,
 )
+from metafocus.calls import attempted
 from metafocus.checks import positive, whole
 from metafocus.problem import Problem, constants
 from metafocus.types import Params
@@ -86,10 +87,12 @@ class BOME:
         positive("eta", self.eta)
         whole("inner_steps", self.inner_steps, 1)
 
+    @attempted
     def init(self, outer: Params, support: Any = None) -> BOMEState:
         """Return the state before the first step."""
         return BOMEState(start(self.problem, outer, support))
 
+    @attempted
     def step(
         self, outer: Params, state: BOMEState, episode: Any
     ) -> tuple[Params, BOMEState, StepAux]:

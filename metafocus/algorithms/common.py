@@ -13,7 +13,7 @@ from metafocus.autodiff.grad import value_and_grad
 from metafocus.autodiff.safe_operators.swapping import Swapped, differentiable_twice
 from metafocus.checks import scalar
 from metafocus.errors import NonFiniteError, ProblemError
-from metafocus.problem import Problem, check_params, is_frozen
+from metafocus.problem import Problem, check_params, is_frozen, refuse_empty
 from metafocus.streams import is_stream
 from metafocus.torch_internals import transforming
 from metafocus.types import Params
@@ -37,9 +37,22 @@ class StepAux(NamedTuple):
 
 
 def levels(problem: Problem, episode: Any) -> tuple[Level, Level]:
-    """Return the inner and the outer loss of this episode, `prepare` included in both.
+    """Return the inner and the outer loss of an episode as functions of `(fast, outer)`.
 
-    They raise a `ProblemError` if support or query is a stream.
+    An algorithm of your own begins with them, as those of `mf.algorithms` do. `prepare` is part of
+    both, and the inner one can be differentiated twice.
+
+    Raises:
+        ProblemError: when they are called, if support or query is a stream.
+
+    Example:
+        >>> import metafocus as mf
+        >>> def loss(fast, slow, x):
+        ...     return ((fast["w"] - x) ** 2).sum()
+        >>> data = mf.Episode(torch.zeros(1), torch.ones(1))
+        >>> inner, upper = mf.algorithms.levels(mf.Problem(loss, loss), data)
+        >>> inner({"w": torch.tensor([3.0])}, {}), upper({"w": torch.tensor([3.0])}, {})
+        (tensor(9.), tensor(4.))
     """
     inner_loss = differentiable_twice(problem.inner_loss)
 
@@ -92,15 +105,11 @@ def start(problem: Problem, outer: Params, support: Any) -> Params:
     An identity `init` would alias the outer parameters, which optimisers change in place.
     """
     check_params(outer, "outer", "outer parameters")
-    if not outer:
-        raise ProblemError(
-            "outer={} with a single-loop algorithm: it differentiates explicit tensors only. "
-            "Pass mf.trainable(model) as outer."
-        )
+    refuse_empty(outer, "a single-loop algorithm")
     return {k: v.clone() for k, v in problem.first(outer, support).items()}
 
 
-def select(data: Any, index: int) -> Any:
+def select(data: Any, index: int | Tensor) -> Any:
     """Return entry `index` of every tensor of a stacked pytree."""
     inputs, rebuild = pt.partition(data)
     return rebuild([x[index] for x in inputs])

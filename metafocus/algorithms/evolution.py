@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from metafocus import params as pt
+from metafocus.calls import attempted, draws_from
 from metafocus.checks import positive, scalar, seeded, whole
-from metafocus.errors import NonFiniteError, ProblemError
-from metafocus.problem import check_params, constants, moving
+from metafocus.errors import NonFiniteError
+from metafocus.problem import check_params, constants, moving, refuse_empty
 from metafocus.rng import replayed
 from metafocus.torch_internals import transforming
 from metafocus.types import Params
@@ -48,7 +49,7 @@ class Evolution:
         sigma: standard deviation of the perturbations.
         pairs: number of antithetic pairs; the variance falls as `1 / pairs`.
         generator: where the perturbations come from; every call advances it. Under an outer
-            `vmap`, tell it what random operations do: `randomness="same"` or `"different"`.
+            `vmap`, set what random operations do there: `randomness="same"` or `"different"`.
         chunk_size: how many pairs `vmap` runs at once; None: all. The draws do not depend on it;
             memory does.
 
@@ -102,13 +103,11 @@ class Evolution:
         grads, _, aux = self._estimate(outer, episode)
         return grads, state, aux
 
+    @attempted
     def _estimate(self, outer: Params, episode: Any) -> tuple[Params, Tensor, Any]:
+        draws_from(self.generator)
         check_params(outer, "outer", "outer parameters")
-        if not outer:
-            raise ProblemError(
-                "outer={} with Evolution: it perturbs explicit tensors only. Pass "
-                "mf.trainable(model) as outer."
-            )
+        refuse_empty(outer, "Evolution")
         outer = constants(outer)
         centre = moving(outer)
         grads = pt.zeros_like(centre)

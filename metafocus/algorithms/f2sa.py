@@ -17,6 +17,7 @@ from metafocus.algorithms.common import (
     levels,
     start,
 )
+from metafocus.calls import attempted
 from metafocus.checks import positive, whole
 from metafocus.problem import Problem, constants
 from metafocus.types import Params
@@ -91,6 +92,7 @@ class F2SA:
         if not self.growth >= 0:
             raise ValueError(f"growth must be >= 0, got {self.growth}.")
 
+    @attempted
     def init(self, outer: Params, support: Any = None) -> F2SAState:
         """Return the state before the first step, both solutions at `problem.init(outer)`."""
         fast = start(self.problem, outer, support)
@@ -98,6 +100,7 @@ class F2SA:
         strength = torch.tensor(self.strength, dtype=like.dtype, device=like.device)
         return F2SAState(fast, dict(fast), strength)
 
+    @attempted
     def step(
         self, outer: Params, state: F2SAState, episode: Any
     ) -> tuple[Params, F2SAState, StepAux]:

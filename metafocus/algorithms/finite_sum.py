@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from metafocus import params as pt
+from metafocus.algorithms.common import select
+from metafocus.calls import attempted
 from metafocus.errors import ProblemError
 from metafocus.problem import as_episode
 from metafocus.types import Episode
@@ -23,6 +25,7 @@ class Term(NamedTuple):
     data: Any
 
 
+@attempted
 def draw(data: Any, *, generator: torch.Generator) -> Episode:
     """Return one term of the inner and one of the outer sum, independently and uniformly.
 
@@ -62,5 +65,4 @@ def terms(data: Any, name: str) -> int:
 
 def _pick(data: Any, name: str, generator: torch.Generator) -> Term:
     index = torch.randint(terms(data, name), (), generator=generator)
-    inputs, rebuild = pt.partition(data)
-    return Term(index, rebuild([x[index] for x in inputs]))
+    return Term(index, select(data, index))

@@ -17,6 +17,7 @@ from metafocus.algorithms.evolution import (
     spread,
 )
 from metafocus.algorithms.windows import Window, Windows
+from metafocus.calls import attempted
 from metafocus.checks import seeded
 from metafocus.problem import as_episode, check_params, constants, moving
 from metafocus.types import Params
@@ -90,7 +91,7 @@ class Particles:
 
         def one(point: Params, at: Window) -> tuple[Tensor, Window]:
             point = {k: point.get(k, v) for k, v in outer.items()}
-            # The start is the outer parameters' work too: it takes part in the first perturbation.
+            # The start depends on the outer parameters too: the first perturbation moves it.
             at = self.windows.init(point, support) if at.step == 0 else at
             loss, (after, _) = self.windows.loss(point, at, episode)
             return loss.detach(), after
@@ -115,7 +116,7 @@ class PES(Particles):
     In window `t` pair `i` runs its two inner loops on with `outer +- sigma e_it`; then
     `g_t = 1 / (2 sigma^2 pairs) sum_i (L_it+ - L_it-) sum_(s<=t) sigma e_is`. The expectation of
     `g_t` is the whole derivative of the (smoothed) loss of window `t`, through all earlier
-    windows as well: unbiased under truncation where `windows` alone is not. The variance grows
+    windows as well: unbiased under truncation where `Windows` alone is not. The variance grows
     with the number of windows; `ESSingle` avoids that.
 
     Start over with `init` at the end of an inner problem. The state holds no random numbers
@@ -152,10 +153,12 @@ class PES(Particles):
         Vicol, Metz and Sohl-Dickstein, arXiv 2112.13835.
     """
 
+    @attempted
     def init(self, outer: Params, support: Any = None) -> PESState:
         """Return the particles before the first window."""
         return PESState(*self.begin(outer, support))
 
+    @attempted
     def step(
         self, outer: Params, state: PESState, episode: Any, *, generator: torch.Generator
     ) -> tuple[Params, PESState, ParticleAux]:
@@ -219,10 +222,12 @@ class ESSingle(Particles):
         Vicol, arXiv 2304.11153.
     """
 
+    @attempted
     def init(self, outer: Params, support: Any = None) -> ESSingleState:
         """Return the particles before the first window."""
         return ESSingleState(*self.begin(outer, support))
 
+    @attempted
     def step(
         self, outer: Params, state: ESSingleState, episode: Any, *, generator: torch.Generator
     ) -> tuple[Params, ESSingleState, ParticleAux]:

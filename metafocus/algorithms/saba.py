@@ -15,10 +15,12 @@ from metafocus.algorithms.common import (
     free,
     gradients,
     levels,
+    select,
     start,
 )
 from metafocus.algorithms.finite_sum import Term, terms
 from metafocus.autodiff.hvp import hvp_reverse
+from metafocus.calls import attempted
 from metafocus.checks import positive
 from metafocus.errors import ProblemError
 from metafocus.problem import Problem, as_episode, constants
@@ -113,6 +115,7 @@ class SABA:
         positive("inner_lr", self.inner_lr)
         positive("v_lr", self.v_lr)
 
+    @attempted
     def init(self, outer: Params, data: Any) -> SABAState:
         """Return the state with `v = 0` and a full memory; one pass over all terms.
 
@@ -126,7 +129,7 @@ class SABA:
         support, query = as_episode(data)
         counts = terms(support, "support"), terms(query, "query")
         # `prepare` may look at both halves: each inner term goes with the first outer term.
-        one = [_first(half) for half in (support, query)]
+        one = [select(half, 0) for half in (support, query)]
         fast, outer = start(self.problem, outer, one[0]), constants(outer)
         v = pt.zeros_like(fast)
 
@@ -141,6 +144,7 @@ class SABA:
                 fast, v, _mapped(inner, support, counts[0]), _mapped(upper, query, counts[1])
             )
 
+    @attempted
     def step(
         self, outer: Params, state: SABAState, episode: Any
     ) -> tuple[Params, SABAState, StepAux]:
@@ -191,15 +195,9 @@ class SABA:
         return loss, OuterTerms(by_fast, by_outer)
 
 
-def _first(data: Any) -> Any:
-    inputs, rebuild = pt.partition(data)
-    return rebuild([x[0] for x in inputs])
-
-
 def _mapped(function: Any, data: Any, count: int) -> Any:
     """Return `function` of every term, stacked; a loop, so that no term needs to be vmappable."""
-    inputs, rebuild = pt.partition(data)
-    results = [function(rebuild([x[i] for x in inputs])) for i in range(count)]
+    results = [function(select(data, i)) for i in range(count)]
     columns = zip(*(pt.tensors(r) for r in results), strict=True)
     _, together = pt.partition(results[0])
     return together([torch.stack(column) for column in columns])

@@ -17,6 +17,7 @@ from metafocus.algorithms.common import (
     start,
 )
 from metafocus.autodiff.hvp import hvp_reverse
+from metafocus.calls import attempted
 from metafocus.checks import positive
 from metafocus.problem import Problem, constants
 from metafocus.types import HVP, Params
@@ -81,11 +82,13 @@ class SOBA:
         positive("inner_lr", self.inner_lr)
         positive("v_lr", self.v_lr)
 
+    @attempted
     def init(self, outer: Params, support: Any = None) -> SOBAState:
         """Return the state before the first step, with `v = 0`."""
         fast = start(self.problem, outer, support)
         return SOBAState(fast, pt.zeros_like(fast))
 
+    @attempted
     def step(
         self, outer: Params, state: SOBAState, episode: Any
     ) -> tuple[Params, SOBAState, StepAux]:

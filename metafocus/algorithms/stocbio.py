@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from metafocus import params as pt
 from metafocus.algorithms.common import StepAux, start
 from metafocus.algorithms.implicit_steps import ImplicitSteps
+from metafocus.calls import attempted
 from metafocus.types import Params
 
 
@@ -58,10 +59,12 @@ class StocBiO(ImplicitSteps):
         Ji, Yang and Liang, arXiv 2010.07962.
     """
 
+    @attempted
     def init(self, outer: Params, support: Any = None) -> StocBiOState:
         """Return the state before the first step."""
         return StocBiOState(start(self.problem, outer, support))
 
+    @attempted
     def step(
         self, outer: Params, state: StocBiOState, episode: Any
     ) -> tuple[Params, StocBiOState, StepAux]:

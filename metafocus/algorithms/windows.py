@@ -11,11 +11,13 @@ from torch import Tensor
 
 from metafocus import params as pt
 from metafocus import streams
+from metafocus.autodiff.purity import watched
 from metafocus.autodiff.recompute import recompute
 from metafocus.autodiff.safe_operators.swapping import Swapped, differentiable_twice
+from metafocus.calls import attempted
 from metafocus.checks import check_finite, whole
-from metafocus.engine import Path, path_weights, weighted
 from metafocus.errors import ProblemError
+from metafocus.path import Path, path_weights, weighted
 from metafocus.preflight import preflight
 from metafocus.problem import Problem, check_params
 from metafocus.solvers.descent import segment, stacked
@@ -139,6 +141,7 @@ class Windows:
         if not isinstance(self.recompute, bool):
             whole("recompute", self.recompute)
 
+    @attempted
     def init(self, outer: Params, support: Any = None) -> Window:
         """Return the window before the first step, at `problem.init(outer, support)`.
 
@@ -148,6 +151,7 @@ class Windows:
         fast = _copied(self.problem.first(outer, support))
         return Window(fast, _held(_copied(self.solver.init(fast))), 0)
 
+    @attempted
     def loss(
         self, outer: Params, window: Window, episode: Any
     ) -> tuple[Tensor, tuple[Window, Aux]]:
@@ -211,7 +215,7 @@ class Windows:
         if not self.recompute:
             return segment(loss, self.solver, steps, wanted)(fast, state, outer, support)
         size, losses, kept = int(self.recompute), [], []
-        support = streams.watched(support)
+        support = watched(support)
         for first in range(steps.start, steps.stop, size):
             part = range(first, min(first + size, steps.stop))
             # The fast weights after the last step are the result already.

@@ -71,8 +71,8 @@ def span_attention(
     References:
         Dao et al., "FlashAttention", NeurIPS 2022, for the gradient from saved logsumexps.
     """
-    # A mode, such as the one that swaps operators, has nothing to do here, and is asked at every
-    # look at a tensor. A compiler needs its own, and a subclass its overrides.
+    # Function modes, such as the one that swaps operators, change nothing here and cost time at
+    # every access to a tensor. A compiler needs its own modes, and a subclass its overrides.
     plain = all(type(x) in (Tensor, Parameter) for x in (q, k, v))
     seen = not plain or backend == "flex" or torch.compiler.is_compiling()
     with contextlib.nullcontext() if seen else without_function_modes():

@@ -30,7 +30,7 @@ class Call(NamedTuple):
 def _own(x: Tensor) -> Tensor:
     """Return the same memory, no longer as a view.
 
-    A plain dual tensor that is a view refuses a tangent that lies otherwise in memory.
+    A plain dual tensor that is a view refuses a tangent with other strides.
     """
     return x.data if is_view(x) else x
 

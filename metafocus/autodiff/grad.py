@@ -65,7 +65,7 @@ def value_and_grad(
 
     With `differentiable`, the gradient can be differentiated again, also by everything that
     `loss` closes over; without, it is a constant. `cut=False` without `differentiable` is for a
-    caller that gives constants and takes care itself that the gradient becomes one.
+    caller that passes constants and detaches the gradient itself.
 
     Raises:
         TransformError: in inference mode, where every gradient would be zero.
@@ -132,7 +132,7 @@ def pullback(
 ) -> list[Tensor | None]:
     """Return the vector-Jacobian product of `fn` for each input, None where not `wanted`.
 
-    Outputs of `fn` that are no tensors are passed over.
+    Outputs of `fn` that are not tensors are ignored.
     """
     chosen = [i for i, w in enumerate(wanted) if w and pt.is_differentiable(inputs[i])]
 
@@ -173,6 +173,24 @@ def pullback(
     for i, g in zip(chosen, grads, strict=True):
         result[i] = g
     return result
+
+
+def pulled_through(
+    outputs: Params, cotangents: Params, leaves: Sequence[Tensor], *, track: bool
+) -> list[Tensor]:
+    """Return the vector-Jacobian product of a graph that is kept for further products."""
+    varying = [k for k, y in outputs.items() if y.requires_grad]
+    if not (varying and leaves):
+        return [torch.zeros_like(x) for x in leaves]
+    found = torch.autograd.grad(
+        [outputs[k] for k in varying],
+        leaves,
+        [cotangents[k] for k in varying],
+        retain_graph=True,
+        create_graph=track,
+        allow_unused=True,
+    )
+    return [torch.zeros_like(x) if g is None else g for g, x in zip(found, leaves, strict=True)]
 
 
 def _grad(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from metafocus.autodiff.grad import pullback
+from metafocus.calls import attempt, current
 from metafocus.errors import ProblemError
 
 
@@ -45,6 +46,7 @@ class _Known(torch.autograd.Function):
         *inputs: Tensor,
     ) -> Tensor:
         ctx.value, ctx.grads, ctx.again = value.detach(), grads, again
+        ctx.call = current()
         ctx.save_for_backward(*inputs)
         return value.clone()
 
@@ -60,7 +62,8 @@ class _Known(torch.autograd.Function):
             _check_same(ctx.value, value.detach())
             return [value]
 
-        return *[None] * 3, *pullback(again, inputs, [cotangent], [True] * len(inputs))
+        with attempt(call=ctx.call):
+            return *[None] * 3, *pullback(again, inputs, [cotangent], [True] * len(inputs))
 
 
 def _check_same(before: Tensor, after: Tensor) -> None:

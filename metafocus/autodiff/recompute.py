@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from metafocus import params as pt
 from metafocus.autodiff import grad as derivatives
 from metafocus.autodiff.safe_operators import swapping
 from metafocus.autodiff.tape import foreign_nodes
+from metafocus.calls import Scoped, attempt, current
 from metafocus.rng import Drawn
 from metafocus.torch_internals import (
     pytree,
@@ -28,25 +28,22 @@ from metafocus.torch_internals import (
 
 Pullback = Callable[[tuple[Any, ...], Any], tuple[Any, ...]]
 
-_FOUND: ContextVar[set[str] | None] = ContextVar("found", default=None)
+_FOUND: Scoped[set[str] | None] = Scoped(None)
 
 
 @contextlib.contextmanager
 def searched() -> Iterator[set[str]]:
     """Collect the names of custom kernels inside recomputed functions, in a `with` block."""
     names: set[str] = set()
-    token = _FOUND.set(names)
-    try:
+    with _FOUND.set(names):
         yield names
-    finally:
-        _FOUND.reset(token)
 
 
-class _Ambient:
+class Ambient:
     """What the forward pass ran in: to run the same code again in the same surroundings."""
 
     def __init__(self, tensors: Sequence[Tensor]):
-        self.drawn = Drawn(tensors)
+        self.call = current()
         self.swapped = swapping.active()
         kinds = {"cpu", *(x.device.type for x in tensors)}
         self.autocast = [
@@ -57,6 +54,7 @@ class _Ambient:
 
     @contextlib.contextmanager
     def first(self) -> Iterator[None]:
+        """Run code for the first time inside a `with` block."""
         # The weight cache of autocast would hand a cast made without a graph to a later forward
         # pass that needs one.
         with contextlib.ExitStack() as stack:
@@ -66,16 +64,15 @@ class _Ambient:
             yield
 
     @contextlib.contextmanager
-    def again(self) -> Iterator[None]:
+    def again(self, drawn: Drawn) -> Iterator[None]:
+        """Run code again inside a `with` block.
+
+        Args:
+            drawn: the random state of the first time.
+        """
         swapped = contextlib.nullcontext() if self.swapped is None else self.swapped
-        with self.drawn.again(), self.first(), swapped:
+        with attempt(call=self.call), drawn.again(), self.first(), swapped:
             yield
-
-
-class _Nothing:
-    """No surroundings: a compiler traces through them by itself."""
-
-    first = again = contextlib.nullcontext
 
 
 class _Spec:
@@ -92,8 +89,18 @@ class _Spec:
         self.rebuild = rebuild
         self.pullback = pullback
         compiling = torch.compiler.is_compiling()
-        self.ambient = _Nothing() if compiling else _Ambient(inputs)
+        self.ambient = None if compiling else Ambient(inputs)
+        self.drawn = None if compiling else Drawn(inputs)
         self.whole: Callable[[Any], Any] | None = None
+
+    def first(self) -> contextlib.AbstractContextManager[None]:
+        # A compiler traces through the surroundings by itself.
+        return contextlib.nullcontext() if self.ambient is None else self.ambient.first()
+
+    def again(self) -> contextlib.AbstractContextManager[None]:
+        if self.ambient is None or self.drawn is None:
+            return contextlib.nullcontext()
+        return self.ambient.again(self.drawn)
 
     def flat(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         outputs, self.whole = pt.partition(self.fn(*self.rebuild(inputs)))
@@ -104,7 +111,7 @@ class _Spec:
     def grads(
         self, inputs: Sequence[Tensor], cotangents: Sequence[Tensor | None], wanted: Sequence[bool]
     ) -> Sequence[Tensor | None]:
-        with self.ambient.again():
+        with self.again():
             if self.pullback is None:
                 return derivatives.pullback(self.flat, inputs, cotangents, wanted)
             assert self.whole is not None
@@ -131,8 +138,8 @@ class _Recompute(torch.autograd.Function):
 
     @staticmethod
     def forward(spec: _Spec, *inputs: Tensor) -> tuple[Tensor, ...]:
-        found = _FOUND.get()
-        with spec.ambient.first():
+        found = None if torch.compiler.is_compiling() else _FOUND.get()
+        with spec.first():
             if found is None:
                 return spec.flat(*inputs)
             with torch.enable_grad():
@@ -170,7 +177,7 @@ class _Recompute(torch.autograd.Function):
             kept[:] = [pt.is_differentiable(y) for y in outputs]
             return tuple(y for y in outputs if pt.is_differentiable(y))
 
-        with spec.ambient.again():
+        with spec.again():
             _, push = derivatives.pushforward(fn, *at)
             found = iter(push(*(tangents[i] for i in chosen)))
         return tuple(next(found) if keep else None for keep in kept)

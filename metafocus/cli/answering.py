@@ -27,7 +27,9 @@ _FREE = (
     "overwrite_output_dir", "per_device_eval_batch_size", "depth_bins", "export", "endpoint",
     "endpoint_key_env", "concurrency", "retries", "device", "unsafe_tools",
 )  # fmt: skip
-_LOCAL = ("device", "dtype", "attn_implementation", "max_positions", "per_device_eval_batch_size")
+_LOCAL = (
+    "device", "dtype", "attn_implementation", "mask", "max_positions", "per_device_eval_batch_size",
+)  # fmt: skip
 _SERVER = ("endpoint_model", "endpoint_key_env", "concurrency", "retries")
 
 

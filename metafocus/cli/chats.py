@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +17,9 @@ STDLIB = "stdlib"
 """Names, instead of a file, questions about the documentation of the Python standard library."""
 
 
-def read(train_file: str) -> Chats | None:
+def read(train_file: str, *, check: bool = True) -> Chats | None:
     """Return the chats of a file; None for `stdlib`, whose chats wait for a tokenizer."""
-    return None if train_file == STDLIB else read_chats(train_file)
+    return None if train_file == STDLIB else read_chats(train_file, check=check)
 
 
 def texts(chats: Chats | None) -> Iterable[str]:
@@ -27,9 +28,28 @@ def texts(chats: Chats | None) -> Iterable[str]:
         yield from stdlib_qa.texts()
         return
     for chat in chats:
-        for message in chat["messages"]:
-            if isinstance(message.get("content"), str):
-                yield message["content"]
+        if isinstance(chat.get("text"), str):
+            yield chat["text"]
+        messages = chat.get("messages")
+        for message in messages if isinstance(messages, list) else []:
+            content = message.get("content") if isinstance(message, dict) else None
+            if isinstance(content, str):
+                yield content
+
+
+def template(path: str | None) -> str | None:
+    """Return the chat template in a file.
+
+    Raises:
+        DataError: if it cannot be read.
+    """
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or f"not UTF-8 ({error})"
+        raise DataError(f"--chat_template {path} cannot be read: {reason}.") from error
 
 
 def documentation(

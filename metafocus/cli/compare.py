@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from metafocus.cli import chats, options
+from metafocus.comparison.over import plot_over
+from metafocus.comparison.report import Comparison
 from metafocus.comparison.run import compare
 from metafocus.data import Collator, encode_chats, stdlib_qa
 from metafocus.errors import DataError
+from metafocus.models import described
 from metafocus.problem import trainable
 from metafocus.recipes._focusft import focusft_problem
 from metafocus.trainer.checkpoints import saving
@@ -67,9 +72,9 @@ def add_parser(commands: Any) -> None:
         help="of the model; default %(default)s",
     )
     parser.add_argument("--quick", action="store_true", help="smaller defaults, for a first look")
-    parser.add_argument("--output_dir", help="directory for compare.png and compare.json")
+    parser.add_argument("--output_dir", help="directory for the figure and the numbers")
     options.add_model(parser)
-    options.add_inner(parser, fraction=0.75, rank=8)
+    options.add_inner(parser, fraction=0.75, rank=8, rates=True)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -112,24 +117,37 @@ def run(args: argparse.Namespace) -> None:
     )
     outer = trainable(model)
     print(
-        f"{type(model).__name__} with {sum(p.numel() for p in outer.values()):,} parameters, "
-        f"{sum(p.numel() for p in start.values()):,} fast weights, {args.inner_steps} inner "
-        f"steps, batch {list(batch['input_ids'].shape)}, {args.dtype}",
+        f"{described(model)}; {sum(p.numel() for p in start.values()):,} fast weights, "
+        f"{args.inner_steps} inner steps, batch {list(batch['input_ids'].shape)}, {args.dtype}",
         flush=True,
     )
-    result = compare(
-        problem,
-        outer,
-        Episode(batch, batch),
-        solver=options.solver(args),
-        estimators=estimators,
-        reference=reference,
-        repeats=args.repeats,
-    )
-    print(result.table())
+    found: dict[float, Comparison] = {}
+    for rate in args.inner_lr:
+        found[rate] = compare(
+            problem,
+            outer,
+            Episode(batch, batch),
+            solver=options.solver(args, rate),
+            estimators=estimators,
+            reference=reference,
+            repeats=args.repeats,
+        )
+        heading = f"\ninner learning rate {rate:g}\n" if len(args.inner_lr) > 1 else ""
+        print(heading + found[rate].table(), flush=True)
     if directory:
         with saving(directory, "the comparison"):
             directory.mkdir(parents=True, exist_ok=True)
+            written = list(_write(found, directory))
+        print("wrote " + " and ".join(str(path) for path in written))
+
+
+def _write(found: dict[float, Comparison], directory: Path) -> Iterator[Path]:
+    yield directory / "compare.png"
+    if len(found) > 1:
+        plot_over(found, directory / "compare.png", "inner learning rate")
+    for rate, result in found.items():
+        name = f"compare-lr-{rate:g}.json" if len(found) > 1 else "compare.json"
+        if len(found) == 1:
             result.plot(directory / "compare.png")
-            result.to_json(directory / "compare.json")
-        print(f"wrote {directory / 'compare.png'} and {directory / 'compare.json'}")
+        result.to_json(directory / name)
+        yield directory / name

@@ -25,7 +25,7 @@ from metafocus.evals.report import length_name, plot_depths, table
 from metafocus.evals.run import answers, prompt_counter
 from metafocus.evals.scorers import EFFECTIVE
 from metafocus.files import write_json
-from metafocus.trainer.names import named
+from metafocus.trainer.names import MASKS, named
 
 Asker = Callable[[list[Item], Callable[[Mapping[int, str]], None]], None]
 
@@ -85,6 +85,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--depth_bins", type=options.whole(1), default=10, help="default %(default)s"
     )
+    parser.add_argument(
+        "--mask",
+        default="causal",
+        help=f"which keys a token of a question sees: {', '.join(MASKS)}; a server is causal; "
+        "default %(default)s",
+    )
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--output_dir", help=f"directory for {REPORT}, {ANSWERS} and {DEPTHS}")
     parser.add_argument(
@@ -105,6 +111,7 @@ def run(args: argparse.Namespace) -> None:
         trials.run(args, output)
         return
     trials.note_unused(args)
+    named("mask", args.mask, MASKS)
     tasks, lengths = _tasks(args), _lengths(args.lengths, args.suite)
     cells = [(task, length) for task in tasks for length in lengths]
     answered = None if args.export else answering.journal(args, output)
@@ -182,6 +189,7 @@ def _asker(args: argparse.Namespace) -> tuple[Asker, Any, int | None]:
             batch_size=args.per_device_eval_batch_size,
             thinking=thinking,
             max_positions=args.max_positions,
+            mask=None if args.mask == "causal" else MASKS[args.mask],
             each=each,
         )
 

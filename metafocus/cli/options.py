@@ -55,11 +55,23 @@ def positive(word: str) -> float:
     return value
 
 
-def add_inner(parser: argparse.ArgumentParser, *, fraction: float, rank: int) -> None:
-    """Add the options of the inner loop."""
+def positives(word: str) -> list[float]:
+    """Return finite positive numbers that commas separate."""
+    return [positive(part.strip()) for part in word.split(",")]
+
+
+def add_inner(
+    parser: argparse.ArgumentParser, *, fraction: float, rank: int, rates: bool = False
+) -> None:
+    """Add the options of the inner loop; `rates`: `--inner_lr` may be several."""
     group = parser.add_argument_group("inner loop (defaults of FocuSFT, arXiv 2605.09932)")
     group.add_argument("--inner_steps", type=whole(0), default=2, help="default %(default)s")
-    group.add_argument("--inner_lr", type=positive, default=1.0, help="default %(default)s")
+    group.add_argument(
+        "--inner_lr",
+        type=positives if rates else positive,
+        default="1.0",
+        help="several may be given, separated by commas; " * rates + "default %(default)s",
+    )
     group.add_argument(
         "--inner_clip",
         type=positive,
@@ -93,9 +105,10 @@ def adapter(args: argparse.Namespace) -> LoRA:
     return LoRA(top_layers(args.layer_fraction, names), args.lora_rank, args.lora_alpha)
 
 
-def solver(args: argparse.Namespace) -> SGD:
-    """Return the inner optimiser that the options describe."""
-    return SGD(args.inner_lr, args.inner_steps, clip=clip_per_tensor(args.inner_clip))
+def solver(args: argparse.Namespace, rate: float | None = None) -> SGD:
+    """Return the inner optimiser that the options describe, with one of several rates."""
+    chosen: Any = args.inner_lr if rate is None else rate
+    return SGD(chosen, args.inner_steps, clip=clip_per_tensor(args.inner_clip))
 
 
 def add_model(
@@ -106,7 +119,8 @@ def add_model(
     group.add_argument(
         "--model_name_or_path",
         required=required and not small,
-        help="directory or hub id" + "; default: a small Qwen2 made from scratch" * small,
+        help="directory, hub id, GGUF file or smollm2"
+        + "; default: a small Qwen2 made from scratch" * small,
     )
     group.add_argument(
         "--attn_implementation", default="sdpa", choices=ATTENTION, help="default %(default)s"
@@ -120,7 +134,12 @@ def add_model(
 
 
 def model_and_tokenizer(
-    args: Any, texts: Callable[[], Iterable[str]], max_length: int, *, base: bool = False
+    args: Any,
+    texts: Callable[[], Iterable[str]],
+    max_length: int,
+    *,
+    base: bool = False,
+    template: str | None = None,
 ) -> tuple[Any, Any]:
     """Return the model that `--model_name_or_path` names, or a small one for `texts()`.
 
@@ -129,6 +148,7 @@ def model_and_tokenizer(
         texts: what its tokenizer learns from.
         max_length: the longest sequence that the model must take.
         base: whether a model without a chat template will do.
+        template: a chat template instead of the tokenizer's own.
 
     Raises:
         DataError: if the model cannot be loaded, is too small for `max_length` or its tokenizer,
@@ -137,13 +157,18 @@ def model_and_tokenizer(
     attention = args.attn_implementation
     if args.model_name_or_path is None:
         sizes = {name: getattr(args, name) for name in OF_SMALL}
-        return models.small(texts(), max_length=max_length, attn_implementation=attention, **sizes)
-    model, tokenizer = models.load(args.model_name_or_path, attn_implementation=attention)
-    models.check_fits(model, tokenizer, max_length)
+        made = {"max_length": max_length, "attn_implementation": attention, **sizes}
+        model, tokenizer = models.small(texts(), **made)
+    else:
+        model, tokenizer = models.load(args.model_name_or_path, attn_implementation=attention)
+        models.check_fits(model, tokenizer, max_length)
+    if template is not None:
+        tokenizer.chat_template = template
     if tokenizer.chat_template is None and not base:
         raise DataError(
             f"the tokenizer of {args.model_name_or_path!r} has no chat template. Use an "
-            "instruction-tuned model, or set tokenizer.chat_template and save it beside the model."
+            "instruction-tuned model, or set tokenizer.chat_template and save it beside the model "
+            "(metafocus train takes --chat_template FILE)."
         )
     return model, tokenizer
 

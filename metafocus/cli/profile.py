@@ -8,7 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from metafocus.cli import chats, options
+from metafocus.comparison.inner_curve import shown
 from metafocus.comparison.report import environment
 from metafocus.data import Collator, encode_chats, stdlib_qa
 from metafocus.diagnostics import AttentionProfile, attention_profile, plot_comparison
@@ -19,6 +22,7 @@ from metafocus.files import write_whole
 from metafocus.lm import Batch
 from metafocus.lm.per_example import PerExampleSolver, mean_loss
 from metafocus.masks import MaskPolicy
+from metafocus.models import described
 from metafocus.problem import trainable
 from metafocus.recipes._focusft import focusft_problem
 from metafocus.trainer.checkpoints import saving
@@ -51,9 +55,9 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--mask",
-        default="context-bidirectional",
-        help=f"{', '.join(MASKS)}; several, separated by commas, are drawn side by side; "
-        "default %(default)s",
+        default="causal,context-bidirectional",
+        help=f"{', '.join(MASKS)}; several, separated by commas, are drawn side by side; default "
+        "%(default)s: as deployed and as trained",
     )
     parser.add_argument(
         "--adapt",
@@ -100,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
     batch = _batch(args, records, tokenizer)
     _check_layer(args, model)
     real = batch["attention_mask"].sum(-1).tolist()
-    print(f"{type(model).__name__}: {len(real)} chats of {min(real)} to {max(real)} tokens")
+    print(f"{described(model)}\n{len(real)} chats of {min(real)} to {max(real)} tokens")
 
     profiles: dict[str, AttentionProfile] = {}
     losses: dict[str, list[float]] = {}
@@ -109,8 +113,10 @@ def run(args: argparse.Namespace) -> None:
         note = ""
         if inner is not None:
             losses[name] = inner
-            note = f" (inner loss before each step: {', '.join(f'{x:.4f}' for x in inner)})"
+            note = f" (inner {shown(inner)})"
         print(f"\n{name}, answer queries{note}\n{profile.table()}", flush=True)
+    if len(profiles) > 1:
+        print(f"\nmeans over layers, answer queries\n{_means(profiles)}")
     report = {
         "profiles": {name: profile.to_dict() for name, profile in profiles.items()},
         "inner_losses": losses,
@@ -158,7 +164,10 @@ def _check_layer(args: argparse.Namespace, model: Any) -> None:
 def _profiles(
     args: argparse.Namespace, model: Any, batch: Batch, chosen: dict[str, MaskPolicy]
 ) -> Iterator[tuple[str, AttentionProfile, list[float] | None]]:
-    """Yield name, profile and, where weights were adapted, the mean inner losses."""
+    """Yield name, profile and, where weights were adapted, the mean inner losses.
+
+    They are those before each step, and the one after the last step.
+    """
     tokens = INNER_TOKENS[args.inner_tokens]
     for word, mask in chosen.items():
         yield word, attention_profile(model, batch, mask=mask), None
@@ -175,8 +184,22 @@ def _profiles(
         # Fast weights of each chat's own, as if it were alone.
         solver = PerExampleSolver(options.solver(args))
         solution = adapt(problem, trainable(model), batch, solver=solver)
-        profile = attention_profile(model, batch, mask=mask, adapter=adapter, fast=solution.params)
-        yield f"{word}, adapted", profile, mean_loss(solution.losses, tokens, batch).tolist()
+        fast = solution.params
+        profile = attention_profile(model, batch, mask=mask, adapter=adapter, fast=fast)
+        with torch.no_grad():
+            after = problem.inner_loss(fast, {}, batch)
+        curve = torch.cat((solution.losses, after[None]))
+        yield f"{word}, adapted", profile, mean_loss(curve, tokens, batch).tolist()
+
+
+def _means(profiles: dict[str, AttentionProfile]) -> str:
+    rows = {name: profile.summary() for name, profile in profiles.items()}
+    heads = list(next(iter(rows.values())))
+    width = max(map(len, rows))
+    lines = [" " * width + "".join(f"  {head.replace('_', ' '):>18}" for head in heads)]
+    for name, means in rows.items():
+        lines.append(f"{name:<{width}}" + "".join(f"  {means[head]:>18.4f}" for head in heads))
+    return "\n".join(lines)
 
 
 def _figures(

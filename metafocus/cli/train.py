@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import ProgressCallback
+from transformers import IntervalStrategy, ProgressCallback
 
 from metafocus.adapters import LoRA
 from metafocus.cli import chats, options
@@ -24,10 +25,11 @@ from metafocus.comparison.report import environment
 from metafocus.data import Sample, encode_chats, pack, read_chats
 from metafocus.data.reading import read_dataset
 from metafocus.errors import DataError
-from metafocus.files import write_json
+from metafocus.files import check_utf8, write_json
 from metafocus.trainer.checkpoints import require_complete, saving
 from metafocus.trainer.config import FocusArguments, FocusOptions
 from metafocus.trainer.evaluation import ways
+from metafocus.trainer.lock import files_of_a_run, one_run
 from metafocus.trainer.trainer import FocusTrainer
 
 REPORT = "metafocus.json"
@@ -45,12 +47,26 @@ def main(argv: list[str]) -> FocusTrainer:
     """
     settings = parse(argv)
     data, args = settings.data, settings.args
+    for name, value in [item for part in settings[:3] for item in vars(part).items()]:
+        if isinstance(value, str):
+            check_utf8(f"--{name}", value)
     output, resume = _output(args, data.overwrite_output_dir), _resume(args)
+    with one_run(output):
+        return _run(settings, output, resume)
+
+
+def _run(settings: Settings, output: Path, resume: str | bool | None) -> FocusTrainer:
+    data, args = settings.data, settings.args
     train, heldout = _read(data, args.seed)
+    _check_evaluation(args, data, train, heldout)
     _note_unused(settings)
     torch.manual_seed(args.seed)
     model, tokenizer = options.model_and_tokenizer(
-        settings.model, lambda: chats.texts(train), data.max_length
+        settings.model,
+        lambda: chats.texts(train),
+        data.max_length,
+        base=train is not None and not any("messages" in record for record in train),
+        template=chats.template(data.chat_template),
     )
     adapter = args.adapter(model)
     if isinstance(adapter, LoRA):
@@ -68,22 +84,25 @@ def main(argv: list[str]) -> FocusTrainer:
         processing_class=tokenizer,
     )
     trainer.remove_callback(ProgressCallback)
+    measure = HeldOut(trainer)
     if held:
-        trainer.add_callback(HeldOut(trainer))
+        trainer.add_callback(measure)
     if not args.disable_tqdm:
         trainer.add_callback(Bars())
     if data.overwrite_output_dir and resume is None and trainer.is_world_process_zero():
         for old in output.glob("checkpoint-*"):
             shutil.rmtree(old)
     result = trainer.train(resume)
+    if trainer.finished:
+        if (output / REPORT).exists():
+            return trainer
+        # Stopped between its last checkpoint and its report.
+        if held:
+            measure.on_train_end(args, trainer.state, trainer.control)
     report = _report(trainer, settings, result.metrics["train_runtime"])
     _save(trainer, result.metrics, report, output)
     _say(args, _outcome(trainer, report, output))
-    if _inner_loss_rose(trainer.state.log_history):
-        _say(
-            args,
-            "note: the inner loss rose in most steps. Lower --inner_lr or --inner_steps.",
-        )
+    _say(args, _inner_warning(trainer.state.log_history))
     return trainer
 
 
@@ -94,7 +113,7 @@ def _output(args: FocusArguments, overwrite: bool) -> Path:
     output = options.directory(args.output_dir or "")
     # Asked by one process: another one may have begun to write there.
     free = args.process_index > 0 or args.resume_from_checkpoint or overwrite
-    if not free and output.is_dir() and any(output.iterdir()):
+    if not free and files_of_a_run(output):
         raise DataError(
             f"--output_dir {output} is not empty: name another directory, pass "
             "--overwrite_output_dir to replace the run in it, or --resume_from_checkpoint true to "
@@ -113,21 +132,41 @@ def _resume(args: FocusArguments) -> str | bool | None:
 
 def _read(data: DataArguments, seed: int) -> tuple[chats.Chats | None, chats.Chats]:
     """Return chats to train on and held-out ones; None for those that wait for a tokenizer."""
-    heldout = read_chats(data.validation_file) if data.validation_file else None
+    # What is wrong with a single chat is found where it is encoded.
+    heldout = read_chats(data.validation_file, check=False) if data.validation_file else None
     if data.dataset_name is not None:
-        parts = read_dataset(data.dataset_name, data.dataset_config_name)
-        if "train" not in parts:
-            raise DataError(
-                f"dataset_name={data.dataset_name!r} has no split named train, only "
-                f"{', '.join(parts)}."
-            )
-        train = parts["train"]
-        heldout = heldout or parts.get("validation") or parts.get("test")
+        train, named = _data_set(data, data.dataset_name)
+        heldout = heldout or named
     else:
-        train = chats.read(data.train_file or "")
+        train = chats.read(data.train_file or "", check=False)
     if train is None or heldout is not None:
         return train, heldout or []
     return chats.split(train, data.validation_split_percentage, seed)
+
+
+def _data_set(data: DataArguments, name: str) -> tuple[chats.Chats, chats.Chats | None]:
+    """Return the split to train on and the one that is held out, if there is one."""
+    limit = data.max_train_samples if data.dataset_streaming else None
+    if limit is not None:
+        # Some of them may be held out.
+        limit = math.ceil(limit / (1 - data.validation_split_percentage / 100))
+    parts = read_dataset(
+        name,
+        data.dataset_config_name,
+        streaming=data.dataset_streaming,
+        limit=limit,
+        check=False,
+    )
+    for flag in ("dataset_train_split", "dataset_test_split"):
+        part = getattr(data, flag)
+        if part is not None and part not in parts:
+            raise DataError(
+                f"dataset_name={name!r} has no split named {part}, only {', '.join(parts)}: pass "
+                f"--{flag} with one of them."
+            )
+    held = (data.dataset_test_split, "validation", "test")
+    named = next((parts[part] for part in held if part is not None and part in parts), None)
+    return parts[data.dataset_train_split], named
 
 
 def _documentation(
@@ -141,6 +180,17 @@ def _documentation(
         held = data.max_eval_samples or max(count // 10, 8)
         heldout = chats.documentation(tokenizer, split="heldout", n=held, **made)
     return train, heldout
+
+
+def _check_evaluation(
+    args: FocusArguments, data: DataArguments, train: chats.Chats | None, heldout: chats.Chats
+) -> None:
+    made = train is None and data.validation_split_percentage > 0
+    if args.eval_strategy != "no" and not heldout and not made:
+        raise DataError(
+            f"--eval_strategy {IntervalStrategy(args.eval_strategy).value} has nothing to evaluate "
+            "on: name --validation_file FILE, or pass --validation_split_percentage above 0."
+        )
 
 
 def _note_unused(settings: Settings) -> None:
@@ -170,6 +220,11 @@ def _encoded(name: str, records: chats.Chats, tokenizer: Any, settings: Settings
         tokenizer,
         max_length=data.max_length,
         merge_context=not data.separate_messages,
+        turns=data.turns,
+        chat_template_kwargs=data.template_variables(),
+        strict=data.strict,
+        num_proc=data.dataset_num_proc,
+        cache_dir=data.encoding_cache,
     )
     _say(settings.args, f"{name}: {found.summary()}")
     return found.samples
@@ -240,15 +295,27 @@ def _outcome(trainer: FocusTrainer, report: dict[str, Any], output: Path) -> str
     return f"{text}; {report['steps']} steps in {report['seconds']:.0f} s; saved in {output}"
 
 
-def _inner_loss_rose(history: list[dict[str, Any]]) -> bool:
+def _inner_warning(history: list[dict[str, Any]]) -> str:
+    """Return what to say of inner steps that raise the inner loss; nothing if few do."""
+    # The loss after the last step is known only where both losses score the same tokens.
+    shares = [entry["last_step_rose"] for entry in history if "last_step_rose" in entry]
     rose = [
         entry["inner_loss_last"] > entry["inner_loss_first"]
         for entry in history
         if "inner_loss_first" in entry
     ]
-    return sum(rose) > len(rose) / 2
+    if sum(rose) > len(rose) / 2:
+        found = "the inner loss rose in most steps"
+    elif shares and (share := sum(shares) / len(shares)) > 0.1:
+        found = f"the last inner step raised the inner loss in {share:.0%} of the batches"
+    else:
+        return ""
+    return (
+        f"warning: {found}. First-order hypergradients cannot be trusted there. Lower --inner_lr "
+        "or --inner_steps."
+    )
 
 
 def _say(args: FocusArguments, text: str) -> None:
-    if args.process_index == 0:
+    if text and args.process_index == 0:
         print(text, flush=True)

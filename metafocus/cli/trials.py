@@ -30,6 +30,7 @@ _LONG = (
     "per_device_eval_batch_size",
     "depth_bins",
     "export",
+    "mask",
 )
 _OWN = (
     "gpqa_file", "longbench_file", "samples", "k", "no_tool", "unsafe_tools", "calls",

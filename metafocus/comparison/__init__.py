@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from metafocus.comparison.report import Comparison
+from metafocus.comparison.report import Comparison, environment
 from metafocus.comparison.run import compare
 
-__all__ = ["Comparison", "compare"]
+__all__ = ["Comparison", "compare", "environment"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 import os
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from metafocus.comparison.inner_curve import shown
 from metafocus.files import write_json
 
 if TYPE_CHECKING:
@@ -55,11 +57,14 @@ class Comparison:
             norm of the reference.
         reference: the name of the reference.
         environment: versions and machine.
+        inner_losses: the inner loss before each inner step, and after the last one. The table warns
+            where the last step raised it.
     """
 
     rows: list[dict[str, Any]]
     reference: str
     environment: dict[str, Any] = field(default_factory=dict)
+    inner_losses: list[float] = field(default_factory=list)
 
     def table(self) -> str:
         """Return the rows as a table for a terminal."""
@@ -90,7 +95,8 @@ class Comparison:
             )
         console = Console(width=160, record=True, file=io.StringIO())
         console.print(table)
-        return console.export_text().rstrip()
+        text = console.export_text().rstrip()
+        return f"{text}\ninner {shown(self.inner_losses)}" if self.inner_losses else text
 
     def plot(self, path: str | Path) -> None:
         """Write error against time and against memory, both logarithmic, as a figure.
@@ -133,9 +139,8 @@ class Comparison:
         return pd.DataFrame(self.rows)
 
     def to_json(self, path: str | Path) -> None:
-        """Write rows, reference and environment as JSON; NaN becomes null."""
-        found = {"reference": self.reference, "environment": self.environment, "rows": self.rows}
-        write_json(path, found)
+        """Write rows, reference, inner losses and environment as JSON; NaN becomes null."""
+        write_json(path, dataclasses.asdict(self))
 
 
 def environment(dtype: torch.dtype) -> dict[str, Any]:

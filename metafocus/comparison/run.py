@@ -12,13 +12,14 @@ import torch
 from metafocus import params as pt
 from metafocus.checks import whole
 from metafocus.comparison.agreement import is_finite
+from metafocus.comparison.inner_curve import inner_curve
 from metafocus.comparison.observe import Report, examine, first_draw, observe, timed
 from metafocus.comparison.report import Comparison, environment
 from metafocus.engine import MetaLoss, bilevel, hypergrad
-from metafocus.errors import NotStationaryWarning, ProblemError
+from metafocus.errors import NotStationaryWarning, ProblemError, RebuiltWarning
 from metafocus.estimators import Estimator
 from metafocus.estimators.attached import STATIONARY
-from metafocus.problem import Problem, constants
+from metafocus.problem import Problem, as_episode, constants, refuse_empty
 from metafocus.types import Episode, Params, Solver
 
 DIVERGED = 10.0
@@ -87,10 +88,7 @@ def compare(
     """
     for name, value in (("repeats", repeats), ("seeds", seeds)):
         whole(name, value, 1)
-    if not outer:
-        raise ProblemError(
-            "compare needs explicit outer parameters, got {}. Pass mf.trainable(model)."
-        )
+    refuse_empty(outer, "compare")
     if not isinstance(estimators, Mapping) or not (estimators or others):
         raise ProblemError(
             f"estimators must be a dict of at least one, such as {{'full': mf.Unrolled()}}, got "
@@ -105,11 +103,14 @@ def compare(
     if both:
         raise ProblemError(f"{both[0]!r} names an estimator and one of others: rename one.")
     with warnings.catch_warnings():
-        # The verdict says it.
+        # The verdict reports this.
         warnings.simplefilter("ignore", NotStationaryWarning)
+        # Each comparison builds its meta losses.
+        warnings.simplefilter("ignore", RebuiltWarning)
         exact = _exact(reference, losses, problem, outer, episode, solver)
         if exact is None or not is_finite(exact):
             raise ProblemError(f"the reference hypergradient ({title}) is not finite.")
+        curve = inner_curve(problem, outer, as_episode(episode).support, solver)
         reports = {
             key: examine(problem, outer, episode, solver, estimator)
             for key, estimator in estimators.items()
@@ -126,7 +127,7 @@ def compare(
                 seconds[key].append(timed(lambda run=gradient: run(outer, episode)))
     dtype = next(iter(outer.values())).dtype
     rows = [_row(key, report, dtype, seconds.get(key)) for key, report in reports.items()]
-    return Comparison(rows, title, environment(dtype))
+    return Comparison(rows, title, environment(dtype), curve)
 
 
 def _exact(
@@ -152,7 +153,7 @@ def _title(reference: Any, estimators: Mapping[str, Estimator], outer: Params) -
             )
         return reference
     if isinstance(reference, dict):
-        shapes, expected = ({k: list(v.shape) for k, v in p.items()} for p in (reference, outer))
+        shapes, expected = pt.shapes(reference), pt.shapes(outer)
         if shapes != expected:
             raise ProblemError(
                 f"the reference hypergradient has the shapes {shapes}, outer has {expected}."

@@ -10,6 +10,7 @@ from metafocus.data.batches import Collator, collate, pack
 from metafocus.data.chat import Sample, encode_chat
 from metafocus.data.encoding import Encoded, encode_chats
 from metafocus.data.reading import read_chats
+from metafocus.data.tokenizer import train_tokenizer
 
 __all__ = [
     "Collator",
@@ -20,4 +21,5 @@ __all__ = [
     "encode_chats",
     "pack",
     "read_chats",
+    "train_tokenizer",
 ]

@@ -1,280 +1,244 @@
-"""Finds where each message of a rendered chat begins and ends, in tokens.
+"""Finds where the header of an answer ends, and what of the text after it belongs to the answer.
 
-A boundary is found in the rendered text and mapped to tokens by the tokenizer's own offsets. For
-this, the text of the first messages must be the beginning of the text of the whole chat.
+The text between two contents of a chat, the glue, holds the end of one message and the beginning
+of the next. The template itself says where to cut it: the chat up to a message is rendered with
+and without the header of an answer, and compared with the whole chat. One pair of messages looks
+like the next, so a cut is remembered with the glue, and long chats take linear time.
 """
 
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from typing import TYPE_CHECKING, Any, cast
+from functools import cached_property
+from typing import Any, NamedTuple
 
-from metafocus.data.messages import Message
+from metafocus.data.fences import Group, Located, groups
+from metafocus.data.rendering import Renderer
 from metafocus.errors import DataError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-# Keys for metafocus, which the chat template must not see.
-_OWN_KEYS = ("weight", "evidence")
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # the same test as in transformers
-_PRIVATE_USE = range(0xE000, 0xF900)
+_STANDIN = "stand-in"
+_NUMBERS = re.compile(r"-?\d+(\.\d+)?([eE][-+]?\d+)?|true|false|null")
+_THOUGHT = re.compile(r"<think>\s*(</think>\s*)?\Z")
 
 
-class RewrittenError(DataError):
-    """A boundary cannot be found: the first messages are rendered differently in the whole chat."""
+def without_thought(header: str) -> str:
+    """Return the header of an answer without the reasoning that some prompts open."""
+    return _THOUGHT.sub("", header)
 
 
 @dataclass(frozen=True)
 class RenderedChat:
-    """A rendered chat, the input of all later steps."""
+    """A chat in the form for the template, its rendering, and the stretches of its messages."""
 
-    messages: Sequence[Message]
-    tokenizer: PreTrainedTokenizerBase
+    messages: list[dict[str, Any]]
     tools: list[Any] | None
-    text: str
-    ids: list[int]
-    marks: list[bool] | None  # [S], None if the template marks nothing
-    offsets: list[tuple[int, int]] | None  # [S], None for a tokenizer without offsets
+    found: Located
+    groups: list[Group]
 
-    def tokens_before(self, prefix: str) -> int:
-        """Return the number of tokens inside `prefix`; a token across its end does not count."""
-        if self.offsets is not None:
-            return bisect_right(self.offsets, len(prefix), key=lambda offset: offset[1])
-        ids = _tokenize(self.tokenizer, prefix)["input_ids"]
-        if ids != self.ids[: len(ids)]:
-            raise RewrittenError(
-                "the tokenizer merges tokens across the beginning or the end of an answer: use "
-                "its fast version, which knows the characters of each token"
-            )
-        return len(ids)
+    @classmethod
+    def of(
+        cls, messages: list[dict[str, Any]], tools: list[Any] | None, found: Located
+    ) -> RenderedChat:
+        """Return the rendered chat of what was found."""
+        return cls(messages, tools, found, groups(found))
 
 
-def render_text(
-    messages: Sequence[Message],
-    tokenizer: PreTrainedTokenizerBase,
-    tools: list[Any] | None,
-    prompt: bool = False,
-) -> str:
-    """Return the text that the tokenizer's template makes of a chat."""
-    text = tokenizer.apply_chat_template(
-        _plain(messages), tools=tools, tokenize=False, add_generation_prompt=prompt
-    )
-    return cast(str, text)
+class Tail(NamedTuple):
+    """What stands after the last text of a message.
 
-
-def _plain(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in m.items() if k not in _OWN_KEYS} for m in messages]
-
-
-def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> Any:
-    return tokenizer(text, add_special_tokens=False, verbose=False, **options)
-
-
-def _template_errors() -> tuple[type[Exception], ...]:
-    import jinja2
-
-    # Templates raise the first on purpose, and the second if they add a string to a list.
-    # transformers raises the third for tools that it cannot describe.
-    return jinja2.TemplateError, TypeError, ValueError
-
-
-def render(
-    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, tools: Sequence[Any] | None
-) -> RenderedChat:
-    """Render and tokenise a chat once.
-
-    Raises:
-        DataError: if there is no chat template, if the template refuses the chat, or if it does
-            not render the same text twice.
+    Attributes:
+        own: the beginning of it that stands there too when the message is the last one.
+        whole: whether the end of the message is the same when it is the last one.
+        beyond: whether a control token right after `own` may be the stop token of the answer.
+        as_at_use: whether the message is rendered as when it is the last one.
+        lost: the kinds of texts that are only rendered when the message is the last one.
     """
-    if not hasattr(tokenizer, "apply_chat_template"):
-        raise DataError(
-            f"tokenizer is a {type(tokenizer).__name__}: pass a Hugging Face tokenizer, such as "
-            "AutoTokenizer.from_pretrained(name)"
+
+    own: str
+    whole: bool = True
+    beyond: bool = True
+    as_at_use: bool = True
+    lost: tuple[str, ...] = ()
+
+
+class Boundaries:
+    """The cuts of a template's glue, found once and remembered."""
+
+    def __init__(self, renderer: Renderer):
+        self._renderer = renderer
+        self._headers: dict[Any, str] = {}
+        self._tails: dict[Any, tuple[str, Tail]] = {}
+        self._prompts: dict[bool, str] = {}
+
+    # The beginning of an answer --------------------------------------------------------------
+
+    def header(self, chat: RenderedChat, n: int) -> str:
+        """Return the text before the answer in stretch `n`, from the text before it on."""
+        group, before = chat.groups[n], _before(chat, n)
+        key = (_neighbours(chat, n - 1, n), before.rstrip())
+        known = self._headers.get(key)
+        if known is None or not before.startswith(known):
+            known = self._headers[key] = self._header(chat, n, group.message, before)
+        return known
+
+    def _header(self, chat: RenderedChat, n: int, i: int, before: str) -> str:
+        if i == 0:
+            prompt = self._prompt(chat.tools)
+            role = without_thought(prompt)
+            if role and before.count(role) == 1:
+                start = before.index(role)
+                return before[:start] + _common(before[start:], prompt)
+            return before
+        last = chat.groups[n - 1].message if n else None
+        earlier = chat.messages[:i]
+        prompted = self._after(earlier, chat.tools, last, prompt=True)
+        plain = self._after(earlier, chat.tools, last, prompt=False)
+        if prompted is not None and prompted != plain:
+            if before.startswith(prompted):
+                return prompted
+            common = _common(before, prompted)
+            named = "name" in chat.messages[i]
+            if not named and len(common) > len(_common(before, plain or "")):
+                return common
+        # The template ignores add_generation_prompt, or the header holds the name of the speaker.
+        # Another answer shows what is the header.
+        answer = {"role": "assistant", "content": _like(chat.messages[i].get("content"))}
+        if "name" in chat.messages[i]:
+            answer["name"] = chat.messages[i]["name"]
+        trial = self._located([*earlier, answer], chat.tools)
+        if trial is None or not trial.groups or trial.groups[-1].message != i:
+            return before
+        return _common(before, _before(trial, len(trial.groups) - 1))
+
+    @cached_property
+    def prompts(self) -> bool:
+        """Whether the template ends with the header of an answer only where it is asked to."""
+        answer = [{"role": role, "content": _STANDIN} for role in ("user", "assistant")]
+        prompted = self._after(answer, None, 1, prompt=True)
+        return prompted is None or prompted != self._after(answer, None, 1, prompt=False)
+
+    def _prompt(self, tools: list[Any] | None) -> str:
+        """Return the header of an answer after a question."""
+        if bool(tools) not in self._prompts:
+            question = [{"role": "user", "content": _STANDIN}]
+            prompted = self._after(question, tools, 0, prompt=True)
+            plain = self._after(question, tools, 0, prompt=False)
+            same = prompted is not None and plain is not None and prompted.startswith(plain)
+            self._prompts[bool(tools)] = prompted[len(plain) :] if same else ""  # pyright: ignore
+        return self._prompts[bool(tools)]
+
+    # The end of a message ----------------------------------------------------------------------
+
+    def tail(self, chat: RenderedChat, n: int, header: str | None = None) -> Tail:
+        """Return what of the text after stretch `n` belongs to its message.
+
+        Args:
+            chat: the rendered chat.
+            n: the index of the stretch.
+            header: of the answer, if the message is one.
+        """
+        group = chat.groups[n]
+        after = _after(chat, n)
+        if n + 1 == len(chat.groups) and group.message + 1 == len(chat.messages):
+            return Tail(after)
+        plain = after.lstrip()
+        if chat.messages[group.message].get("tool_calls"):
+            plain = _NUMBERS.sub("0", plain)
+        made = _before(chat, n)[len(header or "") :]
+        key = (_neighbours(chat, n - 1, n, n + 1), plain, made)
+        rest, known = self._tails.get(key, ("", None))
+        if known is None or not after.endswith(rest):
+            known = self._tail(chat, n, after)
+            rest = after[len(known.own) :]
+            self._tails[key] = rest, known
+        return known._replace(own=after[: len(after) - len(rest)])
+
+    def _tail(self, chat: RenderedChat, n: int, after: str) -> Tail:
+        group = chat.groups[n]
+        i = group.message
+        alone = self._located(chat.messages[: i + 1], chat.tools)
+        if alone is None or not alone.groups or alone.groups[-1].message != i:
+            return Tail("", whole=False)
+        last = alone.groups[-1]
+        finished = _after(alone, len(alone.groups) - 1)
+        own = _common(finished, after)
+        beyond = True
+        follows = own == finished and i + 1 < len(chat.messages)
+        if follows and chat.messages[i + 1]["role"] == "assistant":
+            # A template without end-of-turn tokens goes on with the header of the next answer.
+            prompted = self._after(chat.messages[: i + 1], chat.tools, i, prompt=True)
+            beyond = prompted is None or not prompted.startswith(finished)
+        same = _before(alone, len(alone.groups) - 1) == _before(chat, n) and (
+            alone.found.text[last.start : last.stop] == chat.found.text[group.start : group.stop]
         )
-    if not tokenizer.chat_template:
-        raise DataError(
-            "the tokenizer has no chat template: load the tokenizer of the chat model, or set "
-            "tokenizer.chat_template (metafocus.data.tokenizer.CHATML is one)"
-        )
-    tool_list = list(tools) if tools else None
-    try:
-        text = render_text(messages, tokenizer, tool_list)
-    except _template_errors() as error:
-        raise DataError(
-            f"the chat template refuses these messages ({error}): change the order or the roles "
-            f"({', '.join(m['role'] for m in messages)}) to what the template accepts"
-        ) from error
+        lost = Counter(last.kinds) - Counter(group.kinds)
+        return Tail(own, own == finished, beyond, same, tuple(sorted(lost)))
 
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"the rendered chat holds {text[error.start]!a}, half of a surrogate pair: look for it "
-            "in the tool calls and the parts of the content"
-        ) from error
-    template = tokenizer.get_chat_template(tools=cast(Any, tool_list))
-    marked = bool(tokenizer.is_fast) and _GENERATION.search(template) is not None
-    encoded = cast(
-        Mapping[str, Any],
-        tokenizer.apply_chat_template(
-            _plain(messages),
-            tools=tool_list,
-            return_dict=True,
-            return_assistant_tokens_mask=marked,
-            tokenizer_kwargs={"verbose": False},
-        ),
-    )
-    ids = list(encoded["input_ids"])
-    offsets, marks = None, None
-    if tokenizer.is_fast:
-        again = _tokenize(tokenizer, text, return_offsets_mapping=True)
-        if again["input_ids"] != ids:
-            raise DataError(
-                "tokenising the rendered chat again gives other ids, so characters cannot be "
-                "traced to tokens: use a template that renders the same text every time and the "
-                "tokenizer's own apply_chat_template"
-            )
-        offsets = again["offset_mapping"]
-        if marked:
-            marks = _whole_characters(encoded["assistant_masks"], again["offset_mapping"])
-    return RenderedChat(messages, tokenizer, tool_list, text, ids, marks, offsets)
+    # Renderings --------------------------------------------------------------------------------
+
+    def _after(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: list[Any] | None,
+        last: int | None,
+        *,
+        prompt: bool,
+    ) -> str | None:
+        """Return the rendered text after message `last`; None if another text comes last."""
+        chat = self._located(messages, tools, prompt=prompt)
+        if chat is None:
+            return None
+        if last is None:
+            return None if chat.groups else chat.found.text
+        if not chat.groups or chat.groups[-1].message != last:
+            return None
+        return _after(chat, len(chat.groups) - 1)
+
+    def _located(
+        self, messages: Sequence[dict[str, Any]], tools: list[Any] | None, *, prompt: bool = False
+    ) -> RenderedChat | None:
+        try:
+            found = self._renderer.located(messages, tools, prompt=prompt)
+        except DataError:
+            return None
+        return found and RenderedChat.of(list(messages), tools, found)
 
 
-def _whole_characters(marks: Sequence[int], offsets: Sequence[tuple[int, int]]) -> list[bool]:
-    # transformers marks only the first token of the last character, but an emoji has several.
-    whole: list[bool] = []
-    for i, mark in enumerate(marks):
-        shared = i > 0 and offsets[i][0] < offsets[i - 1][1]
-        whole.append(bool(mark) or (shared and whole[-1]))
-    return whole
+def _common(one: str, other: str) -> str:
+    """Return the common beginning of two texts."""
+    size = min(len(one), len(other))
+    return one[: next((i for i in range(size) if one[i] != other[i]), size)]
 
 
-def _beginning(chat: RenderedChat, count: int, prompt: bool, index: int) -> str:
-    """Return the text of the first `count` messages; the whole text must begin with it."""
-    try:
-        text = render_text(chat.messages[:count], chat.tokenizer, chat.tools, prompt)
-    except _template_errors() as error:
-        raise _rewritten(index, f"the template refuses the first {count} alone: {error}") from error
-    if not chat.text.startswith(text):
-        # Some templates add the eos token at the end of a chat, but not after earlier messages.
-        text = text.removesuffix(cast(str, chat.tokenizer.eos_token or ""))
-    if not chat.text.startswith(text):
-        raise _rewritten(
-            index,
-            f"the text of the first {count} messages{' and the generation prompt' * prompt} is "
-            "not the beginning of the text of the whole chat",
-        )
-    return text
+def _before(chat: RenderedChat, n: int) -> str:
+    return chat.found.text[chat.groups[n - 1].stop if n else 0 : chat.groups[n].start]
 
 
-def _rewritten(index: int, reason: str) -> RewrittenError:
-    return RewrittenError(
-        f"the chat template rewrites history, so message {index} cannot be located: {reason}. "
-        "Mark the answers in the template with {% generation %}, use a template that renders a "
-        "message the same wherever it stands, or split the chat so that only its last message is "
-        "an answer"
-    )
+def _after(chat: RenderedChat, n: int) -> str:
+    following = chat.groups[n + 1].start if n + 1 < len(chat.groups) else None
+    return chat.found.text[chat.groups[n].stop : following]
 
 
-def _prompt(chat: RenderedChat, index: int) -> str:
-    """Return the text before the content of assistant message `index`, with its header."""
-    if index > 0:
-        prompt = _beginning(chat, index, True, index)
-        if prompt != render_text(chat.messages[:index], chat.tokenizer, chat.tools):
-            return prompt
-    # Either there is no earlier message, or the template ignores add_generation_prompt. A
-    # placeholder for the answer then shows where the content begins, after the header.
-    standin = unused_character(chat.text)
-    trial = [*chat.messages[:index], {"role": "assistant", "content": standin}]
-    try:
-        prompt, found, _ = render_text(trial, chat.tokenizer, chat.tools).partition(standin)
-    except _template_errors() as error:
-        raise _rewritten(index, f"the template refuses another answer there: {error}") from error
-    if not found or not chat.text.startswith(prompt):
-        raise _rewritten(index, "its header depends on its content")
-    return prompt
+def _like(content: Any) -> Any:
+    return [{"type": "text", "text": _STANDIN}] if isinstance(content, list) else _STANDIN
 
 
-def unused_character(text: str) -> str:
-    """Return a private-use character that `text` does not hold, to find it after rendering."""
-    return next(chr(code) for code in _PRIVATE_USE if chr(code) not in text)
-
-
-def assistant_spans(chat: RenderedChat) -> list[tuple[int, int]]:
-    """Return the token span [start, stop) of each assistant message, without its header.
-
-    Raises:
-        RewrittenError: if the whole text does not begin with the text of the first messages.
-    """
-    spans: list[tuple[int, int]] = []
-    for i, message in enumerate(chat.messages):
-        if message["role"] == "assistant":
-            prompt, whole = _prompt(chat, i), _beginning(chat, i + 1, False, i)
-            if not whole.startswith(prompt):
-                raise _rewritten(i, "the message does not begin with the generation prompt")
-            start, stop = chat.tokens_before(prompt), chat.tokens_before(whole)
-            if spans and start < spans[-1][1]:
-                raise _rewritten(i, "it is rendered before the end of an earlier answer")
-            spans.append((start, stop))
-    return spans
-
-
-def message_ends(chat: RenderedChat) -> list[int]:
-    """Return the number of tokens up to the end of each message.
-
-    Raises:
-        DataError: if the template joins messages, so that their boundary cannot be found.
-    """
-    try:
-        texts = [_beginning(chat, i + 1, False, i) for i in range(len(chat.messages))]
-    except RewrittenError as error:
-        raise DataError(f"{error}; or pass merge_context=True") from error
-    return [chat.tokens_before(text) for text in texts]
-
-
-def spans_from_marks(
-    chat: RenderedChat, merge_context: bool, error: RewrittenError
-) -> list[tuple[int, int]]:
-    """Return the runs of the generation marks, if each belongs to one assistant message.
-
-    Raises:
-        RewrittenError: `error` itself, if the template marks nothing.
-        DataError: if the number of runs differs from that of the assistant messages, or if
-            `merge_context` is off.
-    """
-    if chat.marks is None:
-        raise error
-    if not merge_context:
-        raise DataError(f"{error}; or pass merge_context=True") from error
-    runs, position = [], 0
-    for marked, run in groupby(chat.marks):
-        start, position = position, position + len(list(run))
-        if marked:
-            # The newline after an end-of-turn token belongs to the message before it.
-            runs.append((start, position + _leading_space(chat, position)))
-    expected = sum(message["role"] == "assistant" for message in chat.messages)
-    if len(runs) != expected:
-        raise DataError(
-            f"{error}. Its generation marks do not help: {len(runs)} marked runs for {expected} "
-            "assistant messages"
-        ) from error
-    return runs
-
-
-def _leading_space(chat: RenderedChat, start: int) -> int:
-    """Return the number of tokens from `start` on that are only white space."""
-    count = 0
-    while start + count < len(chat.ids) and is_space(chat, start + count, start + count + 1):
-        count += 1
-    return count
-
-
-def is_space(chat: RenderedChat, start: int, stop: int) -> bool:
-    """Return whether the tokens [start, stop) are only white space."""
-    return not cast(str, chat.tokenizer.decode(chat.ids[start:stop])).strip()
+def _neighbours(chat: RenderedChat, *places: int) -> tuple[Any, ...]:
+    """Return what a template may see of some neighbouring messages, apart from their texts."""
+    found: list[Any] = [bool(chat.tools)]
+    previous: int | None = None
+    for n in places:
+        if not 0 <= n < len(chat.groups):
+            found.append(None)
+            continue
+        group = chat.groups[n]
+        message = chat.messages[group.message]
+        step = None if previous is None else group.message - previous
+        first = group.message == 0
+        content = type(message.get("content"))
+        found.append((message["role"], *sorted(message), content, group.kinds, step, first))
+        previous = group.message
+    return tuple(found)

@@ -6,33 +6,36 @@ that is empty or not trained separates its neighbours like any other.
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from metafocus.checks import whole
-from metafocus.data.boundaries import (
-    RenderedChat,
-    RewrittenError,
-    assistant_spans,
-    is_space,
-    message_ends,
-    render,
-    render_text,
-    spans_from_marks,
-    unused_character,
+from metafocus.data.answers import Finder
+from metafocus.data.boundaries import RenderedChat
+from metafocus.data.contents import lost, lost_reasoning, training_template
+from metafocus.data.messages import (
+    Message,
+    check_messages,
+    from_arrow,
+    is_trained,
+    without_nulls,
 )
-from metafocus.data.messages import Message, check_messages
+from metafocus.data.rendering import Form, Renderer, forms
+from metafocus.data.tokens import Tokens
 from metafocus.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Sample = dict[str, Tensor]  # 1-D tensors of one length, under the names of a batch
+
+TURNS = ("as_rendered", "last", "each")
+_PRIVATE_USE = range(0xE000, 0xF900)
 
 
 def encode_chat(
@@ -42,18 +45,20 @@ def encode_chat(
     tools: Sequence[Any] | None = None,
     merge_context: bool = True,
     max_length: int | None = None,
+    turns: str = "as_rendered",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Sample:
     """Tokenise one chat with the tokenizer's own template into 1-D tensors of one length S.
 
     The sample has `input_ids` [S] int64, `turn_ids` [S] int64 and `answer_mask` [S] bool. The
-    answer mask marks the content and the end-of-turn token of every assistant message whose
-    `weight` is not 0. The sample also has `needle_mask` [S] bool if a message has `evidence`, a
-    list of character spans [start, end) of its content.
+    answer mask marks the content and the stop token of every assistant message, unless its
+    `weight` is 0 or its `train` is false. The sample also has `needle_mask` [S] bool if a message
+    has `evidence`, a list of character spans [start, end) of its content.
 
-    A template with `{% generation %}` defines which tokens are answers. With any other template an
-    answer is the text that the message adds to the generation prompt. With `merge_context`,
-    consecutive non-assistant messages and the header of the next assistant message share one turn.
-    Without it, every message with its header is a turn. An assistant message always ends a turn.
+    A template with `{% generation %}` defines where answers begin. With any other template an
+    answer is what the message adds to the generation prompt. With `merge_context`, consecutive
+    non-assistant messages and the header of the next assistant message share one turn. Without it,
+    every message with its header is a turn. An assistant message always ends a turn.
 
     Args:
         messages: dicts with `role` and `content`; an assistant message may have `tool_calls`.
@@ -62,11 +67,14 @@ def encode_chat(
         merge_context: whether consecutive non-assistant messages form one turn.
         max_length: the largest number of tokens; the rest is cut on the tokenizer's
             `truncation_side`.
+        turns: "as_rendered" trains every answer as it stands in the whole chat, "last" only the
+            last answer, as the last message of the chat.
+        chat_template_kwargs: more variables of the template, such as `enable_thinking`.
 
     Raises:
         DataError: if messages are malformed, if there is no chat template, if the template
-            refuses the chat or changes earlier messages, or if evidence cannot be located in the
-            tokens.
+            refuses the chat or does not render all of it, or if an answer or evidence cannot be
+            located in the tokens.
 
     Example:
         >>> from metafocus.data import encode_chat
@@ -79,24 +87,222 @@ def encode_chat(
         >>> sample["turn_ids"].unique().tolist()
         [0, 1]
     """
+    if isinstance(messages, list) and from_arrow(messages):
+        messages = without_nulls(messages)
     check_messages(messages)
     check_max_length(max_length)
-    chat = render(messages, tokenizer, tools)
-    try:
-        spans = assistant_spans(chat)
-        ends = None if merge_context else message_ends(chat)
-    except RewrittenError as error:
-        spans, ends = spans_from_marks(chat, merge_context, error), None
+    if turns not in TURNS[:2]:
+        raise DataError(
+            f"turns={turns!r} must be one of {', '.join(TURNS[:2])} for a single chat; "
+            "encode_chats also takes turns='each'"
+        )
+    encoder = Encoder(tokenizer, merge_context, chat_template_kwargs)
+    if turns == "last":
+        messages = last_answer(messages)
+    made = encoder.encode(messages, tools)
+    return truncate(made.sample, max_length, tokenizer.truncation_side)
 
-    size = len(chat.ids)
-    sample = {
-        "input_ids": torch.tensor(chat.ids, dtype=torch.int64),
-        "turn_ids": torch.tensor(_turn_ids(size, spans, ends), dtype=torch.int64),
-        "answer_mask": torch.tensor(_answers(chat, spans), dtype=torch.bool),
-    }
-    if any(message.get("evidence") for message in messages):
-        sample["needle_mask"] = torch.tensor(_needles(chat), dtype=torch.bool)
-    return truncate(sample, max_length, tokenizer.truncation_side)
+
+class Made(NamedTuple):
+    """A sample, and what is to be said of it.
+
+    Attributes:
+        sample: 1-D tensors.
+        unstopped: the number of trained answers whose last trained token is plain text.
+        rewritten: the number of trained answers that are rendered differently as last messages.
+    """
+
+    sample: Sample
+    unstopped: int
+    rewritten: int
+
+
+class _Prepared(NamedTuple):
+    given: Sequence[Message]
+    chat: RenderedChat
+    form: Form
+
+
+class Encoder:
+    """Encodes chats, and remembers what it learned about the template.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer with a chat template.
+        merge_context: whether consecutive non-assistant messages form one turn.
+        variables: more variables of the template.
+        template: instead of the tokenizer's own.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        merge_context: bool = True,
+        variables: Mapping[str, Any] | None = None,
+        template: str | None = None,
+    ):
+        self._tokenizer, self._merge_context = tokenizer, merge_context
+        self._variables = variables
+        self._renderer = Renderer(tokenizer, variables, template)
+        self._finder = Finder(self._renderer)
+        self._form = Form()
+
+    def encode(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> Made:
+        """Return the sample of one chat whose messages were checked."""
+        (made,) = self.encode_all([(messages, tools)])
+        if isinstance(made, DataError):
+            raise made
+        return made
+
+    def encode_all(
+        self, chats: Sequence[tuple[Sequence[Message], Sequence[Any] | None]]
+    ) -> list[Made | DataError]:
+        """Return the sample of each chat, or why it cannot be encoded.
+
+        Many chats are tokenised at once, because the tokenizer works in several threads.
+        """
+        prepared = [self._caught(self._prepare, messages, tools) for messages, tools in chats]
+        good = [one for one in prepared if isinstance(one, _Prepared)]
+        texts = [one.chat.found.text for one in good]
+        tokens = iter(Tokens.of(self._tokenizer, texts, self._finder.controls) if texts else [])
+        return [
+            self._caught(self._sample, one, next(tokens)) if isinstance(one, _Prepared) else one
+            for one in prepared
+        ]
+
+    @staticmethod
+    def _caught(function: Any, *args: Any) -> Any:
+        try:
+            return function(*args)
+        except DataError as error:
+            return error
+
+    def _prepare(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> _Prepared:
+        """Render a chat in the first form of its messages of which the template renders all."""
+        tool_list = list(tools) if tools else None
+        first: DataError | None = None
+        possible = list(forms(messages))
+        # The form that the last chat needed is probably the right one.
+        possible.sort(key=lambda form: form != self._form)
+        for form in possible:
+            try:
+                chat = self._rendered(messages, tool_list, form)
+            except DataError as error:
+                # What is said of the messages as they are is said in the end.
+                if first is None or form == Form():
+                    first = error
+                continue
+            self._form = form
+            return _Prepared(messages, chat, form)
+        assert first is not None, "forms yields at least one"
+        raise DataError(f"{first}{self._advice(messages, tool_list)}") from first
+
+    def _advice(self, messages: Sequence[Message], tools: list[Any] | None) -> str:
+        """Return what helps against a text that is not rendered."""
+        better = training_template(self._renderer.template(tools))
+        if better is not None:
+            text = better.read_text(encoding="utf-8")
+            other = Encoder(self._tokenizer, self._merge_context, self._variables, text)
+            for form in forms(messages):
+                with suppress(DataError):
+                    if lost_reasoning(other._rendered(messages, tools, form), messages) is None:
+                        return f"; trl's template for training does: --chat_template {better}"
+        return ""
+
+    def _rendered(
+        self, messages: Sequence[Message], tools: list[Any] | None, form: Form
+    ) -> RenderedChat:
+        inner = form.messages(messages)
+        found = self._renderer.located(inner, tools)
+        if found is None:
+            raise DataError(
+                "the template renders the chat differently when its texts change, or again "
+                "differently every time, so the texts cannot be traced to tokens: use a template "
+                "that renders the texts as they are"
+            )
+        _check_text(found.text)
+        chat = RenderedChat.of(inner, tools, found)
+        problem = lost(chat, messages)
+        if problem is not None:
+            roles = [message["role"] for message in messages]
+            instead = "; give it the role system" if "developer" in roles else ""
+            raise DataError(
+                f"the chat template does not render everything: {problem}. Remove it{instead}, or "
+                "use a template that renders it"
+            )
+        return chat
+
+    def _sample(self, prepared: _Prepared, tokens: Tokens) -> Made:
+        given, chat, _ = prepared
+        answers = self._finder.answers(chat, tokens, given)
+        i = lost_reasoning(chat, given)
+        if i is not None:
+            raise DataError(
+                f"the chat template drops the reasoning of message {i}, which is trained. Remove "
+                f"it, or use a template that renders it{self._advice(given, chat.tools)}"
+            )
+        ends = None if self._merge_context else self._finder.ends(chat, tokens, answers)
+        size = len(tokens.ids)
+        mask = torch.zeros(size, dtype=torch.bool)
+        unstopped = rewritten = 0
+        for answer in answers:
+            if is_trained(given[answer.message]) and answer.trained:
+                mask[list(answer.trained)] = True
+                unstopped += not tokens.is_control(answer.trained[-1])
+                rewritten += not answer.as_at_use
+        stops = [edge for answer in answers for edge in (answer.start, answer.end)]
+        sample = {
+            "input_ids": torch.tensor(tokens.ids, dtype=torch.int64),
+            "turn_ids": _turn_ids(size, stops if ends is None else ends),
+            "answer_mask": mask,
+        }
+        if any(message.get("evidence") for message in given):
+            needles = self._needles(prepared, tokens)
+            sample["needle_mask"] = torch.tensor(needles, dtype=torch.bool)
+        return Made(sample, unstopped, rewritten)
+
+    def _needles(self, prepared: _Prepared, tokens: Tokens) -> list[bool]:
+        """Return which tokens overlap the evidence.
+
+        The chat is rendered once more with an unused character at both ends of each span.
+        """
+        if tokens.offsets is None:
+            raise DataError(
+                "evidence needs a tokenizer that knows the characters of each token: use its fast "
+                "version (tokenizer.is_fast), or leave evidence out"
+            )
+        given, chat, form = prepared
+        text = chat.found.text
+        fence = next(chr(code) for code in _PRIVATE_USE if chr(code) not in text)
+        fenced, count = list(given), 0
+        for i, message in enumerate(given):
+            edges = _merged_edges(message.get("evidence") or [])
+            if edges:
+                cuts = [0, *edges, len(message["content"])]
+                parts = [message["content"][start:stop] for start, stop in pairwise(cuts)]
+                fenced[i] = {**message, "content": fence.join(parts)}
+                count += len(edges)
+        pieces = self._renderer.text(form.messages(fenced), chat.tools).split(fence)
+        if "".join(pieces) != text or len(pieces) != count + 1:
+            raise DataError(
+                "evidence cannot be traced into the rendered chat, because the template drops, "
+                "trims or repeats that text: let the spans cover only characters that the template "
+                "keeps"
+            )
+        edges = list(accumulate(len(piece) for piece in pieces[:-1]))
+        spans = list(zip(edges[::2], edges[1::2], strict=True))
+        return [any(a < stop and start < b for a, b in spans) for start, stop in tokens.offsets]
+
+
+def last_answer(messages: Sequence[Message]) -> list[Message]:
+    """Return the chat up to its last trained answer, of which only this answer is trained."""
+    trained = [i for i, message in enumerate(messages) if is_trained(message)]
+    return up_to(messages, trained[-1]) if trained else list(messages)
+
+
+def up_to(messages: Sequence[Message], last: int) -> list[Message]:
+    """Return the chat up to message `last`, of which no earlier answer is trained."""
+    earlier = [{**m, "weight": 0} if is_trained(m) else m for m in messages[:last]]
+    return [*earlier, messages[last]]
 
 
 def truncate(sample: Sample, max_length: int | None, side: str) -> Sample:
@@ -118,57 +324,20 @@ def check_max_length(max_length: int | None) -> None:
         whole("max_length", max_length, 2, note=note, error=DataError)
 
 
-def _turn_ids(size: int, spans: list[tuple[int, int]], ends: list[int] | None) -> list[int]:
-    """Return one turn per message if `ends` is given, else even ids for context and odd ones."""
-    stops = [edge for span in spans for edge in span] if ends is None else ends
-    return [bisect_right(stops, position) for position in range(size)]
-
-
-def _answers(chat: RenderedChat, spans: list[tuple[int, int]]) -> list[bool]:
-    added = chat.tokenizer.added_tokens_decoder
-    special = {i for i in added if added[i].special}.union(chat.tokenizer.all_special_ids)
-    answers = [False] * len(chat.ids) if chat.marks is None else list(chat.marks)
-    assistants = (message for message in chat.messages if message["role"] == "assistant")
-    for (start, stop), message in zip(spans, assistants, strict=True):
-        if message.get("weight") == 0:
-            answers[start:stop] = [False] * (stop - start)
-            continue
-        if chat.marks is None:
-            answers[start:stop] = [True] * (stop - start)
-        ends = [i for i in range(start, stop) if chat.ids[i] in special]
-        if ends and is_space(chat, ends[-1] + 1, stop):
-            answers[ends[-1] + 1 : stop] = [False] * (stop - ends[-1] - 1)
-    return answers
-
-
-def _needles(chat: RenderedChat) -> list[bool]:
-    """Return which tokens overlap the evidence.
-
-    The chat is rendered once more with an unused character at both ends of each span.
-    """
-    if chat.offsets is None:
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
         raise DataError(
-            "evidence needs a tokenizer that knows the characters of each token: use its fast "
-            "version (tokenizer.is_fast), or leave evidence out"
-        )
-    fence = unused_character(chat.text)
-    fenced, count = list(chat.messages), 0
-    for i, message in enumerate(chat.messages):
-        edges = _merged_edges(message.get("evidence") or [])
-        if edges:
-            cuts = [0, *edges, len(message["content"])]
-            parts = [message["content"][start:stop] for start, stop in pairwise(cuts)]
-            fenced[i] = {**message, "content": fence.join(parts)}
-            count += len(edges)
-    pieces = render_text(fenced, chat.tokenizer, chat.tools).split(fence)
-    if "".join(pieces) != chat.text or len(pieces) != count + 1:
-        raise DataError(
-            "evidence cannot be traced into the rendered chat, because the template drops, trims "
-            "or repeats that text: let the spans cover only characters that the template keeps"
-        )
-    edges = list(accumulate(len(piece) for piece in pieces[:-1]))
-    spans = list(zip(edges[::2], edges[1::2], strict=True))
-    return [any(a < stop and start < b for a, b in spans) for start, stop in chat.offsets]
+            f"the rendered chat holds {text[error.start]!a}, half of a surrogate pair: look for it "
+            "in the tool calls and the parts of the content"
+        ) from error
+
+
+def _turn_ids(size: int, stops: list[int]) -> Tensor:
+    """Return for each token how many edges of turns stand at or before it."""
+    edges = torch.tensor(stops, dtype=torch.int64)
+    return torch.bucketize(torch.arange(size), edges, right=True)
 
 
 def _merged_edges(spans: Sequence[Sequence[int]]) -> list[int]:

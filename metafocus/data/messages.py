@@ -13,6 +13,32 @@ Message = Mapping[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
+def is_trained(message: Message) -> bool:
+    """Return whether a message is an answer to learn."""
+    return (
+        message["role"] == "assistant"
+        and message.get("weight") != 0
+        and message.get("train") is not False
+    )
+
+
+def without_nulls(value: Any) -> Any:
+    """Return a value of JSON without the keys that hold null."""
+    if isinstance(value, Mapping):
+        return {k: without_nulls(v) for k, v in value.items() if v is not None}
+    return [without_nulls(v) for v in value] if isinstance(value, list) else value
+
+
+def from_arrow(messages: Any) -> bool:
+    """Return whether messages are those of a row of Arrow, whose structs all have the same keys.
+
+    There a null stands for a key that only other rows have, in the arguments of calls, too.
+    """
+    return any(
+        isinstance(m, Mapping) and "tool_calls" in m and m["tool_calls"] is None for m in messages
+    )
+
+
 def check_messages(messages: Any, where: str = "") -> None:
     """Raise for messages that no template can render as intended.
 
@@ -45,6 +71,17 @@ def _check_message(message: Any, where: str) -> None:
         raise DataError(f"{where}content={content!r:.80} is neither a string nor a list of parts")
     if isinstance(content, str):
         _check_text(content, where)
+    for part in content if isinstance(content, list) else []:
+        _check_part(part, where)
+    calls = message.get("tool_calls")
+    if calls is not None and not isinstance(calls, list):
+        raise DataError(f"{where}tool_calls={calls!r:.80} is not a list of calls")
+    train = message.get("train")
+    if train is not None and (role != "assistant" or not isinstance(train, bool)):
+        raise DataError(
+            f"{where}train={train!r} on a {role} message: train is true or false, and only on "
+            "assistant messages"
+        )
     weight = message.get("weight")
     if weight is not None and (role != "assistant" or weight not in (0, 1)):
         raise DataError(
@@ -54,6 +91,16 @@ def _check_message(message: Any, where: str) -> None:
     evidence = message.get("evidence")
     if evidence is not None:
         _check_evidence(evidence, role, content, where)
+
+
+def _check_part(part: Any, where: str) -> None:
+    text = part.get("text") if isinstance(part, Mapping) else part
+    kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
+    if kind != "text" or not isinstance(text, str):
+        raise DataError(
+            f"{where}the part {part!r:.80} of the content is no text: remove images and other "
+            "media, give {'type': 'text', 'text': ...}"
+        )
 
 
 def _check_text(text: str, where: str) -> None:

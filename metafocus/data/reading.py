@@ -1,24 +1,32 @@
-"""Reads chats from a file, JSON lines or parquet, and checks each of them."""
+"""Reads chats from files and data sets, in one of the usual formats, and checks each of them."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from metafocus.data.messages import check_messages
+from metafocus.data.formats import as_chat
+from metafocus.data.messages import check_messages, without_nulls
 from metafocus.errors import DataError
 
 _SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
-def read_chats(path: str | Path) -> list[dict[str, Any]]:
-    r"""Read chats from JSON lines (`.jsonl`, `.json`) or a `.parquet` file, and check each of them.
+def read_chats(path: str | Path, *, check: bool = True) -> list[dict[str, Any]]:
+    r"""Read chats from JSON lines, a JSON array or a `.parquet` file, and check each of them.
 
-    Every record has `messages` and optionally `tools`, a list or the JSON text of a list. Other
-    columns are kept. Blank lines are skipped. Parquet stores null for keys that a message does not
-    have; these keys are removed.
+    Every record has `messages` and optionally `tools`, a list or the JSON text of a list; or it is
+    of another format that `metafocus.data.formats` knows (ShareGPT, prompt and completion, Alpaca,
+    plain `text`, `input_ids`). Other columns are kept. Blank lines are skipped. Parquet stores null
+    for keys that a message does not have; these keys are removed.
+
+    Args:
+        path: a `.jsonl`, `.json` or `.parquet` file.
+        check: whether to raise for messages that are missing or malformed; `encode_chats` finds
+            them, too, and skips them.
 
     Raises:
         DataError: if the file is missing, empty, unreadable or of another kind; if a line is not
@@ -43,18 +51,29 @@ def read_chats(path: str | Path) -> list[dict[str, Any]]:
     if not _is_file(path):
         raise DataError(f"path={str(path)!r} is not a file: check the name and the folder")
     rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
-    records = [_checked(record, f"{path}, {place}: ") for place, record in rows]
+    records = [_checked(record, f"{path}, {place}: ", check) for place, record in rows]
     if not records:
         raise DataError(f"path={str(path)!r} holds no record: write one chat per line or row")
     return records
 
 
-def read_dataset(name: str, config: str | None = None) -> dict[str, list[dict[str, Any]]]:
+def read_dataset(
+    name: str,
+    config: str | None = None,
+    *,
+    streaming: bool = False,
+    limit: int | None = None,
+    check: bool = True,
+) -> dict[str, list[dict[str, Any]]]:
     """Read the splits of a data set of chats with the package `datasets`, and check each record.
 
     Args:
-        name: a hub id, or a directory, as `datasets.load_dataset` takes it.
+        name: a hub id, a directory with files, as `datasets.load_dataset` takes it, or a directory
+            that `Dataset.save_to_disk` wrote.
         config: which of its configurations, if it has several.
+        streaming: whether to read records one after another instead of the whole data set.
+        limit: the largest number of records of a split.
+        check: whether to raise for messages that are missing or malformed.
 
     Returns:
         Records as `read_chats` returns them, by the name of the split.
@@ -63,24 +82,33 @@ def read_dataset(name: str, config: str | None = None) -> dict[str, list[dict[st
         DataError: the package is missing, the data set cannot be loaded, or a record is malformed.
     """
     try:
-        from datasets import load_dataset
-        from datasets.exceptions import DatasetsError
+        import datasets
     except ModuleNotFoundError as error:
         raise DataError(
             "a data set by name needs the package datasets: pip install datasets"
         ) from error
     try:
-        found: Any = load_dataset(name, config)
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        found = _loaded(datasets, name, config, streaming)
+        return {
+            str(part): [
+                _checked(without_nulls(row), f"{name}, {part}, row {number}: ", check)
+                for number, row in enumerate(islice(rows, limit), start=1)
+            ]
+            for part, rows in found.items()
+        }
+    except DataError:
+        raise
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise DataError(f"the data set {name!r} cannot be loaded: {reason}") from error
-    return {
-        str(part): [
-            _checked(_without_nulls(row), f"{name}, {part}, row {number}: ")
-            for number, row in enumerate(rows, start=1)
-        ]
-        for part, rows in found.items()
-    }
+
+
+def _loaded(datasets: Any, name: str, config: str | None, streaming: bool) -> Any:
+    saved = [Path(name, file) for file in ("dataset_dict.json", "state.json")]
+    if not any(_is_file(path) for path in saved):
+        return datasets.load_dataset(name, config, streaming=streaming)
+    found = datasets.load_from_disk(name)
+    return found if isinstance(found, dict) else {"train": found}
 
 
 def _is_file(path: Path) -> bool:
@@ -95,21 +123,35 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     # Lines are split as bytes, because Python would also split at other line separators, which
     # JSON text may hold.
     with path.open("rb") as file:
+        start = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
+        file.seek(0)
+        # One line may be an array of chats, too, or of something else, which is refused later.
+        if start[:1] == b"[":
+            yield from _array_rows(path, file.read())
+            return
         for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_unique)
-            except DataError as error:
-                raise DataError(f"{path}, line {number}: {error}") from error
-            except RecursionError as error:
-                raise DataError(f"{path}, line {number}: nested too deeply for a chat") from error
-            except ValueError as error:
-                raise DataError(
-                    f"{path}, line {number}: not JSON ({error}): write one complete JSON object "
-                    "per line, in UTF-8"
-                ) from error
-            yield f"line {number}", record
+            if line.strip():
+                yield f"line {number}", _json(line, f"{path}, line {number}", _LINE)
+
+
+_LINE = "write one complete JSON object per line, in UTF-8"
+
+
+def _array_rows(path: Path, text: bytes) -> Iterator[tuple[str, Any]]:
+    records = _json(text, str(path), "write an array of objects, or one object per line, in UTF-8")
+    for number, record in enumerate(records, start=1):
+        yield f"record {number}", record
+
+
+def _json(text: bytes, where: str, fix: str) -> Any:
+    try:
+        return json.loads(text.decode("utf-8-sig"), object_pairs_hook=_unique)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
+    except RecursionError as error:
+        raise DataError(f"{where}: nested too deeply for a chat") from error
+    except ValueError as error:
+        raise DataError(f"{where}: not JSON ({error}): {fix}") from error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -134,31 +176,29 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
             "write or download it again"
         ) from error
     for number, record in enumerate(records, start=1):
-        yield f"row {number}", _without_nulls(record)
+        yield f"row {number}", without_nulls(record)
 
 
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
-    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
-
-
-def _checked(record: Any, where: str) -> dict[str, Any]:
+def _checked(record: Any, where: str, check: bool) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise DataError(f"{where}{record!r:.80} is not an object with messages")
-    if "messages" not in record:
-        raise DataError(
-            f"{where}no messages, only {', '.join(map(str, record)) or 'nothing'}: give each "
-            "record a list of messages under the key 'messages'"
-        )
-    check_messages(record["messages"], where)
-    tools = record.get("tools")
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}tools is a string, but not JSON ({error})") from error
-        record = {**record, "tools": tools}
-    if tools is not None and not isinstance(tools, list):
-        raise DataError(f"{where}tools={tools!r:.80} is not a list of function descriptions")
+    try:
+        record = as_chat(record)
+        if isinstance(record.get("tools"), str):
+            record["tools"] = _tools(record["tools"])
+        tools = record.get("tools")
+        if tools is not None and not isinstance(tools, list):
+            raise DataError(f"tools={tools!r:.80} is not a list of function descriptions")
+        if check and "messages" in record:
+            check_messages(record["messages"])
+    except DataError as error:
+        if check:
+            raise DataError(f"{where}{error}") from error
     return record
+
+
+def _tools(text: str) -> Any:
+    try:
+        return json.loads(text) if text.strip() else None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"tools is a string, but not JSON ({error})") from error

@@ -9,8 +9,8 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
+from metafocus.diagnostics.roles import SINKS, Tokens
 from metafocus.diagnostics.sums import CONTEXT, EFFECTIVE, ENTROPY, FEW, FIRST, NEEDLE, Sums
-from metafocus.diagnostics.tokens import SINKS, Tokens
 
 QUERIES = ("answer", "context", "all")
 """Sets of queries: tokens of trained answers, all other tokens except padding, and both."""

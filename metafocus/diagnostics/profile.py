@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from metafocus.diagnostics.measures import QUERIES, Measures
-from metafocus.diagnostics.tokens import SINKS
+from metafocus.diagnostics.roles import SINKS
 from metafocus.errors import ProblemError
 from metafocus.files import finite, write_json
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,10 +11,11 @@ from torch import Tensor, nn
 from metafocus.adapters import NoAdapter
 from metafocus.attention.hugging_face import attend, make_mask, register
 from metafocus.attention.kernels.kernel import Scaling
+from metafocus.calls import evaluating, running, using
 from metafocus.diagnostics.measures import QUERIES, Measures, stack, summarise
 from metafocus.diagnostics.profile import AttentionProfile
+from metafocus.diagnostics.roles import Tokens, block_size
 from metafocus.diagnostics.sums import attention_sums
-from metafocus.diagnostics.tokens import Tokens, block_size
 from metafocus.errors import ProblemError
 from metafocus.lm import Adapter, Batch, all_tokens, lm_loss
 from metafocus.lm.hf import heads
@@ -88,11 +88,11 @@ def attention_profile(
     tokens = Tokens.of(raw)
     recorder = Recorder(tokens)
     _register()
-    with torch.no_grad(), _evaluating(model):
+    with using(model), torch.no_grad(), evaluating(model):
         with attention_as(config, "metafocus"):
             loss = lm_loss(model, adapter=adapter, mask=mask, tokens=all_tokens)
             inputs = loss.prepare(raw)["model_inputs"]
-        with adapter.bind(model, fast), attention_as(config, NAME):
+        with running(model), adapter.bind(model, fast), attention_as(config, NAME):
             # The model runs up to its head only. The logits of a long context would take more
             # memory than everything else.
             heads.read_hidden(
@@ -188,15 +188,3 @@ def _register() -> None:
     register()
     AttentionInterface.register(NAME, recorded)
     AttentionMaskInterface.register(NAME, make_mask)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch dropout and checkpointing off inside a `with` block; restore every module after it."""
-    before = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training

@@ -12,7 +12,7 @@ from torch import Tensor
 from metafocus.attention.kernels.kernel import QKV, Scaling
 from metafocus.attention.kernels.tiled_inputs import TiledInputs, put_rows
 from metafocus.attention.kernels.tiles import Tile
-from metafocus.diagnostics.tokens import Tokens, block_size
+from metafocus.diagnostics.roles import Tokens, block_size
 from metafocus.masks.spans import Spans
 
 FIRST, FEW, CONTEXT, NEEDLE, ENTROPY, EFFECTIVE = range(6)

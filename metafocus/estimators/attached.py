@@ -12,6 +12,7 @@ from torch import Tensor
 
 from metafocus import params as pt
 from metafocus.autodiff.grad import value_and_grad
+from metafocus.calls import attempt, current
 from metafocus.errors import NotStationaryWarning, ProblemError, TransformError
 from metafocus.solvers.descent import solve_inner
 from metafocus.streams import is_stream
@@ -40,6 +41,24 @@ class Point(NamedTuple):
         )
 
 
+class Inner(NamedTuple):
+    """What an estimator is called with.
+
+    Attributes:
+        loss: what the inner solver goes down, step by step.
+        solver: the inner optimiser.
+        start: the fast weights before the first step.
+        outer: the slow weights.
+        support: what the inner loss sees, or a stream of it.
+    """
+
+    loss: InnerLoss
+    solver: Solver
+    start: Params
+    outer: Params
+    support: Any
+
+
 class System:
     """The inner problem as an estimator sees it: how to solve it and how the solution moves.
 
@@ -47,11 +66,7 @@ class System:
     differentiable leaves of `(outer, support)`, and `push`, the Jacobian-vector product.
 
     Args:
-        inner_loss: what the inner solver goes down, step by step.
-        solver: the inner optimiser.
-        start: the fast weights before the first step.
-        outer: the slow weights.
-        support: what the inner loss sees, or a stream of it.
+        inner: what the estimator is called with.
         data: if the support is a stream, a function from it to the data that the derivative is
             taken on.
 
@@ -64,20 +79,14 @@ class System:
 
     defers = False
 
-    def __init__(
-        self,
-        inner_loss: InnerLoss,
-        solver: Solver,
-        start: Params,
-        outer: Params,
-        support: Any,
-        data: Callable[[Any], Any] | None = None,
-    ):
+    def __init__(self, inner: Inner, data: Callable[[Any], Any] | None = None):
+        inner_loss, solver, start, outer, support = inner
         self.inner_loss = inner_loss
         self.at_solution: InnerLoss = inner_loss
         if data is not None and is_stream(support):
             self.at_solution = lambda fast, slow, stream: inner_loss(fast, slow, data(stream))
         self.solver = solver
+        self.call = current()
         self.names: tuple[str, ...] = tuple(start)
         self.inputs: list[Tensor]
         self.rebuild: Callable[[Any], Any]
@@ -152,7 +161,8 @@ class _Attached(torch.autograd.Function):
         count = len(system.names)
         rest = saved[count : len(system.inputs)]
         wanted = ctx.needs_input_grad[1 + count :]
-        found = iter(system.pull(point, right, wanted))
+        with attempt(call=system.call):
+            found = iter(system.pull(point, right, wanted))
         grads = [
             next(found) if w and pt.is_differentiable(x) else None
             for x, w in zip(rest, wanted, strict=True)
@@ -235,8 +245,8 @@ def warn_if_large(
 
     `before` is asked for only if `after` is not small by itself.
     """
-    # Below the square root of the rounding unit a ratio of two residuals compares noise; an
-    # infinite residual is a NonFiniteError's business.
+    # Below the square root of the rounding unit a ratio of two residuals compares noise. An
+    # infinite residual comes with an infinite loss, which raises NonFiniteError.
     value = float(after)
     if not torch.finfo(after.dtype).eps ** 0.5 < value < float("inf"):
         return

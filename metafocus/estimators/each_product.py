@@ -11,10 +11,10 @@ from torch import Tensor
 
 from metafocus import params as pt
 from metafocus.autodiff.hvp import evaluated_for
-from metafocus.estimators.attached import Point, System, first_only, once
+from metafocus.estimators.attached import Inner, Point, System, first_only, once
 from metafocus.estimators.watched import HESSIAN, Watched
 from metafocus.solvers.descent import count
-from metafocus.types import HVP, InnerLoss, LinearSolver, Params, Solver
+from metafocus.types import HVP, LinearSolver, Params
 
 
 class EachProduct(System):
@@ -23,22 +23,12 @@ class EachProduct(System):
     The data are those of the steps after the inner ones; the last are for the mixed product.
     """
 
-    def __init__(
-        self,
-        inner_loss: InnerLoss,
-        solver: Solver,
-        start: Params,
-        outer: Params,
-        support: Any,
-        name: str,
-        solve: LinearSolver,
-        hvp: HVP,
-    ):
-        super().__init__(inner_loss, solver, start, outer, support)
+    def __init__(self, inner: Inner, name: str, solve: LinearSolver, hvp: HVP):
+        super().__init__(inner)
         self.name = name
         self.solve = solve
         self.hvp = hvp
-        self.first = count(solver, start)
+        self.first = count(inner.solver, inner.start)
 
     def pull(self, point: Point, right: Params, wanted: Sequence[bool]) -> list[Tensor]:
         """Return `-M' H^-1 v`, each product on the data of its own step."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from metafocus import params as pt
 from metafocus import streams
 from metafocus.autodiff.safe_operators.swapping import Swapped
+from metafocus.calls import draws_from
 from metafocus.checks import positive, whole
 from metafocus.estimators.unrolled import tied_to
 from metafocus.solvers.descent import count, solve_inner
@@ -100,6 +101,8 @@ class EvoGrad(Estimator):
 
     def _evolved(self, loss: Callable[[Params], Tensor], centre: Params) -> Params:
         """Return the mean of perturbed copies, each weighed by its loss."""
+        if self.generator is not None:
+            draws_from(self.generator)
         fits, candidates = [], []
         for _ in range(self.copies):
             copy = {k: x + self.sigma * self._noise(x) for k, x in centre.items()}

@@ -10,18 +10,20 @@ import torch
 from torch import Tensor
 
 from metafocus import params as pt
-from metafocus.autodiff.grad import leaf_alias, pushforward, vjp
+from metafocus.autodiff.grad import leaf_alias, pulled_through, pushforward, vjp
 from metafocus.autodiff.safe_operators.swapping import Swapped
+from metafocus.checks import function
 from metafocus.errors import ClosureError, ProblemError
 from metafocus.estimators.attached import (
     STATIONARY,
+    Inner,
     Point,
     System,
     attach,
     need_data,
     warn_if_large,
 )
-from metafocus.estimators.watched import Watched
+from metafocus.estimators.watched import LINEAR, Watched
 from metafocus.linear import Identity, Neumann
 from metafocus.linear.inverse import Operator, inverse
 from metafocus.rng import kept, replayed
@@ -100,6 +102,10 @@ class FixedPoint(Estimator):
     solve: LinearSolver = Neumann(20, 1.0)  # noqa: RUF009 - frozen, so it can be shared
     data: Callable[[Any], Any] | None = None
 
+    def __post_init__(self) -> None:
+        function("step", self.step, "(fast, slow, support) -> fast", 3)
+        function("solve", self.solve, LINEAR, 2)
+
     def __call__(
         self, inner_loss: InnerLoss, solver: Solver, start: Params, outer: Params, support: Any
     ) -> Solution:
@@ -109,7 +115,8 @@ class FixedPoint(Estimator):
         view = self.data if self.data is not None and is_stream(support) else None
         step = self.step if view is None else lambda f, o, s: self.step(f, o, view(s))
         _refuse_closures(step, *pt.detach((start, outer, support)))
-        return attach(_Fixed(inner_loss, solver, start, outer, support, step, self.solve))
+        inner = Inner(inner_loss, solver, start, outer, support)
+        return attach(_Fixed(inner, step, self.solve))
 
 
 @dataclass(frozen=True)
@@ -137,7 +144,7 @@ def _applied(step: Step, fast: Params, outer: Params, support: Any) -> Params:
     found = step(fast, outer, support)
     if not isinstance(found, dict):
         raise ProblemError(f"step must return a dict of fast weights, got {type(found).__name__}.")
-    got, want = ({k: list(v.shape) for k, v in p.items()} for p in (found, fast))
+    got, want = pt.shapes(found), pt.shapes(fast)
     if got != want:
         raise ProblemError(f"step must return the shapes of the fast weights {want}, got {got}.")
     return {k: found[k] for k in fast}
@@ -162,38 +169,15 @@ def _transposed(step: Callable[[Params], Params], fast: Params) -> MatVec:
     with torch.enable_grad():
         leaves = {k: leaf_alias(x, track) for k, x in fast.items()}
         image = step(leaves)
-    alive = [k for k, y in image.items() if y.requires_grad]
-
-    def product(u: Params) -> Params:
-        if not alive:
-            return pt.zeros_like(u)
-        grads = torch.autograd.grad(
-            [image[k] for k in alive],
-            list(leaves.values()),
-            [u[k] for k in alive],
-            retain_graph=True,
-            create_graph=track,
-            materialize_grads=True,
-        )
-        return dict(zip(fast, grads, strict=True))
-
-    return product
+    at = list(leaves.values())
+    return lambda u: dict(zip(fast, pulled_through(image, u, at, track=track), strict=True))
 
 
 class _Fixed(System):
     """The condition that the step stays where it is."""
 
-    def __init__(
-        self,
-        inner_loss: InnerLoss,
-        solver: Solver,
-        start: Params,
-        outer: Params,
-        support: Any,
-        step: Step,
-        solve: LinearSolver,
-    ):
-        super().__init__(inner_loss, solver, start, outer, support)
+    def __init__(self, inner: Inner, step: Step, solve: LinearSolver):
+        super().__init__(inner)
         self.solve = solve
 
         def run(fast: Params, outer: Params, support: Any) -> Params:

@@ -11,11 +11,14 @@ from torch import Tensor
 
 from metafocus import params as pt
 from metafocus.autodiff.grad import pushforward
-from metafocus.autodiff.hvp import Taped, evaluated_for, hvp_reverse
+from metafocus.autodiff.hvp import TapeProduct, check_hvp, evaluated_for, hvp_reverse
+from metafocus.autodiff.recompute import recompute
 from metafocus.autodiff.safe_operators.swapping import differentiable_twice
+from metafocus.checks import function
 from metafocus.errors import ProblemError
 from metafocus.estimators.attached import (
     STATIONARY,
+    Inner,
     Point,
     System,
     attach,
@@ -24,14 +27,18 @@ from metafocus.estimators.attached import (
     warn_if_large,
 )
 from metafocus.estimators.each_product import EachProduct
-from metafocus.estimators.watched import HESSIAN, Watched
+from metafocus.estimators.watched import HESSIAN, LINEAR, Watched
 from metafocus.linear import CG, Neumann
 from metafocus.linear.inverse import Operator, inverse
 from metafocus.problem import Problem, check_params
 from metafocus.rng import replayed
 from metafocus.solvers.descent import refuse_own_rule
 from metafocus.streams import is_stream
-from metafocus.torch_internals import refuse_nested_forward_mode, transforming
+from metafocus.torch_internals import (
+    differentiated_again,
+    refuse_nested_forward_mode,
+    transforming,
+)
 from metafocus.types import (
     HVP,
     Episode,
@@ -63,8 +70,10 @@ class Implicit(Estimator):
             `Nystrom(rank, damping)`, `Identity(scale)`, `Dense()`, `WarmStart(solve, start)` or
             any function `(matvec, b) -> x`. Its steps leave no graph: higher derivatives solve
             once more.
-        hvp: how to multiply with `H` and `M`; linearised once, used for every product. With
-            `hvp_finite()` no second derivative is asked of the inner loss, and fused kernels stay.
+        hvp: how to multiply with `H` and `M`. The point is linearised once, on the tape and
+            inside transforms, and this is used for every product; only a hypergradient that is
+            differentiated itself linearises it once more. With `hvp_finite()` no second
+            derivative is asked of the inner loss, and fused kernels stay.
         data: where the support is a stream, what the derivative is taken on: a function from the
             stream to data, or `"each product"`. The latter, for `Neumann` only, linearises on the
             data of another step for each product, of the steps after the inner ones (stocBiO,
@@ -79,9 +88,10 @@ class Implicit(Estimator):
             norm (outside `vmap` and `torch.compile`, where no value can be looked at). Where
             outer parameters require grad it comes in the backward pass, which has the gradient
             at hand.
-        NotConvergedWarning: in the backward pass outside transforms, if `solve` found no finite
-            solution (a singular Hessian, such as that of an inner loss without curvature: the
-            hypergradient is then NaN), or the terms of a Neumann series do not get smaller.
+        NotConvergedWarning: in the backward pass outside `vmap` and `torch.compile`, if `solve`
+            found no finite solution (a singular Hessian, such as that of an inner loss without
+            curvature: the hypergradient is then NaN), if the terms of a Neumann series do not get
+            smaller, or if the fast weights have a half type that is too narrow for the system.
 
     Example:
         >>> import metafocus as mf
@@ -105,6 +115,8 @@ class Implicit(Estimator):
     data: Callable[[Any], Any] | str | None = None
 
     def __post_init__(self) -> None:
+        function("solve", self.solve, LINEAR, 2)
+        check_hvp(self.hvp)
         if isinstance(self.data, str):
             if self.data != EACH_PRODUCT:
                 raise ValueError(
@@ -135,6 +147,7 @@ class Implicit(Estimator):
         refuse_decay("Implicit", solver)
         refuse_own_rule("Implicit", solver)
         need_data("Implicit", support, self.data)
+        inner = Inner(inner_loss, solver, start, outer, support)
         if self.data == EACH_PRODUCT:
             name = f"Implicit with data={EACH_PRODUCT!r}"
             if not is_stream(support):
@@ -142,10 +155,8 @@ class Implicit(Estimator):
                     f"data={EACH_PRODUCT!r} takes new data for each product: the support must be "
                     f"a stream, such as mf.Batches, got {type(support).__name__}."
                 )
-            return attach(
-                EachProduct(inner_loss, solver, start, outer, support, name, self.solve, self.hvp)
-            )
-        return attach(_Stationary(inner_loss, solver, start, outer, support, self))
+            return attach(EachProduct(inner, name, self.solve, self.hvp))
+        return attach(_Stationary(inner, self))
 
 
 def adjoint(
@@ -188,7 +199,7 @@ def adjoint(
     check_params(outer, "outer", "outer parameters")
     check_params(fast, "fast", "fast weights")
     check_params(cotangent, "cotangent", "its entries")
-    got, want = ({k: list(v.shape) for k, v in p.items()} for p in (cotangent, fast))
+    got, want = pt.shapes(cotangent), pt.shapes(fast)
     if got != want:
         raise ProblemError(f"cotangent has the shapes {got}, fast has {want}.")
     outer, fast, support = pt.detach((outer, fast, support))
@@ -234,17 +245,8 @@ class _Stationary(System):
 
     defers = True
 
-    def __init__(
-        self,
-        inner_loss: InnerLoss,
-        solver: Solver,
-        start: Params,
-        outer: Params,
-        support: Any,
-        settings: Implicit,
-    ):
-        data = settings.data if callable(settings.data) else None
-        super().__init__(inner_loss, solver, start, outer, support, data)
+    def __init__(self, inner: Inner, settings: Implicit):
+        super().__init__(inner, settings.data if callable(settings.data) else None)
         self.solve = settings.solve
         self.hvp = settings.hvp
         # One random draw for all products, or H would be a different matrix each time.
@@ -269,17 +271,34 @@ class _Stationary(System):
 
     def pull(self, point: Point, right: Params, wanted: Sequence[bool]) -> list[Tensor]:
         """Return `-M' H^-1 v`."""
+        tensors = pt.tensors((tuple(point), right))
+        if differentiated_again(tensors):
+            return self._pulled(point, right, wanted, final=False)
+        if not torch.is_grad_enabled():
+            return self._pulled(point, right, wanted, final=True)
+        # torch.func.grad records a graph that nobody asked for. Without one the point is linearised
+        # once; should somebody differentiate the result all the same, it is computed again.
+
+        def pulled(at: tuple[Any, ...], right: Params) -> list[Tensor]:
+            return self._pulled(Point(*at), right, wanted, final=not torch.is_grad_enabled())
+
+        return recompute(pulled, tuple(point), right)
+
+    def _pulled(
+        self, point: Point, right: Params, wanted: Sequence[bool], *, final: bool
+    ) -> list[Tensor]:
+        """Return `-M' H^-1 v`; if `final`, as a constant, with one linearisation for `H` and `M`.
+
+        Otherwise the system is differentiated as an equation, which linearises it once more.
+        """
         at, together = point.floats(wanted)
         gradient, product = self.hvp(lambda f, xs: self.loss(f, *together(xs)), point.fast, at)
         if self.on_tape and not transforming():
             # The gradient that was linearised is the one to look at.
             self.warn(self.inputs[: len(self.names)], point, pt.norm(gradient).detach())
-        # Nobody will differentiate this: the system need not be solved as an equation, and one
-        # linearisation does for both.
-        final = not (transforming() or torch.is_grad_enabled())
         hessian, mixed = (
             (product.hessian, product.mixed)
-            if isinstance(product, Taped)
+            if isinstance(product, TapeProduct)
             else (lambda d: product(d)[0], lambda d: product(d)[1:])
         )
         solve = Watched(self.solve)

@@ -15,6 +15,7 @@ from metafocus.autodiff.safe_operators.swapping import differentiable_once
 from metafocus.checks import positive
 from metafocus.errors import ProblemError
 from metafocus.estimators.attached import (
+    Inner,
     Point,
     System,
     attach,
@@ -113,29 +114,21 @@ class Penalty(Estimator):
         for each in (solver, nudging):
             refuse_own_rule("Penalty", each)
         need_data("Penalty", support, self.data)
-        return attach(_Nudged(inner_loss, solver, start, outer, support, self, nudging))
+        inner = Inner(inner_loss, solver, start, outer, support)
+        return attach(_Nudged(inner, self, nudging))
 
 
 class _Nudged(System):
     """The inner problem pulled a little along a cotangent."""
 
-    def __init__(
-        self,
-        inner_loss: InnerLoss,
-        solver: Solver,
-        start: Params,
-        outer: Params,
-        support: Any,
-        settings: Penalty,
-        nudging: Solver,
-    ):
-        super().__init__(inner_loss, solver, start, outer, support, settings.data)
+    def __init__(self, inner: Inner, settings: Penalty, nudging: Solver):
+        super().__init__(inner, settings.data)
         self.strength = settings.strength
         self.central = settings.central
         self.nudging = nudging
 
         # First derivatives, and one random draw for all gradients that are compared.
-        self.descended = replayed(differentiable_once(inner_loss), self.inputs)
+        self.descended = replayed(differentiable_once(inner.loss), self.inputs)
         self.loss = replayed(differentiable_once(self.at_solution), self.inputs)
 
     def inspect(self, start: Params, point: Point) -> None:

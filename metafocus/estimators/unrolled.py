@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +13,13 @@ from torch import Tensor
 from metafocus import params as pt
 from metafocus import streams
 from metafocus.autodiff.grad import pullback
-from metafocus.autodiff.hvp import evaluated_for, hvp_reverse
+from metafocus.autodiff.hvp import check_hvp, evaluated_for, hvp_reverse
+from metafocus.autodiff.purity import watched
 from metafocus.autodiff.recompute import recompute
+from metafocus.autodiff.stores import Store
 from metafocus.checks import whole
+from metafocus.errors import ProblemError
+from metafocus.estimators.stored import StoredLoop, refuse_transforms
 from metafocus.solvers import Given
 from metafocus.solvers.descent import (
     count,
@@ -82,16 +87,23 @@ class Unrolled(Estimator):
         recompute: False keeps the graph of all steps. True or `k` runs the inner loop without a
             graph and rebuilds it in the backward pass, one step or `k` steps at a time: the
             memory of one segment's graph, plus the fast weights and the solver state of each
-            segment (under `backward` and `hypergrad`; `torch.func.grad` records its own backward
-            pass), for 1.2 to 1.5 times the time. Of segments of `k > 1` the last keeps its graph,
-            as it is needed first; if `k` does not divide the steps, the first is the shorter one.
-            Same gradient. A stream is asked again for the data of a rebuilt step.
+            segment, which grow with the steps unless a `store` bounds them (under `backward` and
+            `hypergrad`; `torch.func.grad` records its own backward pass), for 1.2 to 1.5 times
+            the time. Of segments of `k > 1` the last keeps its graph, as it is needed first; if
+            `k` does not divide the steps, the first is the shorter one. Same gradient. A stream
+            is asked again for the data of a rebuilt step.
         hvp: how to multiply with second derivatives: `hvp_reverse` (exact), `hvp_forward`
             (exact, MixFlow-MG, arXiv 2505.00793) or `hvp_finite(eps)`, which needs first
             derivatives only. The last two rebuild step by step.
+        store: where the states of a rebuilt loop live (`mf.stores.cpu()`, `.disk(directory)`), or
+            which of them are kept (`.segments(k)`, `.schedule(slots)`, `.tree(k)`); steps are
+            rebuilt one at a time. Same gradient, to the last bit of a state. `store.cost(steps)`
+            says how many states are kept and how many steps are taken again. For `backward` and
+            `hypergrad`, first derivatives, outside transforms.
 
     Raises:
-        ValueError: for a negative `last` or `recompute`.
+        ValueError: for a negative `last` or `recompute`; for a `store` together with another
+            `hvp` or with segments of `recompute=k`.
         ProblemError: at the call, for `hvp_forward` or `hvp_finite` with a solver that has a
             `direction` of its own, and if a stream gives other data to a rebuilt step.
 
@@ -103,21 +115,47 @@ class Unrolled(Estimator):
     last: int | None = None
     recompute: bool | int = False
     hvp: HVP = hvp_reverse
+    store: Store | None = None
 
     def __post_init__(self) -> None:
         if self.last is not None:
             whole("last", self.last)
         if not isinstance(self.recompute, bool):
             whole("recompute", self.recompute)
+        check_hvp(self.hvp)
+        if self.store is not None:
+            self._check_store()
+
+    def _check_store(self) -> None:
+        if not isinstance(self.store, Store):
+            raise ProblemError(
+                "store must be one of mf.stores, such as mf.stores.schedule(12), got "
+                f"{self.store!r}."
+            )
+        if self.hvp is not hvp_reverse:
+            raise ProblemError(
+                f"Unrolled(store=...) rebuilds steps with hvp_reverse only, got hvp={self._hvp}. "
+                "Leave hvp out, or use recompute=True in place of store."
+            )
+        if not isinstance(self.recompute, bool) and self.recompute:
+            raise ProblemError(
+                f"Unrolled(store=...) rebuilds single steps, got recompute={self.recompute} beside "
+                "it. Leave recompute out; mf.stores.segments(k) keeps the states of segments."
+            )
+
+    @property
+    def _hvp(self) -> Any:
+        return getattr(self.hvp, "__name__", self.hvp)
 
     def __repr__(self) -> str:
-        hvp = getattr(self.hvp, "__name__", self.hvp)
-        return f"Unrolled(last={self.last}, recompute={self.recompute}, hvp={hvp})"
+        store = "" if self.store is None else f", store={self.store}"
+        return f"Unrolled(last={self.last}, recompute={self.recompute}, hvp={self._hvp}{store})"
 
     @property
     def explicit(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether derivatives flow through explicit tensors only."""
-        return self.last != 0 and (bool(self.recompute) or self.hvp is not hvp_reverse)
+        rebuilt = bool(self.recompute) or self.hvp is not hvp_reverse or self.store is not None
+        return self.last != 0 and rebuilt
 
     @property
     def twice(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -135,6 +173,8 @@ class Unrolled(Estimator):
         path: tuple[int, ...] = (),
     ) -> Solution:
         """Run the inner loop."""
+        if self.store is not None:
+            refuse_transforms()
         steps = count(solver, start)
         head = 0 if self.last is None else max(steps - self.last, 0)
         params, state, losses, kept = start, solver.init(start), [], []
@@ -154,6 +194,8 @@ class Unrolled(Estimator):
         if head < steps:
             loss = evaluated_for(self.hvp, inner_loss)
             tail = self._rebuilt if self.explicit else segment
+            if self.store is not None:
+                tail = functools.partial(StoredLoop, store=self.store)
             run = tail(loss, solver, range(head, steps), path)
             params, state, more, later = run(params, state, outer, support)
             losses, kept = losses + more, kept + later
@@ -165,13 +207,13 @@ class Unrolled(Estimator):
         """Return what `segment` returns, but rebuilt in the backward pass."""
         exact = self.hvp is hvp_reverse
         if not exact:
-            refuse_own_rule(f"Unrolled with hvp={getattr(self.hvp, '__name__', self.hvp)}", solver)
+            refuse_own_rule(f"Unrolled with hvp={self._hvp}", solver)
         size = int(self.recompute) if exact else 1
 
         def run(params: Params, state: State, outer: Params, support: Any) -> Any:
             losses: list[Tensor] = []
             kept: list[Params] = []
-            support = streams.watched(support)
+            support = watched(support)
             for part in _segments(steps, size):
                 # The fast weights after the last step are the result already.
                 inside = [step for step in path if step in part[:-1]]

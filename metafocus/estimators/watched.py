@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Any
 
 from torch import Tensor
 
 from metafocus.errors import NotConvergedWarning
-from metafocus.linear import Neumann
+from metafocus.linear import Neumann, WarmStart
 from metafocus.torch_internals import transforming
 from metafocus.types import LinearSolver, MatVec, Params
 
@@ -19,8 +20,17 @@ HESSIAN = (
 """What to do where the series of a Hessian diverges."""
 
 
+LINEAR = "(matvec, b) -> x, such as mf.CG(10)"
+"""What a linear solver is."""
+
+LOST = 0.05
+"""How much of the right-hand side rounding to a half type may have taken."""
+
+
 class Watched:
-    """A linear solver that remembers how its last solve ended. No product is added.
+    """A linear solver that remembers how its last solve ended.
+
+    No product is added, except for one where the fast weights have a half type.
 
     Args:
         solve: the linear solver.
@@ -28,18 +38,24 @@ class Watched:
 
     def __init__(self, solve: LinearSolver):
         self.solve = solve
-        self.last_term: Tensor | None = None
+        self.residual: Tensor | None = None
+        inner = solve
+        while isinstance(inner, WarmStart):
+            inner = inner.solve
+        self.series = isinstance(inner, Neumann)
+        # The last term of a series of one is the first, and says nothing.
+        self.silent = isinstance(inner, Neumann) and inner.steps == 1
 
     def __call__(self, matvec: MatVec, b: Params) -> Params:
         """Solve."""
-        # The last term of a series of one is the first, and says nothing.
-        if not isinstance(self.solve, Neumann) or self.solve.steps == 1:
+        watch: Any = getattr(self.solve, "with_residual", None)
+        if watch is None or self.silent or transforming():
             return self.solve(matvec, b)
-        x, self.last_term = self.solve.with_last_term(matvec, b)
+        x, self.residual = watch(matvec, b)
         return x
 
     def warn(self, name: str, matrix: str, x: Params, limit: float, remedy: str) -> None:
-        """Warn if `x` is not finite, or the last term of a Neumann series is too long.
+        """Warn if `x` is not finite, a Neumann series too slow, or a half type too narrow.
 
         Outside transforms only, as it asks the device.
 
@@ -58,13 +74,20 @@ class Watched:
                 "for this right-hand side, or one of them holds NaN or infinity. Add damping to "
                 "the linear solver or a ridge to the inner problem."
             )
-        elif self.last_term is not None and float(self.last_term) >= limit:
+        elif self.residual is None or float(self.residual) < (limit if self.series else LOST):
+            return
+        elif self.series:
             message = (
-                f"the last term of {self.solve} is {float(self.last_term):.2g} of the first; from "
+                f"the last term of {self.solve} is {float(self.residual):.2g} of the first; from "
                 f"{limit} on the estimate is biased. {remedy}"
             )
         else:
-            return
+            message = (
+                f"{self.solve} lost {float(self.residual):.2g} of the right-hand side to rounding: "
+                f"{matrix} is singular, badly conditioned or indefinite for a half type. Keep the "
+                "fast weights in float32, add damping to the linear solver or a ridge to the inner "
+                "problem, or use GMRES in place of CG."
+            )
         warnings.warn(f"{name}: {message}", NotConvergedWarning, stacklevel=2)
 
 

@@ -1,9 +1,10 @@
 """Long-context questions that are made by code, and their scorers."""
 
 from metafocus.evals import babilong, helmet, nolima, ruler
+from metafocus.evals.fit import largest
 from metafocus.evals.intervals import wilson
 from metafocus.evals.items import Item, token_windows, write_chats
-from metafocus.evals.prose import Prose, builtin_prose, prose_from_file
+from metafocus.evals.prose import Prose, builtin_prose, prose_from_file, words_of
 from metafocus.evals.scorers import (
     babilong_official,
     lm_eval_substring,
@@ -18,6 +19,7 @@ __all__ = [
     "babilong_official",
     "builtin_prose",
     "helmet",
+    "largest",
     "lm_eval_substring",
     "nolima",
     "prose_from_file",
@@ -26,5 +28,6 @@ __all__ = [
     "string_match_part",
     "token_windows",
     "wilson",
+    "words_of",
     "write_chats",
 ]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
 
+from metafocus.calls import changed, evaluating
 from metafocus.checks import whole
 from metafocus.errors import DataError
 from metafocus.evals.items import Count, Item
@@ -15,6 +17,8 @@ from metafocus.evals.positions import check_positions, positions
 from metafocus.evals.prompts import answer_text, chat_text, prefix_text, said
 from metafocus.evals.prompts import encode as _encode
 from metafocus.evals.thinking import CLOSE
+from metafocus.lm.generation import prefilled
+from metafocus.masks import Batch, MaskPolicy
 from metafocus.rng import kept
 
 if TYPE_CHECKING:
@@ -41,6 +45,7 @@ def answers(
     batch_size: int = 8,
     thinking: int = 0,
     max_positions: int | None = None,
+    mask: MaskPolicy | None = None,
     each: Callable[[Mapping[int, str]], None] | None = None,
 ) -> list[str]:
     """Return the model's greedy continuation of each prompt, in the order of the items.
@@ -56,6 +61,8 @@ def answers(
         batch_size: the number of prompts in a batch.
         thinking: the largest number of tokens of reasoning before an answer; 0 for none.
         max_positions: the positions of the model, if its configuration does not say them.
+        mask: which keys a token of a question sees, such as `masks.context_bidirectional`; answers
+            are causal in any case. Default: all are causal, as in a server.
         each: called after each batch with the answers by the number of their item.
 
     Raises:
@@ -76,26 +83,48 @@ def answers(
     order = sorted(range(len(items)), key=lambda i: (items[i].new_tokens, -len(ids[i])))
     ends = end_tokens(model, tokenizer)
     found: dict[int, str] = {}
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         while len(found) < len(items):
             rest = order[len(found) : len(found) + batch_size]
             new = items[rest[0]].new_tokens
             chosen = [i for i in rest if items[i].new_tokens == new]
             rows = [ids[i] for i in chosen]
+            reading = None
+            if mask is not None:
+                reading = Reading(mask, [_question(items[i], tokenizer, ids[i]) for i in chosen])
             if thinking:
                 stop = [*ends, think_end(tokenizer)]
-                thoughts = _generate(model, rows, thinking, pad, stop)
+                thoughts = _generate(model, rows, thinking, pad, stop, reading=reading)
                 rows = [a + b + tails[i] for i, a, b in zip(chosen, rows, thoughts, strict=True)]
-            outputs = _generate(model, rows, new, pad, ends)
+            outputs = _generate(model, rows, new, pad, ends, reading=reading)
             texts = {i: said(row, tokenizer) for i, row in zip(chosen, outputs, strict=True)}
             found |= texts
             if each is not None:
                 each(texts)
-    finally:
-        model.train(training)
     return [found[i] for i in range(len(items))]
+
+
+class Reading(NamedTuple):
+    """How prompts are read: the mask policy, and how many first tokens of each are the question."""
+
+    mask: MaskPolicy
+    questions: list[int]
+
+    def turns(self, real: Tensor) -> Batch:
+        """Return what a mask policy needs: the question is one turn, what follows is an answer."""
+        index = real.cumsum(-1) - 1
+        answer = index >= torch.tensor(self.questions, device=real.device)[:, None]
+        return {
+            "turn_ids": torch.where(real != 0, answer.long(), -1),
+            "answer_mask": answer & (real != 0),
+        }
+
+
+def _question(item: Item, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> int:
+    """Return how many tokens of a prompt come before the first words of its answer."""
+    alone = _encode(_chat(item.prompt, tokenizer), tokenizer)
+    same = [a == b for a, b in zip(alone, ids, strict=False)]
+    return same.index(False) if False in same else len(same)
 
 
 def prompt_tokens(
@@ -130,20 +159,14 @@ def closed_thoughts(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return tokenizer.encode(_CLOSED, add_special_tokens=False)
 
 
-@contextmanager
-def own_settings(model: PreTrainedModel) -> Iterator[None]:
+def own_settings(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Hide the generation settings of a checkpoint.
 
     `generate` takes from them whatever the settings that it is given leave open.
     """
     from transformers import GenerationConfig
 
-    before = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = before
+    return changed((model, "generation_config", GenerationConfig()))
 
 
 @torch.inference_mode()
@@ -154,6 +177,7 @@ def _generate(
     pad: int,
     ends: list[int],
     sampling: Mapping[str, Any] | None = None,
+    reading: Reading | None = None,
 ) -> list[list[int]]:
     """Return the new tokens of each row, up to its end; greedy without settings of sampling."""
     from transformers import GenerationConfig
@@ -172,9 +196,12 @@ def _generate(
         eos_token_id=ends or None,
         **({"do_sample": False} if sampling is None else sampling),
     )
+    inputs = {"input_ids": batch, "attention_mask": mask}
+    if reading is not None:
+        inputs = prefilled(model, {**inputs, **reading.turns(mask)}, reading.mask)
     with own_settings(model):
         output = model.generate(  # pyright: ignore[reportCallIssue]
-            input_ids=batch, attention_mask=mask, generation_config=settings
+            **inputs, generation_config=settings
         )
     return [_until(row, ends) for row in output[:, width:].tolist()]
 

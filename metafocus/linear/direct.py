@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from metafocus.checks import not_negative, positive, whole
-from metafocus.linear.vectors import no_autocast, posed, unit
+from metafocus.linear.vectors import System, posed, unit
+from metafocus.precision import no_autocast
 from metafocus.torch_internals import constant_when_compiled, transforming
 from metafocus.types import MatVec, Params
 
@@ -40,12 +41,21 @@ class Dense:
     def __call__(self, matvec: MatVec, b: Params) -> Params:
         """Materialise and solve."""
         system = posed(matvec, b)
+        return system.solution(self._solved(system))
+
+    def with_residual(self, matvec: MatVec, b: Params) -> tuple[Params, Tensor]:
+        """Return the solution, and what rounding has taken of it: see `System.lost`."""
+        system = posed(matvec, b)
+        x = self._solved(system)
+        return system.solution(x), system.lost(x, self.damping, torch.zeros_like(system.size))
+
+    def _solved(self, system: System) -> Tensor:
         right = system.right
         eye = torch.eye(right.numel(), dtype=right.dtype, device=right.device)
         columns = torch.func.vmap(system.product)(eye)
         solve = direct if transforming() else torch.linalg.solve
-        with no_autocast(right):
-            return system.solution(solve(columns.T + self.damping * eye, right))
+        with no_autocast(right.device):
+            return solve(columns.T + self.damping * eye, right)
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,7 @@ class Nystrom:
         rank: number of columns, and of products with `A`, taken one after the other; all of them
             if there are fewer unknowns.
         damping: what `A` is outside the columns.
-        seed: which columns; drawn by Python's `random`, so that `vmap` does not mind.
+        seed: of the choice of columns. Python's `random` draws them, which works under `vmap`.
 
     Raises:
         ValueError: for a rank below 1, or a damping that is not positive and finite.
@@ -97,7 +107,7 @@ class Nystrom:
         units[torch.arange(rank, device=right.device), places] = 1.0
         # One after the other: memory and kernels of a single product.
         columns = torch.stack([system.product(one) for one in units], -1)
-        with no_autocast(right):
+        with no_autocast(right.device):
             return system.solution(self._solved(columns, places, right))
 
     def _solved(self, columns: Tensor, places: Tensor, right: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from metafocus.autodiff.guarded import safe_divide, safe_sqrt
 from metafocus.checks import not_negative, whole
-from metafocus.linear.vectors import largest, no_autocast, posed, unit
+from metafocus.linear.vectors import System, largest, posed, unit
+from metafocus.precision import no_autocast
 from metafocus.types import MatVec, Params
 
 
@@ -22,7 +23,8 @@ class CG:
     residual is nothing but rounding, `x` stays where it is. A singular `A` with `b` in its range
     gives the solution of least norm. Where there is none (a direction without curvature is left,
     `A = 0` included) `x` is NaN; so it is where `x` grew until its rounding is as large as `b`.
-    Negative curvature is not refused, but costs digits: all of them in a half type; use `GMRES`.
+    Negative curvature is not refused, but costs digits: all of them in a half type, where
+    `Implicit` warns; use `GMRES`.
 
     Args:
         steps: number of products with `A`.
@@ -49,8 +51,17 @@ class CG:
 
     def __call__(self, matvec: MatVec, b: Params) -> Params:
         """Solve."""
-        # One vector: a few operations a step, however many tensors there are.
         system = posed(matvec, b)
+        return system.solution(self._solved(system)[0])
+
+    def with_residual(self, matvec: MatVec, b: Params) -> tuple[Params, Tensor]:
+        """Return the solution, and what rounding has taken of it: see `System.lost`."""
+        system = posed(matvec, b)
+        x, expected = self._solved(system)
+        return system.solution(x), system.lost(x, self.damping, expected)
+
+    def _solved(self, system: System) -> tuple[Tensor, Tensor]:
+        # One vector: a few operations a step, however many tensors there are.
         residual = direction = system.right
         x = torch.zeros_like(residual)
         square = residual.dot(residual)
@@ -73,11 +84,14 @@ class CG:
             square = new
         # Some eigenvalue is at least the reciprocal of the shortest step. So beyond this limit the
         # rounding of A x is as large as b.
-        lengths = torch.stack(steps).detach().abs()
+        lengths = torch.stack(steps).detach()
+        # With negative curvature nothing bounds the error: no residual is one to be expected.
+        expected = torch.where(lengths.amin() < 0, 0.0, square.sqrt())
+        lengths = lengths.abs()
         limit = torch.where(lengths > 0, lengths, infinity).amin() / torch.finfo(x.dtype).eps
         # An infinite image made a step of 0 and a residual that is NaN: no number is below it.
         solvable = largest(x) <= limit + (square - square)
-        return system.solution(torch.where(solvable, x, torch.nan))
+        return torch.where(solvable, x, torch.nan), expected
 
 
 @dataclass(frozen=True)
@@ -118,6 +132,15 @@ class GMRES:
     def __call__(self, matvec: MatVec, b: Params) -> Params:
         """Build the Krylov basis, rotate its Hessenberg matrix to a triangle, solve."""
         system = posed(matvec, b)
+        return system.solution(self._solved(system)[0])
+
+    def with_residual(self, matvec: MatVec, b: Params) -> tuple[Params, Tensor]:
+        """Return the solution, and what rounding has taken of it: see `System.lost`."""
+        system = posed(matvec, b)
+        x, expected = self._solved(system)
+        return system.solution(x), system.lost(x, self.damping, expected)
+
+    def _solved(self, system: System) -> tuple[Tensor, Tensor]:
         right, noise = system.right, system.noise
         length = safe_sqrt(right.dot(right))
         basis = [safe_divide(right, length)]
@@ -135,7 +158,7 @@ class GMRES:
             image = image / scale
             size = safe_sqrt(image.dot(image))
             highest = torch.maximum(highest, size)
-            with no_autocast(image):
+            with no_autocast(image.device):
                 known = torch.stack(basis)
                 # Gram-Schmidt twice is orthogonal to rounding.
                 first = known @ image
@@ -151,7 +174,7 @@ class GMRES:
                 column[i] = cosine * upper + sine * lower
                 column[i + 1] = cosine * lower - sine * upper
             pivot = safe_sqrt(column[-1] ** 2 + below**2)
-            # No pivot: this vector cannot lower the residual. The space is exhausted.
+            # Without a pivot this vector cannot lower the residual: the space is exhausted.
             used = ~(pivot <= noise * highest)
             solvable = solvable & (used | (rest[-1].abs() <= noise**0.5 * length))
             cosine = torch.where(used, safe_divide(column[-1], pivot), 1.0)
@@ -161,7 +184,7 @@ class GMRES:
             triangle.append(torch.stack(column))
             rest.append(-sine * rest[-1])
             rest[-2] = cosine * rest[-2]
-            # Done: further vectors would be made of rounding.
+            # The residual is rounding by now, and further vectors would be made of it.
             live = live & ~(rest[-1].abs() <= noise * length)
             basis.append(torch.where(live, safe_divide(image, below), 0.0))
         weights: list[Tensor] = []
@@ -170,8 +193,8 @@ class GMRES:
             for i, weight in enumerate(reversed(weights)):
                 value = value - triangle[j + 1 + i][j] * weight
             weights.append(safe_divide(value, triangle[j][j]))
-        with no_autocast(right):
+        with no_autocast(right.device):
             x = torch.stack(weights[::-1]) @ torch.stack(basis[: len(weights)])
         # As for CG: beyond this limit A x has no correct digit left.
         solvable = solvable & ~(torch.finfo(x.dtype).eps * highest * largest(x) > 1)
-        return system.solution(torch.where(solvable, x / scale, torch.nan))
+        return torch.where(solvable, x / scale, torch.nan), rest[-1].abs()

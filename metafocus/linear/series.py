@@ -9,7 +9,7 @@ from torch import Tensor
 
 from metafocus import params as pt
 from metafocus.checks import positive, whole
-from metafocus.linear.vectors import posed
+from metafocus.linear.vectors import posed, relative
 from metafocus.types import MatVec, Params
 
 
@@ -48,9 +48,9 @@ class Neumann:
 
     def __call__(self, matvec: MatVec, b: Params) -> Params:
         """Sum the series."""
-        return self.with_last_term(matvec, b)[0]
+        return self.with_residual(matvec, b)[0]
 
-    def with_last_term(self, matvec: MatVec, b: Params) -> tuple[Params, Tensor]:
+    def with_residual(self, matvec: MatVec, b: Params) -> tuple[Params, Tensor]:
         """Return the sum, and the length of its last term over that of the first.
 
         This is the relative residual of the sum without its last term, and costs no product.
@@ -61,8 +61,7 @@ class Neumann:
         for _ in range(self.steps - 1):
             residual = right - system.product(x)
             x = torch.add(x, residual, alpha=self.scale)
-        last = torch.linalg.vector_norm(residual.detach())
-        return system.solution(x), last / torch.linalg.vector_norm(right.detach())
+        return system.solution(x), relative(residual, right)
 
 
 @dataclass(frozen=True)
@@ -71,8 +70,8 @@ class Identity:
 
     The first term of the Neumann series. In `Implicit` this is the estimate of Luketina et al.
     (arXiv 1511.06727) and the core of SAMA (arXiv 2310.05674); in `FixedPoint`, one-step
-    differentiation (arXiv 2305.13768). The outcome is the same for any `A`, which is never
-    looked at: not even NaN in it shows.
+    differentiation (arXiv 2305.13768). `A` is not used, so that NaN in it goes
+    unnoticed.
 
     Args:
         scale: the assumed inverse curvature.

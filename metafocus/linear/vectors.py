@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ class System(NamedTuple):
         size: the largest absolute entry of `b`: without it squares underflow or overflow.
         product: `v -> A v`. The function behind it is given the types of `b`.
         noise: relative size of what rounding leaves in a residual.
+        narrow: whether products round to a half type.
         flat: fast weights as one vector.
         unflat: a vector with the names, shapes and types of `b`.
     """
@@ -31,12 +31,30 @@ class System(NamedTuple):
     size: Tensor
     product: Callable[[Tensor], Tensor]
     noise: float
+    narrow: bool
     flat: Callable[[Params], Tensor]
     unflat: Callable[[Tensor], Params]
 
     def solution(self, v: Tensor) -> Params:
         """Return the solution for `b` from that for `right`."""
         return self.unflat(v * self.size)
+
+    def lost(self, v: Tensor, damping: float, expected: Tensor) -> Tensor:
+        """Return how far a residual is from the expected one, over the length of `right`.
+
+        In float32 and wider this is not measured, and zero. A half type costs one product.
+
+        Args:
+            v: the solution for `right`.
+            damping: what is added to the diagonal of `A`.
+            expected: the length of the residual without rounding, as the solver knows it.
+        """
+        if not self.narrow:
+            return torch.zeros_like(expected)
+        rounded = self.flat(self.solution(v)) / self.size
+        residual = self.right - self.product(rounded) - damping * rounded
+        true = torch.linalg.vector_norm(residual)
+        return relative(true - expected, self.right)
 
 
 def posed(matvec: MatVec, b: Params) -> System:
@@ -56,7 +74,8 @@ def posed(matvec: MatVec, b: Params) -> System:
         return product(v / length) * length
 
     used = scaled_product if narrow else product
-    return System(right / size, size, used, noise + max(narrow, default=0.0), flat, unflat)
+    noise += max(narrow, default=0.0)
+    return System(right / size, size, used, noise, bool(narrow), flat, unflat)
 
 
 def largest(v: Tensor) -> Tensor:
@@ -70,11 +89,10 @@ def unit(v: Tensor) -> Tensor:
     return size + size.logical_not()
 
 
-def no_autocast(like: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Compute in the given types: a matrix product of float32 under autocast is a half one."""
-    kind = like.device.type
-    on = torch.is_autocast_enabled(kind)
-    return torch.autocast(kind, enabled=False) if on else contextlib.nullcontext()
+def relative(rest: Tensor, right: Tensor) -> Tensor:
+    """Return the length of a vector or number over that of `right`, detached; 0 where both are."""
+    lengths = [torch.linalg.vector_norm(v.detach()) for v in (rest, right)]
+    return lengths[0] / (lengths[1] + lengths[1].logical_not())
 
 
 def _flattening(like: Params) -> tuple[Callable[[Params], Tensor], Callable[[Tensor], Params]]:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from torch import Tensor
+
+from metafocus import params as pt
 from metafocus.errors import ProblemError
-from metafocus.linear.vectors import posed, unit
+from metafocus.linear.vectors import posed, relative, unit
 from metafocus.types import LinearSolver, MatVec, Params
 
 
@@ -36,7 +40,18 @@ class WarmStart:
 
     def __call__(self, matvec: MatVec, b: Params) -> Params:
         """Solve for what is missing."""
-        got, want = ({k: list(v.shape) for k, v in p.items()} for p in (self.start, b))
+        return self._solved(matvec, b, lambda *args: (self.solve(*args), None))[0]
+
+    def with_residual(self, matvec: MatVec, b: Params) -> tuple[Params, Tensor | None]:
+        """Return the solution, and what the solver of the correction says, over the length of `b`.
+
+        None if that solver says nothing.
+        """
+        watch = getattr(self.solve, "with_residual", lambda *args: (self.solve(*args), None))
+        return self._solved(matvec, b, watch)
+
+    def _solved(self, matvec: MatVec, b: Params, solve: Any) -> tuple[Params, Tensor | None]:
+        got, want = pt.shapes(self.start), pt.shapes(b)
         if got != want:
             raise ProblemError(
                 f"WarmStart: start has the shapes {got}, the right-hand side {want}. Pass what "
@@ -47,5 +62,7 @@ class WarmStart:
         missing = system.right - system.product(start)
         # In a half type a small remainder would underflow.
         rest = unit(missing)
-        found = system.flat(self.solve(matvec, system.unflat(missing / rest)))
-        return system.solution(start + rest * found)
+        correction, residual = solve(matvec, system.unflat(missing / rest))
+        if residual is not None:
+            residual = residual * relative(missing, system.right)
+        return system.solution(start + rest * system.flat(correction)), residual

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from metafocus.adapters.protocol import Adapter
+from metafocus.lm.generation import prefilled
 from metafocus.lm.loss import LMLoss, lm_loss
 from metafocus.lm.tokens import TokenPolicy, all_tokens, answer_tokens, context_tokens
 from metafocus.masks import Batch
@@ -16,4 +17,5 @@ __all__ = [
     "answer_tokens",
     "context_tokens",
     "lm_loss",
+    "prefilled",
 ]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from metafocus import masks
 from metafocus.adapters.protocol import Adapter
+from metafocus.calls import holding, running
 from metafocus.errors import ProblemError
 from metafocus.lm.cross_entropy import IGNORED
 from metafocus.lm.hf import heads, prefix
@@ -20,7 +21,7 @@ from metafocus.lm.hf.attention import attending
 from metafocus.lm.hf.checkpointing import exact_checkpointing
 from metafocus.lm.hf.inputs import check_ids, model_inputs
 from metafocus.lm.hf.logit_head import logit_head_of
-from metafocus.lm.hf.trial import two_tokens
+from metafocus.lm.hf.side_runs import two_tokens
 from metafocus.lm.tokens import TokenPolicy, answer_tokens, predicted
 from metafocus.masks import Batch, MaskPolicy
 from metafocus.masks.spans import Spans
@@ -73,7 +74,7 @@ class LMLoss:
         """Return the loss; with `slow={}` the model's own parameters are the slow weights."""
         batch = self.prepare(batch)
         logit_head = logit_head_of(self.model)
-        with self.adapter.bind(self.model, fast), self._running():
+        with self._running(), self.adapter.bind(self.model, fast):
             if logit_head is None:
                 logits = self._run(slow, batch).logits
                 return self._mean(batch, lambda scored: _full_loss(logits, scored))
@@ -105,16 +106,21 @@ class LMLoss:
 
     def final_hidden(self, fast: Params, batch: Batch) -> Tensor:
         """Return what the model's head would see, `[B, S, D]`, of a prepared batch."""
-        with self.adapter.bind(self.model, fast), self._running():
+        with self._running(), self.adapter.bind(self.model, fast):
             return self._read({}, batch)
 
+    def logits(self, fast: Params, batch: Batch) -> Tensor:
+        """Return all logits under the mask, `[B, S, V]`, of a prepared batch."""
+        with self.adapter.bind(self.model, fast), self._running():
+            return self._run({}, batch).logits
+
     def trial_batch(self) -> Batch:
-        """Return two tokens as a prepared batch, to see what the model does with them."""
+        """Return two tokens as a prepared batch, for a check of the model."""
         return {"model_inputs": two_tokens(self.model)}
 
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
-        with attending(self.model), exact_checkpointing(self.model):
+        with running(self.model), attending(self.model), exact_checkpointing(self.model):
             yield
 
     def _read(
@@ -126,9 +132,10 @@ class LMLoss:
 
     def _run(self, slow: Params, batch: Batch) -> Any:
         inputs = batch["model_inputs"]
-        with prefix.resumed(self.model, batch.get("hidden")):
-            if slow:
-                return torch.func.functional_call(self.model, slow, (), inputs)
+        with (
+            prefix.resumed(self.model, batch.get("hidden")),
+            holding(self.model, slow, tie_weights=True),
+        ):
             return self.model(**inputs)
 
     def _scored(self, batch: Batch) -> Targets:

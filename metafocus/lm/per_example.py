@@ -1,4 +1,4 @@
-"""Fast weights of its own for each example of a batch: the loss and the solver that go with them.
+"""The loss and the solver for batches in which each example has fast weights of its own.
 
 Row `b` of a batch sees slice `b` of every fast weight, so one forward pass adapts all examples. For
 that to be the same as B runs with one example each, two things must not mix them: the inner loss is

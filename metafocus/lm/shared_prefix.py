@@ -12,7 +12,7 @@ import warnings
 import torch
 
 from metafocus.lm.hf import prefix
-from metafocus.lm.hf.trial import side_run
+from metafocus.lm.hf.side_runs import side_run
 from metafocus.lm.loss import LMLoss
 from metafocus.masks import Batch
 from metafocus.types import Params
@@ -21,9 +21,9 @@ from metafocus.types import Params
 class SharedPrefix:
     """Puts the hidden states below the first fast layer into prepared batches.
 
-    Where to cut is found at the first call and checked there: a few tokens must come out of the
-    model in two parts as they come out of it whole, with fast weights that are not zero. Where
-    they do not, or where layers draw random numbers, batches are returned as they are.
+    The first call finds the layer to cut at, and checks it: the model must give the same output
+    for a few tokens whether it runs in two parts or as a whole, with fast weights that are not
+    zero. If it does not, or if layers draw random numbers, batches are returned as they are.
 
     Args:
         loss: a language-model loss.

@@ -1,8 +1,8 @@
 """Cross entropy of a linear head, a chunk of positions at a time: no logits of all positions.
 
-Three forms of one value, chosen by what is looking: on the tape the first derivative is made in
-the forward pass, while the logits of a chunk are there; under function transforms each chunk is
-recomputed for a derivative; a compiler sees plain operators.
+There are three forms of one value. On the tape, the first derivative is computed in the forward
+pass, while the logits of a chunk exist; under function transforms each chunk is recomputed for a
+derivative; a compiler gets plain operators.
 """
 
 from __future__ import annotations

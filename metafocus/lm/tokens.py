@@ -9,7 +9,7 @@ from torch import Tensor
 
 from metafocus.errors import ProblemError
 from metafocus.masks import Batch, positions
-from metafocus.masks.rows import take
+from metafocus.masks.entries import take
 
 TokenPolicy = Callable[[Batch], Tensor]
 """`batch -> [B, S]` boolean: which tokens are predicted and scored."""

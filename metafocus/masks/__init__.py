@@ -9,6 +9,7 @@ either side.
 
 from __future__ import annotations
 
+from metafocus.masks.entries import Batch
 from metafocus.masks.layout import positions
 from metafocus.masks.policies import (
     MaskPolicy,
@@ -18,7 +19,6 @@ from metafocus.masks.policies import (
     prefix_lm,
     sliding_window,
 )
-from metafocus.masks.rows import Batch
 from metafocus.masks.spans import Spans
 
 __all__ = [

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metafocus.errors import DataError
-from metafocus.masks.rows import Batch, refuse, take
+from metafocus.masks.entries import Batch, refuse, take
 from metafocus.masks.spans import Spans, nonempty
 
 

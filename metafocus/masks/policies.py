@@ -9,8 +9,8 @@ import torch
 
 from metafocus.checks import whole
 from metafocus.errors import ProblemError
+from metafocus.masks.entries import Batch, take
 from metafocus.masks.layout import differs, layout_of, least_from, runs_of
-from metafocus.masks.rows import Batch, take
 from metafocus.masks.spans import Spans
 
 MaskPolicy = Callable[[Batch], Spans]

@@ -1,7 +1,7 @@
 """One trial of a bilevel problem that finds an ill-posed one before it goes wrong.
 
-`names` asks what the loss reads and closes over, `state` what it changes outside, `kernels` whether
-its second derivative exists; `trial` runs the loss and one update once for all of them.
+`arguments` asks what the loss reads and closes over, `writes` what it changes outside, `kernels`
+whether its second derivative exists; `trial` runs the loss and one update once for all of them.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from metafocus import streams
 from metafocus.autodiff.grad import refuse_inference_mode
 from metafocus.autodiff.safe_operators.swapping import Swapped, differentiable_once
 from metafocus.errors import ProblemError
+from metafocus.preflight.arguments import refuse_hidden, unused_by
 from metafocus.preflight.kernels import trust
-from metafocus.preflight.names import refuse_hidden
 from metafocus.preflight.trial import Trial
 from metafocus.rng import kept
-from metafocus.torch_internals import transforming, unused_by
+from metafocus.torch_internals import transforming
 from metafocus.types import InnerLoss, Params, Solver
 
 __all__ = ["preflight", "refuse_ignored_fast_weights", "trust"]
@@ -60,9 +60,10 @@ def preflight(
             all arguments are constants: it closes over a tensor that the estimator cannot see.
     """
     refuse_inference_mode()
+    streams.refuse_loader(support, "support must be tensors or a stream")
     data = streams.at(support, 0)
-    if explicit and streams.is_opaque(support):
-        refuse_hidden(support, data)
+    for stream in streams.opaque(support) if explicit else ():
+        refuse_hidden(stream, data if stream is support else stream.at(0))
     at = pt.detach((start, outer, data))
     trial = Trial(inner_loss, solver, explicit=explicit, twice=twice)
     with kept(pt.tensors(at)), torch.enable_grad():

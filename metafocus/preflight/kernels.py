@@ -9,8 +9,7 @@ derivative is compared with a central difference of the gradient.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from metafocus import params as pt
 from metafocus.autodiff import recompute
 from metafocus.autodiff.hvp import evaluated_for, hvp_finite, hvp_reverse
 from metafocus.autodiff.tape import foreign_nodes
+from metafocus.calls import Scoped
 from metafocus.errors import ProblemError
 from metafocus.rng import replayed
 from metafocus.types import InnerLoss, Params
@@ -28,11 +28,10 @@ TOLERANCE = 0.05
 """Largest relative difference between a product and a central difference. A kernel without a second
 derivative loses whole terms; float32 rounding and curvature change a product by less."""
 
-_TRUSTED: ContextVar[bool] = ContextVar("trusted", default=False)
+_TRUSTED = Scoped(False)
 
 
-@contextlib.contextmanager
-def trust() -> Iterator[None]:
+def trust() -> contextlib.AbstractContextManager[None]:
     """Accept kernels whose second derivative cannot be checked, inside a `with` block.
 
     The first call of a meta loss compares the second derivative through custom kernels with a
@@ -48,11 +47,7 @@ def trust() -> Iterator[None]:
         >>> with mf.trust():
         ...     value, aux = meta(w, mf.Episode(torch.zeros(1), torch.zeros(1)))
     """
-    token = _TRUSTED.set(True)
-    try:
-        yield
-    finally:
-        _TRUSTED.reset(token)
+    return _TRUSTED.set(True)
 
 
 def refuse_lost_second_derivatives(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from metafocus import params as pt
@@ -12,16 +11,19 @@ from metafocus.autodiff import recompute
 from metafocus.autodiff.safe_operators.swapping import Swapped
 from metafocus.autodiff.tape import foreign_nodes
 from metafocus.errors import MetafocusError, ProblemError
+from metafocus.preflight.arguments import (
+    evaluated,
+    new_tensors,
+    refuse_closures,
+    refuse_ignored,
+    unused_by,
+    unused_in,
+)
 from metafocus.preflight.kernels import refuse_lost_second_derivatives
-from metafocus.preflight.names import evaluated, new_tensors, refuse_closures, refuse_ignored
-from metafocus.preflight.state import refused_writes
+from metafocus.preflight.writes import refused_writes
 from metafocus.solvers import Given
 from metafocus.solvers.descent import checked
-from metafocus.torch_internals import (
-    outside_transforms,
-    plain,
-    unused_by,
-)
+from metafocus.torch_internals import outside_transforms, plain
 from metafocus.types import InnerLoss, Params, Solver
 
 
@@ -56,7 +58,7 @@ class Trial:
             with new_tensors() as made, self.swapped, recompute.searched() as inside:
                 value = evaluated(self.inner_loss, leaves, slow, data)
             kernels = sorted({*foreign_nodes([value]), *inside})
-            self._judge(_unused(value, leaves), [value], [*made, *leaves.values()], fast)
+            self._judge(unused_in(value, leaves), [value], [*made, *leaves.values()], fast)
         if self._takes_steps(fast):
             state = self.solver.init(fast)
             given += [("the solver's state", x) for x in pt.tensors(state)]
@@ -74,8 +76,8 @@ class Trial:
         except MetafocusError:
             raise
         except Exception:
-            # What closes over a tensor of a transform cannot run outside of it. The names are
-            # looked at below, and in there torch itself refuses to write to what is captured.
+            # A loss that closes over a tensor of a transform cannot run outside of it. Its names
+            # are checked below; torch itself refuses writes to such a tensor.
             alone = False
         if alone and not self.explicit:
             return
@@ -113,13 +115,6 @@ class Trial:
         if self.explicit:
             refuse_closures("the solver (its direction)", results, made)
             refuse_closures("the solver (its lr?)", pt.tensors(after), made)
-
-
-def _unused(value: Tensor, leaves: Params) -> set[str]:
-    if not value.requires_grad or not leaves:
-        return set(leaves)
-    found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
-    return {k for k, g in zip(leaves, found, strict=True) if g is None}
 
 
 def _check_update(after: Any, point: Params) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from metafocus import masks
 from metafocus.adapters import LoRA, for_each, top_layers
+from metafocus.calls import attempted, draws_from, holding, using
 from metafocus.engine import MetaLoss, bilevel
 from metafocus.errors import ProblemError
 from metafocus.estimators import Estimator, FirstOrder
@@ -19,7 +20,6 @@ from metafocus.lm.shared_prefix import SharedPrefix
 from metafocus.masks import MaskPolicy
 from metafocus.problem import Problem, as_episode, trainable
 from metafocus.solvers import SGD, clip_per_tensor
-from metafocus.torch_internals import swapped_weights
 from metafocus.types import Aux, Episode, Params, Solver
 
 PAPER_ADAPTER = LoRA(top_layers(0.35, ("gate_proj", "up_proj", "down_proj")), rank=32, alpha=64.0)
@@ -65,7 +65,8 @@ def focusft_problem(
 
     def start(slow: Params, support: Any) -> Params:
         # Fast weights that start as copies of slow weights must be copied from `slow`.
-        with swapped_weights(model, slow, tie_weights=True):
+        draws_from(generator)
+        with using(model), holding(model, slow, tie_weights=True):
             fast = adapter.init(model, generator)
         return fast if examples is None else for_each(fast, examples)
 
@@ -152,7 +153,12 @@ def focusft(
         inner = solver if examples is None else PerExampleSolver(solver)
         return bilevel(problem, solver=inner, estimator=chosen)
 
+    @attempted
     def meta_loss(outer: Params, episode: Any) -> tuple[Tensor, Aux]:
+        with using(model):
+            return evaluate(outer, episode)
+
+    def evaluate(outer: Params, episode: Any) -> tuple[Tensor, Aux]:
         support = as_episode(episode).support
         # Every estimator accepts explicit parameters, and with them a first-order inner loop
         # builds no graph below its fast weights.

@@ -12,6 +12,7 @@ from torch import Tensor
 from metafocus import params as pt
 from metafocus.autodiff.recompute import recompute
 from metafocus.autodiff.safe_operators.swapping import Swapped, differentiable_once
+from metafocus.calls import attempted
 from metafocus.checks import check_finite, whole
 from metafocus.engine import MetaLoss
 from metafocus.errors import ProblemError
@@ -130,6 +131,7 @@ def stream(
         with Swapped(once=True):
             return problem.evaluate(fast, slow, query)[0]
 
+    @attempted
     def meta_loss(outer: Params, episode: Any) -> tuple[Tensor, Aux]:
         whole = as_episode(episode)
         fast = problem.start(outer, whole.support)

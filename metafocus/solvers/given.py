@@ -20,8 +20,8 @@ from metafocus.types import Params, State
 class Given:
     """An inner solver that is the user's own function from slow weights to the solution.
 
-    `fast = solution(slow, support)`. Stands where `SGD` does in `bilevel` and `adapt`, with the
-    estimators that look at the solution only: `Implicit`, `FixedPoint`, `Penalty` (with a solver
+    `fast = solution(slow, support)`. It takes the place of `SGD` in `bilevel` and `adapt`, with
+    the estimators that use the solution only: `Implicit`, `FixedPoint`, `Penalty` (with a solver
     of its own), `EvoGrad`. The function sees detached tensors with grad mode on, so it may build
     leaves and call `.backward()`, or leave torch through numpy; its result is a constant, moved
     to the dtype and the device of what `problem.init` returns. `problem.init` gives names and

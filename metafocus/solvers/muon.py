@@ -31,8 +31,8 @@ class Muon:
     a smaller rate: `lr=lambda outer: {"weight": 0.02, "bias": 3e-4}`. Embeddings and output
     heads are matrices here; torch asks the user to keep them out, and so leave them to `slow`.
 
-    Unlike torch, which iterates in bfloat16 whatever the weights are: such steps have no useful
-    derivatives. At a zero momentum the normalisation divides by `eps`: derivatives of every order
+    torch iterates in bfloat16 for weights of any type, and such steps have no useful derivatives.
+    At a zero momentum the normalisation divides by `eps`: derivatives of every order
     are finite, but of the size `1 / eps`.
 
     Args:

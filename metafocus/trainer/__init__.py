@@ -10,11 +10,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from metafocus.trainer.checkpoints import resumable
     from metafocus.trainer.config import FocusArguments, FocusOptions
     from metafocus.trainer.mixin import FocusMixin
+    from metafocus.trainer.profiling import ProfileCallback
     from metafocus.trainer.trainer import FocusTrainer
 
-__all__ = ["FocusArguments", "FocusMixin", "FocusOptions", "FocusTrainer"]
+__all__ = [
+    "FocusArguments",
+    "FocusMixin",
+    "FocusOptions",
+    "FocusTrainer",
+    "ProfileCallback",
+    "resumable",
+]
 
 
 _HOMES = {
@@ -22,6 +31,8 @@ _HOMES = {
     "FocusMixin": "mixin",
     "FocusOptions": "config",
     "FocusTrainer": "trainer",
+    "ProfileCallback": "profiling",
+    "resumable": "checkpoints",
 }
 
 

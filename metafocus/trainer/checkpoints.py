@@ -7,7 +7,7 @@ import re
 import struct
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,13 +16,17 @@ from metafocus.errors import DataError
 SEAL = "trainer_state.json"
 """Written last: a directory without it belongs to a process that was killed while saving."""
 
+Judge = Callable[[Path], str | None]
+
 _WEIGHTS = (
     "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors",
     "pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin",
 )  # fmt: skip
 
 
-def resumable(output_dir: str | Path, *, ranks: int = 1) -> Path | None:
+def resumable(
+    output_dir: str | Path, *, ranks: int = 1, misfit: Judge | None = None
+) -> Path | None:
     """Return the newest complete checkpoint in a directory; None to start from the beginning.
 
     Newer ones that are not complete are left where they are, with a warning.
@@ -30,6 +34,7 @@ def resumable(output_dir: str | Path, *, ranks: int = 1) -> Path | None:
     Args:
         output_dir: of the run.
         ranks: how many processes train; each has its own file of random states.
+        misfit: says why a complete checkpoint cannot be used all the same, or None.
 
     Raises:
         DataError: if no checkpoint is complete although one was written to its end: it has been
@@ -42,8 +47,8 @@ def resumable(output_dir: str | Path, *, ranks: int = 1) -> Path | None:
         None
     """
     faults: dict[Path, str] = {}
-    for path in sorted(_checkpoints(Path(output_dir)), key=_step, reverse=True):
-        fault = damage(path, ranks=ranks)
+    for path in sorted(checkpoints(Path(output_dir)), key=step_of, reverse=True):
+        fault = damage(path, ranks=ranks) or (misfit(path) if misfit else None)
         if fault is None:
             _warn_passed_over(faults, f"resuming from {path.name}")
             return path
@@ -60,13 +65,13 @@ def resumable(output_dir: str | Path, *, ranks: int = 1) -> Path | None:
     return None
 
 
-def require_complete(path: str | Path, *, ranks: int = 1) -> Path:
-    """Return the path of a checkpoint that is complete.
+def require_complete(path: str | Path, *, ranks: int = 1, misfit: Judge | None = None) -> Path:
+    """Return the path of a checkpoint that is complete; the arguments are those of `resumable`.
 
     Raises:
         DataError: if it is not, with what is wrong.
     """
-    fault = damage(Path(path), ranks=ranks)
+    fault = damage(Path(path), ranks=ranks) or (misfit(Path(path)) if misfit else None)
     if fault is not None:
         raise DataError(
             f"resume_from_checkpoint={str(path)!r} cannot be resumed: {fault}. Pass True to use "
@@ -93,7 +98,7 @@ def damage(path: Path, *, ranks: int = 1) -> str | None:
         step = state["global_step"]
     except (ValueError, KeyError, TypeError):
         return f"{SEAL} is cut off"
-    number = _step(path)
+    number = step_of(path)
     if number >= 0 and step != number:
         return f"{SEAL} is of step {step}"
     if any(path.glob("pytorch_model_fsdp*")):
@@ -125,12 +130,19 @@ def _other(path: Path) -> str:
     return str(len(list(path.glob("rng_state_*.pth"))) or 1)
 
 
-def _checkpoints(output_dir: Path) -> list[Path]:
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Return the directories that have the name of a checkpoint, in no order."""
     found = output_dir.glob("checkpoint-*") if output_dir.is_dir() else ()
-    return [path for path in found if path.is_dir() and _step(path) >= 0]
+    return [path for path in found if path.is_dir() and step_of(path) >= 0]
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """Return the step in the name of a checkpoint; -1 for another name.
+
+    Example:
+        >>> step_of(Path("run/checkpoint-12")), step_of(Path("run"))
+        (12, -1)
+    """
     match = re.fullmatch(r"checkpoint-(\d+)", path.name)
     return int(match.group(1)) if match else -1
 
@@ -170,8 +182,15 @@ def _warn_passed_over(faults: dict[Path, str], outcome: str) -> None:
 
 
 @contextmanager
-def saving(place: str | Path, what: str) -> Iterator[None]:
+def saving(
+    place: str | Path, what: str, left: str = "What lies there is not whole"
+) -> Iterator[None]:
     """Turn what goes wrong in writing into one error that names the place.
+
+    Args:
+        place: what is written to.
+        what: what is written.
+        left: what is there now.
 
     Raises:
         DataError: for a full disk, a limit on the size of files, a directory that has gone.
@@ -181,11 +200,13 @@ def saving(place: str | Path, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # tokenizers raises bare exceptions.
-        if not isinstance(error, OSError | SafetensorError) and type(error) is not Exception:
+        # tokenizers raises bare exceptions, and torch.save bare RuntimeErrors; those of kernels
+        # and of collectives are subclasses.
+        bare = type(error) in (Exception, RuntimeError)
+        if not isinstance(error, OSError | SafetensorError) and not bare:
             raise
         reason = " ".join((getattr(error, "strerror", None) or str(error)).split())
         raise DataError(
-            f"{what} could not be written to {place}: {reason}. What lies there is not whole; make "
-            "room, or name another directory."
+            f"{what} could not be written to {place}: {reason}. {left}; make room, or name "
+            "another directory."
         ) from error

@@ -79,6 +79,14 @@ clip=clip_per_tensor(limit=1.0))
         "causal", "mask in evaluation; causal is what a saved model runs with"
     )
     max_skipped: int = described(10, "adaptations that may fail (NaN) before training stops")
+    on_nonfinite: str = described(
+        "skip", "a step whose gradient is NaN or infinite: skip leaves it out, stop ends the run"
+    )
+    max_nonfinite: int = described(5, "steps in a row that may be left out before training stops")
+
+    allow_changed: bool = described(
+        False, "resume although settings or data differ from those of the checkpoint"
+    )
 
     def __post_init__(self) -> None:
         for name, table in {
@@ -88,6 +96,7 @@ clip=clip_per_tensor(limit=1.0))
             "adaptation_start": dict.fromkeys(("micro-batch", "step")),
             "evaluate_on": dict.fromkeys(("deployed", "prompt")),
             "eval_mask": MASKS,
+            "on_nonfinite": dict.fromkeys(("skip", "stop")),
         }.items():
             named(name, getattr(self, name), table)
         self.policy()
@@ -95,8 +104,9 @@ clip=clip_per_tensor(limit=1.0))
             raise ProblemError(
                 f"adaptation_seed must be in [0, 2**63), got {self.adaptation_seed}."
             )
-        if self.max_skipped < 0:
-            raise ProblemError(f"max_skipped must be >= 0, got {self.max_skipped}.")
+        for name in ("max_skipped", "max_nonfinite"):
+            if getattr(self, name) < 0:
+                raise ProblemError(f"{name} must be >= 0, got {getattr(self, name)}.")
         # Checked here as well, by the names that a file or a command line gave.
         for name, good, low in (
             ("inner_steps", self.inner_steps >= 0, ">= 0"),

@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from metafocus.calls import ABSENT, changed
 from metafocus.engine import MetaLoss, bilevel
 from metafocus.errors import ProblemError
 from metafocus.estimators import Estimator
@@ -28,8 +29,7 @@ def through(wrapper: nn.Module, fn: Callable[[Any], Result], argument: Any) -> R
     once. The inner loop asks for gradients of fast weights only, which are no parameters: it
     triggers no communication.
 
-    For the length of the call the module's `forward` is an entry that puts the true one back
-    before anything else happens.
+    For the length of the call the module's `forward` is an entry, in which the true one is back.
 
     Args:
         wrapper: what accelerate made of the model: the model itself, a `DistributedDataParallel`
@@ -57,23 +57,14 @@ def through(wrapper: nn.Module, fn: Callable[[Any], Result], argument: Any) -> R
         return fn(argument)
     module = wrapper.module
     # Accelerate keeps its mixed-precision forward there.
-    own = module.__dict__.get("forward")
-
-    def restore() -> None:
-        if own is not None:
-            module.forward = own
-        else:
-            module.__dict__.pop("forward", None)
+    own = module.__dict__.get("forward", ABSENT)
 
     def entry(argument: Any) -> Result:
-        restore()
-        return fn(argument)
+        with changed((module, "forward", own)):
+            return fn(argument)
 
-    module.forward = entry
-    try:
+    with changed((module, "forward", entry)):
         return wrapper(argument)
-    finally:
-        restore()
 
 
 def is_sharded(model: nn.Module) -> bool:

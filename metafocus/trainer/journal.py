@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -21,13 +20,13 @@ class Journal:
         skipped: adaptations left out since the process began, on all ranks.
     """
 
-    def __init__(self, device: torch.device, max_skipped: int, *, raise_on_nan: bool = True):
+    def __init__(self, device: torch.device, max_skipped: int):
         self.inner: Stopwatch = Stopwatch(device)
         self.whole: Stopwatch = Stopwatch(device)
         self.skipped: int = 0
         self._max_skipped = max_skipped
-        self._raise_on_nan = raise_on_nan
         self._sums: dict[str, Tensor] = {}
+        self._bad_losses = torch.zeros((), device=device)
 
     def add(self, values: dict[str, Tensor]) -> None:
         """Add scalars to the sums of their names; nothing is read."""
@@ -48,15 +47,17 @@ class Journal:
                 after its last step.
         """
         loss = loss.detach()
+        self._bad_losses = self._bad_losses + ~loss.isfinite()
         values = {
             "calls": torch.ones_like(weight),
             "with_answers": weight,
-            "non_finite": (~loss.isfinite()).float(),
         }
         if len(inner):
             curve = inner.flatten(1).mean(1) if inner.ndim > 1 else inner
             values |= {f"inner_loss_{i}": weight * x for i, x in enumerate(curve)}
             values["adaptation_gain"] = weight * (curve[0] - (loss if same_tokens else curve[-1]))
+            if same_tokens:
+                values["last_step_rose"] = weight * (loss > curve[-1])
         self.add(values)
 
     def drain(self, reduce: Callable[[Tensor], Tensor], step: int) -> dict[str, float]:
@@ -67,7 +68,7 @@ class Journal:
             step: for the text of errors.
 
         Raises:
-            NonFiniteError: after too many failed adaptations, or an outer loss that is not finite.
+            NonFiniteError: after too many failed adaptations.
         """
         if not self._sums:
             return {}
@@ -78,7 +79,7 @@ class Journal:
         inner, whole = self.inner.drain(), self.whole.drain()
         calls, answered = found.pop("calls"), max(found.pop("with_answers"), 1.0)
         self.skipped += round(found.pop("skipped", 0.0))
-        self._check(found.pop("non_finite"), step)
+        self._check(step)
         means = {
             name: value / (calls if name.startswith("fast_weight") else answered)
             for name, value in found.items()
@@ -91,30 +92,15 @@ class Journal:
             means["skipped_adaptations"] = float(self.skipped)
         return means
 
-    def check(self, step: int) -> None:
-        """Raise if an outer loss of this window was not finite on this rank; a host sync."""
-        if "non_finite" in self._sums:
-            self._check(float(self._sums["non_finite"]), step)
+    def take_bad_losses(self) -> Tensor:
+        """Return how many losses were not finite since the last call; nothing is read."""
+        found, self._bad_losses = self._bad_losses, torch.zeros_like(self._bad_losses)
+        return found
 
-    def check_gradient(self, norm: float, step: int) -> None:
-        """Raise if the norm of a gradient, read from the device, is not finite."""
-        if self._raise_on_nan and not math.isfinite(norm):
-            self.check(step)
-            raise NonFiniteError(
-                f"the gradient norm is {norm} at step {step}. The model keeps the weights from "
-                "before this step. Lower learning_rate, or look at the data."
-            )
-
-    def _check(self, non_finite: float, step: int) -> None:
+    def _check(self, step: int) -> None:
         if self.skipped > self._max_skipped:
             raise NonFiniteError(
                 f"{self.skipped} adaptations were not finite and were left out by step {step}, "
                 f"more than max_skipped={self._max_skipped}. Lower inner_lr or inner_clip, or look "
                 "at the data; the checkpoints saved so far are whole."
-            )
-        if non_finite and self._raise_on_nan:
-            raise NonFiniteError(
-                f"the training loss was NaN or infinite {round(non_finite)} times by step {step}. "
-                "Lower learning_rate or look at the data, and resume from the last checkpoint, "
-                "which is whole."
             )

@@ -1,20 +1,18 @@
 """What turns a Hugging Face Trainer into a FocuSFT trainer, and nothing else.
 
-What is overridden: the loss of a training batch, the loss of an evaluation batch and its mean, what
-is done about a value that is not finite, and which checkpoint is resumed. Everything else is the
-Trainer's: optimiser, schedule, accumulation, mixed precision, DDP, FSDP, callbacks, logging,
-saving, the hub.
+What is overridden: the loss of a training batch, and the loss of an evaluation batch and its mean.
+`reliable.py` adds what makes a run survive. Everything else is the Trainer's: optimiser, schedule,
+accumulation, mixed precision, DDP, FSDP, callbacks, logging, the hub.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from metafocus import rng
 from metafocus.engine import MetaLoss
@@ -24,20 +22,20 @@ from metafocus.lm.tokens import predicted
 from metafocus.recipes._focusft import focusft
 from metafocus.trainer import checks
 from metafocus.trainer.batch import as_batch, check_length, labels_of, without_repeats
-from metafocus.trainer.checkpoints import SEAL, require_complete, resumable, saving
 from metafocus.trainer.compilation import compile_below
 from metafocus.trainer.config import FocusOptions
 from metafocus.trainer.distributed import focusft_sharded, is_sharded, through
 from metafocus.trainer.evaluation import AnswerLoss, Way, configured, score, score_adapted, ways
 from metafocus.trainer.inner import Guarded, Stopwatch, start_seed
 from metafocus.trainer.journal import Journal
+from metafocus.trainer.reliable import ReliableMixin
 from metafocus.types import Episode
 
 MetaLossFactory = Callable[[nn.Module, torch.Generator], MetaLoss]
 """`(model, generator) -> meta_loss`; the generator is seeded anew before every call."""
 
 
-class FocusMixin(Trainer):
+class FocusMixin(ReliableMixin):
     """What turns a class derived from `transformers.Trainer` into a FocuSFT trainer.
 
     Args:
@@ -73,30 +71,23 @@ class FocusMixin(Trainer):
         if args is not None:
             checks.check_supported(args, kwargs.get("compute_loss_func"))
             checks.check_writable(args)
+        checks.check_router(model)
         own = args if isinstance(args, FocusOptions) else FocusOptions()
-        self.focus: FocusOptions = focus or own
         self._recipe, self._factory = dict(recipe or {}), meta_loss_factory
-        super().__init__(model, args, **kwargs)  # pyright: ignore[reportArgumentType]
+        super().__init__(model, args, focus=focus or own, **kwargs)
         checks.check_dtypes(self._plain, self.args)
         checks.check_samples("train_dataset", self.train_dataset, self._plain)
         checks.check_samples("eval_dataset", self.eval_dataset, self._plain)
         # compute_loss divides by the token count of the accumulated batches, as such models do.
         self.model_accepts_loss_kwargs = True
         device = self.args.device
-        # A gradient scaler leaves out a step that is not finite by itself.
-        scaled = self.accelerator.scaler is not None
-        self._journal = Journal(device, self.focus.max_skipped, raise_on_nan=not scaled)
+        self._journal = Journal(device, self.focus.max_skipped)
         self._generator = torch.Generator(device="cuda" if device.type == "cuda" else "cpu")
         self._built: tuple[Any, MetaLoss] | None = None
         self._way = configured(self.focus)
         self._losses: list[tuple[Tensor, Tensor]] = []
         self._micro_step = 0
         self.add_callback(_FirstMicroStep(self))
-
-    @property
-    def _plain(self) -> nn.Module:
-        """The model without its wrappers (with FSDP: as it is sharded)."""
-        return cast(nn.Module, self.model)
 
     # Training -------------------------------------------------------------------------------
 
@@ -177,11 +168,11 @@ class FocusMixin(Trainer):
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         return start_seed(*key, self._micro_step * ranks + rank)
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        # The loss may be finite where its gradient is not: the optimiser must not see that.
-        norm: Any = super()._get_grad_norm(model, grad_norm=grad_norm)
-        self._journal.check_gradient(float(norm), self.state.global_step)
-        return norm
+    def _bad_losses(self) -> Tensor:
+        return self._journal.take_bad_losses()
+
+    def _objects(self) -> Any:
+        return self._recipe, getattr(self._factory, "__qualname__", self._factory)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the window's means of the inner loops beside the training loss."""
@@ -254,35 +245,6 @@ class FocusMixin(Trainer):
             reduced: Any = self.accelerator.reduce(torch.stack(sums), "sum")
             output.metrics[name] = float(reduced[0] / reduced[1].clamp(min=1))
         return output
-
-    # Checkpoints ----------------------------------------------------------------------------
-
-    def train(
-        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        """Train; `True` resumes the newest complete checkpoint, or begins where there is none.
-
-        Raises:
-            DataError: for a checkpoint that is damaged, where no complete one is left.
-        """
-        ranks = self.args.world_size
-        if resume_from_checkpoint is True:
-            found = resumable(self.args.output_dir or ".", ranks=ranks)
-            resume_from_checkpoint = None if found is None else str(found)
-        elif resume_from_checkpoint:
-            require_complete(resume_from_checkpoint, ranks=ranks)
-        result = super().train(resume_from_checkpoint or None, *args, **kwargs)
-        self._journal.check(self.state.global_step)
-        return result
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        # A model that has just become NaN must not push whole checkpoints out.
-        self._journal.check(self.state.global_step)
-        place = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        with saving(place, "the checkpoint"):
-            if self.args.should_save:
-                (place / SEAL).unlink(missing_ok=True)
-            super()._save_checkpoint(model, trial)
 
 
 class _FirstMicroStep(TrainerCallback):

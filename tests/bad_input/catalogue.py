@@ -145,6 +145,17 @@ def names(folder: Path) -> dict[str, Any]:
     def meta_loss() -> Any:
         return mf.bilevel(problem(), solver=mf.SGD(0.1, 2), estimator=mf.Unrolled())
 
+    def dropout() -> Any:
+        dropped = problem(lambda f, s, x: (nn.functional.dropout(f["w"], 0.5) - x).square().sum())
+        return mf.bilevel(dropped, solver=steps, estimator=unrolled)
+
+    def descent(update: Any) -> Any:
+        class Descent(mf.SGD):
+            def update(self, params: Any, grads: Any, state: Any, step: Any, outer: Any) -> Any:
+                return update(params, grads)
+
+        return Descent(0.1, 2)
+
     def write(name: str, content: str | bytes) -> Path:
         path = folder / name
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -193,6 +204,8 @@ def names(folder: Path) -> dict[str, Any]:
         "command": command,
         "config": config,
         "data": data,
+        "descent": descent,
+        "dropout": dropout,
         "folder": folder,
         "hypergrad": hypergrad,
         "json": json,

@@ -137,7 +137,7 @@ CHECKPOINTS = [
         ),
         "Refused",
         "name_or_path='FOLDER/m' cannot be loaded … metadata",
-        "Give a directory with a model and its tokenizer, or a hub id",
+        "Give a directory with a model and its tokenizer, a hub id, or a GGUF file",
     ),
     (
         "a model whose weights are a pickle",

@@ -95,7 +95,7 @@ COMMANDS = [
         ),
         "Refused",
         "name_or_path='FOLDER/empty' cannot be loaded: there is no config.json",
-        "Give a directory with a model and its tokenizer, or a hub id",
+        "Give a directory with a model and its tokenizer, a hub id, or a GGUF file",
     ),
     (
         "a hidden size that does not divide",

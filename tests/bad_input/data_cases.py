@@ -77,11 +77,11 @@ DATA = [
         "write one complete JSON object per line",
     ),
     (
-        "an array instead of lines",
-        'data.read_chats(write("chats.json", f"[{line}]"))',
+        "an array that was cut off",
+        'data.read_chats(write("chats.json", f"[{line}"))',
         "DataError",
-        "FOLDER/chats.json, line 1: [{'messages' … is not an object",
-        "(write one chat per line)",
+        "FOLDER/chats.json: not JSON",
+        "write an array of objects, or one object per line",
     ),
     (
         "a number",
@@ -94,7 +94,7 @@ DATA = [
         "nested a hundred thousand times",
         'data.read_chats(write("chats.jsonl", "[" * 100_000))',
         "DataError",
-        "line 1: nested too deeply for a chat",
+        "chats.jsonl: nested too deeply for a chat",
         "(write the chat flat: a list of messages)",
     ),
     (
@@ -109,7 +109,7 @@ DATA = [
         'data.read_chats(write("chats.jsonl", \'{"prompt": "hi", "answer": "yo"}\'))',
         "DataError",
         "line 1: no messages, only prompt, answer",
-        "give each record a list of messages under the key 'messages'",
+        "give each record messages (role and content), conversations (from and value), prompt",
     ),
     (
         "messages is null",
@@ -436,7 +436,7 @@ DATA = [
         ),
         "DataError",
         "FOLDER/chats.parquet, row 1: no messages, only text",
-        "give each record a list of messages under the key 'messages'",
+        "give each record messages (role and content), conversations (from and value), prompt",
     ),
     (
         "a Parquet file without rows",

@@ -32,7 +32,7 @@ class Known(NamedTuple):
     runs: tuple[QueryRun, ...]
 
     def of(self, spans: Spans) -> bool:
-        """Whether these are the same numbers in the same memory, not changed since."""
+        """Return whether these are the same numbers in the same memory, not changed since."""
         same = all(
             (x.data_ptr(), x.shape, x.stride(), x.dtype)
             == (y.data_ptr(), y.shape, y.stride(), y.dtype)

@@ -65,7 +65,7 @@ def groups(runs: Iterable[QueryRun]) -> list[Group]:
 
 
 def _cut(run: QueryRun) -> list[tuple[int, int, tuple[Piece, ...]]]:
-    """The queries of a run, in one or several runs, with the pieces of each."""
+    """Return the queries of a run, in one or several runs, with the pieces of each."""
     query, end, key, key_end = run[1:5]
     n, m = run.queries, run.keys
     if run.window == (-1, -1):
@@ -159,7 +159,7 @@ def backward(
 
 
 def _arguments(group: Group, piece: Piece, inputs: QKV) -> tuple[QKV, bool]:
-    """What the kernel is given for a piece, and whether it is causal there."""
+    """Return the inputs of the kernel for a piece, and whether it is causal there."""
     q, *others = inputs
     tensors = (_queries(q, group), *(_keys(x, group, piece) for x in others))
     return QKV(*(_turn_around(x, piece) for x in tensors)), piece.shape != WHOLE
@@ -174,7 +174,7 @@ def _keys(x: Tensor, group: Group, piece: Piece) -> Tensor:
 
 
 def _turn_around(x: Tensor, piece: Piece) -> Tensor:
-    """Read backwards, an upper triangle is a lower one: the kernel knows only these."""
+    """Reverse the rows of an upper triangle, which makes it a lower one, as the kernel needs."""
     return x.flip(2) if piece.shape == UPPER else x
 
 
@@ -187,5 +187,5 @@ def _merge(parts: Sequence[tuple[Tensor, ...]], dtype: torch.dtype) -> tuple[Ten
 
 
 def _dense_rows(x: Tensor) -> Tensor:
-    """The kernel takes the last stride for 1 without looking."""
+    """Return dense rows: the kernel assumes a last stride of 1 and does not check it."""
     return x if x.stride(-1) == 1 else x.contiguous()

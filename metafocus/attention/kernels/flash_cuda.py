@@ -82,7 +82,7 @@ def varlen_calls(
 
 
 def _portions(runs: Iterable[QueryRun], most: int) -> Iterator[list[QueryRun]]:
-    """Consecutive runs that together have at most `most` keys."""
+    """Yield consecutive runs that together have at most `most` keys."""
     some: list[QueryRun] = []
     total = 0
     for run in runs:
@@ -101,7 +101,7 @@ def _cumulative(sizes: Sequence[int], device: torch.device) -> Tensor:
 
 
 def _tokens(ranges: Sequence[tuple[int, int]], device: torch.device) -> slice | Tensor:
-    """The tokens of the ranges, one range after another."""
+    """Return the tokens of the ranges, one range after another."""
     if all(end == start for (_, end), (start, _) in pairwise(ranges)):
         return slice(ranges[0][0], ranges[-1][1])
     first, end = torch.tensor(ranges).to(device, non_blocking=True).T
@@ -179,7 +179,7 @@ def backward(
 
 
 def _flat(x: Tensor) -> Tensor:
-    """`[B, H, S, D]` as `[B S, H, D]`, with dense rows: a view where the model made it so."""
+    """Return `[B, H, S, D]` as `[B S, H, D]` with dense rows, as a view where that is possible."""
     x = rearrange(x, "b h s d -> (b s) h d")
     return x if x.stride(-1) == 1 else x.contiguous()
 

@@ -129,7 +129,7 @@ def _found(content: bytes, length: int, limit: int | None) -> tuple[QueryRun, ..
 
 
 def _equal_steps(start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """First and last token (in the flattened batch) and step of every maximal run of equal steps.
+    """Return first token, last token and step of each maximal run of equal steps, batch flattened.
 
     The step from a query to the next is 0 if the interval stays, 1 if its end moves by one, 2 if
     its start does, 3 if both do. Tokens without any such neighbour are runs of their own.
@@ -138,7 +138,7 @@ def _equal_steps(start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     d0, d1 = start.diff(dim=-1), stop.diff(dim=-1)
     linked = some[:, 1:] & some[:, :-1] & (d0 >= 0) & (d0 <= 1) & (d1 >= 0) & (d1 <= 1)
     link = torch.where(linked, 2 * d0 + d1, -1)
-    # The last token of a row leads nowhere, so that runs end there in the flattened batch.
+    # The last token of a row has no next one, so that runs end there in the flattened batch.
     link = torch.nn.functional.pad(link, (0, 1), value=-1).flatten()
     before = torch.nn.functional.pad(link, (1, 0), value=-1)[:-1]
     alone = some.flatten() & (link < 0) & (before < 0)

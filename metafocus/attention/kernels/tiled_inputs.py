@@ -59,7 +59,7 @@ class TiledInputs:
             capped = z.div_(self.softcap).tanh_()
             z = capped * self.softcap
         if tile.allowed is not None:
-            # The queries of a group lie behind each other and see the same keys.
+            # The query heads of a group follow each other and see the same keys.
             z.unflatten(-2, (self.q.shape[2], -1)).masked_fill_(~tile.allowed, -torch.inf)
         return z, capped
 
@@ -70,7 +70,7 @@ class TiledInputs:
 
 
 def rows(x: Tensor, tile: Tile) -> Tensor:
-    """Take a tile's rows of `[B, Hkv, G, S, n]`, the group's behind each other."""
+    """Take a tile's rows of `[B, Hkv, G, S, n]`, one query head of the group after another."""
     return x[tile.rows, tile.heads, :, tile.queries].flatten(2, 3)
 
 

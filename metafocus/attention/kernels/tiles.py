@@ -92,7 +92,7 @@ def tiles(spans: Spans, heads: int, group: int) -> Iterator[Tile]:
 
 
 def _bounds(spans: Spans, block: int) -> list[tuple[int, int, bool]]:
-    """First and one past the last key of each block, and whether all of it sees all of them."""
+    """Return the first key of each block, one past its last, and whether all queries see all."""
     length = spans.start.shape[-1]
     padding = -length % block
     start, stop = (

@@ -1,4 +1,4 @@
-"""Cross-entropy whose double backward does no work that leads nowhere."""
+"""Cross-entropy whose double backward does no useless work."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def cross_entropy(
 ) -> Tensor:
     """Compute `-log softmax(input)[target]` like `F.cross_entropy`, by `gather`.
 
-    torch's own says that the derivative of its `nll_loss` depends on the log-probabilities, and
-    gives zero for how: every second derivative then pushes zeros of the size of the logits back
-    through the softmax. Only what is common is written out: class indices, no weights, no
-    smoothing, no autocast. The rest is left to torch, as are its errors.
+    torch records that the derivative of its `nll_loss` depends on the log-probabilities, with a
+    derivative of zero: every second derivative then pushes zeros of the size of the logits back
+    through the softmax. Only the common case is written out: class indices, no weights, no
+    smoothing, no autocast. All other cases call torch, which also raises its own errors.
     """
     axis = min(input.ndim - 1, 1)
     common = (

@@ -81,7 +81,7 @@ def check_channels(
     use_batch: bool,
     axes: Sequence[int],
 ) -> None:
-    """Refuse what torch refuses: its checks are in the operators that stood here."""
+    """Raise where torch raises: its checks are inside the operators that are replaced."""
     if use_batch and math.prod(x.shape[a] for a in axes) == 1:
         raise ProblemError(
             f"A norm in training mode needs more than 1 value per channel, got an input of shape "

@@ -14,7 +14,7 @@ table swapped, each only where the fused kernel would fail or, worse, be silentl
 * embedding with a padding index: wrong under `vmap` inside a gradient of a gradient;
 * silu, mish, group norm, mse, huber and soft margin loss: no forward-mode formula.
 
-First-order work never comes here and keeps the fused kernels.
+First-order estimators do not use this mechanism and keep the fused kernels.
 """
 
 from __future__ import annotations

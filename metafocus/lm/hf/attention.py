@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from metafocus.attention.hugging_face import IMPLEMENTATIONS, register
+from metafocus.calls import changed
 from metafocus.errors import ProblemError
 from metafocus.masks.spans import Spans, windowed
 
@@ -40,19 +41,18 @@ def attention_as(config: Any, implementation: str) -> Iterator[None]:
         config: The text configuration of a model, which its layers read at every call.
         implementation: Such as "metafocus".
     """
-    before = config._attn_implementation
-    config._attn_implementation = implementation
-    try:
+    if config._attn_implementation == implementation:
         yield
-    finally:
-        config._attn_implementation = before
+        return
+    with changed((config, "_attn_implementation", implementation)):
+        yield
 
 
 def takes_spans(model: nn.Module) -> bool:
-    """Whether a model attends to spans inside `attending`.
+    """Return whether a model attends to spans inside `attending`.
 
-    Not with eager attention, which is left as it is; not if it does not take attention functions
-    of others; not with attention dropout, which spans do not have.
+    It does not with eager attention, which stays as it is, nor with attention dropout, which spans
+    do not have, nor if it takes no attention functions of other libraries.
 
     Args:
         model: A Hugging Face model.

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from metafocus.adapters import slots
 from metafocus.autodiff.recompute import recompute
+from metafocus.calls import changed, holding, using
 from metafocus.lm.hf.attention import attention_as
-from metafocus.torch_internals import swapped_weights
 
 
 @contextlib.contextmanager
@@ -32,22 +32,19 @@ def exact_checkpointing(model: nn.Module) -> Iterator[None]:
         model: a Hugging Face model, with or without checkpointing enabled.
     """
     layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
-    before = [getattr(layer, "_gradient_checkpointing_func", None) for layer in layers]
-    hooks = getattr(model, "_require_grads_hooks", None) or []
-    lifted = []
-    for hook in hooks:
+    ours = partial(checkpoint_layer, model)
+    places: list[Any] = [(layer, "_gradient_checkpointing_func", ours) for layer in layers]
+    for hook in getattr(model, "_require_grads_hooks", None) or []:
         table = hook.hooks_dict_ref()
         if table is not None and hook.id in table:
-            lifted.append((table, hook.id, table.pop(hook.id)))
-    try:
-        for layer in layers:
-            layer._gradient_checkpointing_func = partial(checkpoint_layer, model)  # pyright: ignore
+            # Replaced, not removed: hooks keep their order.
+            places.append((table, hook.id, _nothing))
+    with changed(*places):
         yield
-    finally:
-        for layer, function in zip(layers, before, strict=True):
-            layer._gradient_checkpointing_func = function  # pyright: ignore
-        for table, key, hook in lifted:
-            table[key] = hook
+
+
+def _nothing(*args: Any) -> None:
+    """Do nothing: a hook in the place of another one."""
 
 
 def checkpoint_layer(model: nn.Module, call: Any, *args: Any) -> Any:
@@ -64,14 +61,13 @@ def checkpoint_layer(model: nn.Module, call: Any, *args: Any) -> Any:
     # The layer's hooks are part of this call. FSDP's gather the parameters, and must do so before
     # these are taken: only what is inside the hooks is recomputed.
     layer = call.func.__self__
-    forward, before = layer.forward, vars(layer).get("forward")
-    layer.forward = lambda *args, **kwargs: _recomputed(model, layer, forward, args, kwargs)
-    try:
+    forward = layer.forward
+
+    def inner(*args: Any, **kwargs: Any) -> Any:
+        return _recomputed(model, layer, forward, args, kwargs)
+
+    with changed((layer, "forward", inner)):
         return call(*args)
-    finally:
-        del layer.forward
-        if before is not None:
-            layer.forward = before
 
 
 def _recomputed(model: nn.Module, layer: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
@@ -81,8 +77,9 @@ def _recomputed(model: nn.Module, layer: nn.Module, forward: Any, args: Any, kwa
 
     def run(parameters: dict[str, Tensor], fast: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
         with (
+            using(model),
             attention_as(config, implementation),
-            swapped_weights(layer, parameters),
+            holding(layer, parameters),
             slots.rebind(layer, fast, functions),
         ):
             return forward(*args, **kwargs)

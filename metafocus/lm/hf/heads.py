@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from metafocus.adapters import slots
 from metafocus.autodiff.recompute import recompute
+from metafocus.calls import changed, holding
 from metafocus.errors import ProblemError
 from metafocus.lm.cross_entropy import IGNORED, LogitHead, entropies
 from metafocus.lm.token_loss import token_loss
@@ -22,7 +23,6 @@ from metafocus.torch_internals import (
     forward_hooks,
     has_backward_hooks,
     is_batched,
-    swapped_weights,
     tracing,
 )
 
@@ -45,16 +45,14 @@ class HeadHook:
 
     Attributes:
         reader: what the next hidden states go to, or None.
-        result: what it returned.
         logit_heads: what was found to follow the head, by class of the model and what its
             configuration says; None where the head cannot be split off.
     """
 
-    __slots__ = ("logit_heads", "reader", "result")
+    __slots__ = ("logit_heads", "reader")
 
     def __init__(self) -> None:
-        self.reader: Reader | None = None
-        self.result: Tensor | None = None
+        self.reader: Callable[[nn.Module, Tensor], object] | None = None
         self.logit_heads: dict[tuple[type[nn.Module], LogitHead], LogitHead | None] = {}
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -63,7 +61,7 @@ class HeadHook:
             return None
         # The reader may call the head.
         reader, self.reader = self.reader, None
-        self.result = reader(module, args[0])
+        reader(module, args[0])
         return args[0][..., :1, :], *args[1:]
 
     def __reduce__(self) -> tuple[type[HeadHook], tuple[()]]:
@@ -84,15 +82,12 @@ def read_hidden(head: nn.Module, run: Callable[[], Any], reader: Reader) -> Tens
         >>> read_hidden(head, lambda: head(layer(x)), lambda head, hidden: hidden).shape
         torch.Size([1, 4, 3])
     """
-    hook = install(head)
-    hook.reader, hook.result = reader, None
-    try:
+    results: list[Tensor] = []
+    with changed((install(head), "reader", lambda head, x: results.append(reader(head, x)))):
         run()
-        if hook.result is None:
-            raise ProblemError(f"the model did not call its head, {type(head).__name__}.")
-        return hook.result
-    finally:
-        hook.reader = hook.result = None
+    if not results:
+        raise ProblemError(f"the model did not call its head, {type(head).__name__}.")
+    return results[0]
 
 
 def install(head: nn.Module) -> HeadHook:
@@ -130,7 +125,7 @@ def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor, logit_head: Logi
     def loss(
         parameters: dict[str, Tensor], fast: dict[str, Tensor], rows: Tensor, targets: Tensor
     ) -> Tensor:
-        with swapped_weights(head, parameters), slots.rebind(head, fast, functions):
+        with holding(head, parameters), slots.rebind(head, fast, functions):
             return entropies(logit_head(wide(head(rows))), targets)
 
     fast = slots.bound(head)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from metafocus.errors import DataError
 from metafocus.lm.hf.attention import attention_mask
-from metafocus.masks.rows import refuse
+from metafocus.masks.entries import refuse
 from metafocus.masks.spans import Spans
 
 

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metafocus.calls import undone
 from metafocus.lm.cross_entropy import LogitHead
 from metafocus.lm.hf import heads
-from metafocus.lm.hf.trial import side_run, two_tokens
+from metafocus.lm.hf.side_runs import side_run, two_tokens
 from metafocus.precision import wide
 
 _SCALES = (("logit_scale", 1), ("lm_head_multiplier", 1), ("logits_scaling", -1))
@@ -87,16 +88,14 @@ def measured(model: nn.Module, head: nn.Module | None, expected: LogitHead) -> L
 
     with side_run(model):
         inputs = two_tokens(model)
-        handle = head.register_forward_hook(replace)
         logits: list[Tensor] = []
         try:
-            hidden = heads.read_hidden(
-                head, lambda: logits.append(model(**inputs).logits), lambda head, hidden: hidden
-            )
+            with undone(head.register_forward_hook(replace).remove):
+                hidden = heads.read_hidden(
+                    head, lambda: logits.append(model(**inputs).logits), lambda head, hidden: hidden
+                )
         except (RuntimeError, TypeError, ValueError, LookupError) as error:
             return f"it cannot run with one position for its head ({error})"
-        finally:
-            handle.remove()
         if len(outputs) != 1:
             return f"its head is called {len(outputs)} times in a forward pass"
         if hidden.ndim != 3 or hidden.shape[:-1] != inputs["input_ids"].shape:

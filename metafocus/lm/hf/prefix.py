@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from metafocus.adapters.placement import layer_of
+from metafocus.calls import changed
 from metafocus.errors import ProblemError
 from metafocus.torch_internals import is_compiled
 
@@ -127,20 +128,9 @@ def _instead(layers: list[nn.Module], function: Callable[[Tensor], Tensor]) -> I
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return function(hidden_states)
 
-    checkpointed = [getattr(layer, "gradient_checkpointing", None) for layer in layers]
-    before = [vars(layer).get("forward") for layer in layers]
-    try:
-        for layer, flag in zip(layers, checkpointed, strict=True):
-            layer.forward = forward
-            if flag:
-                # There is nothing to recompute.
-                layer.gradient_checkpointing = False  # pyright: ignore
+    places: list[Any] = [(layer, "forward", forward) for layer in layers]
+    # There is nothing to recompute.
+    flagged = [layer for layer in layers if getattr(layer, "gradient_checkpointing", False)]
+    places += [(layer, "gradient_checkpointing", False) for layer in flagged]
+    with changed(*places):
         yield
-    finally:
-        for layer, flag, own in zip(layers, checkpointed, before, strict=True):
-            if own is None:
-                del layer.forward
-            else:
-                layer.forward = own
-            if flag:
-                layer.gradient_checkpointing = flag  # pyright: ignore

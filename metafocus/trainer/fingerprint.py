@@ -1,0 +1,129 @@
+"""What a run was made of, kept in each checkpoint, so that a resumed run knows what changed."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import TrainingArguments
+
+import metafocus
+from metafocus.errors import DataError
+from metafocus.trainer.config import FocusOptions
+
+RUN = "metafocus_run.json"
+"""In each checkpoint, beside what transformers writes there."""
+
+_FREE = re.compile(
+    "logging_.*|log_.*|eval_.*|evaluate_on|save_.*|hub_.*|push_to_hub|.*trackio.*|project|"
+    "output_dir|run_name|report_to|disable_tqdm|per_device_eval_batch_size|prediction_loss_only|"
+    "include_.*|batch_eval_metrics|load_best_model_at_end|metric_for_best_model|greater_is_better|"
+    "restore_callback_states_from_checkpoint|ignore_data_skip|resume_from_checkpoint|do_.*|"
+    "dataloader_(num_workers|pin_memory|persistent_workers|prefetch_factor|multiprocessing_context)|"
+    "local_rank|ddp_.*|debug|skip_memory_metrics|enable_jit_checkpoint|auto_find_batch_size|"
+    "torch_empty_cache_steps|.*checkpointing.*|fp16_full_eval|bf16_full_eval|"
+    "allow_changed|max_skipped|on_nonfinite|max_nonfinite"
+)
+"""Settings that do not change what a step computes."""
+
+_LENGTH = ("max_steps", "num_train_epochs")
+"""Settings by which a run is made longer: they are noted only."""
+
+
+def fingerprint(
+    args: TrainingArguments, focus: FocusOptions, model: nn.Module, data: Any, recipe: Any
+) -> dict[str, dict[str, Any]]:
+    """Return settings, data and versions, as JSON holds them.
+
+    Args:
+        args: of the trainer.
+        focus: FocuSFT's settings.
+        model: that is trained.
+        data: that it is trained on.
+        recipe: what was passed as objects, printed.
+    """
+    settings = {**args.to_dict(), **asdict(focus)}
+    kept = {name: value for name, value in settings.items() if not _FREE.fullmatch(name)}
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    sizes = [p.numel() for p in model.parameters() if p.requires_grad]
+    kept |= {
+        # Where an object lies in memory differs from process to process.
+        "recipe": re.sub(r" at 0x[0-9a-f]+", "", str(recipe)),
+        "model": f"{type(model).__name__} with {sum(sizes)} trained parameters, {attention}",
+    }
+    versions = {
+        name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate")
+    } | {"metafocus": metafocus.__version__, "python": platform.python_version()}
+    found = {"settings": kept, "data": digest(data), "versions": versions}
+    return json.loads(json.dumps(found, default=str))
+
+
+def digest(data: Any) -> dict[str, Any]:
+    """Return the number of samples, and a hash of all of them where reading them is safe.
+
+    A list is read. Other data sets may draw at random or read files, and are asked only for a
+    `digest()` of their own.
+
+    Example:
+        >>> digest([{"input_ids": [1, 2]}])["hash"] == digest([{"input_ids": [1, 3]}])["hash"]
+        False
+    """
+    found: dict[str, Any] = {"samples": len(data) if hasattr(data, "__len__") else None}
+    if isinstance(data, list):
+        summary = hashlib.blake2b(digest_size=16)
+        for sample in data:
+            for name in sorted(sample) if isinstance(sample, Mapping) else ():
+                value = sample[name]
+                summary.update(name.encode())
+                plain = value.tolist() if isinstance(value, Tensor) else value
+                summary.update(repr(plain).encode())
+        found["hash"] = summary.hexdigest()
+    elif hasattr(data, "digest"):
+        found["hash"] = data.digest()
+    return found
+
+
+def compared(place: Path, now: dict[str, dict[str, Any]], *, allowed: bool) -> list[str]:
+    """Return what changed since a checkpoint was saved, in words.
+
+    Args:
+        place: the checkpoint. One without a fingerprint is not compared.
+        now: the fingerprint of this run.
+        allowed: settings and data may differ.
+
+    Raises:
+        DataError: for differences in what is computed that are not allowed.
+    """
+    then = read_run(place)
+    changed, noted = [], []
+    for part in ("settings", "data", "versions"):
+        old, new = then.get(part, {}), now[part]
+        for name in sorted(old.keys() & new.keys()):
+            if old[name] != new[name]:
+                free = part == "versions" or name in _LENGTH
+                text = f"{name} {old[name]!s:.120} -> {new[name]!s:.120}"
+                (noted if free else changed).append(f"data: {text}" if part == "data" else text)
+    if changed and not allowed:
+        raise DataError(
+            f"{place} was trained otherwise: {'; '.join(changed)}. Give the settings and data of "
+            "that run; or resume with what changed by --allow_changed (allow_changed=True), from "
+            "that step on; or name another output_dir."
+        )
+    return [*changed, *noted]
+
+
+def read_run(place: Path) -> dict[str, Any]:
+    """Return what `RUN` says in a checkpoint; nothing where it is missing or no JSON."""
+    try:
+        found = json.loads((place / RUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-PLACES = ("bedroom", "cinema", "kitchen", "office", "park", "school")
-FRIENDS = ("Bill", "Fred", "Julie", "Mary")
+PLACES: tuple[str, ...] = ("bedroom", "cinema", "kitchen", "office", "park", "school")
+FRIENDS: tuple[str, ...] = ("Bill", "Fred", "Julie", "Mary")
 PRONOUNS = {"Daniel": "he", "John": "he", "Mary": "she", "Sandra": "she"}
-LATER = ("After that", "Afterwards", "Then", "Following that")
-TIMES = ("yesterday", "this morning", "this afternoon", "this evening")
-COUNTS = ("none", "one", "two", "three")
+LATER: tuple[str, ...] = ("After that", "Afterwards", "Then", "Following that")
+TIMES: tuple[str, ...] = ("yesterday", "this morning", "this afternoon", "this evening")
+COUNTS: tuple[str, ...] = ("none", "one", "two", "three")
 
 SPECIES = {"cat": "Cats", "mouse": "Mice", "sheep": "Sheep", "wolf": "Wolves"}
-PETS = ("Gertrude", "Winona", "Emily", "Jessica")
-KINDS = ("frog", "lion", "rhino", "swan")
-ANIMALS = ("Bernhard", "Brian", "Greg", "Julius", "Lily")
-COLORS = ("gray", "green", "white", "yellow")
+PETS: tuple[str, ...] = ("Gertrude", "Winona", "Emily", "Jessica")
+KINDS: tuple[str, ...] = ("frog", "lion", "rhino", "swan")
+ANIMALS: tuple[str, ...] = ("Bernhard", "Brian", "Greg", "Julius", "Lily")
+COLORS: tuple[str, ...] = ("gray", "green", "white", "yellow")
 
-SHAPES = ("red sphere", "blue square", "pink rectangle", "yellow square", "red square", "triangle")
+SHAPES: tuple[str, ...] = (
+    "red sphere",
+    "blue square",
+    "pink rectangle",
+    "yellow square",
+    "red square",
+    "triangle",
+)
 # The words of a relation, and the step from the second shape to the first.
 RELATIONS = {
     "to the left of": (-1, 0),
@@ -23,7 +30,14 @@ RELATIONS = {
     "above": (0, 1),
     "below": (0, -1),
 }
-THINGS = ("chocolate", "box of chocolates", "chest", "suitcase", "container", "box")
+THINGS: tuple[str, ...] = (
+    "chocolate",
+    "box of chocolates",
+    "chest",
+    "suitcase",
+    "container",
+    "box",
+)
 STEPS = {"east": (1, 0), "west": (-1, 0), "north": (0, 1), "south": (0, -1)}
 
 # For each state the room that it leads to, and what is taken there.
@@ -33,7 +47,7 @@ MOTIVES = {
     "thirsty": ("kitchen", "milk"),
     "tired": ("bedroom", "pajamas"),
 }
-PLAYERS = ("Antoine", "Jason", "Sumit", "Yann")
+PLAYERS: tuple[str, ...] = ("Antoine", "Jason", "Sumit", "Yann")
 
 _YES_NO = ("no", "yes")
 LABELS: dict[str, tuple[str, ...]] = {

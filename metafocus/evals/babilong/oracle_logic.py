@@ -115,7 +115,9 @@ def walk(context: str, question: str, world: World) -> str | None:
     for a, side, b in re.findall(rf"The ({rooms}) is ({sides}) of the ({rooms})\.", context):
         doors.setdefault(b, []).append((side[0], a))
         doors.setdefault(a, []).append((back[side], b))
-    waiting, seen = deque([(match[1], ())]), {match[1]}
+    start: tuple[str, tuple[str, ...]] = (match[1], ())
+    waiting: deque[tuple[str, tuple[str, ...]]] = deque([start])
+    seen = {match[1]}
     while waiting:
         room, steps = waiting.popleft()
         if room == match[2]:

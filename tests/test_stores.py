@@ -189,6 +189,41 @@ def test_many_cotangents_in_one_backward_pass(store):
         one = torch.autograd.grad(value, inputs, retain_graph=True)
         assert_close([r[i] for r in rows], one, 1e-12)
 
+    def along(cotangent):
+        return torch.autograd.grad(values, inputs, cotangent, retain_graph=True)
+
+    assert_close(torch.func.vmap(along)(torch.eye(len(values), dtype=x.dtype)), rows, 1e-12)
+
+
+def test_kernels_without_a_rule_for_batches_see_one_cotangent_at_a_time():
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x**2
+
+        @staticmethod
+        def backward(ctx, grad):
+            assert not torch._C._functorch.is_batchedtensor(grad)
+            (x,) = ctx.saved_tensors
+            return 2 * x * grad
+
+    def loss(fast, slow, data):
+        x, y, index = data
+        each = Square.apply(loops.predict(fast, x) - y)
+        return (torch.sigmoid(slow["weight"][index]) * each).mean()
+
+    def rows(loss):
+        leaves, episode = CASE.leaves(), CASE.episode()
+        fast = mf.Unrolled(store=mf.stores.schedule(3))(
+            loss, loops.solver(STEPS), start(leaves, None), leaves, episode.support
+        ).params["w2"]
+        return torch.func.vmap(
+            lambda c: torch.autograd.grad(fast, leaves["weight"], c, retain_graph=True)[0]
+        )(torch.eye(2, dtype=fast.dtype))
+
+    assert_close(rows(loss), rows(loops.inner), 1e-12)
+
 
 # --- counts ----------------------------------------------------------------------------------
 

@@ -34,7 +34,8 @@ def adaptable(module: nn.Module) -> bool:
     """Return whether `module` is linear in its last dimension and is called in a forward pass.
 
     This is True for `nn.Linear` and transformers' `Conv1D`. It is False for the projection inside
-    `nn.MultiheadAttention`, whose weight is used without calling the module.
+    `nn.MultiheadAttention`, whose weight is used without calling the module, and for routers of
+    experts.
 
     Example:
         >>> adaptable(nn.Linear(2, 3)), adaptable(nn.LayerNorm(2))
@@ -43,7 +44,8 @@ def adaptable(module: nn.Module) -> bool:
     linear = isinstance(module, nn.Linear) and not isinstance(
         module, NonDynamicallyQuantizableLinear
     )
-    return linear or is_conv1d(module)
+    # A router of experts may be a linear layer that returns several tensors.
+    return (linear and "Router" not in type(module).__name__) or is_conv1d(module)
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class top_layers:
             known = _linear_names(modules) or _examples(modules)
             raise PlacementError(
                 f"top_layers: no module in a layer of {type(model).__name__} is named "
-                f"{sorted(unmatched)}; its linear modules are {known}"
+                f"{sorted(unmatched)}; its linear modules are {known}{_instead(modules)}"
             )
         lists = list(dict.fromkeys(home for home, _, _ in found))
         if len(lists) > 1:
@@ -217,6 +219,24 @@ def _linear_names(modules: dict[str, nn.Module]) -> list[str]:
             home, index = place
             names[path.removeprefix(f"{home}.{index}.".lstrip("."))] = None
     return list(names)
+
+
+def _instead(modules: dict[str, nn.Module]) -> str:
+    """Return which names to give for the feed-forward layers, if some are recognised."""
+    names = [name for name in _linear_names(modules) if _FEED_FORWARD.search(f".{name}")]
+    ends = [name.rpartition(".")[2] for name in names]
+    every = [name.rpartition(".")[2] for name in _linear_names(modules)]
+    # A last component that attention has, too, needs the name before it.
+    chosen = [e if every.count(e) == 1 else n for n, e in zip(names, ends, strict=True)]
+    if not chosen:
+        return ""
+    tuple_ = ", ".join(map(repr, chosen))
+    return (
+        f". Name those of the feed-forward layers: ({tuple_}), or --lora_modules {','.join(chosen)}"
+    )
+
+
+_FEED_FORWARD = re.compile(r"\.(mlp|ffn|feed_forward|fc\d|fc_in|fc_out|intermediate|output)\b")
 
 
 def _examples(modules: dict[str, nn.Module]) -> list[str]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
 import tempfile
 import time
@@ -27,6 +26,7 @@ from torch import Tensor
 import metafocus as mf
 from metafocus import algorithms, stores
 from metafocus.comparison.report import environment
+from metafocus.files import write_json
 
 Step = Callable[[int], None]
 SIZE, ROWS = 8, 24
@@ -213,6 +213,10 @@ def main(argv: list[str] | None = None) -> int:
             "readings": [asdict(reading) for reading in found],
         }
         print(f"{name}: {steps} steps in {seconds:.0f} s, {'; '.join(grown) or 'flat'}", flush=True)
+        if args.output:
+            settings = {k: v for k, v in vars(args).items() if k != "output"}
+            machine = environment(torch.float32)
+            write_json(args.output, {"settings": settings, "environment": machine, "runs": report})
 
     with tempfile.TemporaryDirectory() as folder:
         for name, estimator in estimators(Path(folder)).items():
@@ -223,10 +227,6 @@ def main(argv: list[str] | None = None) -> int:
             take = by_algorithm(algorithm)
             measured(name, args.steps, lambda take=take: readings(take, args.steps))
         measured("FocuSFT", args.focusft, lambda: focusft(args.focusft, folder))
-    if args.output:
-        settings = {k: v for k, v in vars(args).items() if k != "output"}
-        whole = {"settings": settings, "environment": environment(torch.float32), "runs": report}
-        args.output.write_text(json.dumps(whole, indent=1) + "\n")
     return int(any(run["grown"] for run in report.values()))
 
 

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 from chat_shapes import FAMILIES, SHAPES, TOOLS, WITH_TOOLS
 
 from metafocus.data import encode_chat
 from metafocus.errors import DataError
+
+PAGE = Path(__file__).parent.parent / "docs" / "data.md"
+# The version of trl whose templates the page counts.
+_DOCUMENTED = "1.16.0"
+GROUPS = {
+    "calls": WITH_TOOLS,
+    "roles that do not alternate": [
+        "two answers in a row",
+        "weight 0, then an answer",
+        "two questions in a row",
+        "starts with an answer",
+    ],
+}
 
 
 def is_trained(message):
@@ -79,6 +94,17 @@ def difference(family, tokenizer, shape):
     return wrong
 
 
+def table_line(name, refused):
+    """The line of docs/data.md about a template."""
+    words = list(refused)
+    for label, group in GROUPS.items():
+        if set(group) <= set(words):
+            words = [*(word for word in words if word not in group), f"{label} ({len(group)})"]
+    return (
+        f"| {name.replace('@', ', ')} | {len(SHAPES) - len(refused)} | {', '.join(words) or '-'} |"
+    )
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_masks_and_contents(name):
     family = FAMILIES[name]
@@ -87,3 +113,11 @@ def test_masks_and_contents(name):
     assert {shape: wrong for shape, wrong in found.items() if wrong} == {}
     # The plainest chat works with every template.
     assert found["one pair"] == []
+    if version("trl") == _DOCUMENTED:
+        line = table_line(name, [shape for shape, wrong in found.items() if wrong is None])
+        assert line in PAGE.read_text("utf-8"), f"docs/data.md must have the line {line}"
+
+
+def test_there_are_enough_templates_and_shapes():
+    assert len({name.removesuffix("_training") for name in FAMILIES}) >= 25
+    assert len(SHAPES) >= 20

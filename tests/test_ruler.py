@@ -121,7 +121,13 @@ def test_variables():
         chain = zip(others, item.references[1:], item.references, strict=False)
         assert all(text == f"VAR {name} = VAR {before}" for text, name, before in chain)
         assert [a for a, _ in item.evidence] == sorted(a for a, _ in item.evidence)
-        assert item.prompt.count("VAR") == 9  # 5 definitions, 4 uses
+        shown, _, own = item.prompt.rpartition("Variables are set among")
+        assert own.count("VAR") == shown.count("VAR") == 9  # 5 definitions, 4 uses
+        # One solved example, whose names have three letters.
+        assert shown.count("Variables are set among") == 1
+        solved = re.search(r"The variables with the value (\d+) are (.*)\.", shown)
+        assert set(re.findall(r"VAR (\w+) =", shown)) == set(re.findall(r"\b[A-Z]{3}\b", solved[2]))
+        assert f"= {solved[1]}\n" in shown and solved[1] != value
         for i, name in enumerate(item.references):
             assert re.fullmatch("[A-Z]{5}", name)
             assert item.prompt.count(name) == (1 if i == 4 else 2)
@@ -167,10 +173,11 @@ def test_qa(tmp_path):
         assert item.references == QUESTIONS[number].answers
         assert item.prompt.count(QUESTIONS[number].documents[0]) == 1
         assert item.prompt[slice(*item.evidence[0])].endswith(f"it-{number}.")
-        assert item.prompt.count("Document: ") > 20
+        numbers = [int(n) for n in re.findall(r"^Document (\d+):$", item.prompt, re.MULTILINE)]
+        assert numbers == list(range(1, len(numbers) + 1)) and len(numbers) > 20
     # More room than documents: all of them, once.
     (short,) = generate(words, task="qa", length=9000, n=1, questions=QUESTIONS[:5])
-    assert short.prompt.count("Document: ") == 5
+    assert short.prompt.count("\nDocument ") == 5
 
     record = {"question": "Q?", "answers": ["a"], "documents": ["It is a."]}
     (tmp_path / "plain.jsonl").write_text(json.dumps(record) + "\n\n")
@@ -185,7 +192,67 @@ def test_qa(tmp_path):
     want = Question("Q?", ("a",), ("It is a.",))
     assert read_questions(tmp_path / "plain.jsonl") == (want,)
     assert read_questions(tmp_path / "squad.json") == (want,)
-    assert read_questions(tmp_path / "hotpot.json") == (Question("Q?", ("a",), ("T\nIt is a.",)),)
+    both = ("T\nIt is a.", "U\nNo.")
+    assert read_questions(tmp_path / "hotpot.json") == (Question("Q?", ("a",), both, (0,)),)
+
+
+def test_hotpotqa_keeps_its_distractors(tmp_path):
+    hot = [
+        {
+            "question": f"Q{q}?",
+            "answer": f"ans{q}",
+            "supporting_facts": [[f"S{q}a", 0], [f"S{q}b", 0]],
+            "context": [
+                [f"S{q}a", [f"support a {q} ans{q}."]],
+                *([f"D{q}_{i}", [f"hard distractor {q} {i}."]] for i in range(8)),
+                [f"S{q}b", [f"support b {q}."]],
+            ],
+        }
+        for q in range(30)
+    ]
+    (tmp_path / "h.json").write_text(json.dumps(hot))
+    questions = read_questions(tmp_path / "h.json")
+    assert len({x for question in questions for x in question.documents}) == 300
+    for item in generate(words, task="qa", length=400, n=10, questions=questions):
+        own = re.search(r"Q(\d+)\?", item.question)[1]
+        assert item.prompt.count(f"hard distractor {own} ") == 8
+        assert item.prompt.count("\nDocument ") > 10  # those of other questions too
+        texts = [item.prompt[a:b] for a, b in item.evidence]
+        assert len(texts) == 2
+        assert f"support a {own}" in texts[0] and f"support b {own}" in texts[1]
+    with pytest.raises(DataError, match="length=40 cannot hold qa"):
+        generate(words, task="qa", length=40, n=1, questions=questions)
+
+
+def test_squad_fills_with_the_same_article_first(tmp_path):
+    squad = {
+        "data": [
+            {
+                "paragraphs": [
+                    {
+                        "context": f"article {a} paragraph {p} text text text.",
+                        "qas": [
+                            {"question": f"q{a}.{p}?", "answers": [{"text": f"paragraph {p}"}]}
+                        ],
+                    }
+                    for p in range(20)
+                ]
+            }
+            for a in range(40)
+        ]
+    }
+    (tmp_path / "s.json").write_text(json.dumps(squad))
+    questions = read_questions(tmp_path / "s.json")
+    for length, most in ((170, 20), (600, 20)):
+        places = []
+        for item in generate(words, task="qa", length=length, n=20, questions=questions):
+            own = re.search(r"q(\d+)\.", item.question)[1]
+            shown = re.findall(r"article (\d+) paragraph", item.prompt)
+            assert shown.count(own) == min(len(shown), most)
+            places += [i / len(shown) for i, article in enumerate(shown) if article == own]
+            (start, stop), *none = item.evidence
+            assert not none and item.references[0] in item.prompt[start:stop]
+        assert 0.3 < sum(places) / len(places) < 0.6  # they do not stand first
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from problems import assert_close
 
 import metafocus as mf
 from metafocus import recipes
-from metafocus.recipes._attribution import spearman
+from metafocus.recipes._datamodeling import spearman
 
 F64 = torch.float64
 G = torch.Generator().manual_seed(0)
@@ -382,3 +382,13 @@ def test_bad_settings():
         report(losses, SOLVER, h=0.0)
     with pytest.raises(ValueError, match="directions must be an integer >= 1"):
         report(losses, SOLVER, directions=0)
+
+
+def test_attribution_warns_of_a_run_that_is_not_smooth():
+    def scores(losses, solver):
+        return recipes.attribution(losses, start, stream(), QUERY, solver=solver, directions=2)
+
+    found = scores(losses, SOLVER)
+    assert found.trust.verdict == "trustworthy" and len(found.trust.probes) == 2
+    with pytest.warns(mf.errors.NotSmoothWarning, match="may not predict.*not smooth"):
+        scores(rough, mf.SGD(0.5, STEPS))

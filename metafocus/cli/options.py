@@ -107,8 +107,8 @@ def adapter(args: argparse.Namespace) -> LoRA:
 
 def solver(args: argparse.Namespace, rate: float | None = None) -> SGD:
     """Return the inner optimiser that the options describe, with one of several rates."""
-    rate = args.inner_lr if rate is None else rate
-    return SGD(rate, args.inner_steps, clip=clip_per_tensor(args.inner_clip))
+    chosen: Any = args.inner_lr if rate is None else rate
+    return SGD(chosen, args.inner_steps, clip=clip_per_tensor(args.inner_clip))
 
 
 def add_model(
@@ -134,7 +134,12 @@ def add_model(
 
 
 def model_and_tokenizer(
-    args: Any, texts: Callable[[], Iterable[str]], max_length: int, *, base: bool = False
+    args: Any,
+    texts: Callable[[], Iterable[str]],
+    max_length: int,
+    *,
+    base: bool = False,
+    template: str | None = None,
 ) -> tuple[Any, Any]:
     """Return the model that `--model_name_or_path` names, or a small one for `texts()`.
 
@@ -143,6 +148,7 @@ def model_and_tokenizer(
         texts: what its tokenizer learns from.
         max_length: the longest sequence that the model must take.
         base: whether a model without a chat template will do.
+        template: a chat template instead of the tokenizer's own.
 
     Raises:
         DataError: if the model cannot be loaded, is too small for `max_length` or its tokenizer,
@@ -151,13 +157,18 @@ def model_and_tokenizer(
     attention = args.attn_implementation
     if args.model_name_or_path is None:
         sizes = {name: getattr(args, name) for name in OF_SMALL}
-        return models.small(texts(), max_length=max_length, attn_implementation=attention, **sizes)
-    model, tokenizer = models.load(args.model_name_or_path, attn_implementation=attention)
-    models.check_fits(model, tokenizer, max_length)
+        made = {"max_length": max_length, "attn_implementation": attention, **sizes}
+        model, tokenizer = models.small(texts(), **made)
+    else:
+        model, tokenizer = models.load(args.model_name_or_path, attn_implementation=attention)
+        models.check_fits(model, tokenizer, max_length)
+    if template is not None:
+        tokenizer.chat_template = template
     if tokenizer.chat_template is None and not base:
         raise DataError(
             f"the tokenizer of {args.model_name_or_path!r} has no chat template. Use an "
-            "instruction-tuned model, or set tokenizer.chat_template and save it beside the model."
+            "instruction-tuned model, or set tokenizer.chat_template and save it beside the model "
+            "(metafocus train takes --chat_template FILE)."
         )
     return model, tokenizer
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -11,6 +12,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from metafocus.cli import config_file, options
 from metafocus.cli.parsing import Parser
+from metafocus.data.chat import TURNS
 from metafocus.errors import DataError
 from metafocus.trainer.config import FocusArguments, FocusOptions, described
 
@@ -61,13 +63,36 @@ class DataArguments:
 
     train_file: str | None = described(
         None,
-        "file of chats (.jsonl, .parquet), or stdlib: questions about the documentation of the "
-        "Python standard library on this machine",
+        "file of chats (.jsonl, .json, .parquet), or stdlib: questions about the documentation of "
+        "the Python standard library on this machine",
     )
     dataset_name: str | None = described(
         None, "data set of chats, by hub id or directory (needs the package datasets)"
     )
     dataset_config_name: str | None = described(None, "which configuration of dataset_name")
+    dataset_train_split: str = described("train", "which split of dataset_name to train on")
+    dataset_test_split: str | None = described(
+        None, "which split of dataset_name is held out; default: validation, or else test"
+    )
+    dataset_streaming: bool = described(
+        False, "read dataset_name record by record, up to max_train_samples, without a copy on disk"
+    )
+    dataset_num_proc: int = described(1, "processes that encode chats")
+    encoding_cache: str | None = described(
+        None, "directory that keeps encoded chats, under a hash of all they depend on"
+    )
+    chat_template: str | None = described(
+        None, "file with a chat template (Jinja) instead of the tokenizer's own"
+    )
+    chat_template_kwargs: str | None = described(
+        None, "variables of the chat template as JSON, such as '{\"enable_thinking\": false}'"
+    )
+    turns: str = described(
+        "as_rendered",
+        "which answers are trained: all as_rendered in the whole chat; only the last; or each, as "
+        "the last message of a sample of its own",
+    )
+    strict: bool = described(False, "stop at a chat that cannot be encoded, instead of skipping it")
     validation_file: str | None = described(None, "file of held-out chats")
     validation_split_percentage: float = described(
         10.0, "per cent of the chats that are held out where none are given; 0: none are"
@@ -90,6 +115,10 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         _at_least(self, max_train_samples=1, max_eval_samples=1, max_length=2, stdlib_turns=1)
+        _at_least(self, dataset_num_proc=1)
+        if self.turns not in TURNS:
+            raise DataError(f"turns={self.turns!r} is unknown: use one of {', '.join(TURNS)}.")
+        self.template_variables()
         if not 0 <= self.validation_split_percentage < 100:
             raise DataError(
                 "validation_split_percentage must be at least 0 and below 100, got "
@@ -102,6 +131,27 @@ class DataArguments:
                 "--train_file is missing: name a file of chats, or stdlib; or a data set with "
                 "--dataset_name."
             )
+
+    def template_variables(self) -> dict[str, Any]:
+        """Return `chat_template_kwargs` as names and values.
+
+        Raises:
+            DataError: if they are no JSON object.
+        """
+        if self.chat_template_kwargs is None:
+            return {}
+        try:
+            found = json.loads(self.chat_template_kwargs)
+        except ValueError as error:
+            raise DataError(
+                f"chat_template_kwargs={self.chat_template_kwargs!r} is not JSON ({error})."
+            ) from error
+        if not isinstance(found, dict):
+            raise DataError(
+                f"chat_template_kwargs={self.chat_template_kwargs!r} is not a JSON object of names "
+                "and values."
+            )
+        return found
 
 
 class Settings(NamedTuple):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import ProgressCallback
+from transformers import IntervalStrategy, ProgressCallback
 
 from metafocus.adapters import LoRA
 from metafocus.cli import chats, options
@@ -21,8 +23,9 @@ from metafocus.cli.settings import (
     parse,
 )
 from metafocus.comparison.report import environment
-from metafocus.data import Sample, encode_chats, pack, read_chats
-from metafocus.data.reading import read_dataset
+from metafocus.data import Sample, encode_chats, read_chats, spool
+from metafocus.data.batches import Packed
+from metafocus.data.reading import Gather, read_dataset
 from metafocus.errors import DataError
 from metafocus.files import check_utf8, write_json
 from metafocus.trainer.checkpoints import require_complete, saving
@@ -56,11 +59,18 @@ def main(argv: list[str]) -> FocusTrainer:
 
 def _run(settings: Settings, output: Path, resume: str | bool | None) -> FocusTrainer:
     data, args = settings.data, settings.args
-    train, heldout = _read(data, args.seed)
+    # What is read and encoded lies there, in files without a name, and not in memory.
+    output.mkdir(parents=True, exist_ok=True)
+    train, heldout = _read(data, args.seed, chats.gatherer(output))
+    _check_evaluation(args, data, train, heldout)
     _note_unused(settings)
     torch.manual_seed(args.seed)
     model, tokenizer = options.model_and_tokenizer(
-        settings.model, lambda: chats.texts(train), data.max_length
+        settings.model,
+        lambda: chats.texts(train),
+        data.max_length,
+        base=train is not None and not any("messages" in record for record in train),
+        template=chats.template(data.chat_template),
     )
     adapter = args.adapter(model)
     if isinstance(adapter, LoRA):
@@ -73,7 +83,7 @@ def _run(settings: Settings, output: Path, resume: str | bool | None) -> FocusTr
     trainer = FocusTrainer(
         _with_outer_lora(model, settings.model),
         args,
-        train_dataset=pack(samples, data.max_length) if data.packing else samples,
+        train_dataset=Packed(samples, data.max_length) if data.packing else samples,
         eval_dataset=held or None,
         processing_class=tokenizer,
     )
@@ -124,23 +134,47 @@ def _resume(args: FocusArguments) -> str | bool | None:
     return str(require_complete(word, ranks=args.world_size))
 
 
-def _read(data: DataArguments, seed: int) -> tuple[chats.Chats | None, chats.Chats]:
+def _read(data: DataArguments, seed: int, gather: Gather) -> tuple[chats.Chats | None, chats.Chats]:
     """Return chats to train on and held-out ones; None for those that wait for a tokenizer."""
-    heldout = read_chats(data.validation_file) if data.validation_file else None
+    # What is wrong with a single chat is found where it is encoded.
+    how: Any = {"gather": gather, "check": False}
+    heldout = read_chats(data.validation_file, **how) if data.validation_file else None
     if data.dataset_name is not None:
-        parts = read_dataset(data.dataset_name, data.dataset_config_name)
-        if "train" not in parts:
-            raise DataError(
-                f"dataset_name={data.dataset_name!r} has no split named train, only "
-                f"{', '.join(parts)}."
-            )
-        train = parts["train"]
-        heldout = heldout or parts.get("validation") or parts.get("test")
+        train, named = _data_set(data, data.dataset_name, gather)
+        heldout = heldout or named
     else:
-        train = chats.read(data.train_file or "")
+        train = chats.read(data.train_file or "", **how)
     if train is None or heldout is not None:
         return train, heldout or []
     return chats.split(train, data.validation_split_percentage, seed)
+
+
+def _data_set(
+    data: DataArguments, name: str, gather: Gather
+) -> tuple[chats.Chats, chats.Chats | None]:
+    """Return the split to train on and the one that is held out, if there is one."""
+    limit = data.max_train_samples if data.dataset_streaming else None
+    if limit is not None:
+        # Some of them may be held out.
+        limit = math.ceil(limit / (1 - data.validation_split_percentage / 100))
+    parts = read_dataset(
+        name,
+        data.dataset_config_name,
+        streaming=data.dataset_streaming,
+        limit=limit,
+        check=False,
+        gather=gather,
+    )
+    for flag in ("dataset_train_split", "dataset_test_split"):
+        part = getattr(data, flag)
+        if part is not None and part not in parts:
+            raise DataError(
+                f"dataset_name={name!r} has no split named {part}, only {', '.join(parts)}: pass "
+                f"--{flag} with one of them."
+            )
+    held = (data.dataset_test_split, "validation", "test")
+    named = next((parts[part] for part in held if part is not None and part in parts), None)
+    return parts[data.dataset_train_split], named
 
 
 def _documentation(
@@ -154,6 +188,17 @@ def _documentation(
         held = data.max_eval_samples or max(count // 10, 8)
         heldout = chats.documentation(tokenizer, split="heldout", n=held, **made)
     return train, heldout
+
+
+def _check_evaluation(
+    args: FocusArguments, data: DataArguments, train: chats.Chats | None, heldout: chats.Chats
+) -> None:
+    made = train is None and data.validation_split_percentage > 0
+    if args.eval_strategy != "no" and not heldout and not made:
+        raise DataError(
+            f"--eval_strategy {IntervalStrategy(args.eval_strategy).value} has nothing to evaluate "
+            "on: name --validation_file FILE, or pass --validation_split_percentage above 0."
+        )
 
 
 def _note_unused(settings: Settings) -> None:
@@ -174,7 +219,9 @@ def _note_unused(settings: Settings) -> None:
             options.note_unused(settings, names, why)
 
 
-def _encoded(name: str, records: chats.Chats, tokenizer: Any, settings: Settings) -> list[Sample]:
+def _encoded(
+    name: str, records: chats.Chats, tokenizer: Any, settings: Settings
+) -> Sequence[Sample]:
     if not records:
         return []
     data = settings.data
@@ -183,6 +230,12 @@ def _encoded(name: str, records: chats.Chats, tokenizer: Any, settings: Settings
         tokenizer,
         max_length=data.max_length,
         merge_context=not data.separate_messages,
+        turns=data.turns,
+        chat_template_kwargs=data.template_variables(),
+        strict=data.strict,
+        num_proc=data.dataset_num_proc,
+        cache_dir=data.encoding_cache,
+        into=spool.samples(settings.args.output_dir),
     )
     _say(settings.args, f"{name}: {found.summary()}")
     return found.samples

@@ -92,8 +92,8 @@ def smoothness(
 
     Empirical metasmoothness: with `A(z)` the weights trained under outer parameters `z` and
     `D(z) = A(z + h v) - A(z)`, the mean agreement of the signs of `D(z)` and `D(z + h v)`,
-    weighed by `|D(z)|`. Each direction `v` takes four runs. Its length is that of a vector with
-    entries of size one, so `h` is in the units of `outer`.
+    weighed by `|D(z) + D(z + h v)|`. The entries of a direction `v` have size one, so `h` is in
+    the units of `outer`. Each direction takes five runs.
 
     Args:
         problem: the problem; its start must be the same at every call.
@@ -153,10 +153,11 @@ def smoothness(
     for _ in range(directions):
         way = {k: _signs(v, generator) for k, v in free.items()}
         ahead, beyond, behind = (_moved(outer, way, c * h) for c in (1, 2, -1))
-        once = trained(ahead) - here
-        twice = trained(beyond) - trained(ahead)
-        total = once.abs().sum()
-        agreement = (once.abs() * once.sign() * twice.sign()).sum() / total if total else total
+        between = trained(ahead)
+        once, twice = between - here, trained(beyond) - between
+        moved = (once + twice).abs()
+        total = moved.sum()
+        agreement = (moved * once.sign() * twice.sign()).sum() / total if total else total
         difference = (reached(ahead) - reached(behind)) / (2 * h)
         predicted = float(pt.dot({k: grads[k].double() for k in way}, _double(way)))
         probes.append(Probe(float(agreement), predicted, difference, eps * abs(float(loss)) / h))

@@ -50,7 +50,9 @@ class Encoders:
         self._tokenizer, self._merge_context = tokenizer, merge_context
         self._variables, self._arrow, self._turns = variables, arrow, turns
         self._made: dict[str, Encoder] = {}
-        self._of({})  # raises for a tokenizer that cannot be used
+        if not hasattr(tokenizer, "apply_chat_template") or tokenizer.chat_template:
+            # Raises for what cannot be used. Texts need no template.
+            self._of({})
 
     def _of(self, record: Mapping[str, Any]) -> Encoder:
         own = record.get("chat_template_kwargs")

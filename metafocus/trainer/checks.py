@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
+from metafocus.data import Collator
 from metafocus.errors import DataError, ProblemError
 from metafocus.files import check_utf8
 from metafocus.trainer.batch import most_positions
@@ -36,10 +37,45 @@ def check_supported(args: TrainingArguments, compute_loss_func: Any = None) -> N
             compute_loss_func,
             "the loss is the meta-loss; pass meta_loss_factory instead",
         ),
+        # Of trl's SFTConfig.
+        "loss_type": (
+            getattr(args, "loss_type", "nll") != "nll" and args.loss_type,  # pyright: ignore
+            "the loss is the plain cross entropy of the answers; set it to 'nll'",
+        ),
+        "router_aux_loss_coef": (
+            getattr(args, "router_aux_loss_coef", None),
+            "the meta-loss has no auxiliary loss of a router; set it to 0 or None",
+        ),
     }
     for name, (value, reason) in reasons.items():
         if value:
             raise ProblemError(f"{name}={value!r} is not supported by FocusTrainer: {reason}.")
+
+
+def check_columns(args: TrainingArguments, collator: Any) -> None:
+    """Raise if the Trainer would drop columns that the collator of this library needs.
+
+    Raises:
+        DataError: naming the setting.
+    """
+    if args.remove_unused_columns and (collator is None or isinstance(collator, Collator)):
+        raise DataError(
+            "remove_unused_columns=True, the default of TrainingArguments, would drop answer_mask "
+            "and turn_ids from every sample: pass FocusArguments, or remove_unused_columns=False."
+        )
+
+
+def check_router(model: Any) -> None:
+    """Raise for a model that is asked for the auxiliary loss of its router.
+
+    Raises:
+        ProblemError: naming the setting.
+    """
+    if getattr(getattr(model, "config", None), "output_router_logits", False):
+        raise ProblemError(
+            "model.config.output_router_logits=True asks for the auxiliary loss of the router, "
+            "which the meta-loss does not have: set it to False."
+        )
 
 
 def check_writable(args: TrainingArguments) -> None:

@@ -93,6 +93,10 @@ def score(
         total = lm_loss(model, adapter=adapter, mask=mask)(fast, {}, batch) * count
         if not logits:
             return AnswerLoss(total, count, None)
+        if "document_ids" in batch:
+            # transformers' own mask would let packed documents see each other.
+            causal = lm_loss(model, adapter=adapter, mask=masks.causal)
+            return AnswerLoss(total, count, causal.logits(fast, causal.prepare(batch)))
         with adapter.bind(model, fast):
             # As generation runs the model: causal, with transformers' own mask.
             out = model(

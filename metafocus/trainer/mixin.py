@@ -71,6 +71,7 @@ class FocusMixin(ReliableMixin):
         if args is not None:
             checks.check_supported(args, kwargs.get("compute_loss_func"))
             checks.check_writable(args)
+        checks.check_router(model)
         own = args if isinstance(args, FocusOptions) else FocusOptions()
         self._recipe, self._factory = dict(recipe or {}), meta_loss_factory
         super().__init__(model, args, focus=focus or own, **kwargs)

@@ -48,6 +48,8 @@ class FocusTrainer(FocusMixin):
         data_collator: Any = None,
         **kwargs: Any,
     ):
+        if args is not None:
+            checks.check_columns(args, data_collator)
         if data_collator is None:
             data_collator = Collator(checks.pad_token_id(model, kwargs.get("processing_class")))
         super().__init__(model, args, data_collator=Labelled(data_collator), **kwargs)

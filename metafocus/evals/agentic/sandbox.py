@@ -22,7 +22,7 @@ from typing import Any
 from metafocus.checks import positive, whole
 from metafocus.errors import DataError
 from metafocus.evals.agentic import folders
-from metafocus.evals.agentic.walls import GUARD, PYTHON, SEALED, bubblewrap, readable, walls
+from metafocus.evals.agentic.isolation import GUARD, PYTHON, SEALED, bubblewrap, readable, walls
 
 _LOOK = 0.1  # seconds between two looks at the files of a program
 _SIGNALLED = 128  # bubblewrap ends with this plus the number of the signal

@@ -5,16 +5,14 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import asdict
 from itertools import islice
 from typing import TYPE_CHECKING
 
 from metafocus.errors import DataError
-from metafocus.evals.fit import largest
 from metafocus.evals.items import Count, Item, check_request, counter
 from metafocus.evals.prose import Prose, builtin_prose, builtin_words
 from metafocus.evals.ruler import frequency, niah, qa, tracking
-from metafocus.evals.ruler.draft import Draft, Plan
+from metafocus.evals.ruler.draft import Plan, fitted
 from metafocus.evals.ruler.words import word_keys
 
 if TYPE_CHECKING:
@@ -73,15 +71,18 @@ def generate(
         words = _word_pool(length) if words is None else tuple(dict.fromkeys(words))
         if len(words) < 100:
             raise DataError(f"words holds {len(words)} different words: give at least 100")
-    if task == "qa" and not questions:
-        raise DataError("task='qa' needs questions: pass read_questions(path)")
+    if task == "qa":
+        if not questions:
+            raise DataError("task='qa' needs questions: pass read_questions(path)")
+        questions = tuple(questions)
     return [
-        _item(count, task, length, _plan(task, length, seed, i, prose, words, questions))
+        _item(count, task, length, _plan(count, task, length, seed, i, prose, words, questions))
         for i in range(n)
     ]
 
 
 def _plan(
+    count: Count,
     task: str,
     length: int,
     seed: int,
@@ -92,7 +93,7 @@ def _plan(
 ) -> Plan:
     rng = random.Random(f"ruler {task} {length} {seed} {i}")
     if task == "vt":
-        return tracking.plan(rng)
+        return tracking.plan(rng, length, count)
     if task == "cwe":
         assert words is not None
         return frequency.plan_common(rng, length, words)
@@ -108,28 +109,12 @@ def _plan(
 
 def _item(count: Count, task: str, length: int, plan: Plan) -> Item:
     new = NEW_TOKENS[task]
-
-    def size(n: int) -> int:
-        draft = plan.build(n)
-        return count(f"{draft.prompt}\n{draft.prefix}") + new
-
-    # Stop within half a per cent of the length, because the last steps are the most expensive.
-    n = largest(size, length, least=plan.least, most=plan.most, slack=max(8, length // 200))
-    if n is None:
-        raise DataError(
-            f"length={length} cannot hold {task}, which takes {size(plan.least)} tokens with "
-            f"{new} for the answer: raise it"
-        )
-    draft = plan.build(n)
-    if n == plan.most and task == "cwe" and size(n) < length // 2:
-        raise DataError(f"words are too few for length={length}: give more than {n}")
-    return _as_item(draft, task, length)
-
-
-def _as_item(draft: Draft, task: str, length: int) -> Item:
-    found = asdict(draft)
-    found["answer_prefix"] = found.pop("prefix")
-    return Item(suite="ruler", task=task, length=length, new_tokens=NEW_TOKENS[task], **found)
+    item, n = fitted(count, plan, suite="ruler", task=task, length=length, new=new)
+    if n == plan.most and task == "cwe":
+        size = count(f"{item.prompt}\n{item.answer_prefix}") + new
+        if size < length // 2:
+            raise DataError(f"words are too few for length={length}: give more than {n}")
+    return item
 
 
 def _without_numbers(prose: Prose) -> Prose:

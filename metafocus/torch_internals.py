@@ -227,7 +227,7 @@ def forward_class(node: Any) -> type | None:
 
 def keeps_graph() -> bool:
     """Return whether the backward pass that is running leaves its graph for another one."""
-    return torch._C._autograd._get_current_graph_task_keep_graph()
+    return torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore
 
 
 def is_view(x: Tensor) -> bool:

@@ -82,7 +82,7 @@ def opening(found: Sequence[Found]) -> list[str]:
     right = sum(flagged(f) != usable(f) for f in found)
     sentences = [
         f"FocuSFT trains with the first-order hypergradient. On SmolLM2-135M, at {len(found)} "
-        "points, we compare it with the exact one, and both with central differences."
+        "points, we compare it with the exact one."
     ]
     checked = [value for f in found if (value := referee(f)) is not None]
     if checked:

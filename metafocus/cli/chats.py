@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from metafocus.data import read_chats, stdlib_qa
+from metafocus.data import read_chats, spool, stdlib_qa
+from metafocus.data.reading import Gather
+from metafocus.data.spool import View
 from metafocus.errors import DataError
 
-Chats = list[dict[str, Any]]
+Chats = Sequence[dict[str, Any]]
 
 STDLIB = "stdlib"
 """Names, instead of a file, questions about the documentation of the Python standard library."""
 
 
-def read(train_file: str, *, check: bool = True) -> Chats | None:
+def gatherer(folder: Path) -> Gather:
+    """Return what keeps records in a file of a folder, so that they need no memory."""
+    return lambda rows: spool.records(folder).extend(rows)
+
+
+def read(train_file: str, *, gather: Gather = list, check: bool = True) -> Chats | None:
     """Return the chats of a file; None for `stdlib`, whose chats wait for a tokenizer."""
-    return None if train_file == STDLIB else read_chats(train_file, check=check)
+    return None if train_file == STDLIB else read_chats(train_file, gather=gather, check=check)
 
 
 def texts(chats: Chats | None) -> Iterable[str]:
@@ -85,4 +92,4 @@ def split(chats: Chats, percentage: float, seed: int) -> tuple[Chats, Chats]:
         )
     order = torch.randperm(len(chats), generator=torch.Generator().manual_seed(seed)).tolist()
     count = min(max(round(percentage / 100 * len(chats)), 1), len(chats) - 1)
-    return [chats[i] for i in order[count:]], [chats[i] for i in order[:count]]
+    return View(chats, order[count:]), View(chats, order[:count])

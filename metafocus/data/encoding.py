@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +34,7 @@ class Encoded:
             of a chat.
     """
 
-    samples: list[Sample]
+    samples: Sequence[Sample]
     dropped: int
     truncated: int
     skipped: int = 0
@@ -80,6 +80,7 @@ def encode_chats(
     num_proc: int = 1,
     cache_dir: str | Path | None = None,
     progress: bool = False,
+    into: Any = None,
 ) -> Encoded:
     """Encode every chat as `encode_chat` does, and drop those without an answer to predict.
 
@@ -104,6 +105,7 @@ def encode_chats(
         cache_dir: a directory for the result, under a hash of the records, the tokenizer, the
             settings and the code. Tools that are functions, which cannot be hashed, are not kept.
         progress: whether to show a progress bar.
+        into: an empty sequence that the samples are added to, such as one on a disk; None: a list.
 
     Raises:
         DataError: with `strict`, if a record cannot be encoded (the text has its index); if no
@@ -128,7 +130,8 @@ def encode_chats(
     whole("num_proc", num_proc, 1, error=DataError)
     arrow = type(records).__module__.partition(".")[0] == "datasets"
     encoders = Encoders(tokenizer, merge_context, chat_template_kwargs, arrow, turns)
-    tally = _Tally(tokenizer, max_length, strict)
+    samples = [] if into is None else into
+    tally = _Tally(tokenizer, max_length, strict, samples)
     name = None
     if cache_dir is not None:
         records = list(records)
@@ -136,7 +139,8 @@ def encode_chats(
         name = cache.key(records, tokenizer, {"settings": settings})
         found = name and cache.load(cache_dir, name)
         if found:
-            samples, counts = found
+            kept, counts = found
+            samples.extend(kept)
             return Encoded(samples, **{**counts, "reasons": tuple(counts["reasons"])})
     if num_proc == 1:
         made = encoders.encode(enumerate(records))
@@ -156,10 +160,10 @@ def encode_chats(
 
 
 class _Tally:
-    def __init__(self, tokenizer: Any, max_length: int | None, strict: bool):
+    def __init__(self, tokenizer: Any, max_length: int | None, strict: bool, samples: Any):
         self._side: str = tokenizer.truncation_side
         self._max_length, self._strict = max_length, strict
-        self._samples: list[Sample] = []
+        self._samples = samples
         self._reasons: list[str] = []
         self._seen = self._dropped = self._truncated = self._cut_off = 0
         self._skipped = self._unstopped = self._rewritten = 0

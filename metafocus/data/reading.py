@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,15 @@ from metafocus.data.formats import as_chat
 from metafocus.data.messages import check_messages, without_nulls
 from metafocus.errors import DataError
 
+Gather = Callable[[Iterable[dict[str, Any]]], Sequence[dict[str, Any]]]
+"""Makes a sequence of records that come one by one; `list` holds them in memory."""
+
 _SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
-def read_chats(path: str | Path, *, check: bool = True) -> list[dict[str, Any]]:
+def read_chats(
+    path: str | Path, *, gather: Gather = list, check: bool = True
+) -> Sequence[dict[str, Any]]:
     r"""Read chats from JSON lines, a JSON array or a `.parquet` file, and check each of them.
 
     Every record has `messages` and optionally `tools`, a list or the JSON text of a list; or it is
@@ -25,6 +30,7 @@ def read_chats(path: str | Path, *, check: bool = True) -> list[dict[str, Any]]:
 
     Args:
         path: a `.jsonl`, `.json` or `.parquet` file.
+        gather: makes a sequence of the records, which come one by one; `list` holds them in memory.
         check: whether to raise for messages that are missing or malformed; `encode_chats` finds
             them, too, and skips them.
 
@@ -51,7 +57,7 @@ def read_chats(path: str | Path, *, check: bool = True) -> list[dict[str, Any]]:
     if not _is_file(path):
         raise DataError(f"path={str(path)!r} is not a file: check the name and the folder")
     rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
-    records = [_checked(record, f"{path}, {place}: ", check) for place, record in rows]
+    records = gather(_checked(record, f"{path}, {place}: ", check) for place, record in rows)
     if not records:
         raise DataError(f"path={str(path)!r} holds no record: write one chat per line or row")
     return records
@@ -64,7 +70,8 @@ def read_dataset(
     streaming: bool = False,
     limit: int | None = None,
     check: bool = True,
-) -> dict[str, list[dict[str, Any]]]:
+    gather: Gather = list,
+) -> dict[str, Sequence[dict[str, Any]]]:
     """Read the splits of a data set of chats with the package `datasets`, and check each record.
 
     Args:
@@ -74,6 +81,7 @@ def read_dataset(
         streaming: whether to read records one after another instead of the whole data set.
         limit: the largest number of records of a split.
         check: whether to raise for messages that are missing or malformed.
+        gather: makes a sequence of the records of a split, as in `read_chats`.
 
     Returns:
         Records as `read_chats` returns them, by the name of the split.
@@ -90,10 +98,10 @@ def read_dataset(
     try:
         found = _loaded(datasets, name, config, streaming)
         return {
-            str(part): [
+            str(part): gather(
                 _checked(without_nulls(row), f"{name}, {part}, row {number}: ", check)
                 for number, row in enumerate(islice(rows, limit), start=1)
-            ]
+            )
             for part, rows in found.items()
         }
     except DataError:
@@ -168,14 +176,18 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        records = pq.read_table(path).to_pylist()
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise DataError(
-            f"path={str(path)!r} cannot be read as parquet ({error}): the file may be cut off, "
-            "write or download it again"
-        ) from error
-    for number, record in enumerate(records, start=1):
+    def records() -> Iterator[Any]:
+        try:
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(batch_size=1024):
+                    yield from batch.to_pylist()
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise DataError(
+                f"path={str(path)!r} cannot be read as parquet ({error}): the file may be cut off, "
+                "write or download it again"
+            ) from error
+
+    for number, record in enumerate(records(), start=1):
         yield f"row {number}", without_nulls(record)
 
 

@@ -105,7 +105,8 @@ def attribution(
             "mf.Batches.from_dataset, or mf.Batches(fetch, steps, rows)."
         )
     rows, first = train.rows, start()
-    size, like = int(rows.max()) + 1, next(iter(first.values()))
+    size = int(rows.max()) + 1 if train.size is None else train.size
+    like = next(iter(first.values()))
     asked = losses if query_losses is None else query_losses
 
     def inner(fast: Params, slow: Params, data: Any) -> Tensor:

@@ -147,8 +147,7 @@ def run(args: argparse.Namespace) -> None:
             estimator=Unrolled(store=store),
             runs_at_once=1,
         )
-    scores = torch.zeros(len(queries), len(rows), dtype=torch.float64)
-    scores[:, : found.scores.shape[1]] = found.scores
+    scores = found.scores.double()
     checked = _left_out(args, found, scores)
     report = {
         "scores": scores.tolist(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from metafocus.cli.settings import (
 from metafocus.comparison.report import environment
 from metafocus.data import Sample, encode_chats, read_chats, spool
 from metafocus.data.batches import Packed
-from metafocus.data.reading import Gather, read_dataset
+from metafocus.data.encoding import NAMED, skipped_lines
+from metafocus.data.reading import read_dataset
 from metafocus.errors import DataError
 from metafocus.files import check_utf8, write_json
 from metafocus.trainer.checkpoints import require_complete, saving
@@ -61,7 +63,11 @@ def _run(settings: Settings, output: Path, resume: str | bool | None) -> FocusTr
     data, args = settings.data, settings.args
     # What is read and encoded lies there, in files without a name, and not in memory.
     output.mkdir(parents=True, exist_ok=True)
-    train, heldout = _read(data, args.seed, chats.gatherer(output))
+    skipped: list[str] = []
+    how: Any = {"gather": chats.gatherer(output), "skipped": None if data.strict else skipped}
+    train, heldout = _read(data, args.seed, how)
+    if skipped:
+        _say(args, skipped_lines("records", len(skipped), skipped[:NAMED]))
     _check_evaluation(args, data, train, heldout)
     _note_unused(settings)
     torch.manual_seed(args.seed)
@@ -75,7 +81,7 @@ def _run(settings: Settings, output: Path, resume: str | bool | None) -> FocusTr
     adapter = args.adapter(model)
     if isinstance(adapter, LoRA):
         # Raises if no module has the names.
-        adapter.modules(model)
+        _say(args, _placed(tuple(adapter.modules(model)), model))
     if train is None:
         train, heldout = _documentation(data, tokenizer, args.seed, heldout)
     samples = _encoded("train", train[: data.max_train_samples], tokenizer, settings)
@@ -110,6 +116,17 @@ def _run(settings: Settings, output: Path, resume: str | bool | None) -> FocusTr
     return trainer
 
 
+def _placed(paths: tuple[str, ...], model: Any) -> str:
+    """Return a sentence about the modules that have fast weights."""
+    ends = Counter(path.rpartition(".")[2] for path in paths)
+    text = f"fast weights in {len(paths)} modules: {', '.join(f'{n} {k}' for k, n in ends.items())}"
+    config = model.config.get_text_config()
+    experts = any(getattr(config, f"num_{kind}", 0) for kind in ("experts", "local_experts"))
+    if experts and paths and all("shared" in path or "experts" not in path for path in paths):
+        text += "; the routed experts have none, because their weights are no linear modules"
+    return text
+
+
 # Before anything slow -----------------------------------------------------------------------
 
 
@@ -134,13 +151,13 @@ def _resume(args: FocusArguments) -> str | bool | None:
     return str(require_complete(word, ranks=args.world_size))
 
 
-def _read(data: DataArguments, seed: int, gather: Gather) -> tuple[chats.Chats | None, chats.Chats]:
+def _read(
+    data: DataArguments, seed: int, how: dict[str, Any]
+) -> tuple[chats.Chats | None, chats.Chats]:
     """Return chats to train on and held-out ones; None for those that wait for a tokenizer."""
-    # What is wrong with a single chat is found where it is encoded.
-    how: Any = {"gather": gather, "check": False}
     heldout = read_chats(data.validation_file, **how) if data.validation_file else None
     if data.dataset_name is not None:
-        train, named = _data_set(data, data.dataset_name, gather)
+        train, named = _data_set(data, data.dataset_name, how)
         heldout = heldout or named
     else:
         train = chats.read(data.train_file or "", **how)
@@ -150,7 +167,7 @@ def _read(data: DataArguments, seed: int, gather: Gather) -> tuple[chats.Chats |
 
 
 def _data_set(
-    data: DataArguments, name: str, gather: Gather
+    data: DataArguments, name: str, how: dict[str, Any]
 ) -> tuple[chats.Chats, chats.Chats | None]:
     """Return the split to train on and the one that is held out, if there is one."""
     limit = data.max_train_samples if data.dataset_streaming else None
@@ -162,8 +179,7 @@ def _data_set(
         data.dataset_config_name,
         streaming=data.dataset_streaming,
         limit=limit,
-        check=False,
-        gather=gather,
+        **how,
     )
     for flag in ("dataset_train_split", "dataset_test_split"):
         part = getattr(data, flag)

@@ -10,8 +10,8 @@ COMPARE := $(BIN)/metafocus compare $(REAL) --inner_lr 1.0,0.1 --layer_fraction 
 	--estimators first-order,unrolled-recompute --output_dir $(DEMO)/compare
 PROFILE := $(BIN)/metafocus profile $(REAL) --max_train_samples 2 --adapt \
 	--output_dir $(DEMO)/profile
-TUNE := $(BIN)/metafocus train $(REAL) --train_file stdlib --max_train_samples 16 \
-	--max_eval_samples 6 --max_steps 16 --per_device_train_batch_size 1 --learning_rate 2e-5 \
+TUNE := $(BIN)/metafocus train $(REAL) --train_file stdlib --max_train_samples 12 \
+	--max_eval_samples 4 --max_steps 12 --per_device_train_batch_size 1 --learning_rate 2e-5 \
 	--lr_scheduler_type cosine --warmup_steps 0.1 --seed 1234 --save_strategy no \
 	--overwrite_output_dir
 # A small model from scratch: seconds, and nothing to download.
@@ -44,8 +44,8 @@ demo: $(VENV)/.installed
 	set -e; \
 	echo "--- where the untrained model looks, as deployed and under FocuSFT's mask"; \
 	$(PROFILE) > $(DEMO)/profile.txt; tail -n 8 $(DEMO)/profile.txt; \
-	echo "--- 16 steps of plain fine-tuning"; $(TUNE) --method sft --output_dir $(DEMO)/sft; \
-	echo "--- 16 steps of FocuSFT"; $(TUNE) --method focusft --output_dir $(DEMO)/focusft; \
+	echo "--- 12 steps of plain fine-tuning"; $(TUNE) --method sft --output_dir $(DEMO)/sft; \
+	echo "--- 12 steps of FocuSFT"; $(TUNE) --method focusft --output_dir $(DEMO)/focusft; \
 	$(BIN)/python examples/demo_report.py $(DEMO)/sft $(DEMO)/focusft --before smollm2 --tokens 40; \
 	echo "--- the first-order hypergradient of FocuSFT against the exact one"; \
 	wait $$compare || { cat $(DEMO)/compare.txt; exit 1; }; cat $(DEMO)/compare.txt

@@ -1,7 +1,7 @@
 """Does a hypergradient leak? `python benchmarks/soak_estimators.py` ends with 1 if one does.
 
 1,000 outer steps with each estimator and each algorithm, on ridge regression whose penalties are
-learned, and 300 steps of FocuSFT in `FocusTrainer`. Every tenth of the steps: the resident memory
+learned, and 300 steps of FocuSFT in `FocusTrainer`. Every fifth of the steps: the resident memory
 of the process, and how many tensors are alive. After the first fifth neither may grow: tensors not
 by one, memory not by more than `--slack` MiB, which the allocator takes for fragments.
 """
@@ -9,7 +9,7 @@ by one, memory not by more than `--slack` MiB, which the allocator takes for fra
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import sys
 import tempfile
 import time
@@ -26,6 +26,7 @@ from torch import Tensor
 import metafocus as mf
 from metafocus import algorithms, stores
 from metafocus.comparison.report import environment
+from metafocus.files import write_json
 
 Step = Callable[[int], None]
 SIZE, ROWS = 8, 24
@@ -167,11 +168,11 @@ def by_algorithm(algorithm: Any) -> Step:
 
 
 def readings(take: Step, steps: int) -> list[soak.Reading]:
-    """Take steps; read memory ten times."""
+    """Take steps; read memory five times."""
     found = []
     for i in range(1, steps + 1):
         take(i)
-        if i % max(steps // 10, 1) == 0:
+        if i % max(steps // 5, 1) == 0:
             found.append(soak.Reading(i, soak.resident(), soak.alive()))
     return found
 
@@ -179,7 +180,7 @@ def readings(take: Step, steps: int) -> list[soak.Reading]:
 def focusft(steps: int, folder: str) -> list[soak.Reading]:
     """FocuSFT in the Trainer, with evaluations."""
     parser = soak.parser()
-    flags = ["--steps", str(steps), "--every", str(max(steps // 10, 1))]
+    flags = ["--steps", str(steps), "--every", str(max(steps // 5, 1))]
     return soak.soak(parser.parse_args(flags), folder)
 
 
@@ -189,13 +190,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=1000, help="of each; default %(default)s")
     parser.add_argument("--focusft", type=int, default=300, help="steps; default %(default)s")
     parser.add_argument("--slack", type=float, default=8.0, help="MiB; default %(default)s")
+    parser.add_argument("--part", default="1/1", help="2/3: the second third; default: all")
     parser.add_argument("--output", type=Path, help="write the readings as JSON")
     args = parser.parse_args(argv)
     # Six steps of an inner loop are no solution; this measures memory and not accuracy.
     warnings.simplefilter("ignore", mf.errors.NotStationaryWarning)
     report: dict[str, Any] = {}
+    part, parts = map(int, args.part.split("/"))
+    number = itertools.count()
 
     def measured(name: str, steps: int, run: Callable[[], list[soak.Reading]]) -> None:
+        if next(number) % parts != part - 1:
+            return
         begin = time.perf_counter()
         found = run()
         grown = soak.growth(found, steps // 5, args.slack)
@@ -207,6 +213,10 @@ def main(argv: list[str] | None = None) -> int:
             "readings": [asdict(reading) for reading in found],
         }
         print(f"{name}: {steps} steps in {seconds:.0f} s, {'; '.join(grown) or 'flat'}", flush=True)
+        if args.output:
+            settings = {k: v for k, v in vars(args).items() if k != "output"}
+            machine = environment(torch.float32)
+            write_json(args.output, {"settings": settings, "environment": machine, "runs": report})
 
     with tempfile.TemporaryDirectory() as folder:
         for name, estimator in estimators(Path(folder)).items():
@@ -217,10 +227,6 @@ def main(argv: list[str] | None = None) -> int:
             take = by_algorithm(algorithm)
             measured(name, args.steps, lambda take=take: readings(take, args.steps))
         measured("FocuSFT", args.focusft, lambda: focusft(args.focusft, folder))
-    if args.output:
-        settings = {k: v for k, v in vars(args).items() if k != "output"}
-        whole = {"settings": settings, "environment": environment(torch.float32), "runs": report}
-        args.output.write_text(json.dumps(whole, indent=1) + "\n")
     return int(any(run["grown"] for run in report.values()))
 
 

@@ -1,4 +1,4 @@
-"""`metafocus compare | train | profile | eval | generate | reproduce`, each with `--help`."""
+"""`metafocus compare | train | profile | attribute | eval | generate | reproduce`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 import metafocus
-from metafocus.cli import compare, evaluate, generate, profile, reproduce
+from metafocus.cli import attribute, compare, evaluate, generate, profile, reproduce
 from metafocus.cli.parsing import Parser
 
 
@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     compare.add_parser(commands)
     # Listed only: its settings are those of Hugging Face's Trainer, which takes seconds to import.
     commands.add_parser("train", help="fine-tune a model on chats, plainly or with FocuSFT")
-    for command in (profile, evaluate, generate, reproduce):
+    for command in (profile, attribute, evaluate, generate, reproduce):
         command.add_parser(commands)
     words = list(sys.argv[1:] if argv is None else argv)
     try:

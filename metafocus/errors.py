@@ -39,6 +39,10 @@ class NotConvergedWarning(NotStationaryWarning):
     """The linear system of an implicit estimate has no solution, or its series did not converge."""
 
 
+class NotSmoothWarning(UserWarning):
+    """A metagradient of a training run that says little about moves of the outer parameters."""
+
+
 class PrecisionWarning(UserWarning):
     """A half type holds too few digits for a computation."""
 

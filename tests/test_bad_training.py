@@ -65,7 +65,7 @@ def test_too_many_explosions_stop_the_run_and_leave_its_checkpoints(tmp_path):
     ):
         run.train()
     assert resumable(tmp_path) == tmp_path / "checkpoint-2"
-    calm = trainer(tiny(torch.float32), tmp_path, **SAVING)
+    calm = trainer(tiny(torch.float32), tmp_path, allow_changed=True, **SAVING)
     calm.train(resume_from_checkpoint=True)
     assert calm.state.global_step == 4
     assert logged(calm, "skipped_adaptations") == [1.0, 2.0, 0.0, 0.0]

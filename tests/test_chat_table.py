@@ -100,7 +100,9 @@ def table_line(name, refused):
     for label, group in GROUPS.items():
         if set(group) <= set(words):
             words = [*(word for word in words if word not in group), f"{label} ({len(group)})"]
-    return f"| {name.replace('@', ', ')} | {len(SHAPES) - len(refused)} | {', '.join(words) or '-'} |"
+    return (
+        f"| {name.replace('@', ', ')} | {len(SHAPES) - len(refused)} | {', '.join(words) or '-'} |"
+    )
 
 
 @pytest.mark.parametrize("name", FAMILIES)

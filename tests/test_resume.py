@@ -152,7 +152,7 @@ def test_a_checkpoint_is_replaced_by_a_whole_one_or_not_at_all(saved, monkeypatc
     run = trainer(tiny(torch.float32), saved, save_strategy="steps", save_steps=2)
 
     def killed(*args, **kwargs):
-        (saved / STAGE / "checkpoint-2").mkdir(parents=True)
+        (saved / STAGE / "checkpoint-2" / "half").touch()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(run, "save_model", killed)

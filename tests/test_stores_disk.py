@@ -138,8 +138,8 @@ def test_a_full_disk(tmp_path):
 def test_a_process_that_is_killed_in_the_backward_pass(tmp_path):
     code = (
         "loss, _ = loss_with(store)\n"
-        "from metafocus.estimators import stored\n"
-        "stored._Reverse.step = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "from metafocus.estimators import reverse\n"
+        "reverse.Reverse.step = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "loss.backward()\n"
     )
     (tmp_path / "notes.txt").write_text("mine")

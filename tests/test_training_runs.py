@@ -11,7 +11,7 @@ from problems import assert_close
 
 import metafocus as mf
 from metafocus import recipes
-from metafocus.recipes._attribution import spearman
+from metafocus.recipes._datamodeling import spearman
 
 F64 = torch.float64
 G = torch.Generator().manual_seed(0)
@@ -314,7 +314,7 @@ def rough(p, batch):
     ) ** 2
 
 
-def report(losses, solver, dtype=F64, **options):
+def report(losses, solver, dtype=F64, upper=None, **options):
     def of(tree):
         return {k: v.to(dtype) if v.is_floating_point() else v for k, v in tree.items()}
 
@@ -323,7 +323,7 @@ def report(losses, solver, dtype=F64, **options):
 
     problem = mf.Problem(
         inner,
-        lambda fast, slow, batch: losses(fast, of(batch)).mean(),
+        lambda fast, slow, batch: (upper or losses)(fast, of(batch)).mean(),
         lambda slow, _: of(START),
     )
     outer = {"weight": torch.ones(24, dtype=dtype)}
@@ -356,6 +356,16 @@ def test_a_biased_metagradient_is_found():
     assert found.verdict == "wrong"
 
 
+def test_a_loss_that_bends_within_a_step_is_told_from_a_wrong_gradient():
+    def bent(p, batch):
+        return torch.sin(300 * losses(p, batch))
+
+    found = report(losses, mf.SGD(0.02, 3), h=0.3, upper=bent)
+    assert found.verdict == "curved"
+    assert any(p.step < 0.3 for p in found.probes)
+    assert all(p.error < 1e-2 for p in found.probes)
+
+
 def test_bfloat16_hides_small_moves():
     found = report(losses, SOLVER, torch.bfloat16, h=1e-4)
     assert found.verdict in ("too coarse", "no effect")
@@ -382,3 +392,13 @@ def test_bad_settings():
         report(losses, SOLVER, h=0.0)
     with pytest.raises(ValueError, match="directions must be an integer >= 1"):
         report(losses, SOLVER, directions=0)
+
+
+def test_attribution_warns_of_a_run_that_is_not_smooth():
+    def scores(losses, solver):
+        return recipes.attribution(losses, start, stream(), QUERY, solver=solver, directions=2)
+
+    found = scores(losses, SOLVER)
+    assert found.trust.verdict == "trustworthy" and len(found.trust.probes) == 2
+    with pytest.warns(mf.errors.NotSmoothWarning, match="may not predict.*not smooth"):
+        scores(rough, mf.SGD(0.5, STEPS))

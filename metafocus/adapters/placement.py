@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -34,7 +36,8 @@ def adaptable(module: nn.Module) -> bool:
     """Return whether `module` is linear in its last dimension and is called in a forward pass.
 
     This is True for `nn.Linear` and transformers' `Conv1D`. It is False for the projection inside
-    `nn.MultiheadAttention`, whose weight is used without calling the module.
+    `nn.MultiheadAttention`, whose weight is used without calling the module, and for routers of
+    experts.
 
     Example:
         >>> adaptable(nn.Linear(2, 3)), adaptable(nn.LayerNorm(2))
@@ -43,7 +46,43 @@ def adaptable(module: nn.Module) -> bool:
     linear = isinstance(module, nn.Linear) and not isinstance(
         module, NonDynamicallyQuantizableLinear
     )
-    return linear or is_conv1d(module)
+    # A router of experts may be a linear layer that returns several tensors.
+    return (linear and "Router" not in type(module).__name__) or is_conv1d(module)
+
+
+def read_directly(model: nn.Module, path: str) -> bool:
+    """Return whether the forward pass of its parent may use a module's weight without calling it.
+
+    Mamba's layers do this with their projections, in fused kernels or always. Hooks of the module
+    would have no effect there.
+
+    Example:
+        >>> read_directly(nn.Sequential(nn.Linear(2, 2)), "0")
+        False
+    """
+    home, _, name = path.rpartition(".")
+    return name in _weights_read_by(type(model.get_submodule(home)))
+
+
+@cache
+def _weights_read_by(kind: type) -> frozenset[str]:
+    found: set[str] = set()
+    for base in kind.__mro__:
+        # The layers of torch call no children, and sources of other libraries are not read.
+        if not base.__module__.startswith("transformers.models."):
+            continue
+        for name, method in vars(base).items():
+            if "forward" in name and callable(method):
+                try:
+                    source = inspect.getsource(inspect.unwrap(method))
+                except (OSError, TypeError):
+                    continue
+                found.update(_WEIGHT.findall(source))
+    return frozenset(found)
+
+
+# Not where only a property of the weight is read.
+_WEIGHT = re.compile(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|size|ndim|is_\w+))")
 
 
 @dataclass(frozen=True)
@@ -105,7 +144,7 @@ class top_layers:
             known = _linear_names(modules) or _examples(modules)
             raise PlacementError(
                 f"top_layers: no module in a layer of {type(model).__name__} is named "
-                f"{sorted(unmatched)}; its linear modules are {known}"
+                f"{sorted(unmatched)}; its linear modules are {known}{_instead(modules)}"
             )
         lists = list(dict.fromkeys(home for home, _, _ in found))
         if len(lists) > 1:
@@ -189,7 +228,9 @@ def all_linear(model: nn.Module) -> tuple[str, ...]:
     output = getattr(model, "get_output_embeddings", None)
     head = output() if callable(output) else None
     chosen = tuple(
-        path for path, module in model.named_modules() if adaptable(module) and module is not head
+        path
+        for path, module in model.named_modules()
+        if adaptable(module) and module is not head and not read_directly(model, path)
     )
     if not chosen:
         raise PlacementError(
@@ -217,6 +258,24 @@ def _linear_names(modules: dict[str, nn.Module]) -> list[str]:
             home, index = place
             names[path.removeprefix(f"{home}.{index}.".lstrip("."))] = None
     return list(names)
+
+
+def _instead(modules: dict[str, nn.Module]) -> str:
+    """Return which names to give for the feed-forward layers, if some are recognised."""
+    names = [name for name in _linear_names(modules) if _FEED_FORWARD.search(f".{name}")]
+    ends = [name.rpartition(".")[2] for name in names]
+    every = [name.rpartition(".")[2] for name in _linear_names(modules)]
+    # A last component that attention has, too, needs the name before it.
+    chosen = [e if every.count(e) == 1 else n for n, e in zip(names, ends, strict=True)]
+    if not chosen:
+        return ""
+    tuple_ = ", ".join(map(repr, chosen))
+    return (
+        f". Name those of the feed-forward layers: ({tuple_}), or --lora_modules {','.join(chosen)}"
+    )
+
+
+_FEED_FORWARD = re.compile(r"\.(mlp|ffn|feed_forward|fc\d|fc_in|fc_out|intermediate|output)\b")
 
 
 def _examples(modules: dict[str, nn.Module]) -> list[str]:

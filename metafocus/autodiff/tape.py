@@ -29,6 +29,11 @@ def foreign_nodes(results: Iterable[Tensor]) -> list[str]:
     return sorted({n.name() for n in _nodes(results) if not _has_all_derivatives(n)})
 
 
+def has_custom_nodes(results: Iterable[Tensor]) -> bool:
+    """Return whether tensors of the tape depend on a custom Function, of this package or not."""
+    return any(forward_class(node) is not None for node in _nodes(results))
+
+
 _ATEN_NODE = re.compile(r"(Backward\d+|AccumulateGrad|CopyBackwards|CopySlices|Barrier|Error)$")
 
 

@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from metafocus.data import read_chats, stdlib_qa
+from metafocus.data import read_chats, spool, stdlib_qa
+from metafocus.data.reading import Gather
+from metafocus.data.spool import View
 from metafocus.errors import DataError
 
-Chats = list[dict[str, Any]]
+Chats = Sequence[dict[str, Any]]
 
 STDLIB = "stdlib"
 """Names, instead of a file, questions about the documentation of the Python standard library."""
 
 
-def read(train_file: str, *, check: bool = True) -> Chats | None:
-    """Return the chats of a file; None for `stdlib`, whose chats wait for a tokenizer."""
-    return None if train_file == STDLIB else read_chats(train_file, check=check)
+def gatherer(folder: Path) -> Gather:
+    """Return what keeps records in a file of a folder, so that they need no memory."""
+    return lambda rows: spool.records(folder).extend(rows)
+
+
+def read(
+    train_file: str, *, gather: Gather = list, skipped: list[str] | None = None
+) -> Chats | None:
+    """Return the chats of a file; None for `stdlib`, whose chats wait for a tokenizer.
+
+    Args:
+        train_file: the name of the file, or `stdlib`.
+        gather: makes a sequence of the records.
+        skipped: a list that takes the reasons for which records are left out; None: a record that
+            is malformed raises.
+    """
+    return None if train_file == STDLIB else read_chats(train_file, gather=gather, skipped=skipped)
 
 
 def texts(chats: Chats | None) -> Iterable[str]:
@@ -30,11 +46,9 @@ def texts(chats: Chats | None) -> Iterable[str]:
     for chat in chats:
         if isinstance(chat.get("text"), str):
             yield chat["text"]
-        messages = chat.get("messages")
-        for message in messages if isinstance(messages, list) else []:
-            content = message.get("content") if isinstance(message, dict) else None
-            if isinstance(content, str):
-                yield content
+        for message in chat.get("messages", ()):
+            if isinstance(message.get("content"), str):
+                yield message["content"]
 
 
 def template(path: str | None) -> str | None:
@@ -85,4 +99,4 @@ def split(chats: Chats, percentage: float, seed: int) -> tuple[Chats, Chats]:
         )
     order = torch.randperm(len(chats), generator=torch.Generator().manual_seed(seed)).tolist()
     count = min(max(round(percentage / 100 * len(chats)), 1), len(chats) - 1)
-    return [chats[i] for i in order[count:]], [chats[i] for i in order[:count]]
+    return View(chats, order[count:]), View(chats, order[:count])

@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> None:
     print("\nwrote " + ", ".join(str(path) for path in written))
 
 
-def _batch(args: argparse.Namespace, records: list | None, tokenizer: Any) -> Batch:
+def _batch(args: argparse.Namespace, records: chats.Chats | None, tokenizer: Any) -> Batch:
     if records is None:
         records = chats.documentation(
             tokenizer,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,9 @@ from metafocus.cli.settings import (
     parse,
 )
 from metafocus.comparison.report import environment
-from metafocus.data import Sample, encode_chats, pack, read_chats
+from metafocus.data import Sample, encode_chats, read_chats, spool
+from metafocus.data.batches import Packed
+from metafocus.data.encoding import NAMED, skipped_lines
 from metafocus.data.reading import read_dataset
 from metafocus.errors import DataError
 from metafocus.files import check_utf8, write_json
@@ -57,7 +61,13 @@ def main(argv: list[str]) -> FocusTrainer:
 
 def _run(settings: Settings, output: Path, resume: str | bool | None) -> FocusTrainer:
     data, args = settings.data, settings.args
-    train, heldout = _read(data, args.seed)
+    # What is read and encoded lies there, in files without a name, and not in memory.
+    output.mkdir(parents=True, exist_ok=True)
+    skipped: list[str] = []
+    how: Any = {"gather": chats.gatherer(output), "skipped": None if data.strict else skipped}
+    train, heldout = _read(data, args.seed, how)
+    if skipped:
+        _say(args, skipped_lines("records", len(skipped), skipped[:NAMED]))
     _check_evaluation(args, data, train, heldout)
     _note_unused(settings)
     torch.manual_seed(args.seed)
@@ -71,7 +81,7 @@ def _run(settings: Settings, output: Path, resume: str | bool | None) -> FocusTr
     adapter = args.adapter(model)
     if isinstance(adapter, LoRA):
         # Raises if no module has the names.
-        adapter.modules(model)
+        _say(args, _placed(tuple(adapter.modules(model)), model))
     if train is None:
         train, heldout = _documentation(data, tokenizer, args.seed, heldout)
     samples = _encoded("train", train[: data.max_train_samples], tokenizer, settings)
@@ -79,7 +89,7 @@ def _run(settings: Settings, output: Path, resume: str | bool | None) -> FocusTr
     trainer = FocusTrainer(
         _with_outer_lora(model, settings.model),
         args,
-        train_dataset=pack(samples, data.max_length) if data.packing else samples,
+        train_dataset=Packed(samples, data.max_length) if data.packing else samples,
         eval_dataset=held or None,
         processing_class=tokenizer,
     )
@@ -106,6 +116,17 @@ def _run(settings: Settings, output: Path, resume: str | bool | None) -> FocusTr
     return trainer
 
 
+def _placed(paths: tuple[str, ...], model: Any) -> str:
+    """Return a sentence about the modules that have fast weights."""
+    ends = Counter(path.rpartition(".")[2] for path in paths)
+    text = f"fast weights in {len(paths)} modules: {', '.join(f'{n} {k}' for k, n in ends.items())}"
+    config = model.config.get_text_config()
+    experts = any(getattr(config, f"num_{kind}", 0) for kind in ("experts", "local_experts"))
+    if experts and paths and all("shared" in path or "experts" not in path for path in paths):
+        text += "; the routed experts have none, because their weights are no linear modules"
+    return text
+
+
 # Before anything slow -----------------------------------------------------------------------
 
 
@@ -130,21 +151,24 @@ def _resume(args: FocusArguments) -> str | bool | None:
     return str(require_complete(word, ranks=args.world_size))
 
 
-def _read(data: DataArguments, seed: int) -> tuple[chats.Chats | None, chats.Chats]:
+def _read(
+    data: DataArguments, seed: int, how: dict[str, Any]
+) -> tuple[chats.Chats | None, chats.Chats]:
     """Return chats to train on and held-out ones; None for those that wait for a tokenizer."""
-    # What is wrong with a single chat is found where it is encoded.
-    heldout = read_chats(data.validation_file, check=False) if data.validation_file else None
+    heldout = read_chats(data.validation_file, **how) if data.validation_file else None
     if data.dataset_name is not None:
-        train, named = _data_set(data, data.dataset_name)
+        train, named = _data_set(data, data.dataset_name, how)
         heldout = heldout or named
     else:
-        train = chats.read(data.train_file or "", check=False)
+        train = chats.read(data.train_file or "", **how)
     if train is None or heldout is not None:
         return train, heldout or []
     return chats.split(train, data.validation_split_percentage, seed)
 
 
-def _data_set(data: DataArguments, name: str) -> tuple[chats.Chats, chats.Chats | None]:
+def _data_set(
+    data: DataArguments, name: str, how: dict[str, Any]
+) -> tuple[chats.Chats, chats.Chats | None]:
     """Return the split to train on and the one that is held out, if there is one."""
     limit = data.max_train_samples if data.dataset_streaming else None
     if limit is not None:
@@ -155,7 +179,7 @@ def _data_set(data: DataArguments, name: str) -> tuple[chats.Chats, chats.Chats 
         data.dataset_config_name,
         streaming=data.dataset_streaming,
         limit=limit,
-        check=False,
+        **how,
     )
     for flag in ("dataset_train_split", "dataset_test_split"):
         part = getattr(data, flag)
@@ -211,7 +235,9 @@ def _note_unused(settings: Settings) -> None:
             options.note_unused(settings, names, why)
 
 
-def _encoded(name: str, records: chats.Chats, tokenizer: Any, settings: Settings) -> list[Sample]:
+def _encoded(
+    name: str, records: chats.Chats, tokenizer: Any, settings: Settings
+) -> Sequence[Sample]:
     if not records:
         return []
     data = settings.data
@@ -225,6 +251,7 @@ def _encoded(name: str, records: chats.Chats, tokenizer: Any, settings: Settings
         strict=data.strict,
         num_proc=data.dataset_num_proc,
         cache_dir=data.encoding_cache,
+        into=spool.samples(settings.args.output_dir),
     )
     _say(settings.args, f"{name}: {found.summary()}")
     return found.samples

@@ -12,7 +12,7 @@ from metafocus.data.boundaries import Boundaries, RenderedChat, Tail, without_th
 from metafocus.data.fences import Group, is_marked
 from metafocus.data.messages import Message, is_trained
 from metafocus.data.rendering import Renderer
-from metafocus.data.tokens import Tokens, control_tokens
+from metafocus.data.token_offsets import Tokens, control_tokens
 from metafocus.errors import DataError
 
 _CLOSING = re.compile(r"</([^<>\s]+)>")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -168,6 +169,48 @@ def pack(samples: Sequence[Sample], length: int) -> list[Sample]:
         >>> [row["document_ids"].tolist() for row in pack([sample] * 3, 5)]
         [[0, 0, 1, 1], [0, 0]]
     """
+    return [_join([samples[i] for i in row]) for row in _rows(samples, length)]
+
+
+class Packed(Sequence[Sample]):
+    """The rows that `pack` makes, each of them joined when it is asked for.
+
+    Args:
+        samples: a sequence, which may lie on a disk.
+        length: most tokens of a row.
+
+    Raises:
+        DataError: if a sample is longer than `length`.
+
+    Example:
+        >>> import torch
+        >>> sample = {"input_ids": torch.tensor([5, 6]), "turn_ids": torch.tensor([0, 1]),
+        ...           "answer_mask": torch.tensor([False, True])}
+        >>> len(Packed([sample] * 3, 5)), Packed([sample] * 3, 5)[1]["document_ids"].tolist()
+        (2, [0, 0])
+    """
+
+    def __init__(self, samples: Sequence[Sample], length: int):
+        self._samples, self._length = samples, length
+        self._rows = _rows(samples, length)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return a row, or a list of rows."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        return _join([self._samples[i] for i in self._rows[index]])
+
+    def digest(self) -> str:
+        """Return a hash of all rows, from that of samples which have one."""
+        samples: Any = self._samples
+        return f"{samples.digest()} in rows of {self._length}"
+
+
+def _rows(samples: Sequence[Sample], length: int) -> list[list[int]]:
+    """Return the places of the samples of each row."""
     whole("length", length, 1, error=DataError)
     _check_samples(samples)
     sizes = [len(sample["input_ids"]) for sample in samples]
@@ -177,10 +220,10 @@ def pack(samples: Sequence[Sample], length: int) -> list[Sample]:
                 f"sample {i} has {size} tokens, more than length={length}: raise length, or encode "
                 "with max_length=length"
             )
-    rows: dict[int, list[Sample]] = {}
-    for sample, row in zip(samples, _first_fit(sizes, length), strict=True):
-        rows.setdefault(row, []).append(sample)
-    return [_join(rows[row]) for row in sorted(rows)]
+    rows: dict[int, list[int]] = {}
+    for i, row in enumerate(_first_fit(sizes, length)):
+        rows.setdefault(row, []).append(i)
+    return [rows[row] for row in sorted(rows)]
 
 
 def _first_fit(sizes: Sequence[int], length: int) -> list[int]:

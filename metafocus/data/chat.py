@@ -17,7 +17,7 @@ from torch import Tensor
 from metafocus.checks import whole
 from metafocus.data.answers import Finder
 from metafocus.data.boundaries import RenderedChat
-from metafocus.data.contents import lost, lost_reasoning, training_template
+from metafocus.data.lost_texts import lost, lost_reasoning, training_template
 from metafocus.data.messages import (
     Message,
     check_messages,
@@ -26,7 +26,7 @@ from metafocus.data.messages import (
     without_nulls,
 )
 from metafocus.data.rendering import Form, Renderer, forms
-from metafocus.data.tokens import Tokens
+from metafocus.data.token_offsets import Tokens
 from metafocus.errors import DataError
 
 if TYPE_CHECKING:

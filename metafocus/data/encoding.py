@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metafocus.checks import whole
-from metafocus.data import cache
+from metafocus.data import encoding_cache
 from metafocus.data.chat import TURNS, Made, Sample, check_max_length, truncate
 from metafocus.data.records import Encoders, in_processes
 from metafocus.errors import DataError
@@ -16,7 +16,7 @@ from metafocus.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_NAMED = 5  # skipped chats whose reasons are kept
+NAMED = 5  # skipped chats whose reasons are kept
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Encoded:
             of a chat.
     """
 
-    samples: list[Sample]
+    samples: Sequence[Sample]
     dropped: int
     truncated: int
     skipped: int = 0
@@ -61,11 +61,14 @@ class Encoded:
                 "the model gives them: turns='each' (--turns each) trains them as they are there."
             )
         if self.skipped:
-            lines.append(f"{self.skipped} chats were skipped:")
-            lines += [f"  {reason}" for reason in self.reasons]
-            if self.skipped > len(self.reasons):
-                lines.append(f"  and {self.skipped - len(self.reasons)} more")
+            lines.append(skipped_lines("chats", self.skipped, self.reasons))
         return "\n".join(lines)
+
+
+def skipped_lines(what: str, count: int, reasons: Sequence[str]) -> str:
+    """Return what to log of things that were skipped, with the reasons for the first ones."""
+    more = [f"  and {count - len(reasons)} more"] if count > len(reasons) else []
+    return "\n".join([f"{count} {what} were skipped:", *(f"  {r}" for r in reasons), *more])
 
 
 def encode_chats(
@@ -80,6 +83,7 @@ def encode_chats(
     num_proc: int = 1,
     cache_dir: str | Path | None = None,
     progress: bool = False,
+    into: Any = None,
 ) -> Encoded:
     """Encode every chat as `encode_chat` does, and drop those without an answer to predict.
 
@@ -104,6 +108,7 @@ def encode_chats(
         cache_dir: a directory for the result, under a hash of the records, the tokenizer, the
             settings and the code. Tools that are functions, which cannot be hashed, are not kept.
         progress: whether to show a progress bar.
+        into: an empty sequence that the samples are added to, such as one on a disk; None: a list.
 
     Raises:
         DataError: with `strict`, if a record cannot be encoded (the text has its index); if no
@@ -128,15 +133,17 @@ def encode_chats(
     whole("num_proc", num_proc, 1, error=DataError)
     arrow = type(records).__module__.partition(".")[0] == "datasets"
     encoders = Encoders(tokenizer, merge_context, chat_template_kwargs, arrow, turns)
-    tally = _Tally(tokenizer, max_length, strict)
+    samples = [] if into is None else into
+    tally = _Tally(tokenizer, max_length, strict, samples)
     name = None
     if cache_dir is not None:
         records = list(records)
         settings = [max_length, merge_context, turns, chat_template_kwargs, strict, arrow]
-        name = cache.key(records, tokenizer, {"settings": settings})
-        found = name and cache.load(cache_dir, name)
+        name = encoding_cache.key(records, tokenizer, {"settings": settings})
+        found = name and encoding_cache.load(cache_dir, name)
         if found:
-            samples, counts = found
+            kept, counts = found
+            samples.extend(kept)
             return Encoded(samples, **{**counts, "reasons": tuple(counts["reasons"])})
     if num_proc == 1:
         made = encoders.encode(enumerate(records))
@@ -151,15 +158,17 @@ def encode_chats(
     result = tally.result()
     if cache_dir is not None and name:
         counts = {f.name: getattr(result, f.name) for f in fields(result) if f.name != "samples"}
-        cache.save(cache_dir, name, result.samples, {**counts, "reasons": list(result.reasons)})
+        encoding_cache.save(
+            cache_dir, name, result.samples, {**counts, "reasons": list(result.reasons)}
+        )
     return result
 
 
 class _Tally:
-    def __init__(self, tokenizer: Any, max_length: int | None, strict: bool):
+    def __init__(self, tokenizer: Any, max_length: int | None, strict: bool, samples: Any):
         self._side: str = tokenizer.truncation_side
         self._max_length, self._strict = max_length, strict
-        self._samples: list[Sample] = []
+        self._samples = samples
         self._reasons: list[str] = []
         self._seen = self._dropped = self._truncated = self._cut_off = 0
         self._skipped = self._unstopped = self._rewritten = 0
@@ -170,7 +179,7 @@ class _Tally:
             if self._strict:
                 raise DataError(f"record {i}: {made}") from made
             self._skipped += 1
-            if len(self._reasons) < _NAMED:
+            if len(self._reasons) < NAMED:
                 self._reasons.append(f"record {i}: {made}")
             return
         kept = 0

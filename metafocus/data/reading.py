@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,15 @@ from metafocus.data.formats import as_chat
 from metafocus.data.messages import check_messages, without_nulls
 from metafocus.errors import DataError
 
+Gather = Callable[[Iterable[dict[str, Any]]], Sequence[dict[str, Any]]]
+"""Makes a sequence of records that come one by one; `list` holds them in memory."""
+
 _SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
-def read_chats(path: str | Path, *, check: bool = True) -> list[dict[str, Any]]:
+def read_chats(
+    path: str | Path, *, gather: Gather = list, skipped: list[str] | None = None
+) -> Sequence[dict[str, Any]]:
     r"""Read chats from JSON lines, a JSON array or a `.parquet` file, and check each of them.
 
     Every record has `messages` and optionally `tools`, a list or the JSON text of a list; or it is
@@ -25,13 +30,14 @@ def read_chats(path: str | Path, *, check: bool = True) -> list[dict[str, Any]]:
 
     Args:
         path: a `.jsonl`, `.json` or `.parquet` file.
-        check: whether to raise for messages that are missing or malformed; `encode_chats` finds
-            them, too, and skips them.
+        gather: makes a sequence of the records, which come one by one; `list` holds them in memory.
+        skipped: a list that takes the reasons for which records are left out; None: a record that
+            is malformed raises.
 
     Raises:
         DataError: if the file is missing, empty, unreadable or of another kind; if a line is not
-            JSON; if the messages of a record are missing or malformed. The text names the file and
-            the line.
+            JSON; if the messages of a record (with `skipped`: of all records) are missing or
+            malformed. The text names the file and the line.
 
     Example:
         >>> import json, pathlib, tempfile
@@ -51,7 +57,7 @@ def read_chats(path: str | Path, *, check: bool = True) -> list[dict[str, Any]]:
     if not _is_file(path):
         raise DataError(f"path={str(path)!r} is not a file: check the name and the folder")
     rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
-    records = [_checked(record, f"{path}, {place}: ", check) for place, record in rows]
+    records = gather(_good(((f"{path}, {place}: ", record) for place, record in rows), skipped))
     if not records:
         raise DataError(f"path={str(path)!r} holds no record: write one chat per line or row")
     return records
@@ -63,8 +69,9 @@ def read_dataset(
     *,
     streaming: bool = False,
     limit: int | None = None,
-    check: bool = True,
-) -> dict[str, list[dict[str, Any]]]:
+    skipped: list[str] | None = None,
+    gather: Gather = list,
+) -> dict[str, Sequence[dict[str, Any]]]:
     """Read the splits of a data set of chats with the package `datasets`, and check each record.
 
     Args:
@@ -73,7 +80,9 @@ def read_dataset(
         config: which of its configurations, if it has several.
         streaming: whether to read records one after another instead of the whole data set.
         limit: the largest number of records of a split.
-        check: whether to raise for messages that are missing or malformed.
+        skipped: a list that takes the reasons for which records are left out; None: a record that
+            is malformed raises.
+        gather: makes a sequence of the records of a split, as in `read_chats`.
 
     Returns:
         Records as `read_chats` returns them, by the name of the split.
@@ -90,10 +99,7 @@ def read_dataset(
     try:
         found = _loaded(datasets, name, config, streaming)
         return {
-            str(part): [
-                _checked(without_nulls(row), f"{name}, {part}, row {number}: ", check)
-                for number, row in enumerate(islice(rows, limit), start=1)
-            ]
+            str(part): gather(_good(_numbered(f"{name}, {part}", islice(rows, limit)), skipped))
             for part, rows in found.items()
         }
     except DataError:
@@ -101,6 +107,11 @@ def read_dataset(
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise DataError(f"the data set {name!r} cannot be loaded: {reason}") from error
+
+
+def _numbered(where: str, rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    for number, row in enumerate(rows, start=1):
+        yield f"{where}, row {number}: ", without_nulls(row)
 
 
 def _loaded(datasets: Any, name: str, config: str | None, streaming: bool) -> Any:
@@ -168,18 +179,41 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        records = pq.read_table(path).to_pylist()
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise DataError(
-            f"path={str(path)!r} cannot be read as parquet ({error}): the file may be cut off, "
-            "write or download it again"
-        ) from error
-    for number, record in enumerate(records, start=1):
+    def records() -> Iterator[Any]:
+        try:
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(batch_size=1024):
+                    yield from batch.to_pylist()
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise DataError(
+                f"path={str(path)!r} cannot be read as parquet ({error}): the file may be cut off, "
+                "write or download it again"
+            ) from error
+
+    for number, record in enumerate(records(), start=1):
         yield f"row {number}", without_nulls(record)
 
 
-def _checked(record: Any, where: str, check: bool) -> dict[str, Any]:
+def _good(rows: Iterable[tuple[str, Any]], skipped: list[str] | None) -> Iterator[dict[str, Any]]:
+    """Yield the records that are well-formed; the reasons for the others go into `skipped`."""
+    first: DataError | None = None
+    found = 0
+    for where, record in rows:
+        try:
+            good = _checked(record, where)
+        except DataError as error:
+            if skipped is None:
+                raise
+            first = first or error
+            skipped.append(str(error))
+        else:
+            found += 1
+            yield good
+    if first is not None and not found:
+        raise first
+
+
+def _checked(record: Any, where: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise DataError(f"{where}{record!r:.80} is not an object with messages")
     try:
@@ -189,11 +223,10 @@ def _checked(record: Any, where: str, check: bool) -> dict[str, Any]:
         tools = record.get("tools")
         if tools is not None and not isinstance(tools, list):
             raise DataError(f"tools={tools!r:.80} is not a list of function descriptions")
-        if check and "messages" in record:
+        if "messages" in record:
             check_messages(record["messages"])
     except DataError as error:
-        if check:
-            raise DataError(f"{where}{error}") from error
+        raise DataError(f"{where}{error}") from error
     return record
 
 

@@ -66,6 +66,20 @@ class Spool(Sequence[Item], Generic[Item]):
         """Return a hash of all items in their order."""
         return self._hash.hexdigest()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # For workers of a data loader that are not forked: they open the file of their parent.
+        path = f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
+        return {**self.__dict__, "_file": path, "_hash": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        path = state.pop("_file")
+        self.__dict__.update(state)
+        self._file = open(path, "rb", buffering=0)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            self._file.close()
+
     def __len__(self) -> int:
         return len(self._ends) - 1
 
@@ -97,6 +111,12 @@ class View(Sequence[Item], Generic[Item]):
     def __init__(self, source: Sequence[Item], places: Sequence[int]):
         self._source, self._places = source, places
 
+    def digest(self) -> str:
+        """Return a hash of the items, from that of a source which has one."""
+        source: Any = self._source
+        text = f"{source.digest()} {list(self._places)}"
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
     def __len__(self) -> int:
         return len(self._places)
 
@@ -105,6 +125,12 @@ class View(Sequence[Item], Generic[Item]):
         if isinstance(index, slice):
             return View(self._source, self._places[index])
         return self._source[self._places[index]]
+
+    def __eq__(self, other: object) -> bool:
+        """Whether another sequence has the same items, as for lists."""
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
 
 
 def records(folder: str | Path | None = None) -> Spool[dict[str, Any]]:
@@ -115,7 +141,7 @@ def records(folder: str | Path | None = None) -> Spool[dict[str, Any]]:
         >>> chats[-1], len(chats[1:])
         ({'messages': [2]}, 2)
     """
-    return Spool(lambda record: json.dumps(record, default=str).encode(), json.loads, folder)
+    return Spool(_line, json.loads, folder)
 
 
 def samples(folder: str | Path | None = None) -> Spool[Sample]:
@@ -128,6 +154,10 @@ def samples(folder: str | Path | None = None) -> Spool[Sample]:
         {'input_ids': tensor([5, 6]), 'answer_mask': tensor([True, True])}
     """
     return Spool(_packed, _unpacked, folder)
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    return json.dumps(record, default=str).encode()
 
 
 def _packed(sample: Sample) -> bytes:

@@ -17,9 +17,9 @@ from metafocus.calls import holding, running
 from metafocus.errors import ProblemError
 from metafocus.lm.cross_entropy import IGNORED
 from metafocus.lm.hf import heads, prefix
-from metafocus.lm.hf.attention import attending
+from metafocus.lm.hf.attention import attending, own_mask
 from metafocus.lm.hf.checkpointing import exact_checkpointing
-from metafocus.lm.hf.inputs import check_ids, model_inputs
+from metafocus.lm.hf.inputs import check_ids, model_inputs, own_inputs
 from metafocus.lm.hf.logit_head import logit_head_of
 from metafocus.lm.hf.side_runs import two_tokens
 from metafocus.lm.tokens import TokenPolicy, answer_tokens, predicted
@@ -153,8 +153,10 @@ class LMLoss:
     def _model_inputs(self, batch: Batch) -> dict[str, Any]:
         if "input_ids" not in batch:
             raise ProblemError(f"a batch needs input_ids [B, S]; this one has {sorted(batch)}.")
-        positions, spans = masks.positions(batch), _checked(self.mask(batch))
         check_ids(self.model, batch["input_ids"])
+        if self.mask is masks.causal and "document_ids" not in batch and own_mask(self.model):
+            return own_inputs(batch["input_ids"], batch.get("attention_mask"))
+        positions, spans = masks.positions(batch), _checked(self.mask(batch))
         return model_inputs(self.model, batch["input_ids"], positions, spans)
 
 
@@ -225,6 +227,17 @@ def _check_parts(model: nn.Module, adapter: Any, mask: Any, tokens: Any) -> None
     if isinstance(adapter, type) or not (hasattr(adapter, "init") and hasattr(adapter, "bind")):
         raise ProblemError(
             f"adapter must be an adapter such as mf.LoRA(mf.all_linear), got {adapter!r}."
+        )
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ProblemError(
+            f"model is {type(model).__name__}, an encoder with a decoder: losses, masks and chats "
+            "here are those of causal language models, such as AutoModelForCausalLM loads."
+        )
+    learned = getattr(model, "active_peft_config", None)
+    if getattr(learned, "is_prompt_learning", False):
+        raise ProblemError(
+            f"model has a PEFT adapter of type {learned.peft_type.value}, which puts virtual "  # pyright: ignore
+            "tokens before the batch: masks and answers would be off by them. Use LoRA."
         )
     for name, policy, example in (
         ("mask", mask, "mf.masks.context_bidirectional"),

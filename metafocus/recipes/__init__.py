@@ -7,8 +7,8 @@ from metafocus.recipes._attribution import (
     Attribution,
     attribution,
     influence,
-    linear_datamodeling_score,
 )
+from metafocus.recipes._datamodeling import Score, linear_datamodeling_score
 from metafocus.recipes._focusft import focusft, focusft_problem
 from metafocus.recipes._learned_optimiser import LearnedOptimiser
 from metafocus.recipes._training_runs import datarater, distill, generated, weights
@@ -17,6 +17,7 @@ from metafocus.recipes.ttt import export, qttt, ttt_e2e
 __all__ = [
     "Attribution",
     "LearnedOptimiser",
+    "Score",
     "attribution",
     "datarater",
     "distill",

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from metafocus import params as pt
 from metafocus.autodiff import stores
-from metafocus.checks import fraction, positive, seeded, whole
-from metafocus.errors import NotStationaryWarning, ProblemError
+from metafocus.checks import positive
+from metafocus.comparison.smooth import Smoothness, smoothness
+from metafocus.errors import NotSmoothWarning, NotStationaryWarning, ProblemError
 from metafocus.estimators import Implicit, Unrolled
 from metafocus.linear import CG
 from metafocus.preflight import preflight
+from metafocus.problem import Problem
 from metafocus.solvers import Given, solve_inner
 from metafocus.streams import Batches, PerStep, Zipped, zipped
-from metafocus.types import Estimator, LinearSolver, Params, Solver
+from metafocus.types import Episode, Estimator, LinearSolver, Params, Solver
 
 Losses = Callable[[Params, Any], Tensor]
 """`(params, data) -> [n]`, the loss of each example."""
@@ -37,12 +38,14 @@ class Attribution:
         params: the trained weights.
         retrained: `(weights [runs, rows]) -> [runs, queries]`, the losses after training anew
             with these weights of the examples.
+        trust: what `mf.smoothness` says of the run, if it was asked.
     """
 
     scores: Tensor
     losses: Tensor
     params: Params
     retrained: Callable[[Tensor], Tensor]
+    trust: Smoothness | None = None
 
 
 def attribution(
@@ -56,6 +59,7 @@ def attribution(
     estimator: Estimator | None = None,
     queries_at_once: int | None = None,
     runs_at_once: int | None = None,
+    directions: int = 0,
 ) -> Attribution:
     """Return the derivative of query losses by the weight of each training example: MAGIC.
 
@@ -74,9 +78,12 @@ def attribution(
         queries_at_once: how many queries share a backward pass (their cotangents are a batch that
             `vmap` maps); None: all. With 1 nothing is mapped.
         runs_at_once: how many runs `retrained` maps by `vmap`; None: all. With 1 nothing is.
+        directions: along how many random directions `mf.smoothness` tries the run, with four to
+            eight runs each; 0: it does not.
 
     Raises:
         ProblemError: if `train` does not know its rows, or `losses` returns no value for each.
+        NotSmoothWarning: if the run was tried and its metagradient cannot be trusted.
 
     Example:
         >>> rows = [{"x": torch.tensor(float(i))} for i in range(4)]
@@ -98,7 +105,8 @@ def attribution(
             "mf.Batches.from_dataset, or mf.Batches(fetch, steps, rows)."
         )
     rows, first = train.rows, start()
-    size, like = int(rows.max()) + 1, next(iter(first.values()))
+    size = int(rows.max()) + 1 if train.size is None else train.size
+    like = next(iter(first.values()))
     asked = losses if query_losses is None else query_losses
 
     def inner(fast: Params, slow: Params, data: Any) -> Tensor:
@@ -123,9 +131,37 @@ def attribution(
         data, slow = stream(weight), {"weight": weight}
         ready = preflight(inner, solver, first, slow, data, explicit=True, twice=True)
         solution = how(ready, solver, pt.detach(first), slow, data)
-        found = asked(solution.params, query)
-        scores = _rows_of_jacobian(found, weight, queries_at_once)
-    return Attribution(scores, found.detach(), pt.detach(solution.params), retrained)
+        # The queries one by one, which costs no more; their way through the run together.
+        ends = {k: v.detach().requires_grad_() for k, v in solution.params.items()}
+        found = asked(ends, query)
+        each = [_gradient(value, ends) for value in found]
+        at_end = [torch.stack(row) for row in zip(*each, strict=True)]
+        scores = _through(solution.params, at_end, weight, queries_at_once)
+    trust = None
+    if directions:
+        problem = Problem(
+            inner,
+            lambda fast, slow, data: asked(fast, data).mean(),
+            lambda slow, support: first,
+            lambda slow, episode: Episode(stream(slow["weight"]), episode.query),
+        )
+        trust = smoothness(
+            problem,
+            slow,
+            Episode(train, query),
+            solver=solver,
+            directions=directions,
+            estimator=how,
+            generator=torch.Generator().manual_seed(0),
+        )
+        if trust.verdict != "trustworthy":
+            warnings.warn(
+                f"the scores may not predict what other weights do: {trust}. Smoother runs have "
+                "smaller rates, smooth activations and no batch norm.",
+                NotSmoothWarning,
+                stacklevel=2,
+            )
+    return Attribution(scores, found.detach(), pt.detach(solution.params), retrained, trust)
 
 
 def influence(
@@ -175,91 +211,11 @@ def influence(
         # run did not end at a minimum is the known weakness of this baseline.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NotStationaryWarning)
-            return _rows_of_jacobian(asked(solution.params, query), weight, 1)
-
-
-class Score(NamedTuple):
-    """How well scores predict what training without some examples does.
-
-    Attributes:
-        each: `[queries]`, Spearman's correlation of predicted and true losses over the subsets.
-        predicted: `[subsets, queries]`, sums of scores of the examples that were kept.
-        found: `[subsets, queries]`, losses after training on them.
-    """
-
-    each: Tensor
-    predicted: Tensor
-    found: Tensor
-
-    @property
-    def mean(self) -> float:
-        """The mean over queries: the linear datamodeling score."""
-        return self.each.mean().item()
-
-
-def linear_datamodeling_score(
-    scores: Tensor,
-    retrained: Callable[[Tensor], Tensor],
-    *,
-    subsets: int = 60,
-    drop: float = 0.05,
-    generator: torch.Generator,
-    executor: Executor | None = None,
-) -> Score:
-    """Return how well scores rank the losses of runs without random subsets of the examples.
-
-    Args:
-        scores: `[queries, rows]`, such as `Attribution.scores`.
-        retrained: `(weights [runs, rows]) -> [runs, queries]`, such as `Attribution.retrained`.
-        subsets: how many runs.
-        drop: the share of examples left out of each, at random.
-        generator: draws the subsets.
-        executor: runs the subsets one by one, such as a process pool or submitit's; None: here,
-            all in one call.
-
-    Raises:
-        ValueError: for fewer than two subsets, or a `drop` outside of [0, 1).
-
-    Example:
-        >>> scores = torch.tensor([[-3.0, -2.0, 1.0, 0.0]])
-        >>> result = linear_datamodeling_score(
-        ...     scores, lambda weights: (weights @ scores.T) ** 3, subsets=9, drop=0.5,
-        ...     generator=torch.Generator().manual_seed(0))
-        >>> round(result.mean, 6)
-        1.0
-
-    References:
-        Park et al., TRAK, arXiv 2303.14186, section 2.
-    """
-    whole("subsets", subsets, 2)
-    fraction("drop", drop)
-    seeded(generator)
-    rows = scores.shape[1]
-    weights = scores.new_ones(subsets, rows)
-    for weight in weights:
-        weight[torch.randperm(rows, generator=generator)[: round(drop * rows)]] = 0
-    if executor is None:
-        found = retrained(weights)
-    else:
-        found = torch.cat(list(executor.map(retrained, weights.split(1))))
-    predicted = weights @ scores.T
-    each = [spearman(a, b) for a, b in zip(predicted.T, found.T, strict=True)]
-    return Score(torch.stack(each), predicted, found)
-
-
-def spearman(a: Tensor, b: Tensor) -> Tensor:
-    """Return Spearman's rank correlation of two vectors; equal values share their mean rank.
-
-    Example:
-        >>> spearman(torch.tensor([1.0, 2.0, 9.0]), torch.tensor([0.0, 5.0, 6.0])).item()
-        1.0
-    """
-    return torch.corrcoef(torch.stack([_ranks(a), _ranks(b)]))[0, 1]
-
-
-def _ranks(x: Tensor) -> Tensor:
-    _, group, count = torch.unique(x, return_inverse=True, return_counts=True)
-    return (count.cumsum(0) - (count - 1) / 2).double()[group]
+            found = [
+                torch.autograd.grad(value, weight, retain_graph=True)[0]
+                for value in asked(solution.params, query)
+            ]
+    return torch.stack(found)
 
 
 def _each(losses: Tensor, weight: Tensor) -> Tensor:
@@ -271,15 +227,21 @@ def _each(losses: Tensor, weight: Tensor) -> Tensor:
     return losses
 
 
-def _rows_of_jacobian(losses: Tensor, weight: Tensor, at_once: int | None) -> Tensor:
-    """Return the derivative of each loss by the weights, `[queries, rows]`."""
-    found = []
-    cotangents = torch.eye(len(losses), dtype=losses.dtype, device=losses.device)
-    for chunk in cotangents.split(at_once or len(losses)):
-        batched = len(chunk) > 1
-        given = chunk if batched else chunk[0]
-        (rows,) = torch.autograd.grad(
-            losses, weight, given, retain_graph=True, is_grads_batched=batched
-        )
-        found.append(rows if batched else rows[None])
-    return torch.cat(found)
+def _gradient(value: Tensor, at: Params) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(
+        value, list(at.values()), retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+
+
+def _through(
+    params: Params, cotangents: list[Tensor], weight: Tensor, at_once: int | None
+) -> Tensor:
+    """Return the derivative by the weights for each row of cotangents, `[queries, rows]`."""
+
+    def one(*given: Tensor) -> Tensor:
+        ends = list(params.values())
+        return torch.autograd.grad(ends, weight, list(given), retain_graph=True)[0]
+
+    if at_once == 1:
+        return torch.stack([one(*row) for row in zip(*cotangents, strict=True)])
+    return torch.func.vmap(one, chunk_size=at_once)(*cotangents)

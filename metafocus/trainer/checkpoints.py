@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
+import shutil
 import struct
 import warnings
 import zipfile
@@ -206,7 +209,16 @@ def saving(
         if not isinstance(error, OSError | SafetensorError) and not bare:
             raise
         reason = " ".join((getattr(error, "strerror", None) or str(error)).split())
+        if bare and _full(Path(place)):
+            # What torch says of it names a line of its own source.
+            reason = os.strerror(errno.ENOSPC)
         raise DataError(
             f"{what} could not be written to {place}: {reason}. {left}; make room, or name "
             "another directory."
         ) from error
+
+
+def _full(place: Path) -> bool:
+    """Whether the file system of a place has less than a mebibyte left."""
+    there = next((path for path in (place, *place.absolute().parents) if path.exists()), None)
+    return there is not None and shutil.disk_usage(there).free < 2**20

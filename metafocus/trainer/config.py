@@ -6,9 +6,12 @@ In Python, objects are passed to `FocusTrainer(recipe={...})`.
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
+from accelerate import PartialState
 from torch import nn
 from transformers import TrainingArguments
 
@@ -197,6 +200,10 @@ class FocusArguments(FocusOptions, TrainingArguments):
         ):
             if getattr(self, name) < 1:
                 raise ProblemError(f"{name} must be >= 1, got {getattr(self, name)}.")
+        if self.use_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            # transformers passes ddp_timeout on for accelerators only.
+            wait = timedelta(seconds=self.ddp_timeout)
+            PartialState(cpu=True, backend=self.ddp_backend, timeout=wait)
         super().__post_init__()
         if self.device.type == "cpu":
             # torch warns that it does nothing there.

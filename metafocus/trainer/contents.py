@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,12 @@ def _weights(place: Path, model: nn.Module) -> str | None:
                     )
         except Exception as error:  # safetensors and torch raise what they like for a foreign file
             return f"{file.name} cannot be read: {_line(error)}"
-    missing = expected.keys() - seen - tied(model, seen)
+    left_out: Any = getattr(model, "_keys_to_ignore_on_save", None) or ()
+    missing = {
+        name
+        for name in expected.keys() - seen - tied(model, seen)
+        if not any(re.search(pattern, name) for pattern in left_out)
+    }
     if seen and missing and not is_peft(model):
         return f"its weights lack {min(missing)}, which the model has"
     return None

@@ -15,7 +15,6 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-import metafocus
 from metafocus.errors import DataError
 from metafocus.trainer.config import FocusOptions
 
@@ -61,9 +60,17 @@ def fingerprint(
     }
     versions = {
         name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate")
-    } | {"metafocus": metafocus.__version__, "python": platform.python_version()}
+    } | {"metafocus": _code(), "python": platform.python_version()}
     found = {"settings": kept, "data": digest(data), "versions": versions}
     return json.loads(json.dumps(found, default=str))
+
+
+def _code() -> str:
+    """A hash of this package's source: a version number does not change with every edit."""
+    summary, root = hashlib.blake2b(digest_size=6), Path(__file__).parent.parent
+    for path in sorted(root.rglob("*.py")):
+        summary.update(f"{path.relative_to(root)} ".encode() + path.read_bytes())
+    return summary.hexdigest()
 
 
 def digest(data: Any) -> dict[str, Any]:

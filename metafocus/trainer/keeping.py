@@ -39,8 +39,8 @@ class KeepingMixin(Trainer):
         self._before_saving()
         folder = Path(self._get_output_dir(trial))
         place = folder / f"checkpoint-{self.state.global_step}"
-        with saving(place, "the checkpoint", "What lies there is what was there before"):
-            try:
+        try:
+            with saving(place, "the checkpoint", "What lies there is what was there before"):
                 from_first(lambda: staging.clean(folder))
                 self._write_run(folder / staging.STAGE / place.name)
                 self._staged = True
@@ -50,12 +50,12 @@ class KeepingMixin(Trainer):
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
                     staging.publish(folder, place.name)
-            except BaseException:
-                self._staged = False
-                if self.args.should_save:
-                    # Room for what comes next.
-                    staging.clean(folder)
-                raise
+        except BaseException:
+            self._staged = False
+            if self.args.should_save:
+                # Room for what comes next.
+                staging.clean(folder)
+            raise
         if self.args.should_save:
             best = self.state.best_model_checkpoint
             keep = {place} | ({Path(best)} if best else set())

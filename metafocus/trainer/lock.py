@@ -12,7 +12,6 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from metafocus.errors import DataError
-from metafocus.files import write_json
 from metafocus.trainer.ranks import from_first
 
 LOCK = ".run.lock"
@@ -76,7 +75,9 @@ def _acquired(folder: Path) -> FileLock:
         # One object for a path in a process, which counts how often it was taken.
         lock = FileLock(folder / LOCK, timeout=0, is_singleton=True)
         lock.acquire()
-        write_json(folder / HOLDER, {"pid": os.getpid(), "host": socket.gethostname()})
+        # Only what holds the lock writes it, and half of it is read as nobody's name.
+        found = {"pid": os.getpid(), "host": socket.gethostname()}
+        (folder / HOLDER).write_text(json.dumps(found), encoding="utf-8")
     except Timeout as error:
         raise DataError(
             f"output_dir={str(folder)!r} is in use by {_holder(folder)}: name another directory, "

@@ -75,9 +75,9 @@ class StepGuard:
         """Raise at the end of a run in which no step was finite.
 
         Raises:
-            NonFiniteError: if all steps were left out.
+            NonFiniteError: if all of its steps were left out.
         """
-        if steps and self._in_a_row >= steps:
+        if steps and self.skipped + self.scaler_skips >= steps:
             what = "loss" if self._bad_losses else "gradient"
             times = self._bad_losses or steps
             raise NonFiniteError(

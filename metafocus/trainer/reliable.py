@@ -54,7 +54,7 @@ class ReliableMixin(KeepingMixin):
         self.focus: FocusOptions = focus
         self._guard = StepGuard(focus.on_nonfinite, focus.max_nonfinite)
         self._held: HeldSchedule | None = None
-        self._steps_here, self._last_step = 0, 0.0
+        self._last_step = 0.0
         self._signals = Signals()
         self._stop_by = 0
         self._print: dict[str, Any] | None = None
@@ -140,7 +140,7 @@ class ReliableMixin(KeepingMixin):
             except RuntimeError as error:
                 self._check_stalled(error)
                 raise
-        self._guard.check_end(self._steps_here)
+        self._guard.check_end(self.state.global_step)
         loss = result.metrics.get("train_loss", result.training_loss)
         return result._replace(training_loss=loss)
 
@@ -181,9 +181,9 @@ class ReliableMixin(KeepingMixin):
         """Set what is counted to its beginning, or to what a checkpoint holds."""
         before = read_run(place).get("so_far", {}) if place else {}
         self._totals = Totals(self.args.device, before)
-        self._guard.skipped = before.get("skipped_steps", 0)
-        self._guard.scaler_skips = before.get("scaler_skips", 0)
-        self._steps_here, self._stop_by, self._last_step = 0, 0, time.monotonic()
+        counts = before.get("skipped_steps", 0), before.get("scaler_skips", 0)
+        self._guard = StepGuard(self.focus.on_nonfinite, self.focus.max_nonfinite, *counts)
+        self._stop_by, self._last_step = 0, time.monotonic()
         self._resumed_from, self.finished = place, False
 
     def _nothing_left(self) -> TrainOutput:
@@ -277,7 +277,6 @@ class _Steps(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         trainer = self._trainer
-        trainer._steps_here += 1
         trainer._last_step = time.monotonic()
         if trainer._held is not None:
             trainer._held.put_back()

@@ -21,13 +21,13 @@ from trainer_script import forked, pair, tiny, trainer, wait, weights
 from metafocus.errors import MetafocusError
 from metafocus.trainer.checkpoints import damage, resumable
 
-STEPS = 4
+STEPS = 2
 
 
 def run_once(folder: Path, **changes) -> None:
     """The command that is given again after a fault; its last weights are left in `final.pt`."""
     settings = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 1, **changes}
-    run = trainer(tiny(torch.float32), folder, save_total_limit=2, **settings)
+    run = trainer(tiny(torch.float32), folder, save_total_limit=1, **settings)
     with quiet():
         run.train(resume_from_checkpoint=True)
     torch.save(weights(run.model), folder / "final.pt")

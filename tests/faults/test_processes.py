@@ -33,16 +33,15 @@ def report(what: str, folder: Path):
 def test_killed_at_every_write(tmp_path):
     """Before each write that Python sees, and inside files that native code writes."""
     found = report("writes", tmp_path)
-    assert len(found) > 60
+    assert len(found) > 30
     for case in found:
         assert case["killed"] in (-9, -25), case
-        # What has the name of a checkpoint is whole, and at most two were kept.
-        assert case["damage"] == [None] * len(case["left"]), case
-        assert len(case["left"]) <= 3, case
+        # What has the name of a checkpoint is whole, and one is kept.
+        assert case["damage"] == [None] * len(case["left"]) and len(case["left"]) <= 2, case
         # The same command goes on to the same weights, and leaves nothing behind.
         assert case["code"] == 0 and case["same"] and case["rest"] == [], case
     # Kills came before the first checkpoint, between two, and after the last.
-    assert {case["newest"] for case in found} >= {None, "checkpoint-1", "checkpoint-3"}
+    assert {case["newest"] for case in found} == {None, "checkpoint-1", "checkpoint-2"}
 
 
 def test_signals(tmp_path):
@@ -50,7 +49,8 @@ def test_signals(tmp_path):
     for name, code in (("SIGINT", 130), ("SIGTERM", 143)):
         case = found[name]
         assert (case["code"], case["left"], case["damage"]) == (code, ["checkpoint-1"], [None])
-        lines = [line for line in case["stderr"].splitlines() if "Writing" not in line]
+        # transformers shows how far it is with writing.
+        lines = [line for line in case["stderr"].splitlines() if line and "Writing" not in line]
         assert lines == [
             f"metafocus: stopped by {name}; checkpoint-1 is saved. To go on, give the same command "
             "with --resume_from_checkpoint true (in Python: train(resume_from_checkpoint=True))."

@@ -13,6 +13,8 @@ from metafocus.calls import changed
 from metafocus.errors import ProblemError
 from metafocus.masks.spans import Spans, windowed
 
+_MASKED = {"full_attention", "sliding_attention"}
+
 
 @contextmanager
 def attending(model: nn.Module) -> Iterator[None]:
@@ -48,11 +50,29 @@ def attention_as(config: Any, implementation: str) -> Iterator[None]:
         yield
 
 
+def own_mask(model: nn.Module) -> str | None:
+    """Return why a model can only run with its own causal mask; None if it takes explicit ones.
+
+    Args:
+        model: A Hugging Face model.
+    """
+    config = model.config.get_text_config()  # pyright: ignore
+    others = set(getattr(config, "layer_types", None) or ()) - _MASKED
+    if others:
+        return f"its layers of type {', '.join(sorted(others))} are causal by construction"
+    if getattr(model, "_is_stateful", False):
+        return "it has recurrent layers, which are causal by construction"
+    if config.model_type == "bloom" or getattr(config, "alibi", False) is True:
+        return "its ALiBi biases are computed from a mask of padding"
+    return None
+
+
 def takes_spans(model: nn.Module) -> bool:
     """Return whether a model attends to spans inside `attending`.
 
-    It does not with eager attention, which stays as it is, nor with attention dropout, which spans
-    do not have, nor if it takes no attention functions of other libraries.
+    It does not if it runs with its own mask only, nor with eager attention, which stays as it is,
+    nor with attention dropout, which spans do not have, nor if it takes no attention functions of
+    other libraries.
 
     Args:
         model: A Hugging Face model.
@@ -61,8 +81,11 @@ def takes_spans(model: nn.Module) -> bool:
     if config._attn_implementation in IMPLEMENTATIONS:
         return True
     dropout = any(getattr(config, name, 0.0) for name in ("attention_dropout", "attn_pdrop"))
-    takes_ours = getattr(model, "_supports_attention_backend", False)
-    return bool(takes_ours and config._attn_implementation != "eager" and not dropout)
+    # Doge derives a mask of its own from an explicit one, which must have all entries.
+    dynamic = config.model_type == "doge"
+    takes_ours = getattr(model, "_supports_attention_backend", False) and not dynamic
+    explicit = config._attn_implementation != "eager" and own_mask(model) is None
+    return bool(takes_ours and explicit and not dropout)
 
 
 def replaceable(model: nn.Module) -> Any:
@@ -92,11 +115,11 @@ def attention_mask(model: nn.Module, spans: Spans) -> Tensor | dict[str, Tensor]
     config = model.config.get_text_config()  # pyright: ignore
     window = getattr(config, "sliding_window", None)
     kinds = set(getattr(config, "layer_types", None) or ())
-    unknown = kinds - {"full_attention", "sliding_attention"}
-    if unknown:
+    reason = own_mask(model)
+    if reason is not None:
         raise ProblemError(
-            f"{type(model).__name__} has layers of type {sorted(unknown)}; only "
-            "full_attention and sliding_attention take an explicit mask."
+            f"{type(model).__name__} takes no explicit mask: {reason}. Use mask=mf.masks.causal "
+            "(--mask causal), without packed documents."
         )
     if window is None or (kinds and "sliding_attention" not in kinds):
         return _mask(model, spans)
@@ -110,11 +133,15 @@ def _mask(model: nn.Module, spans: Spans) -> Tensor:
     if takes_spans(model):
         return spans.stack()
     implementation = model.config.get_text_config()._attn_implementation  # pyright: ignore
+    # A row of padding sees everything: a row that sees nothing would be NaN in MPT and Doge.
+    size = spans.start.shape[-1]
+    empty = spans.stop <= spans.start
+    opened = Spans(spans.start.masked_fill(empty, 0), spans.stop.masked_fill(empty, size))
     # Eager attention adds its mask, so a boolean one would mask nothing, without an error.
     if implementation == "eager":
-        return spans.dense(model.dtype)  # pyright: ignore
+        return opened.dense(model.dtype)  # pyright: ignore
     if implementation == "sdpa":
-        return spans.dense()
+        return opened.dense()
     raise ProblemError(
         f"attn_implementation={implementation!r} takes no explicit mask. Load the model with "
         "attn_implementation='metafocus', 'sdpa' or 'eager', or call "

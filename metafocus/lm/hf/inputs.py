@@ -30,6 +30,17 @@ def model_inputs(model: nn.Module, ids: Tensor, positions: Tensor, spans: Spans)
     }
 
 
+def own_inputs(ids: Tensor, present: Tensor | None) -> dict[str, Any]:
+    """Return the keywords of a call of a model that makes its causal mask itself.
+
+    Args:
+        ids: tokens, `[B, S]`.
+        present: 1 on tokens and 0 on padding, `[B, S]`; None: there is no padding.
+    """
+    present = torch.ones_like(ids) if present is None else present
+    return {"input_ids": ids, "attention_mask": present, "use_cache": False}
+
+
 def check_ids(model: nn.Module, ids: Tensor) -> None:
     """Raise for tokens that the model has no embeddings for; on CUDA torch itself stops them.
 

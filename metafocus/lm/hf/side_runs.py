@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from metafocus.calls import using
-from metafocus.lm.hf.attention import attending
+from metafocus.lm.hf.attention import attending, own_mask
 from metafocus.lm.hf.checkpointing import exact_checkpointing
-from metafocus.lm.hf.inputs import model_inputs
+from metafocus.lm.hf.inputs import model_inputs, own_inputs
 from metafocus.masks.spans import Spans
 from metafocus.rng import kept
 from metafocus.torch_internals import outside_transforms
@@ -39,4 +39,6 @@ def two_tokens(model: nn.Module) -> dict[str, Any]:
     index = torch.arange(2, device=next(model.parameters()).device)[None]
     # Not the first ids: the embedding of a padding token is zero.
     ids = index + model.config.get_text_config().vocab_size // 2  # pyright: ignore
+    if own_mask(model) is not None:
+        return own_inputs(ids, None)
     return model_inputs(model, ids, index, Spans(torch.zeros_like(index), index + 1))

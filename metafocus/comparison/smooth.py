@@ -151,29 +151,35 @@ def smoothness(
         with torch.no_grad():
             return float(again(lambda: meta(at, episode))[0])
 
+    def tried(way: Params, step: float, agreement: float) -> Probe:
+        predicted = float(pt.dot({k: grads[k].double() for k in way}, _double(way)))
+        ends = [reached(_moved(outer, way, by)) for by in (step, -step)]
+        floor = eps * abs(float(loss)) / step
+        return Probe(agreement, predicted, (ends[0] - ends[1]) / (2 * step), floor, step)
+
     grads, (loss, _) = again(lambda: hypergrad(meta)(outer, episode))
     free, here = moving(outer), trained(outer)
     eps = max(torch.finfo(v.dtype).eps for v in problem.first(outer, episode[0]).values())
     probes = []
     for _ in range(directions):
         way = {k: _signs(v, generator) for k, v in free.items()}
-        ahead, beyond = (_moved(outer, way, c * h) for c in (1, 2))
-        between = trained(ahead)
-        once, twice = between - here, trained(beyond) - between
-        moved = (once + twice).abs()
-        total = moved.sum()
-        agreement = (moved * once.sign() * twice.sign()).sum() / total if total else total
-        predicted = float(pt.dot({k: grads[k].double() for k in way}, _double(way)))
-        for step in (h, h / 10, h / 100):
-            ends = [reached(_moved(outer, way, by)) for by in (step, -step)]
-            difference, floor = (ends[0] - ends[1]) / (2 * step), eps * abs(float(loss)) / step
-            tried = Probe(float(agreement), predicted, difference, floor, step)
-            if step == h or _clear(tried):
-                probe = tried
-            if not _clear(tried) or tried.error <= AGREES:
+        ahead, beyond = (trained(_moved(outer, way, c * h)) for c in (1, 2))
+        agreement = _agreement(ahead - here, beyond - ahead)
+        probe = tried(way, h, agreement)
+        for step in (h / 10, h / 100):
+            if not _clear(probe) or probe.error <= AGREES:
                 break
+            smaller = tried(way, step, agreement)
+            probe = smaller if _clear(smaller) else probe
         probes.append(probe)
     return Smoothness(tuple(probes), h, _verdict(probes, h))
+
+
+def _agreement(once: Tensor, twice: Tensor) -> float:
+    """Return the agreement of the signs of two moves, weighed by the size of both together."""
+    size = (once + twice).abs()
+    total = size.sum()
+    return float((size * once.sign() * twice.sign()).sum() / total) if total else 0.0
 
 
 def _signs(x: Tensor, generator: torch.Generator) -> Tensor:

@@ -297,15 +297,15 @@ def test_report(folder, questions):
 def test_what_it_prints(tmp_path, chats):
     ran = run(*training(chats, tmp_path / "out", disable_tqdm=False))
     lines = ran.out.splitlines()
-    starts = [line.split(":")[0] for line in lines[:3]]
-    assert starts == ["train", "held out", "held-out loss before"]
+    starts = [line.split(":")[0] for line in lines[:4]]
+    assert starts == ["fast weights in 3 modules", "train", "held out", "held-out loss before"]
     number = r"\d+\.\d{4}"
     assert re.fullmatch(
         rf"held-out loss {number} -> {number} \(deployed\), {number} -> {number} "
         rf"\(training mask\); 3 steps in \d+ s; saved in {tmp_path / 'out'}",
-        lines[3],
+        lines[4],
     )
-    assert len(lines) == 4 and "{" not in ran.out
+    assert len(lines) == 5 and "{" not in ran.out
     assert "3/3" in ran.err and "loss=" in ran.err and "inner=" in ran.err
     silent = run(*training(chats, tmp_path / "silent"))
     assert "3/3" not in silent.err and silent.out.count("{'loss'") == 3

@@ -169,7 +169,7 @@ class Finder:
 
     def _closers(self, chat: RenderedChat, group: Group, tokens: Tokens) -> Any:
         """Return what tells a closing tag of the message, or the begin of a text, from a stop."""
-        tokenizer = self._renderer.tokenizer
+        tokenizer: Any = self._renderer.tokenizer
         begin = {tokenizer.bos_token_id} - {tokenizer.eos_token_id}
         body = chat.found.text[max(group.start - 200, 0) : group.stop]
 

@@ -92,6 +92,7 @@ def read_dataset(
     """
     try:
         import datasets
+        from datasets.exceptions import DatasetsError
     except ModuleNotFoundError as error:
         raise DataError(
             "a data set by name needs the package datasets: pip install datasets"
@@ -104,7 +105,7 @@ def read_dataset(
         }
     except DataError:
         raise
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise DataError(f"the data set {name!r} cannot be loaded: {reason}") from error
 

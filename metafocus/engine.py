@@ -125,7 +125,7 @@ def bilevel(
         if not outer_tried and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             _check_outer(problem, ends[-1], outer)
             outer_tried = True
-        if not torch.compiler.is_compiling():
+        if uses.count < 2 and not torch.compiler.is_compiling():
             uses.add()
         with Swapped(once=True):
             loss, metrics = weighted(problem, ends, outer)
@@ -162,11 +162,6 @@ def outermost(evaluate: MetaLoss, outer: Params, episode: Any) -> tuple[Tensor, 
             loss, aux = evaluate(outer, episode)
         finally:
             _INSIDE.reset(token)
-        _refuse_dead(loss, outer, episode)
-        return loss, aux
-
-
-def _refuse_dead(loss: Tensor, outer: Params, episode: Any) -> None:
     if (
         torch.is_grad_enabled()
         and not transforming()
@@ -178,6 +173,7 @@ def _refuse_dead(loss: Tensor, outer: Params, episode: Any) -> None:
             "and detached tensors are constants). Pass mf.trainable(model), take the gradient with "
             "mf.hypergrad(meta_loss), or evaluate under torch.no_grad()."
         )
+    return loss, aux
 
 
 def _check_parts(problem: Any, solver: Any, estimator: Any) -> None:

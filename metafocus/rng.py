@@ -18,8 +18,8 @@ class Drawn:
     """
 
     def __init__(self, near: Iterable[Tensor]):
-        self.devices = _devices(near)
-        self.cpu = torch.get_rng_state()
+        self.devices = _devices(near) if near else []
+        self.cpu = torch.default_generator.get_state()
         self.cuda = [torch.cuda.get_rng_state(d) for d in self.devices]
 
     def or_same(self, earlier: Drawn | None) -> Drawn:

@@ -99,10 +99,12 @@ class Batches:
             (`from_dataset`): `mf.zipped(batches, mf.PerStep(weight[batches.rows]))` looks the
             weights of all steps up at once, so that a long vector of weights has one dense
             gradient for the whole loop, not one for each step.
+        size: how many rows the data set has, where `rows` are known; None: up to the largest.
 
     Raises:
         ValueError: if `steps` is no positive integer.
-        ProblemError: at the call, for a step beyond the last one.
+        ProblemError: if `rows` are no row numbers of `steps` batches, or beyond `size`; at the
+            call, for a step beyond the last one.
 
     Example:
         >>> Batches(lambda step: torch.full((2,), float(step)), steps=3).at(2)
@@ -112,9 +114,12 @@ class Batches:
     fetch: Callable[[int], Any]
     steps: int
     rows: Tensor | None = field(default=None, repr=False, compare=False)
+    size: int | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         whole("steps", self.steps, 1)
+        if self.rows is not None:
+            _check_rows(self.rows, self.steps, self.size)
 
     def at(self, step: int) -> Any:
         """Return `fetch(step)`."""
@@ -186,7 +191,22 @@ class Batches:
             found = [dataset[i] for i in chosen] if together is None else together(chosen)
             return gather([_numbered(row, i) for row, i in zip(found, chosen, strict=True)])
 
-        return cls(fetch, steps, rows)
+        return cls(fetch, steps, rows, len(dataset))
+
+
+def _check_rows(rows: Tensor, steps: int, size: int | None) -> None:
+    fits = rows.ndim == 2 and len(rows) == steps and not rows.is_floating_point() and rows.numel()
+    if not fits:
+        raise ProblemError(
+            f"rows must be integers of shape [steps, batch_size] with steps={steps}, got "
+            f"{rows.dtype} of shape {list(rows.shape)}."
+        )
+    least, most = int(rows.min()), int(rows.max())
+    if least < 0 or (size is not None and most >= size):
+        raise ProblemError(
+            f"rows hold the number {least if least < 0 else most}, and the data set has rows 0 to "
+            f"{'...' if size is None else size - 1}. Count rows from 0."
+        )
 
 
 def refuse_loader(data: Any, wanted: str) -> None:

@@ -306,19 +306,29 @@ def function_modes() -> list[TorchFunctionMode]:
     return _get_current_function_mode_stack()
 
 
-def dispatch_modes() -> list[TorchDispatchMode]:
-    """Return the modes that operators pass through, the innermost last."""
-    return _get_current_dispatch_mode_stack()
+def mode_state() -> tuple[int, int, Any]:
+    """Return how many modes this thread passes through, of both kinds, and if it listens to them.
+
+    A compiler and `torch.func` keep theirs elsewhere.
+    """
+    internals: Any = torch._C
+    return (
+        internals._len_torch_function_stack(),
+        internals._len_torch_dispatch_stack(),
+        internals._get_torch_function_state(),
+    )
 
 
-def function_state() -> Any:
-    """Return whether this thread listens to modes and to overrides of operators."""
-    return torch._C._get_torch_function_state()  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def set_function_state(state: Any) -> None:
-    """Put back what `function_state` returned."""
-    torch._C._set_torch_function_state(state)  # pyright: ignore[reportAttributeAccessIssue]
+def leave_modes(state: tuple[int, int, Any]) -> None:
+    """Leave the modes that were entered since `mode_state`, and listen again if it did."""
+    functions, dispatches, overrides = state
+    for stack, depth in (
+        (_get_current_function_mode_stack, functions),
+        (_get_current_dispatch_mode_stack, dispatches),
+    ):
+        for mode in reversed(stack()[depth:]):
+            mode.__exit__(None, None, None)
+    torch._C._set_torch_function_state(overrides)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def without_function_modes() -> contextlib.AbstractContextManager[None]:

@@ -28,6 +28,8 @@ SIZES = {
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 16,
+    "mamba_chunk_size": 8,
+    "chunk_size": 8,
     "attention_dropout": 0.0,
     "attn_pdrop": 0.0,
     "resid_pdrop": 0.0,
@@ -68,7 +70,10 @@ OWN: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {
         "mamba_n_heads": 8, "mamba_d_head": 8, "layer_types": ["mamba", "attention"],
     },
-    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8},
+    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 16},
+    "falcon_h1": {
+        "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_ssm": 32, "mamba_d_state": 8,
+    },
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
     "xglm": {"ffn_dim": 48, "attention_heads": 4, "num_layers": 2, "d_model": 32},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
@@ -94,7 +99,7 @@ MASKED = (
 # The model makes its causal mask itself.
 CAUSAL = (
     "bamba bloom falcon_h1 falcon_mamba granitemoehybrid jamba lfm2 mamba mamba2 minimax "
-    "qwen3_5 qwen3_next recurrent_gemma rwkv xlstm"
+    "qwen3_5 qwen3_next recurrent_gemma xlstm"
 ).split()
 
 

@@ -38,10 +38,6 @@ def last(ran: Ran) -> str:
     return ran.output.strip().splitlines()[-1]
 
 
-def test_this_machine_has_a_wall():
-    assert walls().way != "none", "every other test here is skipped"
-
-
 def test_output_and_errors(way):
     assert run_python("print(6 * 7)") == Ran("42\n", 0, "", pytest.approx(0, abs=10))
     assert run_python("").output == ""

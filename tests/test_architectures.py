@@ -89,3 +89,11 @@ def test_the_placement_names_the_option(name, names):
         mf.recipes.focusft(model)({}, mf.Episode(batch(), batch()))
     placed = mf.top_layers(0.5, tuple(names.split(",")))(model)
     assert len(placed) == 2 and all(".1." in path for path in placed)
+
+
+def test_weights_that_are_read_without_a_call_are_not_adapted():
+    model = build("falcon_mamba")
+    assert {path.rpartition(".")[2] for path in mf.all_linear(model)} == {"in_proj"}
+    lora = mf.LoRA(mf.matching(".*dt_proj"), 2)
+    with pytest.raises(PlacementError, match=r"dt_proj', whose weight .* without calling"):
+        lora.init(model)

@@ -50,21 +50,26 @@ def agree(task, world, n):
         text = " ".join(story.facts)
         assert solve(task, text, story.question, world) == story.answer, story
         labels = world.labels(task)
-        assert babilong_official(story.sentence, story.answer, story.question, labels)
+        right = babilong_official(story.sentence, story.answer, story.question, labels)
+        assert right == (story.answer != "none")  # the official scorer finds "one" in it
         assert lm_eval_substring(story.sentence, story.answer)
-        assert FEWEST[task] <= len(story.facts) <= MOST_FACTS[task]
-        assert len(set(story.supports)) in SUPPORTS[task]
+        assert FEWEST.get(task, 1) <= len(story.facts) <= MOST_FACTS[task]
+        assert len(set(story.supports)) in SUPPORTS.get(task, range(1, 20))
+        assert all(0 <= i < len(story.facts) for i in story.supports)
         # What is said to support the answer does so alone.
         supports = " ".join(story.facts[i] for i in story.supports)
         assert solve(task, supports, story.question, world) == story.answer, story
-        rooms.add(story.answer)
+        rooms |= set(story.answer.split(",")) if task == "qa8" else {story.answer}
     return rooms
 
 
 @pytest.mark.parametrize("world", [World(), OTHER], ids=["default", "other"])
 @pytest.mark.parametrize("task", TASKS)
 def test_the_oracle_agrees(task, world):
-    assert agree(task, world, 300) == set(world.labels(task))
+    answers = set(world.labels(task))
+    if task == "qa7" and len(world.objects) < 3:
+        answers.remove("three")
+    assert agree(task, world, 300) == answers
 
 
 @pytest.mark.slow
@@ -86,13 +91,13 @@ def test_lengths_facts_and_evidence(tokenizer, task, length):
     for i, item in enumerate(generate(tokenizer, task=task, length=length and length + 600, n=4)):
         size = len(tokenizer.encode(item.prompt)) + item.new_tokens
         if length:
-            assert item.length - 30 <= size <= item.length
+            assert item.length - 40 <= size <= item.length
         inside = context(item)
         assert item.prompt.endswith(item.question)
         evidence = [item.prompt[a:b] for a, b in item.evidence]
         start = item.prompt.index(inside)
         for text, (a, _), depth in zip(evidence, item.evidence, item.depths, strict=True):
-            assert text.endswith(".") and any(name in text for name in world.names)
+            assert text.endswith(".") and any(name in text for name in world.task_names(task))
             assert 0 <= a - start < len(inside) and depth == (a - start) / len(inside)
         story = tell(task, random.Random(f"babilong {task} 0 {i}"), world)
         if item.question == story.question:  # else its facts were too many
@@ -105,7 +110,8 @@ def test_lengths_facts_and_evidence(tokenizer, task, length):
             noise = inside
             for fact in story.facts:
                 noise = noise.replace(fact, "", 1)
-            assert not re.search(rf"\b({'|'.join(world.names)})\b", noise, re.IGNORECASE)
+            names = "|".join(world.task_names(task))
+            assert not re.search(rf"\b({names})\b", noise, re.IGNORECASE)
             assert bool(noise.strip()) == bool(length)
 
 
@@ -237,8 +243,8 @@ def test_worlds_are_checked():
 
 
 def test_errors():
-    with pytest.raises(DataError, match="task='qa6' is unknown: use one of qa1"):
-        generate(words, task="qa6", length=100, n=1)
+    with pytest.raises(DataError, match="task='qa21' is unknown: use one of qa1"):
+        generate(words, task="qa21", length=100, n=1)
     with pytest.raises(DataError, match=r"n must be.*got 0"):
         generate(words, task="qa1", length=100, n=0)
     with pytest.raises(DataError, match=r"length must be.*got -1"):

@@ -301,3 +301,31 @@ def test_a_million_weights_have_one_dense_gradient():
         assert peak < 2.2 * 4 * size
         assert (weight.grad != 0).sum() == steps * 4
         weight.grad = None
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (torch.zeros(2, 4).long(), r"shape \[steps, batch_size\] with steps=3, got .* \[2, 4\]"),
+        (torch.zeros(3, 4), "must be integers"),
+        (torch.tensor([[0], [7], [1]]), "hold the number 7, and the data set has rows 0 to 6"),
+        (torch.tensor([[0], [-1], [1]]), "hold the number -1"),
+    ],
+)
+def test_rows_out_of_range_are_refused(rows, message):
+    with pytest.raises(mf.errors.ProblemError, match=message):
+        mf.Batches(lambda step: step, 3, rows, 7)
+
+
+def test_rows_that_no_batch_holds_have_a_weight_too():
+    stream = mf.Batches.from_dataset(Squares(), batch_size=2, steps=1, generator=seeded())
+    assert stream.size == 7
+    found = mf.recipes.attribution(
+        lambda p, batch: (p["w"] - batch["y"]) ** 2,
+        lambda: {"w": torch.zeros(())},
+        stream,
+        {"y": torch.ones(1)},
+        solver=mf.SGD(0.1, 1),
+    )
+    assert found.scores.shape == (1, 7)
+    assert set(found.scores[0].nonzero()[:, 0].tolist()) <= set(stream.rows[0].tolist())

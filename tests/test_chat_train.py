@@ -30,9 +30,9 @@ def test_chats_that_cannot_be_encoded(tmp_path, chats):
     ran = run(*training(chats, tmp_path / "out", **SFT))
     assert ran.code == 0, ran.err
     assert "train: 6 samples" in ran.out
-    assert "1 chats were skipped:\n  record 6: message 0: role='robot' is unknown" in ran.out
+    assert f"1 records were skipped:\n  {chats}, line 7: message 0: role='robot' is" in ran.out
     found = refused(*training(chats, tmp_path / "no", strict=True, **SFT))
-    assert found.startswith("record 6: message 0: role='robot' is unknown")
+    assert found.startswith(f"{chats}, line 7: message 0: role='robot' is unknown")
 
 
 def test_a_template_and_its_variables(tmp_path):

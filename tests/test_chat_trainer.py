@@ -61,7 +61,8 @@ def test_logits_of_packed_rows_see_documents_apart(tmp_path):
             eval_dataset=data,
             compute_metrics=loss_of_logits,
         )
-        found, predicted = trainer.evaluate(), trainer.predict(data).metrics
+        found, predicted = trainer.evaluate(), trainer.predict(data).metrics  # pyright: ignore
+        assert predicted is not None
         losses[name] = [found["eval_loss"], found["eval_nll"], predicted["test_nll"]]
     # The Trainer keeps the sums of losses in float32, and eager softmax is float32.
     for values in losses.values():
@@ -72,9 +73,9 @@ def test_plain_training_arguments(tmp_path):
     args = TrainingArguments(str(tmp_path), **QUIET)
     for collator in (None, Collator(0)):
         with pytest.raises(DataError, match=r"remove_unused_columns=True, the default .*Focus"):
-            FocusTrainer(model(), args, train_dataset=samples(), data_collator=collator)
+            FocusTrainer(model(), args, train_dataset=samples(), data_collator=collator)  # pyright: ignore
     args = TrainingArguments(str(tmp_path), remove_unused_columns=False, **QUIET)
-    assert FocusTrainer(model(), args, train_dataset=samples()).train_dataset
+    assert FocusTrainer(model(), args, train_dataset=samples()).train_dataset  # pyright: ignore
 
 
 # trl sets an option of transformers that is renamed.
@@ -87,7 +88,8 @@ def test_plain_training_arguments(tmp_path):
     ],
 )
 def test_loss_options_of_trl_are_refused(tmp_path, option, text):
-    from trl import SFTConfig, SFTTrainer
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
 
     from metafocus.trainer import FocusMixin
 

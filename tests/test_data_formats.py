@@ -130,14 +130,18 @@ def test_an_array_in_a_json_file(tmp_path):
         read_chats(path)
 
 
-def test_files_may_be_read_unchecked(tmp_path, small):
+def test_records_that_are_malformed_may_be_skipped(tmp_path):
     path = tmp_path / "a.jsonl"
     bad = [{"messages": [{"role": "bot", "content": ""}]}, {"from": 1}, {"messages": 3}]
     path.write_text("\n".join(json.dumps(one) for one in [{"messages": CHAT}, *bad]))
-    records = read_chats(path, check=False)
-    assert len(records) == 4
-    found = encode_chats(records, small)
-    assert (len(found.samples), found.skipped) == (1, 3)
+    skipped = []
+    assert read_chats(path, skipped=skipped) == [{"messages": CHAT}]
+    assert [reason.split(": ")[0] for reason in skipped] == [
+        f"{path}, line {number}" for number in (2, 3, 4)
+    ]
+    path.write_text(json.dumps(bad[0]))
+    with pytest.raises(DataError, match=r"line 1: message 0: role='bot'"):
+        read_chats(path, skipped=[])
 
 
 # --- text and tokens -----------------------------------------------------------------------------

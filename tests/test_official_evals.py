@@ -85,12 +85,13 @@ def test_babilong_scorers_on_made_answers(babilong_repo, task):
     verdicts = []
     for item in items:
         target = item.references[0]
-        words = rng.choices([*pieces, target, target], k=rng.randrange(5))
+        words = rng.choices([*pieces, target, target, *target.split(",")], k=rng.randrange(5))
         for output in (item.answer, " ".join(words), f"{item.answer} {' '.join(words)}"):
             theirs = metrics.compare_answers(target, output, item.question, labels)
             assert babilong_official(output, target, item.question, labels) == theirs, output
             verdicts.append(theirs)
-        assert metrics.compare_answers(target, item.answer, item.question, labels)
+        right = metrics.compare_answers(target, item.answer, item.question, labels)
+        assert right == (target != "none")  # they find "one" in it too
     assert 0.1 < statistics.mean(verdicts) < 0.95
 
 

@@ -473,3 +473,54 @@ def test_one_step():
         value, list(leaves.values()), allow_unused=True, materialize_grads=True
     )
     assert_close(got, want, 1e-12)
+
+
+# --- recompute="auto" ------------------------------------------------------------------------
+
+
+def wide_step(hidden):
+    """A loss whose graph is large beside its parameters, or small, by the number of rows."""
+
+    def loss(fast, slow, x):
+        return (torch.tanh(x @ fast["w"]) * slow["scale"]).square().mean()
+
+    problem = mf.Problem(loss, loss, lambda slow, _: {"w": slow["w"]})
+    outer = {"w": torch.ones(hidden, hidden).double() / hidden, "scale": torch.ones(()).double()}
+    return problem, outer
+
+
+@pytest.mark.parametrize("rows", [1, 4000])
+def test_auto_chooses_segments_by_two_sizes(rows):
+    from metafocus.estimators.segments import best_size
+
+    problem, outer = wide_step(30)
+    x = torch.ones(rows, 30).double()
+    solver = mf.SGD(0.1, 64)
+    start = {"w": outer["w"]}
+    state = torch.get_rng_state()
+    size = best_size(problem.inner_loss, solver, range(64), start, {}, outer, x)
+    assert torch.equal(state, torch.get_rng_state())
+    # One row: the state outweighs the graph of a step. Many rows: the graph does.
+    assert (size == 1) if rows == 4000 else (size > 5)
+
+    def by(estimator):
+        meta = mf.bilevel(problem, solver=solver, estimator=estimator)
+        return derivatives(meta, mf.Episode(x, x[:1]), outer)
+
+    assert_close(by(mf.Unrolled(recompute="auto")), by(mf.Unrolled()), 1e-12)
+
+
+def test_auto_inside_transforms_rebuilds_single_steps():
+    def by(estimator):
+        meta = loops_meta(estimator)
+        return torch.func.grad(lambda o: meta(o, CASE.episode())[0])(CASE.outer)
+
+    assert_close(by(mf.Unrolled(recompute="auto")), by(mf.Unrolled()), 1e-12)
+
+
+def test_auto_is_the_only_word():
+    assert "recompute=auto" in repr(mf.Unrolled(recompute="auto"))
+    with pytest.raises(ValueError, match=r'True, False or "auto", got \'some\''):
+        mf.Unrolled(recompute="some")
+    with pytest.raises(mf.errors.ProblemError, match="got recompute='auto' beside it"):
+        mf.Unrolled(recompute="auto", store=mf.stores.device())

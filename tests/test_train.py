@@ -367,11 +367,11 @@ def test_a_data_set_by_name(tmp_path, chats, first):
     assert "train: 10 samples" in ran.out and "held out: 2 samples" in ran.out
     words = training(None, tmp_path / "no", dataset_name=tmp_path / "nowhere")
     assert "nowhere' cannot be loaded: " in refused(*words)
-    write(tmp_path / "other.jsonl", {"text": "hi"})
+    write(tmp_path / "other.jsonl", {"note": "hi"})
     (tmp_path / "texts").mkdir()
     (tmp_path / "other.jsonl").rename(tmp_path / "texts" / "train.jsonl")
     ran = run(*training(None, tmp_path / "no", dataset_name=tmp_path / "texts"))
-    assert ran.code == 2 and "texts, train, row 1: no messages, only text" in ran.err
+    assert ran.code == 2 and "texts, train, row 1: no messages, only note" in ran.err
 
 
 def test_same_seed_same_run(folder, chats, first):
@@ -631,8 +631,8 @@ QUESTION = {"messages": [{"role": "user", "content": "Is anyone there?"}]}
 
 BAD_DATA = {
     "broken JSON": ([chat(0), '{"messages": [', chat(1)], r"line 2: not JSON"),
-    "no object": (["[1, 2]"], r"line 1: .*is not an object"),
-    "no messages": ([chat(0), {"text": "hi"}], r"line 2: no messages, only text"),
+    "no object": (["[1, 2]"], r"record 1: .*is not an object"),
+    "no messages": ([chat(0), {"note": "hi"}], r"line 2: no messages, only note"),
     "unknown role": ([{"messages": [{"role": "bot", "content": "x"}]}], r"line 1: .*role='bot'"),
     "empty messages": ([chat(0), chat(1), {"messages": []}], r"line 3: messages is empty"),
     "no content": ([{"messages": [{"role": "user"}]}], r"line 1: .*no content"),
@@ -647,7 +647,7 @@ def test_bad_data(tmp_path, name):
     records, message = BAD_DATA[name]
     data = write(tmp_path / "bad.jsonl", *records)
     before = tree(tmp_path)
-    error = refused(*training(data, tmp_path / "out"))
+    error = refused(*training(data, tmp_path / "out", strict=True))
     assert re.search(message, error), error
     assert tree(tmp_path) == before
 

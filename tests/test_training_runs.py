@@ -314,7 +314,7 @@ def rough(p, batch):
     ) ** 2
 
 
-def report(losses, solver, dtype=F64, **options):
+def report(losses, solver, dtype=F64, upper=None, **options):
     def of(tree):
         return {k: v.to(dtype) if v.is_floating_point() else v for k, v in tree.items()}
 
@@ -323,7 +323,7 @@ def report(losses, solver, dtype=F64, **options):
 
     problem = mf.Problem(
         inner,
-        lambda fast, slow, batch: losses(fast, of(batch)).mean(),
+        lambda fast, slow, batch: (upper or losses)(fast, of(batch)).mean(),
         lambda slow, _: of(START),
     )
     outer = {"weight": torch.ones(24, dtype=dtype)}
@@ -354,6 +354,16 @@ def test_a_run_at_the_edge_of_chaos_is_not_smooth():
 def test_a_biased_metagradient_is_found():
     found = report(losses, SOLVER, estimator=mf.Unrolled(last=1))
     assert found.verdict == "wrong"
+
+
+def test_a_loss_that_bends_within_a_step_is_told_from_a_wrong_gradient():
+    def bent(p, batch):
+        return torch.sin(300 * losses(p, batch))
+
+    found = report(losses, mf.SGD(0.02, 3), h=0.3, upper=bent)
+    assert found.verdict == "curved"
+    assert any(p.step < 0.3 for p in found.probes)
+    assert all(p.error < 1e-2 for p in found.probes)
 
 
 def test_bfloat16_hides_small_moves():

@@ -10,13 +10,14 @@ import figures
 import numpy as np
 from claims import VERDICTS, Claim, claims
 from effects import (
+    FEWEST_SEEDS,
     Results,
     Run,
     accuracy,
+    as_trained,
     effect,
     everything,
     loss,
-    mass,
     trained,
 )
 from protocol import CAUSAL, FOCUSFT, MAIN, Cell, Scale
@@ -74,13 +75,25 @@ def opening(scale: Scale, results: Results, base: Run, found: Sequence[Claim]) -
         f"attention under the causal mask and {sink['training mask']:.4f} under the bidirectional "
         "one.",
     ]
-    after = [
-        f"{name} {np.mean([np.mean(mass('deployed', 'sink_mass')(run)) for run in runs]):.3f}"
+    after = {
+        name: {
+            way: np.mean([np.mean(run["attention"][way]["sink_mass"]) for run in runs])
+            for way in ("deployed", as_trained(cell))
+        }
         for cell, name in NAMES.items()
         if (runs := trained(results, cell).values())
-    ]
+    }
     if after:
-        sentences.append(f"After training, as deployed, with the causal mask: {', '.join(after)}.")
+        told = ", ".join(f"{name} {masses['deployed']:.3f}" for name, masses in after.items())
+        sentences.append(f"After training, as deployed, with the causal mask: {told}.")
+    if NAMES[FOCUSFT] in after:
+        seen = after[NAMES[FOCUSFT]]["with fast weights"]
+        sentences.append(f"FocuSFT as it was trained, with its mask and fast weights: {seen:.4f}.")
+    if max(seeds) < FEWEST_SEEDS:
+        sentences.append(
+            f"With fewer than {FEWEST_SEEDS} paired seeds, nothing that was trained is called "
+            "decided; the numbers are shown as they are."
+        )
     for what, measure in (("accuracy", accuracy), ("answer loss", loss)):
         gain = effect(results, FOCUSFT, CAUSAL, measure("deployed", *everything(scale)))
         if gain:

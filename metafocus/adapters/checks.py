@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from metafocus.adapters.placement import read_directly
 from metafocus.errors import PlacementError, ProblemError
 
 
@@ -53,6 +54,13 @@ def placed(adapter: str, where: Any, model: nn.Module) -> dict[str, nn.Module]:
             raise PlacementError(
                 f"{adapter}: {type(model).__name__} has no module {path!r}, which {where!r} names"
             )
+    direct = [path for path in paths if read_directly(model, path)]
+    if direct:
+        raise PlacementError(
+            f"{adapter}: {where!r} names {direct[0]!r}, whose weight {type(model).__name__} reads "
+            "without calling the module, so fast weights there would have no effect: leave it out "
+            "(all_linear does)"
+        )
     return {path: modules[path] for path in paths}
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -46,6 +48,41 @@ def adaptable(module: nn.Module) -> bool:
     )
     # A router of experts may be a linear layer that returns several tensors.
     return (linear and "Router" not in type(module).__name__) or is_conv1d(module)
+
+
+def read_directly(model: nn.Module, path: str) -> bool:
+    """Return whether the forward pass of its parent may use a module's weight without calling it.
+
+    Mamba's layers do this with their projections, in fused kernels or always. Hooks of the module
+    would have no effect there.
+
+    Example:
+        >>> read_directly(nn.Sequential(nn.Linear(2, 2)), "0")
+        False
+    """
+    home, _, name = path.rpartition(".")
+    return name in _weights_read_by(type(model.get_submodule(home)))
+
+
+@cache
+def _weights_read_by(kind: type) -> frozenset[str]:
+    found: set[str] = set()
+    for base in kind.__mro__:
+        # The layers of torch call no children, and sources of other libraries are not read.
+        if not base.__module__.startswith("transformers.models."):
+            continue
+        for name, method in vars(base).items():
+            if "forward" in name and callable(method):
+                try:
+                    source = inspect.getsource(inspect.unwrap(method))
+                except (OSError, TypeError):
+                    continue
+                found.update(_WEIGHT.findall(source))
+    return frozenset(found)
+
+
+# Not where only a property of the weight is read.
+_WEIGHT = re.compile(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|size|ndim|is_\w+))")
 
 
 @dataclass(frozen=True)
@@ -191,7 +228,9 @@ def all_linear(model: nn.Module) -> tuple[str, ...]:
     output = getattr(model, "get_output_embeddings", None)
     head = output() if callable(output) else None
     chosen = tuple(
-        path for path, module in model.named_modules() if adaptable(module) and module is not head
+        path
+        for path, module in model.named_modules()
+        if adaptable(module) and module is not head and not read_directly(model, path)
     )
     if not chosen:
         raise PlacementError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,20 +14,13 @@ from metafocus import params as pt
 from metafocus.calls.blocks import Block, Scoped, with_block
 from metafocus.calls.owners import Call, enter, inside
 from metafocus.rng import Drawn
-from metafocus.torch_internals import (
-    dispatch_modes,
-    function_modes,
-    function_state,
-    set_function_state,
-)
+from metafocus.torch_internals import leave_modes, mode_state
 
 _SAVED: Scoped[dict[torch.Generator, Tensor] | None] = Scoped(None)
-_KINDS = [kind for kind in ("cpu", "cuda") if torch.amp.is_autocast_available(kind)]
-"""Kinds of devices that autocast knows."""
 
 
 def attempt(
-    *given: Any, generators: Iterable[torch.Generator] = (), call: Call | None = None
+    *given: Any, generators: Sequence[torch.Generator] = (), call: Call | None = None
 ) -> contextlib.AbstractContextManager[Any]:
     """Run a call from outside; after an error, generators and modes are as they were before it.
 
@@ -49,17 +42,19 @@ def attempt(
 
 @with_block
 def _attempt(
-    given: Any, generators: Iterable[torch.Generator], call: Call | None, *, block: Block
+    given: Any, generators: Sequence[torch.Generator], call: Call | None, *, block: Block
 ) -> Iterator[None]:
-    # Without CUDA it is not worth looking for devices.
-    drawn = Drawn(pt.tensors(given) if torch.cuda.is_initialized() else ())
-    modes, depths = _modes(), (len(function_modes()), len(dispatch_modes()))
-    saved = {generator: generator.get_state() for generator in generators}
+    # Every call of the engine comes here: without CUDA it is not worth looking for devices.
+    cuda = torch.cuda.is_initialized()
+    drawn = Drawn(pt.tensors(given) if cuda else ())
+    kinds = ("cpu", "cuda") if cuda else ("cpu",)
+    modes = _modes(kinds)
+    saved = {generator: generator.get_state() for generator in generators} if generators else {}
     leave, end = enter(call, block), _SAVED.begin(saved, block)
     try:
         yield
     except BaseException:
-        _put_back(modes, depths)
+        _put_back(kinds, modes)
         drawn.put_back()
         for generator, state in saved.items():
             generator.set_state(state)
@@ -89,39 +84,33 @@ def draws_from(generator: torch.Generator) -> None:
         saved[generator] = generator.get_state()
 
 
-def _modes() -> tuple[Any, ...]:
-    """Return the modes of this thread: overrides of operators, gradients, and autocast."""
+def _modes(kinds: tuple[str, ...]) -> tuple[Any, ...]:
+    """Return the modes of this thread: those of operators, gradients, and autocast."""
     torch.autocast_increment_nesting()
     return (
-        function_state(),
+        mode_state(),
         torch.is_grad_enabled(),
         torch.autocast_decrement_nesting(),
         torch.is_autocast_cache_enabled(),
-        [
-            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-            for kind in _KINDS
-        ],
+        *[(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds],
     )
 
 
-def _put_back(modes: tuple[Any, ...], depths: tuple[int, int]) -> None:
+def _put_back(kinds: tuple[str, ...], modes: tuple[Any, ...]) -> None:
     """Put the modes of this thread back, as far as they are left set.
 
     An interrupt at the end of a `with` block leaves the mode that the block has set.
     """
-    for stack, depth in zip((function_modes, dispatch_modes), depths, strict=True):
-        while len(stack()) > depth:
-            stack()[-1].__exit__(None, None, None)
-    if _modes() == modes:
+    if _modes(kinds) == modes:
         return
-    overrides, grad, nesting, cache, casts = modes
-    set_function_state(overrides)
+    operators, grad, nesting, cache, *casts = modes
+    leave_modes(operators)
     torch.set_grad_enabled(grad)
     torch.autocast_increment_nesting()
     while torch.autocast_decrement_nesting() > nesting:
         pass
     torch.clear_autocast_cache()
     torch.set_autocast_cache_enabled(cache)
-    for kind, enabled, dtype in casts:
+    for kind, (enabled, dtype) in zip(kinds, casts, strict=True):
         torch.set_autocast_enabled(kind, enabled)
         torch.set_autocast_dtype(kind, dtype)

@@ -80,7 +80,9 @@ class Scoped(Generic[T]):
 
     def get(self) -> T:
         """Return the value of the innermost block that is open."""
-        entry = self._open()
+        entry = self._entry.get()
+        if entry is not None:
+            entry = self._open()
         return self._default if entry is None else entry.value
 
     def set(self, value: T) -> contextlib.AbstractContextManager[None]:

@@ -68,9 +68,12 @@ def enter(carried: Call | None, block: Block) -> Callable[[], None]:
     call = _joins(carried)
     if call is None:
         return _nothing
-    with LOCK:
+    if call is carried:
         # A graph may be differentiated in several threads.
-        call.blocks = (block, *(b for b in call.blocks if not b.over))
+        with LOCK:
+            call.blocks = (block, *(b for b in call.blocks if not b.over))
+    else:
+        call.blocks = (block,)
     end = _CURRENT.begin(call, block)
     settle()
 

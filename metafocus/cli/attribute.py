@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
     loss = lm_loss(model, adapter=adapter, mask=causal)
     collator = Collator(tokenizer.pad_token_id)
 
-    def prepared(records: list[dict[str, Any]]) -> list[Any]:
+    def prepared(records: Sequence[dict[str, Any]]) -> list[Any]:
         samples = encode_chats(records, tokenizer, max_length=args.max_length).samples
         if len(samples) != len(records):
             raise DataError(
@@ -147,8 +147,7 @@ def run(args: argparse.Namespace) -> None:
             estimator=Unrolled(store=store),
             runs_at_once=1,
         )
-    scores = torch.zeros(len(queries), len(rows), dtype=torch.float64)
-    scores[:, : found.scores.shape[1]] = found.scores
+    scores = found.scores.double()
     checked = _left_out(args, found, scores)
     report = {
         "scores": scores.tolist(),
@@ -215,7 +214,11 @@ def _left_out(args: argparse.Namespace, found: Attribution, scores: Tensor) -> A
 
 
 def _page(
-    scores: Tensor, losses: list[float], train: list[Any], query: list[Any], checked: Any
+    scores: Tensor,
+    losses: list[float],
+    train: Sequence[Any],
+    query: Sequence[Any],
+    checked: Any,
 ) -> str:
     """Return the scores as Markdown: for each query the chats that helped and harmed most."""
     shown = min(SHOWN, scores.shape[1])

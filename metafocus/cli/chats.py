@@ -24,9 +24,18 @@ def gatherer(folder: Path) -> Gather:
     return lambda rows: spool.records(folder).extend(rows)
 
 
-def read(train_file: str, *, gather: Gather = list, check: bool = True) -> Chats | None:
-    """Return the chats of a file; None for `stdlib`, whose chats wait for a tokenizer."""
-    return None if train_file == STDLIB else read_chats(train_file, gather=gather, check=check)
+def read(
+    train_file: str, *, gather: Gather = list, skipped: list[str] | None = None
+) -> Chats | None:
+    """Return the chats of a file; None for `stdlib`, whose chats wait for a tokenizer.
+
+    Args:
+        train_file: the name of the file, or `stdlib`.
+        gather: makes a sequence of the records.
+        skipped: a list that takes the reasons for which records are left out; None: a record that
+            is malformed raises.
+    """
+    return None if train_file == STDLIB else read_chats(train_file, gather=gather, skipped=skipped)
 
 
 def texts(chats: Chats | None) -> Iterable[str]:
@@ -37,11 +46,9 @@ def texts(chats: Chats | None) -> Iterable[str]:
     for chat in chats:
         if isinstance(chat.get("text"), str):
             yield chat["text"]
-        messages = chat.get("messages")
-        for message in messages if isinstance(messages, list) else []:
-            content = message.get("content") if isinstance(message, dict) else None
-            if isinstance(content, str):
-                yield content
+        for message in chat.get("messages", ()):
+            if isinstance(message.get("content"), str):
+                yield message["content"]
 
 
 def template(path: str | None) -> str | None:

@@ -6,7 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -15,20 +15,28 @@ from metafocus.cli import answering, options, trials
 from metafocus.cli.answering import ANSWERS, DEPTHS, REPORT
 from metafocus.comparison.report import environment
 from metafocus.errors import DataError
-from metafocus.evals import babilong, harness, results, ruler
+from metafocus.evals import babilong, harness, helmet, nolima, results, ruler
 from metafocus.evals.agentic.long_answers import endpoint_answers
 from metafocus.evals.items import Item
 from metafocus.evals.journal import Journal, Key
 from metafocus.evals.positions import check_positions, positions
-from metafocus.evals.prose import builtin_prose, prose_from_file
+from metafocus.evals.prose import Prose, builtin_prose, prose_from_file
 from metafocus.evals.report import length_name, plot_depths, table
 from metafocus.evals.run import answers, prompt_counter
+from metafocus.evals.scorers import EFFECTIVE
 from metafocus.files import write_json
 from metafocus.trainer.names import MASKS, named
 
 Asker = Callable[[list[Item], Callable[[Mapping[int, str]], None]], None]
 
-TASKS: dict[str, tuple[str, ...]] = {"babilong": babilong.TASKS, "ruler": ruler.TASKS}
+TASKS: dict[str, tuple[str, ...]] = {
+    "babilong": babilong.TASKS,
+    "ruler": ruler.TASKS,
+    "nolima": nolima.TASKS,
+    "helmet": helmet.TASKS,
+}
+# BABILong's leaderboard has five of its twenty tasks.
+_DEFAULT = {**TASKS, "babilong": babilong.LEADERBOARD}
 _NOISE = {"all": None, "train": "train", "heldout": "heldout"}
 
 
@@ -36,14 +44,16 @@ def add_parser(commands: Any) -> None:
     """Add the command."""
     parser = commands.add_parser(
         "eval",
-        help="measure long-context skill (BABILong, RULER) and science with a tool (GPQA)",
+        help="measure long-context skill (BABILong, RULER, ...) and multiple choice (GPQA, ...)",
         description=__doc__,
     )
     parser.set_defaults(run=run)
     options.add_model(parser, small=False, required=False)
     parser.add_argument("--suite", required=True, choices=(*TASKS, *trials.SUITES))
     parser.add_argument(
-        "--tasks", help="separated by commas; default: all of the suite (qa only with --questions)"
+        "--tasks",
+        help="separated by commas; default: all of the suite (of babilong qa1 to qa5; qa of ruler "
+        "only with --questions)",
     )
     parser.add_argument(
         "--lengths",
@@ -55,7 +65,7 @@ def add_parser(commands: Any) -> None:
         "--n",
         type=options.whole(1),
         default=100,
-        help="questions of each; default %(default)s, of gpqa all",
+        help="questions of each; default %(default)s, of gpqa and longbench all",
     )
     parser.add_argument(
         "--noise",
@@ -130,9 +140,14 @@ def run(args: argparse.Namespace) -> None:
         answered.finish([_key(items[i], i % args.n) for i in range(len(items))])
         seconds = time.perf_counter() - start
         found = results.cells(items, outputs, args.depth_bins)
+        means = results.averages(found)
+        limit = EFFECTIVE.get(args.suite)
+        longest = None if limit is None else results.effective_length(means, limit / 100)
         report = {
             "suite": args.suite,
             "cells": [results.as_record(cell) for cell in found],
+            "averages": [asdict(row) for row in means],
+            "effective_length": longest,
             "seconds": seconds,
             "settings": {k: v for k, v in vars(args).items() if k not in ("run", "given")},
             "environment": environment(getattr(torch, args.dtype)),
@@ -140,6 +155,11 @@ def run(args: argparse.Namespace) -> None:
         drawn = plot_depths(found, output / DEPTHS)
         write_json(output / REPORT, report)
     _print(table(found))
+    for row in means:
+        print(f"mean of {row.tasks} tasks at {length_name(row.length)}: {100 * row.mean:.1f}")
+    if limit is not None:
+        name = "none of these" if longest is None else length_name(longest)
+        print(f"effective length (a mean of at least {limit}): {name}")
     print(f"{len(items)} answers in {seconds:.1f} s; wrote {output / REPORT}, {output / ANSWERS}")
     if drawn:
         print(f"wrote {output / DEPTHS}")
@@ -211,10 +231,10 @@ def _export(directory: str, items: list[Item]) -> None:
 
 def _tasks(args: argparse.Namespace) -> list[str]:
     known = TASKS[args.suite]
-    if args.suite == "babilong":
-        options.note_unused(args, ("questions",), "with --suite babilong")
+    if args.suite != "ruler":
+        options.note_unused(args, ("questions",), f"with --suite {args.suite}")
     if args.tasks is None:
-        return [task for task in known if task != "qa" or args.questions]
+        return [task for task in _DEFAULT[args.suite] if task != "qa" or args.questions]
     tasks = list(dict.fromkeys(word.strip() for word in args.tasks.split(",") if word.strip()))
     for task in tasks:
         named("tasks", task, dict.fromkeys(known))
@@ -232,27 +252,35 @@ def _lengths(text: str, suite: str) -> list[int]:
         if not digits.isdecimal():
             raise DataError(f"--lengths {text!r}: {word!r} is not a length such as 4k or 500.")
         found.append(int(digits) * (1024 if word.endswith("k") else 1))
-    if suite == "ruler" and 0 in found:
-        raise DataError(f"--lengths {text!r}: 0k is for BABILong only, RULER needs a haystack.")
+    if suite != "babilong" and 0 in found:
+        name = {"ruler": "RULER", "nolima": "NoLiMa", "helmet": "HELMET"}[suite]
+        raise DataError(f"--lengths {text!r}: 0k is for BABILong only, {name} needs a haystack.")
     return sorted(set(found))
 
 
 def _generator(
     args: argparse.Namespace, longest: int
 ) -> Callable[[Any, str, int, int], list[Item]]:
-    if args.noise in _NOISE:
-        prose = builtin_prose(_NOISE[args.noise])
+    make: Any = {"babilong": babilong, "ruler": ruler, "nolima": nolima, "helmet": helmet}[
+        args.suite
+    ].generate
+    common: dict[str, Any] = {"seed": args.seed}
+    if args.suite == "helmet":
+        options.note_unused(args, ("noise",), "with --suite helmet")
     else:
-        prose = prose_from_file(args.noise)
+        common["prose"] = _prose(args.noise, longest)
+    if args.suite == "ruler" and args.questions:
+        common["questions"] = ruler.read_questions(args.questions)
+    return lambda count, task, length, n: make(count, task=task, length=length, n=n, **common)
+
+
+def _prose(noise: str, longest: int) -> Prose:
+    prose = builtin_prose(_NOISE[noise]) if noise in _NOISE else prose_from_file(noise)
     size = sum(len(sentence.split()) for sentence in prose.sentences)
     if size < longest:
         # A word has a token at least: what is longer may fit, what is shorter surely repeats.
         print(f"note: --noise has {size} words and repeats in longer contexts.", file=sys.stderr)
-    make: Any = babilong.generate if args.suite == "babilong" else ruler.generate
-    common: dict[str, Any] = {"seed": args.seed, "prose": prose}
-    if args.suite == "ruler" and args.questions:
-        common["questions"] = ruler.read_questions(args.questions)
-    return lambda count, task, length, n: make(count, task=task, length=length, n=n, **common)
+    return prose
 
 
 def _print(shown: Any) -> None:

@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import IntervalStrategy, ProgressCallback
+from transformers import ProgressCallback
 
 from metafocus.adapters import LoRA
-from metafocus.cli import chats, options
+from metafocus.cli import chats, options, splits
 from metafocus.cli.callbacks import Bars, HeldOut, key
 from metafocus.cli.settings import (
-    STDLIB_SAMPLES,
-    DataArguments,
     ModelArguments,
     Settings,
     parse,
 )
 from metafocus.comparison.report import environment
-from metafocus.data import Sample, encode_chats, read_chats, spool
+from metafocus.data import Sample, encode_chats, spool
 from metafocus.data.batches import Packed
-from metafocus.data.reading import Gather, read_dataset
+from metafocus.data.encoding import NAMED, skipped_lines
 from metafocus.errors import DataError
 from metafocus.files import check_utf8, write_json
 from metafocus.trainer.checkpoints import require_complete, saving
@@ -61,8 +59,12 @@ def _run(settings: Settings, output: Path, resume: str | bool | None) -> FocusTr
     data, args = settings.data, settings.args
     # What is read and encoded lies there, in files without a name, and not in memory.
     output.mkdir(parents=True, exist_ok=True)
-    train, heldout = _read(data, args.seed, chats.gatherer(output))
-    _check_evaluation(args, data, train, heldout)
+    skipped: list[str] = []
+    how: Any = {"gather": chats.gatherer(output), "skipped": None if data.strict else skipped}
+    train, heldout = splits.read(data, args.seed, how)
+    if skipped:
+        _say(args, skipped_lines("records", len(skipped), skipped[:NAMED]))
+    splits.check_evaluation(args, data, train, heldout)
     _note_unused(settings)
     torch.manual_seed(args.seed)
     model, tokenizer = options.model_and_tokenizer(
@@ -75,9 +77,9 @@ def _run(settings: Settings, output: Path, resume: str | bool | None) -> FocusTr
     adapter = args.adapter(model)
     if isinstance(adapter, LoRA):
         # Raises if no module has the names.
-        adapter.modules(model)
+        _say(args, _placed(tuple(adapter.modules(model)), model))
     if train is None:
-        train, heldout = _documentation(data, tokenizer, args.seed, heldout)
+        train, heldout = splits.documentation(data, tokenizer, args.seed, heldout)
     samples = _encoded("train", train[: data.max_train_samples], tokenizer, settings)
     held = _encoded("held out", heldout[: data.max_eval_samples], tokenizer, settings)
     trainer = FocusTrainer(
@@ -110,6 +112,17 @@ def _run(settings: Settings, output: Path, resume: str | bool | None) -> FocusTr
     return trainer
 
 
+def _placed(paths: tuple[str, ...], model: Any) -> str:
+    """Return a sentence about the modules that have fast weights."""
+    ends = Counter(path.rpartition(".")[2] for path in paths)
+    text = f"fast weights in {len(paths)} modules: {', '.join(f'{n} {k}' for k, n in ends.items())}"
+    config = model.config.get_text_config()
+    experts = any(getattr(config, f"num_{kind}", 0) for kind in ("experts", "local_experts"))
+    if experts and paths and all("shared" in path or "experts" not in path for path in paths):
+        text += "; the routed experts have none, because their weights are no linear modules"
+    return text
+
+
 # Before anything slow -----------------------------------------------------------------------
 
 
@@ -132,73 +145,6 @@ def _resume(args: FocusArguments) -> str | bool | None:
     if word.lower() in ("true", "false", ""):
         return True if word.lower() == "true" else None
     return str(require_complete(word, ranks=args.world_size))
-
-
-def _read(data: DataArguments, seed: int, gather: Gather) -> tuple[chats.Chats | None, chats.Chats]:
-    """Return chats to train on and held-out ones; None for those that wait for a tokenizer."""
-    # What is wrong with a single chat is found where it is encoded.
-    how: Any = {"gather": gather, "check": False}
-    heldout = read_chats(data.validation_file, **how) if data.validation_file else None
-    if data.dataset_name is not None:
-        train, named = _data_set(data, data.dataset_name, gather)
-        heldout = heldout or named
-    else:
-        train = chats.read(data.train_file or "", **how)
-    if train is None or heldout is not None:
-        return train, heldout or []
-    return chats.split(train, data.validation_split_percentage, seed)
-
-
-def _data_set(
-    data: DataArguments, name: str, gather: Gather
-) -> tuple[chats.Chats, chats.Chats | None]:
-    """Return the split to train on and the one that is held out, if there is one."""
-    limit = data.max_train_samples if data.dataset_streaming else None
-    if limit is not None:
-        # Some of them may be held out.
-        limit = math.ceil(limit / (1 - data.validation_split_percentage / 100))
-    parts = read_dataset(
-        name,
-        data.dataset_config_name,
-        streaming=data.dataset_streaming,
-        limit=limit,
-        check=False,
-        gather=gather,
-    )
-    for flag in ("dataset_train_split", "dataset_test_split"):
-        part = getattr(data, flag)
-        if part is not None and part not in parts:
-            raise DataError(
-                f"dataset_name={name!r} has no split named {part}, only {', '.join(parts)}: pass "
-                f"--{flag} with one of them."
-            )
-    held = (data.dataset_test_split, "validation", "test")
-    named = next((parts[part] for part in held if part is not None and part in parts), None)
-    return parts[data.dataset_train_split], named
-
-
-def _documentation(
-    data: DataArguments, tokenizer: Any, seed: int, heldout: chats.Chats
-) -> tuple[chats.Chats, chats.Chats]:
-    """Return chats about the standard library; held-out ones are about other modules of it."""
-    count = data.max_train_samples or STDLIB_SAMPLES
-    made = {"max_length": data.max_length, "turns": data.stdlib_turns, "seed": seed}
-    train = chats.documentation(tokenizer, split="train", n=count, **made)
-    if not heldout and data.validation_split_percentage:
-        held = data.max_eval_samples or max(count // 10, 8)
-        heldout = chats.documentation(tokenizer, split="heldout", n=held, **made)
-    return train, heldout
-
-
-def _check_evaluation(
-    args: FocusArguments, data: DataArguments, train: chats.Chats | None, heldout: chats.Chats
-) -> None:
-    made = train is None and data.validation_split_percentage > 0
-    if args.eval_strategy != "no" and not heldout and not made:
-        raise DataError(
-            f"--eval_strategy {IntervalStrategy(args.eval_strategy).value} has nothing to evaluate "
-            "on: name --validation_file FILE, or pass --validation_split_percentage above 0."
-        )
 
 
 def _note_unused(settings: Settings) -> None:

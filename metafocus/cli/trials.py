@@ -1,4 +1,4 @@
-"""`metafocus eval --suite science | gpqa`: multiple choice, a Python tool, pass@k."""
+"""`metafocus eval --suite science | gpqa | longbench`: multiple choice, a Python tool, pass@k."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from metafocus.evals import agentic
 from metafocus.evals.journal import Journal, Key
 from metafocus.files import write_json
 
-SUITES = ("science", "gpqa")
+SUITES = ("science", "gpqa", "longbench")
 _LONG = (
     "tasks",
     "lengths",
@@ -33,15 +33,16 @@ _LONG = (
     "mask",
 )
 _OWN = (
-    "gpqa_file", "samples", "k", "no_tool", "unsafe_tools", "calls", "tool_seconds", "temperature",
-    "top_p", "max_new_tokens",
+    "gpqa_file", "longbench_file", "samples", "k", "no_tool", "unsafe_tools", "calls",
+    "tool_seconds", "temperature", "top_p", "max_new_tokens",
 )  # fmt: skip
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add what these suites alone use."""
-    group = parser.add_argument_group("science and gpqa")
+    group = parser.add_argument_group("science, gpqa and longbench")
     group.add_argument("--gpqa_file", help="GPQA's CSV file, for --suite gpqa")
+    group.add_argument("--longbench_file", help="data.json of LongBench v2, for --suite longbench")
     group.add_argument("--samples", type=options.whole(1), default=4, help="tries; %(default)s")
     group.add_argument("--k", default="1", help="of pass@k, separated by commas; %(default)s")
     group.add_argument(
@@ -100,6 +101,7 @@ def run(args: argparse.Namespace, output: Path) -> None:
             "suite": args.suite,
             "questions": len(questions),
             **trial.summary(),
+            "by_topic": by_topic(questions, trial),
             "seconds": seconds,
             "settings": {k: v for k, v in vars(args).items() if k not in ("run", "given")},
             "tool_limits": asdict(limits) if args.tool else None,
@@ -112,6 +114,18 @@ def run(args: argparse.Namespace, output: Path) -> None:
         f"{len(questions)} questions in {seconds:.1f} s; wrote {output / REPORT}, "
         f"{output / ANSWERS}"
     )
+
+
+def by_topic(questions: list[agentic.Choice], trial: agentic.Trial) -> dict[str, dict[str, Any]]:
+    """Return pass@1 and the number of questions for each topic."""
+    groups: dict[str, list[float]] = {}
+    for question, tries in zip(questions, trial.attempts, strict=True):
+        share = sum(attempt.correct for attempt in tries) / len(tries)
+        groups.setdefault(question.topic, []).append(share)
+    return {
+        topic: {"pass_at_1": sum(row) / len(row), "questions": len(row)}
+        for topic, row in sorted(groups.items())
+    }
 
 
 def _endpoint(args: argparse.Namespace) -> agentic.Endpoint:
@@ -142,17 +156,24 @@ def _ks(text: str, samples: int) -> list[int]:
 
 
 def _questions(args: argparse.Namespace) -> list[agentic.Choice]:
+    files = {"gpqa": "gpqa_file", "longbench": "longbench_file"}
+    others = [name for suite, name in files.items() if suite != args.suite]
+    options.note_unused(args, others, f"with --suite {args.suite}")
     if args.suite == "science":
-        options.note_unused(args, ("gpqa_file",), "with --suite science")
         return agentic.science(args.n, args.seed)
-    if args.gpqa_file is None:
+    if getattr(args, files[args.suite]) is None:
         raise DataError(
             "--suite gpqa needs --gpqa_file FILE.csv: GPQA is gated, and is not shipped."
+            if args.suite == "gpqa"
+            else "--suite longbench needs --longbench_file FILE.json: LongBench v2 is not shipped."
         )
-    every = agentic.read_gpqa(args.gpqa_file, args.seed)
+    if args.suite == "gpqa":
+        every = agentic.read_gpqa(args.gpqa_file, args.seed)
+    else:
+        every = agentic.read_longbench(args.longbench_file)
     if "n" not in args.given or args.n >= len(every):
         return every
-    return random.Random(f"gpqa order {args.seed}").sample(every, args.n)
+    return random.Random(f"{args.suite} order {args.seed}").sample(every, args.n)
 
 
 def _ask(

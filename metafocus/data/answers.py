@@ -12,7 +12,7 @@ from metafocus.data.boundaries import Boundaries, RenderedChat, Tail, without_th
 from metafocus.data.fences import Group, is_marked
 from metafocus.data.messages import Message, is_trained
 from metafocus.data.rendering import Renderer
-from metafocus.data.tokens import Tokens, control_tokens
+from metafocus.data.token_offsets import Tokens, control_tokens
 from metafocus.errors import DataError
 
 _CLOSING = re.compile(r"</([^<>\s]+)>")
@@ -169,7 +169,7 @@ class Finder:
 
     def _closers(self, chat: RenderedChat, group: Group, tokens: Tokens) -> Any:
         """Return what tells a closing tag of the message, or the begin of a text, from a stop."""
-        tokenizer = self._renderer.tokenizer
+        tokenizer: Any = self._renderer.tokenizer
         begin = {tokenizer.bos_token_id} - {tokenizer.eos_token_id}
         body = chat.found.text[max(group.start - 200, 0) : group.stop]
 

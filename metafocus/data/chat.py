@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -17,16 +16,18 @@ from torch import Tensor
 from metafocus.checks import whole
 from metafocus.data.answers import Finder
 from metafocus.data.boundaries import RenderedChat
-from metafocus.data.contents import lost, lost_reasoning, training_template
+from metafocus.data.lost_texts import lost, lost_reasoning, training_template
 from metafocus.data.messages import (
     Message,
     check_messages,
     from_arrow,
     is_trained,
+    last_answer,
     without_nulls,
 )
+from metafocus.data.needles import needles
 from metafocus.data.rendering import Form, Renderer, forms
-from metafocus.data.tokens import Tokens
+from metafocus.data.token_offsets import Tokens
 from metafocus.errors import DataError
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 Sample = dict[str, Tensor]  # 1-D tensors of one length, under the names of a batch
 
 TURNS = ("as_rendered", "last", "each")
-_PRIVATE_USE = range(0xE000, 0xF900)
 
 
 def encode_chat(
@@ -256,53 +256,13 @@ class Encoder:
             "answer_mask": mask,
         }
         if any(message.get("evidence") for message in given):
-            needles = self._needles(prepared, tokens)
-            sample["needle_mask"] = torch.tensor(needles, dtype=torch.bool)
+
+            def render(messages: Sequence[Message]) -> str:
+                return self._renderer.text(prepared.form.messages(messages), chat.tools)
+
+            found = needles(given, chat.found.text, tokens, render)
+            sample["needle_mask"] = torch.tensor(found, dtype=torch.bool)
         return Made(sample, unstopped, rewritten)
-
-    def _needles(self, prepared: _Prepared, tokens: Tokens) -> list[bool]:
-        """Return which tokens overlap the evidence.
-
-        The chat is rendered once more with an unused character at both ends of each span.
-        """
-        if tokens.offsets is None:
-            raise DataError(
-                "evidence needs a tokenizer that knows the characters of each token: use its fast "
-                "version (tokenizer.is_fast), or leave evidence out"
-            )
-        given, chat, form = prepared
-        text = chat.found.text
-        fence = next(chr(code) for code in _PRIVATE_USE if chr(code) not in text)
-        fenced, count = list(given), 0
-        for i, message in enumerate(given):
-            edges = _merged_edges(message.get("evidence") or [])
-            if edges:
-                cuts = [0, *edges, len(message["content"])]
-                parts = [message["content"][start:stop] for start, stop in pairwise(cuts)]
-                fenced[i] = {**message, "content": fence.join(parts)}
-                count += len(edges)
-        pieces = self._renderer.text(form.messages(fenced), chat.tools).split(fence)
-        if "".join(pieces) != text or len(pieces) != count + 1:
-            raise DataError(
-                "evidence cannot be traced into the rendered chat, because the template drops, "
-                "trims or repeats that text: let the spans cover only characters that the template "
-                "keeps"
-            )
-        edges = list(accumulate(len(piece) for piece in pieces[:-1]))
-        spans = list(zip(edges[::2], edges[1::2], strict=True))
-        return [any(a < stop and start < b for a, b in spans) for start, stop in tokens.offsets]
-
-
-def last_answer(messages: Sequence[Message]) -> list[Message]:
-    """Return the chat up to its last trained answer, of which only this answer is trained."""
-    trained = [i for i, message in enumerate(messages) if is_trained(message)]
-    return up_to(messages, trained[-1]) if trained else list(messages)
-
-
-def up_to(messages: Sequence[Message], last: int) -> list[Message]:
-    """Return the chat up to message `last`, of which no earlier answer is trained."""
-    earlier = [{**m, "weight": 0} if is_trained(m) else m for m in messages[:last]]
-    return [*earlier, messages[last]]
 
 
 def truncate(sample: Sample, max_length: int | None, side: str) -> Sample:
@@ -338,14 +298,3 @@ def _turn_ids(size: int, stops: list[int]) -> Tensor:
     """Return for each token how many edges of turns stand at or before it."""
     edges = torch.tensor(stops, dtype=torch.int64)
     return torch.bucketize(torch.arange(size), edges, right=True)
-
-
-def _merged_edges(spans: Sequence[Sequence[int]]) -> list[int]:
-    """Return starts and stops in order, after joining spans that overlap or touch."""
-    edges: list[int] = []
-    for start, stop in sorted((span[0], span[1]) for span in spans):
-        if edges and start <= edges[-1]:
-            edges[-1] = max(edges[-1], stop)
-        else:
-            edges += [start, stop]
-    return edges

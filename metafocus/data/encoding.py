@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metafocus.checks import whole
-from metafocus.data import cache
+from metafocus.data import encoding_cache
 from metafocus.data.chat import TURNS, Made, Sample, check_max_length, truncate
 from metafocus.data.records import Encoders, in_processes
 from metafocus.errors import DataError
@@ -16,7 +16,7 @@ from metafocus.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_NAMED = 5  # skipped chats whose reasons are kept
+NAMED = 5  # skipped chats whose reasons are kept
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,14 @@ class Encoded:
                 "the model gives them: turns='each' (--turns each) trains them as they are there."
             )
         if self.skipped:
-            lines.append(f"{self.skipped} chats were skipped:")
-            lines += [f"  {reason}" for reason in self.reasons]
-            if self.skipped > len(self.reasons):
-                lines.append(f"  and {self.skipped - len(self.reasons)} more")
+            lines.append(skipped_lines("chats", self.skipped, self.reasons))
         return "\n".join(lines)
+
+
+def skipped_lines(what: str, count: int, reasons: Sequence[str]) -> str:
+    """Return what to log of things that were skipped, with the reasons for the first ones."""
+    more = [f"  and {count - len(reasons)} more"] if count > len(reasons) else []
+    return "\n".join([f"{count} {what} were skipped:", *(f"  {r}" for r in reasons), *more])
 
 
 def encode_chats(
@@ -136,8 +139,8 @@ def encode_chats(
     if cache_dir is not None:
         records = list(records)
         settings = [max_length, merge_context, turns, chat_template_kwargs, strict, arrow]
-        name = cache.key(records, tokenizer, {"settings": settings})
-        found = name and cache.load(cache_dir, name)
+        name = encoding_cache.key(records, tokenizer, {"settings": settings})
+        found = name and encoding_cache.load(cache_dir, name)
         if found:
             kept, counts = found
             samples.extend(kept)
@@ -155,7 +158,9 @@ def encode_chats(
     result = tally.result()
     if cache_dir is not None and name:
         counts = {f.name: getattr(result, f.name) for f in fields(result) if f.name != "samples"}
-        cache.save(cache_dir, name, result.samples, {**counts, "reasons": list(result.reasons)})
+        encoding_cache.save(
+            cache_dir, name, result.samples, {**counts, "reasons": list(result.reasons)}
+        )
     return result
 
 
@@ -174,7 +179,7 @@ class _Tally:
             if self._strict:
                 raise DataError(f"record {i}: {made}") from made
             self._skipped += 1
-            if len(self._reasons) < _NAMED:
+            if len(self._reasons) < NAMED:
                 self._reasons.append(f"record {i}: {made}")
             return
         kept = 0

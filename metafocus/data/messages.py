@@ -22,6 +22,18 @@ def is_trained(message: Message) -> bool:
     )
 
 
+def last_answer(messages: Sequence[Message]) -> list[Message]:
+    """Return the chat up to its last trained answer, of which only this answer is trained."""
+    trained = [i for i, message in enumerate(messages) if is_trained(message)]
+    return up_to(messages, trained[-1]) if trained else list(messages)
+
+
+def up_to(messages: Sequence[Message], last: int) -> list[Message]:
+    """Return the chat up to message `last`, of which no earlier answer is trained."""
+    earlier = [{**m, "weight": 0} if is_trained(m) else m for m in messages[:last]]
+    return [*earlier, messages[last]]
+
+
 def without_nulls(value: Any) -> Any:
     """Return a value of JSON without the keys that hold null."""
     if isinstance(value, Mapping):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ def _tokens(text: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     except UnicodeEncodeError as error:
         raise DataError(f"text holds half of a surrogate pair at {error.start}") from error
     encoded: Any = tokenizer(text, verbose=False)
-    ids, end = list(encoded["input_ids"]), tokenizer.eos_token_id
+    ids, end = list(encoded["input_ids"]), cast(Any, tokenizer).eos_token_id
     return ids if end is None or ids[-1:] == [end] else [*ids, end]
 
 

@@ -19,7 +19,7 @@ _SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
 def read_chats(
-    path: str | Path, *, gather: Gather = list, check: bool = True
+    path: str | Path, *, gather: Gather = list, skipped: list[str] | None = None
 ) -> Sequence[dict[str, Any]]:
     r"""Read chats from JSON lines, a JSON array or a `.parquet` file, and check each of them.
 
@@ -31,13 +31,13 @@ def read_chats(
     Args:
         path: a `.jsonl`, `.json` or `.parquet` file.
         gather: makes a sequence of the records, which come one by one; `list` holds them in memory.
-        check: whether to raise for messages that are missing or malformed; `encode_chats` finds
-            them, too, and skips them.
+        skipped: a list that takes the reasons for which records are left out; None: a record that
+            is malformed raises.
 
     Raises:
         DataError: if the file is missing, empty, unreadable or of another kind; if a line is not
-            JSON; if the messages of a record are missing or malformed. The text names the file and
-            the line.
+            JSON; if the messages of a record (with `skipped`: of all records) are missing or
+            malformed. The text names the file and the line.
 
     Example:
         >>> import json, pathlib, tempfile
@@ -57,7 +57,7 @@ def read_chats(
     if not _is_file(path):
         raise DataError(f"path={str(path)!r} is not a file: check the name and the folder")
     rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
-    records = gather(_checked(record, f"{path}, {place}: ", check) for place, record in rows)
+    records = gather(_good(((f"{path}, {place}: ", record) for place, record in rows), skipped))
     if not records:
         raise DataError(f"path={str(path)!r} holds no record: write one chat per line or row")
     return records
@@ -69,7 +69,7 @@ def read_dataset(
     *,
     streaming: bool = False,
     limit: int | None = None,
-    check: bool = True,
+    skipped: list[str] | None = None,
     gather: Gather = list,
 ) -> dict[str, Sequence[dict[str, Any]]]:
     """Read the splits of a data set of chats with the package `datasets`, and check each record.
@@ -80,7 +80,8 @@ def read_dataset(
         config: which of its configurations, if it has several.
         streaming: whether to read records one after another instead of the whole data set.
         limit: the largest number of records of a split.
-        check: whether to raise for messages that are missing or malformed.
+        skipped: a list that takes the reasons for which records are left out; None: a record that
+            is malformed raises.
         gather: makes a sequence of the records of a split, as in `read_chats`.
 
     Returns:
@@ -91,6 +92,7 @@ def read_dataset(
     """
     try:
         import datasets
+        from datasets.exceptions import DatasetsError
     except ModuleNotFoundError as error:
         raise DataError(
             "a data set by name needs the package datasets: pip install datasets"
@@ -98,17 +100,19 @@ def read_dataset(
     try:
         found = _loaded(datasets, name, config, streaming)
         return {
-            str(part): gather(
-                _checked(without_nulls(row), f"{name}, {part}, row {number}: ", check)
-                for number, row in enumerate(islice(rows, limit), start=1)
-            )
+            str(part): gather(_good(_numbered(f"{name}, {part}", islice(rows, limit)), skipped))
             for part, rows in found.items()
         }
     except DataError:
         raise
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise DataError(f"the data set {name!r} cannot be loaded: {reason}") from error
+
+
+def _numbered(where: str, rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    for number, row in enumerate(rows, start=1):
+        yield f"{where}, row {number}: ", without_nulls(row)
 
 
 def _loaded(datasets: Any, name: str, config: str | None, streaming: bool) -> Any:
@@ -191,7 +195,26 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
         yield f"row {number}", without_nulls(record)
 
 
-def _checked(record: Any, where: str, check: bool) -> dict[str, Any]:
+def _good(rows: Iterable[tuple[str, Any]], skipped: list[str] | None) -> Iterator[dict[str, Any]]:
+    """Yield the records that are well-formed; the reasons for the others go into `skipped`."""
+    first: DataError | None = None
+    found = 0
+    for where, record in rows:
+        try:
+            good = _checked(record, where)
+        except DataError as error:
+            if skipped is None:
+                raise
+            first = first or error
+            skipped.append(str(error))
+        else:
+            found += 1
+            yield good
+    if first is not None and not found:
+        raise first
+
+
+def _checked(record: Any, where: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise DataError(f"{where}{record!r:.80} is not an object with messages")
     try:
@@ -201,11 +224,10 @@ def _checked(record: Any, where: str, check: bool) -> dict[str, Any]:
         tools = record.get("tools")
         if tools is not None and not isinstance(tools, list):
             raise DataError(f"tools={tools!r:.80} is not a list of function descriptions")
-        if check and "messages" in record:
+        if "messages" in record:
             check_messages(record["messages"])
     except DataError as error:
-        if check:
-            raise DataError(f"{where}{error}") from error
+        raise DataError(f"{where}{error}") from error
     return record
 
 

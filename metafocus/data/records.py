@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-from metafocus.data.chat import Encoder, Made, up_to
+from metafocus.data.chat import Encoder, Made
 from metafocus.data.formats import as_chat
 from metafocus.data.messages import (
     Message,
     check_messages,
     from_arrow,
     is_trained,
+    up_to,
     without_nulls,
 )
 from metafocus.data.plain import encode_plain

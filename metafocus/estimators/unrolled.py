@@ -19,6 +19,7 @@ from metafocus.autodiff.recompute import recompute
 from metafocus.autodiff.stores import Store
 from metafocus.checks import whole
 from metafocus.errors import ProblemError
+from metafocus.estimators.segments import best_size, cut
 from metafocus.estimators.stored import StoredLoop, refuse_transforms
 from metafocus.solvers import Given
 from metafocus.solvers.descent import (
@@ -90,8 +91,10 @@ class Unrolled(Estimator):
             segment, which grow with the steps unless a `store` bounds them (under `backward` and
             `hypergrad`; `torch.func.grad` records its own backward pass), for 1.2 to 1.5 times
             the time. Of segments of `k > 1` the last keeps its graph, as it is needed first; if
-            `k` does not divide the steps, the first is the shorter one. Same gradient. A stream
-            is asked again for the data of a rebuilt step.
+            `k` does not divide the steps, the first is the shorter one. `"auto"` takes the `k` of
+            least memory, by the sizes of a state and of a step's graph, which one more step
+            measures at each call (inside transforms: 1). Same gradient. A stream is asked again
+            for the data of a rebuilt step.
         hvp: how to multiply with second derivatives: `hvp_reverse` (exact), `hvp_forward`
             (exact, MixFlow-MG, arXiv 2505.00793) or `hvp_finite(eps)`, which needs first
             derivatives only. The last two rebuild step by step.
@@ -113,15 +116,15 @@ class Unrolled(Estimator):
     """
 
     last: int | None = None
-    recompute: bool | int = False
+    recompute: bool | int | str = False
     hvp: HVP = hvp_reverse
     store: Store | None = None
 
     def __post_init__(self) -> None:
         if self.last is not None:
             whole("last", self.last)
-        if not isinstance(self.recompute, bool):
-            whole("recompute", self.recompute)
+        if not isinstance(self.recompute, bool) and self.recompute != "auto":
+            whole("recompute", self.recompute, note=', True, False or "auto"')
         check_hvp(self.hvp)
         if self.store is not None:
             self._check_store()
@@ -139,8 +142,9 @@ class Unrolled(Estimator):
             )
         if not isinstance(self.recompute, bool) and self.recompute:
             raise ProblemError(
-                f"Unrolled(store=...) rebuilds single steps, got recompute={self.recompute} beside "
-                "it. Leave recompute out; mf.stores.segments(k) keeps the states of segments."
+                "Unrolled(store=...) rebuilds single steps, got "
+                f"recompute={self.recompute!r} beside it. Leave recompute out; "
+                "mf.stores.segments(k) keeps the states of segments."
             )
 
     @property
@@ -208,13 +212,15 @@ class Unrolled(Estimator):
         exact = self.hvp is hvp_reverse
         if not exact:
             refuse_own_rule(f"Unrolled with hvp={self._hvp}", solver)
-        size = int(self.recompute) if exact else 1
 
         def run(params: Params, state: State, outer: Params, support: Any) -> Any:
             losses: list[Tensor] = []
             kept: list[Params] = []
             support = watched(support)
-            for part in _segments(steps, size):
+            size = int(self.recompute) if exact and self.recompute != "auto" else 1
+            if exact and self.recompute == "auto":
+                size = best_size(loss, solver, steps, params, state, outer, support)
+            for part in cut(steps, size):
                 # The fast weights after the last step are the result already.
                 inside = [step for step in path if step in part[:-1]]
                 forward = segment(loss, solver, part, inside)
@@ -230,12 +236,6 @@ class Unrolled(Estimator):
             return params, state, losses, kept
 
         return run
-
-
-def _segments(steps: range, size: int) -> list[range]:
-    """Return the steps in pieces of `size`; a shorter one comes first, as it is rebuilt."""
-    ends = list(range(steps.stop, steps.start, -size))[::-1]
-    return [range(max(end - size, steps.start), end) for end in ends]
 
 
 def _step_pullback(loss: InnerLoss, solver: Solver, step: int, hvp: HVP) -> Callable[..., Any]:

@@ -1,6 +1,6 @@
-"""Long-context questions that are made by code, and their scorers: BABILong and RULER."""
+"""Long-context questions that are made by code, and their scorers."""
 
-from metafocus.evals import babilong, ruler
+from metafocus.evals import babilong, helmet, nolima, ruler
 from metafocus.evals.fit import largest
 from metafocus.evals.intervals import wilson
 from metafocus.evals.items import Item, token_windows, write_chats
@@ -18,8 +18,10 @@ __all__ = [
     "babilong",
     "babilong_official",
     "builtin_prose",
+    "helmet",
     "largest",
     "lm_eval_substring",
+    "nolima",
     "prose_from_file",
     "ruler",
     "string_match_all",

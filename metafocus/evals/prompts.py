@@ -71,7 +71,7 @@ def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def answer_text(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
     """Return generated tokens as text: no special tokens, except the one that opens a tool call."""
-    tag = tokenizer.convert_tokens_to_ids("<|python_tag|>")
+    tag = tokenizer.get_vocab().get("<|python_tag|>")
     special = set(tokenizer.all_special_ids) - {tag}
     text = str(tokenizer.decode([i for i in ids if i not in special]))
     # A base model goes on with the next question.

@@ -17,6 +17,8 @@ SCORERS: dict[str, tuple[str, ...]] = {
     "babilong": ("babilong_official", "lm_eval_substring"),
     "ruler": ("string_match_all",),
     "ruler qa": ("string_match_part",),
+    "helmet": ("string_match_all",),
+    "nolima": ("string_match_all",),
 }
 
 
@@ -63,7 +65,7 @@ def score(item: Item, output: str) -> dict[str, float]:
             "lm_eval_substring": float(lm_eval_substring(output, target)),
         }
     hits = reference_hits(output, item.references)
-    if item.task == "qa":
+    if (item.suite, item.task) == ("ruler", "qa"):
         return {"string_match_part": float(any(hits))}
     return {"string_match_all": sum(hits) / len(hits)}
 
@@ -108,6 +110,48 @@ def _cell(suite: str, task: str, length: int, pairs: list[tuple[Item, str]], bin
             parts[min(int(depth * bins), bins - 1)].append(value)
     by_depth = tuple((sum(part) / len(part), len(part)) if part else None for part in parts)
     return Cell(suite, task, length, tuple(scores), by_depth)
+
+
+@dataclass(frozen=True)
+class Average:
+    """The mean over tasks at one length, of the scorer that comes first."""
+
+    length: int
+    mean: float
+    tasks: int
+
+
+def averages(found: Sequence[Cell]) -> list[Average]:
+    """Return the mean over tasks at each length, each task with the same weight.
+
+    Example:
+        >>> from metafocus.evals.results import Cell, Score, averages
+        >>> rows = [Cell("ruler", t, 4096, (Score("s", m, 0, 1, 9),), ()) for t, m in
+        ...         (("vt", 1.0), ("qa", 0.5))]
+        >>> averages(rows)
+        [Average(length=4096, mean=0.75, tasks=2)]
+    """
+    groups: dict[int, list[float]] = defaultdict(list)
+    for cell in found:
+        groups[cell.length].append(cell.scores[0].mean)
+    return [Average(n, sum(row) / len(row), len(row)) for n, row in sorted(groups.items())]
+
+
+def effective_length(found: Sequence[Average], threshold: float) -> int | None:
+    """Return the largest length up to which every average is at least the threshold, from 0 to 1.
+
+    Example:
+        >>> from metafocus.evals.results import Average, effective_length
+        >>> rows = [Average(4096, 0.95, 2), Average(8192, 0.9, 2), Average(16384, 0.7, 2)]
+        >>> effective_length(rows, 0.856), effective_length(rows, 0.99)
+        (8192, None)
+    """
+    best = None
+    for row in found:
+        if row.mean < threshold:
+            break
+        best = row.length
+    return best
 
 
 def as_record(cell: Cell) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def described(model: PreTrainedModel) -> str:
         >>> from metafocus.models import small
         >>> model, _ = small(["the cat sat on the mat"], vocab_size=300, hidden_size=64)
         >>> described(model)
-        'Qwen2ForCausalLM with 162,368 parameters'
+        'Qwen2ForCausalLM with 215,040 parameters'
     """
     size = sum(p.numel() for p in model.parameters())
     source = getattr(model.config, dequantised.SOURCE, None)

@@ -78,8 +78,8 @@ def attribution(
         queries_at_once: how many queries share a backward pass (their cotangents are a batch that
             `vmap` maps); None: all. With 1 nothing is mapped.
         runs_at_once: how many runs `retrained` maps by `vmap`; None: all. With 1 nothing is.
-        directions: along how many random directions `mf.smoothness` tries the run, with five runs
-            each; 0: it does not.
+        directions: along how many random directions `mf.smoothness` tries the run, with four to
+            eight runs each; 0: it does not.
 
     Raises:
         ProblemError: if `train` does not know its rows, or `losses` returns no value for each.
@@ -105,7 +105,8 @@ def attribution(
             "mf.Batches.from_dataset, or mf.Batches(fetch, steps, rows)."
         )
     rows, first = train.rows, start()
-    size, like = int(rows.max()) + 1, next(iter(first.values()))
+    size = int(rows.max()) + 1 if train.size is None else train.size
+    like = next(iter(first.values()))
     asked = losses if query_losses is None else query_losses
 
     def inner(fast: Params, slow: Params, data: Any) -> Tensor:

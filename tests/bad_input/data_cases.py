@@ -271,8 +271,8 @@ DATA = [
         "a record is a message",
         "data.encode_chats(chat, tokenizer())",
         "DataError",
-        "record 0: messages is None",
-        "pass a list of message dicts",
+        "record 0: no messages, only role, content",
+        "give each record messages (role and content)",
     ),
     (
         "no records",
@@ -431,11 +431,11 @@ DATA = [
         "a Parquet file without messages",
         (
             "import pyarrow as pa, pyarrow.parquet as pq\n"
-            'pq.write_table(pa.table({"text": ["hi"]}), folder / "chats.parquet")\n'
+            'pq.write_table(pa.table({"note": ["hi"]}), folder / "chats.parquet")\n'
             'data.read_chats(folder / "chats.parquet")'
         ),
         "DataError",
-        "FOLDER/chats.parquet, row 1: no messages, only text",
+        "FOLDER/chats.parquet, row 1: no messages, only note",
         "give each record messages (role and content), conversations (from and value), prompt",
     ),
     (

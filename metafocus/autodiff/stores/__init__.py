@@ -150,7 +150,7 @@ def tree(k: int, on: Store | None = None) -> Store:
 
     Example:
         >>> tree(2).cost(100)
-        Cost(extra=319, states=7)
+        Cost(extra=273, states=6)
 
     References:
         Engstrom et al., Optimizing ML Training with Metagradient Descent, arXiv 2503.13751.

@@ -8,7 +8,7 @@ from metafocus.evals.agentic.isolation import Walls, walls
 from metafocus.evals.agentic.letters import answer_letter
 from metafocus.evals.agentic.pass_rates import PassRate, Trial, evaluate
 from metafocus.evals.agentic.passk import pass_at_k
-from metafocus.evals.agentic.questions import Choice, read_gpqa
+from metafocus.evals.agentic.questions import Choice, read_gpqa, read_longbench
 from metafocus.evals.agentic.sandbox import Limits, Ran, check_walls, run_python
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "pass_at_k",
     "play",
     "read_gpqa",
+    "read_longbench",
     "run_python",
     "science",
     "walls",

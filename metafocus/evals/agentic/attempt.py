@@ -54,8 +54,10 @@ class Attempt:
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Attempt:
         """Return an attempt from its record in JSON, which has lists for tuples."""
-        found = {field.name: record[field.name] for field in fields(cls)}
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in found.items()})
+        found: dict[str, Any] = {field.name: record[field.name] for field in fields(cls)}
+        for name in ("messages", "runs", "thoughts"):
+            found[name] = tuple(found[name])
+        return cls(**found)
 
 
 def play(

@@ -1,8 +1,9 @@
-"""Multiple-choice questions: their prompt, and GPQA's files."""
+"""Multiple-choice questions: their prompt, and the files of GPQA and LongBench v2."""
 
 from __future__ import annotations
 
 import csv
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ COLUMNS = ("Question", "Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 
 class Choice:
     """A question with its choices; `answer` is the number of the right one.
 
+    `context` is a text that the question is about, and `topic` groups questions.
+
     Raises:
         DataError: if there are fewer than 2 or more than 10 choices, if two are equal, or if
             `answer` is not the number of a choice.
@@ -28,6 +31,7 @@ class Choice:
     choices: tuple[str, ...]
     answer: int
     topic: str = ""
+    context: str = ""
 
     def __post_init__(self) -> None:
         n = len(self.choices)
@@ -44,9 +48,10 @@ class Choice:
 
     @property
     def prompt(self) -> str:
-        """The question and its lettered choices."""
+        """The context, if there is one, the question and its lettered choices."""
         rows = [f"({LETTERS[i]}) {choice}" for i, choice in enumerate(self.choices)]
-        return "\n".join([self.question, "", *rows])
+        text = ["<text>", self.context.strip(), "</text>", ""] if self.context else []
+        return "\n".join([*text, self.question, "", *rows])
 
 
 def shuffled(
@@ -92,4 +97,46 @@ def read_gpqa(path: str | Path, seed: int = 0) -> list[Choice]:
             found.append(shuffled(cells[0], cells[1], cells[2:], rng, topic))
         except DataError as error:
             raise DataError(f"path={str(path)!r}, question {i + 1}: {error}") from error
+    return found
+
+
+def read_longbench(path: str | Path) -> list[Choice]:
+    """Read questions from LongBench v2's file, JSON or JSON lines.
+
+    A record has `question`, `choice_A` to `choice_D`, `answer` (a letter) and `context`. The topic
+    is made of `domain`, `difficulty` and `length`, if they are there. The order of the choices is
+    kept.
+
+    Raises:
+        DataError: if the file does not exist or is not JSON, or if a record lacks a field.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"path={str(path)!r} is not a file: name data.json of LongBench v2")
+    found: list[Choice] = []
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if text.lstrip().startswith("["):
+            records = json.loads(text)
+        else:
+            records = [json.loads(line) for line in text.split("\n") if line.strip()]
+        for record in records:
+            choices = tuple(str(record[f"choice_{letter}"]) for letter in "ABCD")
+            groups = (record.get(name) for name in ("domain", "difficulty", "length"))
+            found.append(
+                Choice(
+                    str(record["question"]),
+                    choices,
+                    "ABCD".index(record["answer"]),
+                    " / ".join(str(group) for group in groups if group),
+                    str(record["context"]),
+                )
+            )
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"path={str(path)!r}, record {len(found) + 1}: {type(error).__name__} {error}; give "
+            "question, choice_A to choice_D, answer and context"
+        ) from error
+    if not found:
+        raise DataError(f"path={str(path)!r} holds no questions")
     return found

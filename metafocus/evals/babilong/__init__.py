@@ -1,8 +1,9 @@
-"""BABILong qa1 to qa5: bAbI stories hidden in prose, a solver, prompts and training chats."""
+"""BABILong qa1 to qa20: bAbI stories hidden in prose, a solver, prompts and training chats."""
 
 from metafocus.evals.babilong.build import generate
 from metafocus.evals.babilong.oracle import solve
-from metafocus.evals.babilong.simulator import Story, tell
-from metafocus.evals.babilong.worlds import TASKS, World
+from metafocus.evals.babilong.simulator import tell
+from metafocus.evals.babilong.story import Story
+from metafocus.evals.babilong.worlds import LEADERBOARD, TASKS, World
 
-__all__ = ["TASKS", "Story", "World", "generate", "solve", "tell"]
+__all__ = ["LEADERBOARD", "TASKS", "Story", "World", "generate", "solve", "tell"]

@@ -7,7 +7,9 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from metafocus.errors import DataError
-from metafocus.evals.babilong.simulator import Story, tell
+from metafocus.evals.babilong.instructions import RULES
+from metafocus.evals.babilong.simulator import tell
+from metafocus.evals.babilong.story import Story
 from metafocus.evals.babilong.worlds import TASKS, World
 from metafocus.evals.fit import largest
 from metafocus.evals.items import Count, Item, check_request, counter
@@ -20,19 +22,6 @@ NEW_TOKENS = 20
 _MOST_SENTENCES = 1_000_000
 _SHOTS, _EXAMPLE_DRAWS = 2, 40  # an example is the shortest of this many stories
 _DRAWS = 200  # the largest number of stories that are drawn until one is short enough
-
-_RULES = {
-    "qa1": "The text tells where people go. Say where the person is now, the last place they went "
-    "to. Answer with one sentence of the form: NAME is in the ROOM.",
-    "qa2": "The text tells where people go and what they carry. Say in which room the thing is "
-    "now. Answer with one sentence of the form: The THING is in the ROOM.",
-    "qa3": "The text tells where people go and what they carry. Say in which room the thing was "
-    "just before it came to the room asked about. Answer with one sentence of the form: Before "
-    "the ROOM the THING was in the ROOM.",
-    "qa4": "The text tells how rooms lie beside each other. Answer with the name of one room only.",
-    "qa5": "The text tells who gives what to whom. Answer with one word, the name of a person or "
-    "of a thing; if it happened more than once, the last time counts.",
-}
 
 
 def generate(
@@ -56,7 +45,7 @@ def generate(
 
     Args:
         tokenizer: a tokenizer, or a function that counts the tokens of a prompt.
-        task: "qa1" to "qa5".
+        task: "qa1" to "qa20".
         length: the number of tokens of the prompt (with instruction and examples) and of the
             answer, for which 20 are reserved. 0 means facts without noise.
         n: the number of questions.
@@ -83,7 +72,7 @@ def generate(
     world = World() if world is None else world
     noise = None
     if length:
-        noise = (builtin_prose() if prose is None else prose).without(world.names)
+        noise = (builtin_prose() if prose is None else prose).without(world.task_names(task))
     count = counter(tokenizer)
     return [_item(count, task, length, f"{seed} {i}", noise, world, window) for i in range(n)]
 
@@ -194,7 +183,7 @@ def _heading(task: str, world: World) -> str:
             f"Answer: {story.sentence}\n</example>"
         )
     return (
-        f"{_RULES[task]} Sentences about other matters stand between; ignore them.\n\n"
+        f"{RULES[task]} Sentences about other matters stand between; ignore them.\n\n"
         + "\n".join(shots)
         + "\n\n<context>\n"
     )

@@ -7,17 +7,12 @@ question. The simulator goes forward through a hidden state.
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from collections.abc import Callable
 
 from metafocus.errors import DataError
+from metafocus.evals.babilong import oracle_logic, oracle_people
+from metafocus.evals.babilong.facts import Fact, any_of, read
 from metafocus.evals.babilong.worlds import AXES, World
-
-
-class _Fact(NamedTuple):
-    actor: str
-    kind: str
-    what: str
-    receiver: str | None
 
 
 def solve(task: str, context: str, question: str, world: World | None = None) -> str:
@@ -34,42 +29,21 @@ def solve(task: str, context: str, question: str, world: World | None = None) ->
         'office'
     """
     world = World() if world is None else world
-    if task == "qa4":
-        found = _beside(context, question, world)
+    if task in _OF_FACTS:
+        found = _OF_FACTS[task](read(context, world), question)
     else:
-        facts = _read(context, world)
-        solver = {"qa1": _person, "qa2": _thing, "qa3": _before, "qa5": _gift}[task]
-        found = solver(facts, question)
+        found = _OF_TEXT[task](context, question, world)
     if found is None:
         raise DataError(f"question={question!r}: the context does not determine its answer")
     return found
 
 
-def _any(words: tuple[str, ...]) -> str:
-    return "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
-
-
-def _read(context: str, world: World) -> list[_Fact]:
-    kinds = {
-        verb: kind for kind in ("move", "get", "drop", "give") for verb in getattr(world, kind)
-    }
-    people = _any(world.people + world.givers)
-    pattern = re.compile(
-        rf"(?<!\w)({people}) ({_any(tuple(kinds))}) the ({_any(world.rooms + world.objects)})"
-        rf"(?: to ({people}))?(?:{_any(world.tails)})\."
-    )
-    return [
-        _Fact(actor, kinds[verb], what, receiver)
-        for actor, verb, what, receiver in (m.groups() for m in pattern.finditer(context))
-    ]
-
-
-def _last_room(facts: list[_Fact], person: str) -> str | None:
+def _last_room(facts: list[Fact], person: str) -> str | None:
     moves = (f.what for f in reversed(facts) if f.kind == "move" and f.actor == person)
     return next(moves, None)
 
 
-def _room_of(facts: list[_Fact], thing: str) -> str | None:
+def _room_of(facts: list[Fact], thing: str) -> str | None:
     for i in range(len(facts) - 1, -1, -1):
         fact = facts[i]
         if fact.what == thing:
@@ -78,17 +52,17 @@ def _room_of(facts: list[_Fact], thing: str) -> str | None:
     return None
 
 
-def _person(facts: list[_Fact], question: str) -> str | None:
+def _person(facts: list[Fact], question: str) -> str | None:
     match = re.fullmatch(r"Where is (\w+)\?", question)
     return match and _last_room(facts, match[1])
 
 
-def _thing(facts: list[_Fact], question: str) -> str | None:
+def _thing(facts: list[Fact], question: str) -> str | None:
     match = re.fullmatch(r"Where is the (\w+)\?", question)
     return match and _room_of(facts, match[1])
 
 
-def _before(facts: list[_Fact], question: str) -> str | None:
+def _before(facts: list[Fact], question: str) -> str | None:
     match = re.fullmatch(r"Where was the (\w+) before the (\w+)\?", question)
     if not match:
         return None
@@ -103,8 +77,8 @@ def _before(facts: list[_Fact], question: str) -> str | None:
 
 
 def _beside(context: str, question: str, world: World) -> str | None:
-    rooms, opposite = _any(world.rooms), {a: b for x, y in AXES for a, b in ((x, y), (y, x))}
-    sides = _any(tuple(opposite))
+    rooms, opposite = any_of(world.rooms), {a: b for x, y in AXES for a, b in ((x, y), (y, x))}
+    sides = any_of(tuple(opposite))
     neighbours: dict[tuple[str, str], list[str]] = {}
     for a, side, b in re.findall(rf"The ({rooms}) is ({sides}) of the ({rooms})\.", context):
         neighbours.setdefault((side, b), []).append(a)
@@ -126,7 +100,7 @@ _GIFTS = {  # what a question gives, and what it asks for
 }
 
 
-def _gift(facts: list[_Fact], question: str) -> str | None:
+def _gift(facts: list[Fact], question: str) -> str | None:
     for pattern, wanted in _GIFTS.items():
         match = re.fullmatch(pattern, question)
         if match:
@@ -135,3 +109,29 @@ def _gift(facts: list[_Fact], question: str) -> str | None:
                 if fact.kind == "give" and all(given[k] == v for k, v in match.groupdict().items()):
                     return given[wanted]
     return None
+
+
+_OF_FACTS: dict[str, Callable[[list[Fact], str], str | None]] = {
+    "qa1": _person,
+    "qa2": _thing,
+    "qa3": _before,
+    "qa5": _gift,
+}
+_OF_TEXT: dict[str, Callable[[str, str, World], str | None]] = {
+    "qa4": _beside,
+    "qa6": oracle_people.at_place,
+    "qa7": oracle_people.counted,
+    "qa8": oracle_people.carried,
+    "qa9": oracle_people.at_place,
+    "qa10": oracle_people.perhaps_at,
+    "qa11": oracle_people.moved,
+    "qa12": oracle_people.moved,
+    "qa13": oracle_people.moved,
+    "qa14": oracle_people.earlier,
+    "qa15": oracle_logic.fear,
+    "qa16": oracle_logic.shade,
+    "qa17": oracle_logic.beside,
+    "qa18": oracle_logic.larger,
+    "qa19": oracle_logic.walk,
+    "qa20": oracle_logic.motive,
+}

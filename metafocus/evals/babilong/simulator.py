@@ -1,6 +1,7 @@
 """Makes stories of people who move between rooms and carry objects, with a question each.
 
-The rules are those of bAbI's tasks 1 to 5, in a new implementation. An action happens only if it
+The rules are those of bAbI's tasks, in a new implementation; tasks 6 to 20 are in `people` and
+`logic`. An action happens only if it
 changes the world. Kinds and arguments are drawn uniformly until an action is possible, at most 100
 times. The first places of people and objects are part of the world but not of the text.
 """
@@ -8,28 +9,16 @@ times. The first places of people and objects are part of the world but not of t
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from collections.abc import Callable
 
 from metafocus.errors import DataError
-from metafocus.evals.babilong.state import Event, State
+from metafocus.evals.babilong import logic, people
+from metafocus.evals.babilong.state import State
+from metafocus.evals.babilong.story import Story, event_text
 from metafocus.evals.babilong.worlds import AXES, MOST_FACTS, World
 
 _STORIES = 2000  # the largest number of attempts
 _QUESTIONS = 5  # the largest number of questions in a story; a sample ends at one of them
-
-
-@dataclass(frozen=True)
-class Story:
-    """Facts in order, a question, and its answer in one word and as a sentence.
-
-    `supports` has the numbers of the facts that the answer follows from.
-    """
-
-    facts: tuple[str, ...]
-    question: str
-    answer: str
-    sentence: str
-    supports: tuple[int, ...]
 
 
 _Asked = tuple[str, str, str, tuple[int, ...]]
@@ -41,9 +30,8 @@ def tell(task: str, rng: random.Random, world: World) -> Story:
     Raises:
         DataError: if the tables of the world allow no such story.
     """
-    makers = {"qa1": _moves, "qa2": _objects, "qa3": _histories, "qa4": _line, "qa5": _gifts}
     for _ in range(_STORIES):
-        found = makers[task](rng, world)
+        found = _MAKERS[task](rng, world)
         if found is not None and len(found.facts) <= MOST_FACTS[task]:
             return found
     raise DataError(
@@ -166,13 +154,29 @@ def _gifts(rng: random.Random, world: World) -> Story | None:
 
 
 def _story(state: State, asked: _Asked) -> Story:
-    facts = tuple(_text(event, state.world, state.rng) for event in state.events)
+    facts = tuple(event_text(event, state.world, state.rng) for event in state.events)
     return Story(facts, *asked)
 
 
-def _text(event: Event, world: World, rng: random.Random) -> str:
-    verb = rng.choice(getattr(world, event.kind))
-    if event.kind == "give":
-        return f"{event.actor} {verb} the {event.what} to {event.receiver}."
-    tail = rng.choice(world.tails) if event.kind != "move" else ""
-    return f"{event.actor} {verb} the {event.what}{tail}."
+_MAKERS: dict[str, Callable[[random.Random, World], Story | None]] = {
+    "qa1": _moves,
+    "qa2": _objects,
+    "qa3": _histories,
+    "qa4": _line,
+    "qa5": _gifts,
+    "qa6": people.yes_or_no,
+    "qa7": people.count,
+    "qa8": people.carried,
+    "qa9": people.negation,
+    "qa10": people.indefinite,
+    "qa11": people.pronouns,
+    "qa12": people.together,
+    "qa13": people.together_later,
+    "qa14": people.times,
+    "qa15": logic.afraid,
+    "qa16": logic.color,
+    "qa17": logic.positions,
+    "qa18": logic.sizes,
+    "qa19": logic.path,
+    "qa20": logic.motives,
+}

@@ -7,9 +7,13 @@ from dataclasses import dataclass, fields
 from itertools import chain
 
 from metafocus.errors import DataError
+from metafocus.evals.babilong.lexicon import LABELS, NAMES
 
 # The largest number of facts of a published sample; a longer story is drawn again.
 MOST_FACTS = {"qa1": 10, "qa2": 68, "qa3": 32, "qa4": 2, "qa5": 126}
+MOST_FACTS |= {f"qa{i}": 26 for i in range(6, 21)}
+LEADERBOARD = tuple(f"qa{i}" for i in range(1, 6))
+"""The tasks whose mean BABILong's leaderboard shows."""
 TASKS = tuple(MOST_FACTS)
 
 # The two directions of each axis.
@@ -69,10 +73,18 @@ class World:
             raise DataError(f"the verbs {sorted(twice)} mean two things: keep each in one table")
 
     def labels(self, task: str) -> tuple[str, ...]:
-        """Return the possible answers of a task: rooms, or for qa5 people and objects."""
-        return self.givers + self.objects if task == "qa5" else self.rooms
+        """Return the words that the official scorer looks for: the possible answers of a task."""
+        if task == "qa5":
+            return self.givers + self.objects
+        if task == "qa8":
+            return (*self.objects, "nothing")
+        return LABELS.get(task, self.rooms)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All names of the world, which the noise must not contain."""
+        """All names of the world."""
         return tuple(dict.fromkeys(self.rooms + self.people + self.objects + self.givers))
+
+    def task_names(self, task: str) -> tuple[str, ...]:
+        """Return the names that the noise of a task must not contain."""
+        return self.names if task in LEADERBOARD else (*self.names, *NAMES)

@@ -5,16 +5,14 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import asdict
 from itertools import islice
 from typing import TYPE_CHECKING
 
 from metafocus.errors import DataError
-from metafocus.evals.fit import largest
 from metafocus.evals.items import Count, Item, check_request, counter
 from metafocus.evals.prose import Prose, builtin_prose, builtin_words
 from metafocus.evals.ruler import frequency, niah, qa, tracking
-from metafocus.evals.ruler.draft import Draft, Plan
+from metafocus.evals.ruler.draft import Plan, fitted
 from metafocus.evals.ruler.words import word_keys
 
 if TYPE_CHECKING:
@@ -111,28 +109,12 @@ def _plan(
 
 def _item(count: Count, task: str, length: int, plan: Plan) -> Item:
     new = NEW_TOKENS[task]
-
-    def size(n: int) -> int:
-        draft = plan.build(n)
-        return count(f"{draft.prompt}\n{draft.prefix}") + new
-
-    # Stop within half a per cent of the length, because the last steps are the most expensive.
-    n = largest(size, length, least=plan.least, most=plan.most, slack=max(8, length // 200))
-    if n is None:
-        raise DataError(
-            f"length={length} cannot hold {task}, which takes {size(plan.least)} tokens with "
-            f"{new} for the answer: raise it"
-        )
-    draft = plan.build(n)
-    if n == plan.most and task == "cwe" and size(n) < length // 2:
-        raise DataError(f"words are too few for length={length}: give more than {n}")
-    return _as_item(draft, task, length)
-
-
-def _as_item(draft: Draft, task: str, length: int) -> Item:
-    found = asdict(draft)
-    found["answer_prefix"] = found.pop("prefix")
-    return Item(suite="ruler", task=task, length=length, new_tokens=NEW_TOKENS[task], **found)
+    item, n = fitted(count, plan, suite="ruler", task=task, length=length, new=new)
+    if n == plan.most and task == "cwe":
+        size = count(f"{item.prompt}\n{item.answer_prefix}") + new
+        if size < length // 2:
+            raise DataError(f"words are too few for length={length}: give more than {n}")
+    return item
 
 
 def _without_numbers(prose: Prose) -> Prose:

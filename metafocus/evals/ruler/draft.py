@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+
+from metafocus.errors import DataError
+from metafocus.evals.fit import largest
+from metafocus.evals.items import Count, Item
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,31 @@ class Plan:
     build: Callable[[int], Draft]
     least: int = 0
     most: int = 1_000_000
+
+
+def fitted(
+    count: Count, plan: Plan, *, suite: str, task: str, length: int, new: int
+) -> tuple[Item, int]:
+    """Return the largest question that fits into a length, and its units of noise.
+
+    Raises:
+        DataError: if the question does not fit even with the least noise.
+    """
+
+    def size(n: int) -> int:
+        draft = plan.build(n)
+        return count(f"{draft.prompt}\n{draft.prefix}") + new
+
+    # Stop within half a per cent of the length, because the last steps are the most expensive.
+    n = largest(size, length, least=plan.least, most=plan.most, slack=max(8, length // 200))
+    if n is None:
+        raise DataError(
+            f"length={length} cannot hold {task}, which takes {size(plan.least)} tokens with "
+            f"{new} for the answer: raise it"
+        )
+    found = asdict(plan.build(n))
+    found["answer_prefix"] = found.pop("prefix")
+    return Item(suite=suite, task=task, length=length, new_tokens=new, **found), n
 
 
 def hide(

@@ -60,7 +60,7 @@ def asked():
         *babilong.generate(words, task="qa1", length=0, n=2),
         *ruler.generate(words, task="vt", length=250, n=2),
     ]
-    return repr(answers(model, tokenizer, items, batch_size=3, progress=lambda _: None))
+    return repr(answers(model, tokenizer, items, batch_size=3))
 
 
 OUTPUTS = {"questions": questions, "encoded chats": encoded, "answers": asked}

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import metafocus as mf
-from metafocus.preflight import preflight
+from metafocus.preflight import preflight, rebuilt
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -432,6 +432,12 @@ def test_the_trial_leaves_no_gradients_and_no_changed_arguments():
 # --- a meta loss that is built at every step ------------------------------------------------------
 
 
+@pytest.fixture
+def limit(monkeypatch):
+    monkeypatch.setattr(rebuilt, "LIMIT", 8)
+    monkeypatch.setattr(rebuilt, "_ONCE", {})
+
+
 def built(**changes):
     """Return a meta loss, with functions of its own each time."""
     problem = mf.Problem(
@@ -447,7 +453,7 @@ def once(meta):
     return meta(OUTER, (torch.ones(2), torch.ones(2)))
 
 
-def test_building_a_meta_loss_at_every_step_is_warned_of_once():
+def test_building_a_meta_loss_at_every_step_is_warned_of_once(limit):
     for _ in range(7):
         once(built())
     with pytest.warns(
@@ -459,7 +465,7 @@ def test_building_a_meta_loss_at_every_step_is_warned_of_once():
         once(built())
 
 
-def test_other_ways_to_build_many_are_not():
+def test_other_ways_to_build_many_are_not(limit):
     for steps in range(1, 12):
         once(built(solver=mf.SGD(0.1, steps)))
     for _ in range(12):

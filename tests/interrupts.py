@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import linecache
 import sys
 import warnings
 from pathlib import Path
@@ -114,8 +115,12 @@ class Interrupt:
         name = frame.f_code.co_name
         if self.function is not None:
             return name == self.function
-        # Popped transforms cannot be pushed back after those around them have ended.
-        return not self.exits or (of_a_block(frame) and name != "outside_transforms")
+        if not self.exits:
+            return True
+        # Popped transforms cannot be pushed back after those around them have ended. And a lock is
+        # left by one instruction, which Python never interrupts; a trace can raise before it.
+        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+        return of_a_block(frame) and name != "outside_transforms" and "with LOCK" not in line
 
 
 def everything(model, *generators) -> dict:
@@ -168,6 +173,7 @@ def of_thread() -> dict:
         "dtype": torch.get_default_dtype(),
         "warnings": len(warnings.filters),
         "call": calls.current(),
+        "locked": blocks.LOCK._is_owned(),
         "open": len(blocks._UNDO),
         "owned": len(owners._OWNERS),
         "running": len(owners._RUNNING),

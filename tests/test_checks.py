@@ -21,6 +21,8 @@ OTHER_TYPES = {
     "closures.py": "True and 1 are equal, and code may tell them apart",
     "estimators/unrolled.py": "recompute is True, False or a number",
     "algorithms/windows.py": "recompute is True, False or a number",
+    "data/messages.py": "train is true or false, and 1 is a weight",
+    "data/lost_texts.py": "numbers are rendered, truth values are not",
     "claims/page.py": "a truth value is printed as a word",
     "claims/marker.py": "whether a claim is asserted is a truth value, and so may a figure be",
 }

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from points import EPSILON, Point, grid
 
-from metafocus.comparison.run import ALIGNED
+from metafocus.comparison import ALIGNED
 
 Found = dict[str, Any]
 COLOURS = ("#4c6a92", "#c0504d", "#7f9a48", "#8064a2")

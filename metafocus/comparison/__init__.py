@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from metafocus.comparison.report import Comparison, environment
-from metafocus.comparison.run import compare
+from metafocus.comparison.run import ALIGNED, compare
 
-__all__ = ["Comparison", "compare", "environment"]
+__all__ = ["ALIGNED", "Comparison", "compare", "environment"]

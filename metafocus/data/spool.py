@@ -77,7 +77,7 @@ class Spool(Sequence[Item], Generic[Item]):
         self._file = open(path, "rb", buffering=0)
 
     def __del__(self) -> None:
-        if hasattr(self, "_file"):
+        if "_file" in self.__dict__:
             self._file.close()
 
     def __len__(self) -> int:

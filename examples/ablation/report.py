@@ -143,8 +143,11 @@ def method(scale: Scale, output: Path, results: Results) -> list[str]:
         "## Method",
         "",
         "The protocol (`examples/ablation/protocol.py`) was fixed before any cell was trained; its "
-        "sizes follow from the measured cost of a step. It says nothing about larger models or "
-        f"longer training. The SHA-256 of the weights begins with `{at['weights'][:16]}`. "
+        "sizes follow from the measured cost of a step. One number changed afterwards: two cells "
+        "of 32 steps had been trained, and were thrown away because of a fault (autocast reused "
+        "stale weights), before the steps were cut to 24 for the budget. The page says nothing "
+        "about larger models or longer training. The SHA-256 of the weights begins with "
+        f"`{at['weights'][:16]}`. "
         f"Trained tasks: {', '.join(scale.trained)}; held out: "
         f"{', '.join(scale.held_out)}. Chats of each task: {sizes}, each with up to {scale.turns} "
         "questions; earlier answers stand in the chat as they should be. An answer is right if "

@@ -271,7 +271,7 @@ def test_over_tasks_inside_and_outside():
         mf.algorithms.Evolution(meta, sigma=0.1, pairs=5, generator=rng(2)), randomness="same"
     )
     assert_close(estimate(inside, case.outer, case.episodes)[0], want, 1e-11)
-    with pytest.raises(RuntimeError, match="random"):
+    with pytest.raises(mf.errors.TransformError, match="randomness="):
         mf.over_tasks(mf.algorithms.Evolution(meta, sigma=0.1, pairs=5, generator=rng()))(
             case.outer, case.episodes
         )

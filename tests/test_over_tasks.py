@@ -464,7 +464,7 @@ def seeded(meta, seed=0, way=value_and_grads):
 
 @pytest.mark.parametrize("how", ["auto", "chunks of 2"])
 def test_random_numbers_in_vmap_are_refused_unless_one_says_which(how):
-    with pytest.raises(RuntimeError, match="randomness"):
+    with pytest.raises(mf.errors.TransformError, match="randomness="):
         value_and_grads(noisy_meta(**HOWS[how]))
 
 

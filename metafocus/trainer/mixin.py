@@ -54,6 +54,7 @@ class FocusMixin(ReliableMixin):
             sample that is longer than the model's positions.
 
     Example:
+        >>> from transformers import Trainer
         >>> class FocusSFTTrainer(FocusMixin, Trainer):  # or trl.SFTTrainer
         ...     pass
     """

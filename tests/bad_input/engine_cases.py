@@ -647,10 +647,18 @@ ENGINE = [
     ),
     (
         "batches of a loader",
-        ("mf.Batches.from_dataset(iter([1]), batch_size=1, steps=1, generator=torch.Generator())"),
+        "mf.Batches.from_dataset(torch.utils.data.DataLoader([1]), batch_size=1, steps=1, "
+        "generator=torch.Generator())",
         "ProblemError",
         "dataset must be map-style",
-        "Pass the data set itself, not a DataLoader",
+        "Use mf.Batches.from_dataset(loader.dataset",
+    ),
+    (
+        "batches of an iterator",
+        "mf.Batches.from_dataset(iter([1]), batch_size=1, steps=1, generator=torch.Generator())",
+        "ProblemError",
+        "dataset must be map-style",
+        "Write an iterable data set to a list or a file first",
     ),
     (
         "sharing what is no stream",

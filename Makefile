@@ -40,7 +40,7 @@ $(VENV)/.dev: $(VENV)/.installed
 # Two processes side by side, each with one thread: estimators on one core, all else on the other.
 demo: $(VENV)/.installed
 	@mkdir -p $(DEMO)
-	@$(COMPARE) > $(DEMO)/compare.txt 2>&1 & compare=$$!; trap 'kill $$compare 2>/dev/null' EXIT; \
+	@$(COMPARE) > $(DEMO)/compare.txt 2>&1 & compare=$$!; trap 'kill $$compare 2>/dev/null || :' EXIT; \
 	set -e; \
 	echo "--- where the untrained model looks, as deployed and under FocuSFT's mask"; \
 	$(PROFILE) > $(DEMO)/profile.txt; tail -n 8 $(DEMO)/profile.txt; \

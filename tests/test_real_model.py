@@ -205,6 +205,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(tokenizer, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 def test_fast_weights_are_an_adapter_that_peft_loads(tokenizer, tmp_path):
     from peft import PeftModel
 

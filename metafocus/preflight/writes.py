@@ -32,7 +32,12 @@ def refused_writes(who: str, given: list[tuple[str, Tensor]], owner: Any) -> Ite
     with Writes() as writes, undone(partial(_undo, writes)):
         yield
     after = _held(owner)
-    changed = [k for k in before if before[k] is not after.get(k)]
+    # FSDP puts a gathered tensor in the place of a sharded one.
+    changed = [
+        k
+        for k, x in before.items()
+        if x is not (y := after.get(k)) and _has_storage(x) and (y is None or _has_storage(y))
+    ]
     if not writes.saved and not changed:
         return
     storages = {_memory(x) for x, _ in writes.saved}

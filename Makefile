@@ -64,7 +64,7 @@ test: $(VENV)/.dev
 
 # The published claims about a real language model, in short: minutes.
 test-real: $(VENV)/.dev
-	$(BIN)/python -m pytest tests/repro/test_real_model_claims.py
+	$(BIN)/python -m pytest tests/repro/test_real_model_claims.py tests/repro/test_cosine_claims.py
 
 # Everything: also real models, several processes, notebooks, and the published claims in short.
 test-all: $(VENV)/.dev

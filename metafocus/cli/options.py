@@ -17,7 +17,7 @@ import torch
 
 from metafocus import models
 from metafocus.adapters import LoRA, top_layers
-from metafocus.errors import DataError
+from metafocus.errors import DataError, first_line
 from metafocus.solvers import SGD, clip_per_tensor
 
 ATTENTION = ("sdpa", "eager")
@@ -198,8 +198,7 @@ def model_on_device(
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"--device {args.device!r} cannot be used: {reason}") from error
+        raise DataError(f"--device {args.device!r} cannot be used: {first_line(error)}") from error
     torch.manual_seed(args.seed)
     if args.model_name_or_path is not None:
         note_unused(args, OF_SMALL, "with --model_name_or_path")

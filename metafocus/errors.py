@@ -49,3 +49,13 @@ class PrecisionWarning(UserWarning):
 
 class RebuiltWarning(UserWarning):
     """The same meta loss is built again and again, and its checks run each time."""
+
+
+def first_line(error: BaseException) -> str:
+    r"""Return the first line of an error of another package, or the name of its class.
+
+    Example:
+        >>> first_line(KeyError()), first_line(ValueError("no such file\nTraceback ..."))
+        ('KeyError', 'no such file')
+    """
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

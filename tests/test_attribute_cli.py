@@ -101,6 +101,14 @@ def test_every_store_gives_the_same_scores(folder, report, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_texts_have_scores_too(folder, tmp_path):
+    texts = [{"text": f"animal | number {i}"} for i in range(3)]
+    path = commands.write(tmp_path / "texts.jsonl", *texts)
+    ran = commands.run(*words(folder, tmp_path / "texts", train_file=path, max_steps=2))
+    assert ran.code == 0, ran.err
+    assert "animal / number 2 |" in (tmp_path / "texts" / "attribution.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

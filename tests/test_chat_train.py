@@ -77,6 +77,27 @@ def test_a_data_set_in_a_stream(tmp_path):
     assert "has no split named dev, only train, test: pass --dataset_test_split" in refused(*words)
 
 
+def test_only_the_splits_that_are_used_are_read(tmp_path):
+    pytest.importorskip("datasets")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write(folder / "train.jsonl", *[chat(i) for i in range(3)])
+    write(folder / "validation.jsonl", chat(4))
+    # A split without any good record must not stop a run that does not use it.
+    write(folder / "test.jsonl", BAD)
+    own = write(tmp_path / "own.jsonl", chat(5), chat(6))
+    for more, held in (({}, 1), ({"validation_file": own, "dataset_test_split": "test"}, 2)):
+        words = training(None, tmp_path / f"out{held}", dataset_name=folder, **more, **SFT)
+        ran = run(*words)
+        assert f"held out: {held} samples" in ran.out, ran.err
+    assert "note: --dataset_test_split has no effect with validation_file" in ran.err
+
+
+def test_flags_of_a_data_set_without_one(tmp_path, chats):
+    ran = run(*training(chats, tmp_path / "out", dataset_streaming=True, **SFT))
+    assert "note: --dataset_streaming has no effect without dataset_name" in ran.err
+
+
 @pytest.mark.parametrize(
     ("changes", "text"),
     [

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from tokenizers import normalizers
 
 from metafocus.data import encode_chat, encode_chats, read_chats
 from metafocus.data.formats import as_chat
@@ -18,7 +19,7 @@ CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def small():
     return train_tokenizer(["hello there"], 270)
 
@@ -191,6 +192,13 @@ def test_bad_tokens(small, text):
         encode_plain(BAD_TOKENS[text], small)
 
 
+def test_a_text_without_a_token(small):
+    small.eos_token = None
+    small.backend_tokenizer.normalizer = normalizers.Strip()
+    with pytest.raises(DataError, match="makes no token of the text ' '"):
+        encode_plain({"text": " "}, small)
+
+
 def test_texts_and_chats_in_one_file(small):
     found = encode_chats([{"text": "hello"}, {"messages": CHAT}, {"text": ""}], small)
     assert [len(s["input_ids"]) for s in found.samples] == [2, 25]
@@ -215,6 +223,25 @@ def test_rows_of_a_dataset(small):
             assert torch.equal(sample["input_ids"], right["input_ids"])
     one = encode_chat(data[0]["messages"], small)
     assert torch.equal(one["input_ids"], expected[0]["input_ids"])
+
+
+def test_nulls_of_arrow_in_the_tools_of_one_row(small):
+    datasets = pytest.importorskip("datasets")
+
+    def tool(name, **properties):
+        schema = {"type": "object", "properties": properties}
+        return {"type": "function", "function": {"name": name, "parameters": schema}}
+
+    call = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    records = [
+        {"messages": [CHAT[0], call], "tools": [tool("f", x={"type": "integer"})]},
+        {"messages": CHAT, "tools": [tool("g", y={"type": "integer"})]},
+    ]
+    small.chat_template = "{{ tools | tojson }}" + small.chat_template
+    row = datasets.Dataset.from_list(records)[0]
+    found = encode_chat(row["messages"], small, tools=row["tools"])
+    expected = encode_chat(**records[0], tokenizer=small)
+    assert torch.equal(found["input_ids"], expected["input_ids"])
 
 
 def test_a_null_argument_of_a_file_stays(small):

@@ -187,6 +187,28 @@ def test_an_architecture_that_transformers_does_not_read(tmp_path):
         mf.models.load(written(tmp_path / "m.gguf", architecture="plamo"))
 
 
+def test_a_tokenizer_that_transformers_cannot_make(tiny, home, monkeypatch):
+    def failing(*args, **kwargs):
+        raise OSError("Can't load tokenizer for this file.\nOtherwise, ...")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", failing)
+    with pytest.raises(DataError, match=r"Can't load tokenizer .* file\. Co"):
+        mf.models.load(tiny)
+    assert not list(home.glob("tiny*/*"))
+
+
+def test_a_model_without_a_longest_input(tiny, monkeypatch):
+    from transformers import LlamaConfig, PreTrainedConfig
+
+    def text_config(self, **kwargs):
+        return PreTrainedConfig()
+
+    # As those of Mamba, whose configuration has no max_position_embeddings.
+    monkeypatch.setattr(LlamaConfig, "get_text_config", text_config)
+    _, tokenizer = dequantised._read(tiny, dequantised._header(tiny))
+    assert tokenizer.model_max_length > 77
+
+
 def test_no_room(tiny, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 2_000_000))
     with pytest.raises(DataError, match=r"34 MB are needed .* 2 MB free\. .*METAFOCUS_CACHE"):

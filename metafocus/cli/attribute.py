@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> None:
     collator = Collator(tokenizer.pad_token_id)
 
     def prepared(records: Sequence[dict[str, Any]]) -> list[Any]:
-        samples = encode_chats(records, tokenizer, max_length=args.max_length).samples
+        samples = encode_chats(records, tokenizer, max_length=args.max_length, strict=True).samples
         if len(samples) != len(records):
             raise DataError(
                 f"{len(records) - len(samples)} chats have no answer within --max_length "
@@ -242,6 +242,7 @@ def _page(
 
 def _text(chat: Any, size: int = 70) -> str:
     """Return the end of the last question: what comes before is often the same in many chats."""
-    asked = [m["content"] for m in chat["messages"] if m["role"] == "user"]
-    text = " ".join(str(asked[-1] if asked else "").split()).replace("|", "/")
+    asked = [m["content"] for m in chat.get("messages", ()) if m["role"] == "user"]
+    last = asked[-1] if asked else chat.get("text", "")
+    text = " ".join(str(last).split()).replace("|", "/")
     return text if len(text) <= size else "..." + text[3 - size :]

@@ -83,8 +83,9 @@ def run(args: argparse.Namespace) -> None:
         smaller = QUICK if args.model_name_or_path else QUICK | QUICK_MODEL
         vars(args).update({k: v for k, v in smaller.items() if k not in args.given})
     directory = options.directory(args.output_dir) if args.output_dir else None
-    chosen = [name.strip() for name in args.estimators.split(",") if name.strip()]
-    estimators = {name: named("estimators", name, ESTIMATORS)() for name in chosen}
+    estimators = {
+        name: named("estimators", name, ESTIMATORS)() for name in options.words(args.estimators)
+    }
     if not estimators:
         raise DataError(f"--estimators is empty: use some of {', '.join(ESTIMATORS)}.")
     reference = (

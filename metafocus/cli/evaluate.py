@@ -235,7 +235,7 @@ def _tasks(args: argparse.Namespace) -> list[str]:
         options.note_unused(args, ("questions",), f"with --suite {args.suite}")
     if args.tasks is None:
         return [task for task in _DEFAULT[args.suite] if task != "qa" or args.questions]
-    tasks = list(dict.fromkeys(word.strip() for word in args.tasks.split(",") if word.strip()))
+    tasks = list(dict.fromkeys(options.words(args.tasks)))
     for task in tasks:
         named("tasks", task, dict.fromkeys(known))
     if not tasks:

@@ -38,7 +38,7 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Answer under each mask."""
-    masks = {name: named("mask", name, MASKS) for name in _words(args.mask)}
+    masks = {name: named("mask", name, MASKS) for name in options.words(args.mask)}
     if not masks:
         raise DataError(f"--mask is empty: use some of {', '.join(MASKS)}.")
     model, tokenizer = options.model_on_device(args, lambda: (), 0)
@@ -59,7 +59,3 @@ def run(args: argparse.Namespace) -> None:
             )
         answer = tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :])
         print(f"--- prompt read under the mask {name}:\n{answer}", flush=True)
-
-
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]

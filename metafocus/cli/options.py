@@ -17,7 +17,7 @@ import torch
 
 from metafocus import models
 from metafocus.adapters import LoRA, top_layers
-from metafocus.errors import DataError
+from metafocus.errors import DataError, first_line
 from metafocus.solvers import SGD, clip_per_tensor
 
 ATTENTION = ("sdpa", "eager")
@@ -58,6 +58,16 @@ def positive(word: str) -> float:
 def positives(word: str) -> list[float]:
     """Return finite positive numbers that commas separate."""
     return [positive(part.strip()) for part in word.split(",")]
+
+
+def words(text: str) -> list[str]:
+    """Return the words that commas separate, without white space and empty ones.
+
+    Example:
+        >>> words("qa1, qa2,")
+        ['qa1', 'qa2']
+    """
+    return [word for part in text.split(",") if (word := part.strip())]
 
 
 def add_inner(
@@ -101,8 +111,8 @@ def add_inner(
 
 def adapter(args: argparse.Namespace) -> LoRA:
     """Return the adapter that the options describe."""
-    names = tuple(name.strip() for name in args.lora_modules.split(",") if name.strip())
-    return LoRA(top_layers(args.layer_fraction, names), args.lora_rank, args.lora_alpha)
+    where = top_layers(args.layer_fraction, tuple(words(args.lora_modules)))
+    return LoRA(where, args.lora_rank, args.lora_alpha)
 
 
 def solver(args: argparse.Namespace, rate: float | None = None) -> SGD:
@@ -188,8 +198,7 @@ def model_on_device(
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"--device {args.device!r} cannot be used: {reason}") from error
+        raise DataError(f"--device {args.device!r} cannot be used: {first_line(error)}") from error
     torch.manual_seed(args.seed)
     if args.model_name_or_path is not None:
         note_unused(args, OF_SMALL, "with --model_name_or_path")

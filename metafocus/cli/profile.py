@@ -85,8 +85,7 @@ def run(args: argparse.Namespace) -> None:
         names = ("inner_tokens", *options.INNER)
         options.note_unused(args, names, "without --adapt")
     directory = options.directory(args.output_dir)
-    names = [name.strip() for name in args.mask.split(",") if name.strip()]
-    chosen = {name: named("mask", name, MASKS) for name in names}
+    chosen = {name: named("mask", name, MASKS) for name in options.words(args.mask)}
     cells = len(chosen) * (1 + args.adapt)
     if not 1 <= cells <= MOST:
         raise DataError(

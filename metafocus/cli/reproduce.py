@@ -57,7 +57,7 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """List, or reproduce and report; return 0, or 1 if a claim does not hold."""
-    only = [word.strip() for word in args.only.split(",") if word.strip()]
+    only = options.words(args.only)
     if "only" in args.given and not only:
         raise DataError("--only is empty: name claims such as T1,T12, or leave it out.")
     if args.update and not only:

@@ -47,23 +47,30 @@ def _data_set(
     if limit is not None:
         # Some of them may be held out.
         limit = math.ceil(limit / (1 - data.validation_split_percentage / 100))
+    held: list[str] = []
+
+    def choose(known: list[str]) -> list[str]:
+        for flag in ("dataset_train_split", "dataset_test_split"):
+            part = getattr(data, flag)
+            if part is not None and part not in known:
+                raise DataError(
+                    f"dataset_name={name!r} has no split named {part}, only {', '.join(known)}: "
+                    f"pass --{flag} with one of them."
+                )
+        if not data.validation_file:
+            possible = (data.dataset_test_split, "validation", "test")
+            held.extend([part for part in possible if part in known][:1])
+        return [data.dataset_train_split, *held]
+
     parts = read_dataset(
         name,
         data.dataset_config_name,
         streaming=data.dataset_streaming,
+        choose=choose,
         limit=limit,
         **how,
     )
-    for flag in ("dataset_train_split", "dataset_test_split"):
-        part = getattr(data, flag)
-        if part is not None and part not in parts:
-            raise DataError(
-                f"dataset_name={name!r} has no split named {part}, only {', '.join(parts)}: pass "
-                f"--{flag} with one of them."
-            )
-    held = (data.dataset_test_split, "validation", "test")
-    named = next((parts[part] for part in held if part is not None and part in parts), None)
-    return parts[data.dataset_train_split], named
+    return parts[data.dataset_train_split], parts[held[0]] if held else None
 
 
 def documentation(

@@ -154,8 +154,15 @@ def _note_unused(settings: Settings) -> None:
         unused["with method sft"] = ("estimator", "inner_tokens", "per_example", *options.INNER)
     if data.train_file != chats.STDLIB:
         unused["without train_file stdlib"] = ("stdlib_turns",)
+    if data.dataset_name is None:
+        unused["without dataset_name"] = (
+            "dataset_config_name",
+            "dataset_train_split",
+            "dataset_test_split",
+            "dataset_streaming",
+        )
     if data.validation_file:
-        unused["with validation_file"] = ("validation_split_percentage",)
+        unused["with validation_file"] = ("validation_split_percentage", "dataset_test_split")
     if model.model_name_or_path is not None:
         unused["with model_name_or_path"] = options.OF_SMALL
     if args.max_steps > 0:
@@ -194,7 +201,7 @@ def _with_outer_lora(model: Any, settings: ModelArguments) -> Any:
 
     modules: Any = settings.outer_lora_modules
     if modules != "all-linear":
-        modules = [name.strip() for name in modules.split(",")]
+        modules = options.words(modules)
     rank = settings.outer_lora_rank
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=modules, task_type="CAUSAL_LM")
     return get_peft_model(model, config)

@@ -18,10 +18,6 @@ from metafocus.errors import DataError
 _CLOSING = re.compile(r"</([^<>\s]+)>")
 
 
-class RewrittenError(DataError):
-    """A boundary cannot be found: a message is rendered differently in the whole chat."""
-
-
 @dataclass(frozen=True)
 class Answer:
     """An assistant message in tokens.
@@ -101,7 +97,7 @@ class Finder:
         known = {answer.message: answer.end for answer in answers}
         order = [group.message for group in chat.groups]
         if order != list(range(len(chat.messages))):
-            raise RewrittenError(
+            raise DataError(
                 "the template drops, joins or moves messages, so they have no boundaries of their "
                 "own: pass merge_context=True"
             )
@@ -109,7 +105,7 @@ class Finder:
         for n, group in enumerate(chat.groups):
             tail = self._boundaries.tail(chat, n)
             if group.message not in known and not tail.whole:
-                raise RewrittenError(
+                raise DataError(
                     f"message {group.message} cannot be located, because the template renders its "
                     "end differently when another message follows: pass merge_context=True"
                 )
@@ -211,7 +207,7 @@ def _check(
     chat: RenderedChat, group: Group, tail: Tail, answer: Answer, tokens: Tokens, marked: bool
 ) -> None:
     if tail.lost:
-        raise RewrittenError(
+        raise DataError(
             f"the chat template rewrites history: it drops the {' and the '.join(tail.lost)} of "
             f"message {group.message} when other messages follow. Pass turns='each' to "
             "encode_chats (--turns each), so that each answer is the last message of a chat of its "

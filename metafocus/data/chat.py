@@ -88,7 +88,7 @@ def encode_chat(
         [0, 1]
     """
     if isinstance(messages, list) and from_arrow(messages):
-        messages = without_nulls(messages)
+        messages, tools = without_nulls(messages), without_nulls(tools)
     check_messages(messages)
     check_max_length(max_length)
     if turns not in TURNS[:2]:

@@ -37,6 +37,8 @@ def encode_plain(
     """
     if "text" in record:
         ids = _tokens(record["text"], tokenizer)
+        if not ids:
+            raise DataError(f"the tokenizer makes no token of the text {record['text']!r:.80}")
         trained = [True] * len(ids)
     else:
         ids, trained = _labelled(record)

@@ -68,17 +68,19 @@ def read_dataset(
     config: str | None = None,
     *,
     streaming: bool = False,
+    choose: Callable[[list[str]], Iterable[str]] = list,
     limit: int | None = None,
     skipped: list[str] | None = None,
     gather: Gather = list,
 ) -> dict[str, Sequence[dict[str, Any]]]:
-    """Read the splits of a data set of chats with the package `datasets`, and check each record.
+    """Read splits of a data set of chats with the package `datasets`, and check each record.
 
     Args:
         name: a hub id, a directory with files, as `datasets.load_dataset` takes it, or a directory
             that `Dataset.save_to_disk` wrote.
         config: which of its configurations, if it has several.
         streaming: whether to read records one after another instead of the whole data set.
+        choose: returns the splits to read, given the names of all of them; `list` reads all.
         limit: the largest number of records of a split.
         skipped: a list that takes the reasons for which records are left out; None: a record that
             is malformed raises.
@@ -99,9 +101,10 @@ def read_dataset(
         ) from error
     try:
         found = _loaded(datasets, name, config, streaming)
+        parts = {str(part): rows for part, rows in found.items()}
         return {
-            str(part): gather(_good(_numbered(f"{name}, {part}", islice(rows, limit)), skipped))
-            for part, rows in found.items()
+            part: gather(_good(_numbered(f"{name}, {part}", islice(parts[part], limit)), skipped))
+            for part in choose(list(parts))
         }
     except DataError:
         raise

@@ -26,10 +26,6 @@ _TAKEN = (
 ).split(", ")
 
 
-class RefusedError(DataError):
-    """A chat template raises an error for a chat."""
-
-
 class Form(NamedTuple):
     """How messages are put before they are rendered.
 
@@ -185,7 +181,7 @@ class Renderer:
                     **self.variables,
                 )
         except self._errors as error:
-            raise RefusedError(
+            raise DataError(
                 f"the chat template refuses these messages ({error}): change the order or the "
                 f"roles ({', '.join(m['role'] for m in messages)}) to what the template accepts"
             ) from error

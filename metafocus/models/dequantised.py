@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from metafocus.errors import DataError
+from metafocus.errors import DataError, first_line
 from metafocus.files import sha256
 from metafocus.models import cache
 
@@ -55,8 +55,9 @@ def _write(path: Path, part: Path) -> None:
     print(f"{path.name} is dequantised into {part.parent}, once.", file=sys.stderr)
     try:
         model, tokenizer = _read(path, header)
-    except (ValueError, KeyError, RuntimeError, NotImplementedError, ImportError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    # An OSError, too: transformers raises it for a tokenizer that it cannot make.
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        reason = first_line(error)
         raise DataError(
             f"name_or_path={str(path)!r} cannot be loaded: transformers does not read this GGUF "
             f"file of architecture {_value(header, 'general.architecture')!r}: {reason.rstrip('.')}"
@@ -113,7 +114,10 @@ def _read(path: Path, header: Any) -> tuple[Any, Any]:
     )
     _restore_decimals(vars(model.config))
     _restore_splitting(tokenizer, _value(header, "tokenizer.ggml.pre"), path)
-    tokenizer.model_max_length = model.config.get_text_config().max_position_embeddings
+    # Models without attention, such as Mamba, have no longest input.
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None:
+        tokenizer.model_max_length = longest
     return model, tokenizer
 
 

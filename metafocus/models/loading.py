@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from metafocus.errors import DataError
+from metafocus.errors import DataError, first_line
 from metafocus.models import dequantised, smollm2
 
 if TYPE_CHECKING:
@@ -95,9 +95,9 @@ def _from_pretrained(name: str, kwargs: dict[str, Any]) -> tuple[PreTrainedModel
             "code. Save the model as safetensors."
         ) from error
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         place = "" if here else "it is not a directory on this machine, and on the hub: "
-        raise DataError(f"{failed}: {place}{reason.rstrip('.')}. {advice}.") from error
+        reason = first_line(error).rstrip(".")
+        raise DataError(f"{failed}: {place}{reason}. {advice}.") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
@@ -115,9 +115,8 @@ def load_tokenizer(name_or_path: str | Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise DataError(
-            f"the tokenizer name_or_path={name!r} cannot be loaded: {reason}"
+            f"the tokenizer name_or_path={name!r} cannot be loaded: {first_line(error)}"
         ) from error
 
 

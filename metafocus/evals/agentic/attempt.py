@@ -8,11 +8,11 @@ from typing import Any
 
 from metafocus.checks import whole
 from metafocus.errors import DataError
-from metafocus.evals.agentic.calls import tool_call
 from metafocus.evals.agentic.endpoints import Endpoint, Message, TooLong
 from metafocus.evals.agentic.letters import LETTERS, answer_letter
 from metafocus.evals.agentic.questions import Choice
 from metafocus.evals.agentic.sandbox import Ran
+from metafocus.evals.agentic.tool_calls import tool_call
 from metafocus.evals.thinking import split_thoughts
 
 Tool = Callable[[str], Ran]

@@ -21,6 +21,7 @@ from metafocus.evals.agentic import (
     evaluate,
     pass_at_k,
     play,
+    read_longbench,
     run_python,
     science,
 )
@@ -153,6 +154,29 @@ def test_a_tool_that_breaks_costs_one_call():
     attempt = play(Script(CODE, "Answer: B"), QUESTION, tool=broken)
     assert attempt.correct and attempt.runs == (None,)
     assert "no more processes" in attempt.messages[2]["content"]
+
+
+def test_a_tool_that_can_run_nothing_here_ends_the_trial():
+    def walled(code):
+        raise DataError("there is no wall")
+
+    with pytest.raises(DataError, match="no wall"):
+        play(Script(CODE, "Answer: B"), QUESTION, tool=walled)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"answer": ""}, {"answer": "AB"}, {"answer": "E"}, {"answer": None}, {"choice_C": None},
+     {"choice_C": " "}, {"context": None}, {"question": ""}],
+)  # fmt: skip
+def test_records_of_longbench_that_have_no_answer_or_no_text(tmp_path, change):
+    good = {"question": "?", **{f"choice_{x}": x for x in "ABCD"}, "answer": "B", "context": "c"}
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([good]))
+    assert read_longbench(path)[0].letter == "B"
+    path.write_text(json.dumps([good, {**good, **change}]))
+    with pytest.raises(DataError, match="record 2: "):
+        read_longbench(path)
 
 
 def test_without_a_tool_code_is_text():

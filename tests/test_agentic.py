@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 import torch
 from models import build
+from openai_server import serving
 
 from metafocus.data.tokenizer import train_tokenizer
 from metafocus.errors import DataError
@@ -23,6 +21,7 @@ from metafocus.evals.agentic import (
     evaluate,
     pass_at_k,
     play,
+    read_longbench,
     run_python,
     science,
 )
@@ -157,6 +156,29 @@ def test_a_tool_that_breaks_costs_one_call():
     assert "no more processes" in attempt.messages[2]["content"]
 
 
+def test_a_tool_that_can_run_nothing_here_ends_the_trial():
+    def walled(code):
+        raise DataError("there is no wall")
+
+    with pytest.raises(DataError, match="no wall"):
+        play(Script(CODE, "Answer: B"), QUESTION, tool=walled)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"answer": ""}, {"answer": "AB"}, {"answer": "E"}, {"answer": None}, {"choice_C": None},
+     {"choice_C": " "}, {"context": None}, {"question": ""}],
+)  # fmt: skip
+def test_records_of_longbench_that_have_no_answer_or_no_text(tmp_path, change):
+    good = {"question": "?", **{f"choice_{x}": x for x in "ABCD"}, "answer": "B", "context": "c"}
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([good]))
+    assert read_longbench(path)[0].letter == "B"
+    path.write_text(json.dumps([good, {**good, **change}]))
+    with pytest.raises(DataError, match="record 2: "):
+        read_longbench(path)
+
+
 def test_without_a_tool_code_is_text():
     attempt = play(Script(CODE + "\nAnswer: B"), QUESTION)
     assert attempt.correct and attempt.calls == 0
@@ -270,59 +292,34 @@ def test_local_replies(local):
         LocalEndpoint(model, tokenizer, thinking=5)
 
 
-@contextlib.contextmanager
-def server(status, body):
-    """A server on the loopback that answers everything alike; yields its URL and what it got."""
-    got = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            text = self.rfile.read(int(self.headers["Content-Length"]))
-            got.append((self.path, self.headers.get("Authorization"), json.loads(text)))
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *args):
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Handler) as http:
-        thread = threading.Thread(target=http.serve_forever, args=(0.02,))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{http.server_port}/v1/", got
-        finally:
-            http.shutdown()
-            thread.join()
-
-
-def test_a_server(monkeypatch):
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    body = json.dumps({"choices": [{"message": {"content": "Answer: B"}}]}).encode()
-    with server(200, body) as (url, got):
+def test_a_server():
+    with serving(lambda body, i: "Answer: B") as server:
+        url = f"{server.url}/"
         endpoint = HTTPEndpoint(url, "small", temperature=0.5, new_tokens=9, key="k-1")
         assert play(endpoint, QUESTION, seed=2**40).correct
-    path, authorization, asked = got[0]
-    assert path == "/v1/chat/completions" and authorization == "Bearer k-1"
+    assert server.heads == [("/v1/chat/completions", "Bearer k-1")]
+    (asked,) = server.bodies
     assert 0 <= asked.pop("seed") < 2**31
     assert asked.pop("messages")[0]["role"] == "user"
     assert asked == {"model": "small", "temperature": 0.5, "max_tokens": 9}
     assert "k-1" not in repr(endpoint)
     chat = [{"role": "user", "content": "?"}]
     quick = {"retries": 2, "wait": 0.01}
-    with server(503, b"busy") as (url, got):
+    with serving(lambda body, i: (503, "busy")) as server:
         with pytest.raises(DataError, match=r"answers 503: busy \(3 tries\)"):
-            HTTPEndpoint(url, "m", **quick)(chat, seed=0)
-        assert len(got) == 3
-    with server(401, b"no key") as (url, got):
+            HTTPEndpoint(server.url, "m", **quick)(chat, seed=0)
+        assert len(server.bodies) == 3
+    with serving(lambda body, i: (401, "no key")) as server:
         with pytest.raises(DataError, match="answers 401: no key"):
-            HTTPEndpoint(url, "m", **quick)(chat, seed=0)
-        assert len(got) == 1  # it would be refused again
-    for body in (b"<html>", b"[]", b'{"choices": []}'):
-        with server(200, body) as (url, _), pytest.raises(DataError, match="does not answer as"):
-            HTTPEndpoint(url, "m", **quick)(chat, seed=0)
-    with server(200, b'{"choices": [{"message": {"content": null}}]}') as (url, _):
-        assert HTTPEndpoint(url, "m")(chat, seed=0) == ""
+            HTTPEndpoint(server.url, "m", **quick)(chat, seed=0)
+        assert len(server.bodies) == 1  # it would be refused again
+    for text in ("<html>", "[]", '{"choices": []}', '{"choices": [{"message": {}}]}'):
+        with (
+            serving(lambda body, i, text=text: (200, text)) as server,
+            pytest.raises(DataError, match="does not answer as"),
+        ):
+            HTTPEndpoint(server.url, "m", **quick)(chat, seed=0)
+    with serving(lambda body, i: {"content": None}) as server:
+        assert HTTPEndpoint(server.url, "m")(chat, seed=0) == ""
     with pytest.raises(DataError, match="cannot be reached"):
         HTTPEndpoint(url, "m", timeout=5, **quick)(chat, seed=0)

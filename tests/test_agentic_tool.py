@@ -365,6 +365,43 @@ def test_a_killed_evaluation_leaves_no_program_running(way, tmp_path):
     process.wait()
     process.stdout.close()
     assert gone(tmp_path)
+    # Its directory stays, and the next evaluation removes it.
+    (left,) = tmp_path.iterdir()
+    folders.remove_left.__wrapped__(str(tmp_path))
+    assert not left.exists()
+
+
+def test_only_directories_that_nobody_uses_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(folders.tempfile, "tempdir", str(tmp_path))
+    left, other = tmp_path / "metafocus-tool-left", tmp_path / "other"
+    for folder in (left, other):
+        (folder / "inner").mkdir(parents=True)
+    link = tmp_path / "metafocus-tool-link"
+    link.symlink_to(other)
+    with folders.temporary() as first:
+        assert not left.exists()
+        left.mkdir()  # from now on this process looks no more
+        with folders.temporary() as second:
+            # Another evaluation starts; a lock also counts within one process.
+            folders.remove_left.__wrapped__(str(tmp_path))
+            assert Path(first).is_dir() and Path(second).is_dir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metafocus-tool-link", "other"]
+    assert (other / "inner").is_dir()
+
+
+def test_a_directory_that_is_removed_before_its_lock_is_replaced(tmp_path, monkeypatch):
+    monkeypatch.setattr(folders.tempfile, "tempdir", str(tmp_path))
+    real, made = folders.tempfile.mkdtemp, []
+
+    def unlucky(**options):
+        made.append(real(**options))
+        if len(made) == 1:
+            folders.remove_left.__wrapped__(str(tmp_path))
+        return made[-1]
+
+    monkeypatch.setattr(folders.tempfile, "mkdtemp", unlucky)
+    with folders.temporary() as folder:
+        assert folder == made[1] and Path(folder).is_dir() and not Path(made[0]).exists()
 
 
 def test_an_interrupted_evaluation_leaves_no_program_behind(way, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 from answer_forms import FORMS
 
 from metafocus.evals.agentic import answer_letter
-from metafocus.evals.agentic.calls import Call, tool_call
+from metafocus.evals.agentic.tool_calls import Call, tool_call
 from metafocus.evals.thinking import split_thoughts
 
 

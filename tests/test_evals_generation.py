@@ -191,6 +191,11 @@ def test_the_first_token_of_a_base_model_is_the_tokenizers_own():
     bos = ("<|im_start|>", bare.bos_token_id)
     bare.backend_tokenizer.post_processor = TemplateProcessing("<|im_start|> $A", None, [bos])
     assert encode("a text", bare) == [bare.bos_token_id, *bare.encode("a text")[1:]]
+    plain = bare.encode("a text")[1:]
+    eos = (bare.eos_token, bare.eos_token_id)
+    bare.bos_token = "<|a begin|>"
+    bare.backend_tokenizer.post_processor = TemplateProcessing(f"$A {eos[0]}", None, [eos])
+    assert bare.encode("") == [bare.eos_token_id] and encode("a text", bare) == plain
 
 
 @pytest.mark.parametrize("template", [QWEN, ALWAYS])

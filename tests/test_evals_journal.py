@@ -6,6 +6,8 @@ import json
 import os
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from metafocus.errors import DataError
 from metafocus.evals.asking import ask_all
@@ -114,6 +116,30 @@ def test_a_model_is_known_by_its_files(tmp_path):
     weights.write_bytes(bytes(10_000_001))
     assert fingerprint(tmp_path) != before
     assert fingerprint(tmp_path / "none") is None
+
+
+def test_training_that_changes_one_small_tensor_is_noticed(tmp_path):
+    """Also one that lies between two of the blocks at equal distances."""
+    sizes = {f"t{i}": 100_003 for i in range(40)} | {f"u{i}": 5 for i in range(40)}
+    weights = {name: torch.zeros(size) for name, size in sizes.items()}
+    save_file(weights, tmp_path / "model.safetensors")
+    found = {fingerprint(tmp_path)}
+    for weight in weights.values():
+        weight += 1
+        save_file(weights, tmp_path / "model.safetensors")
+        found.add(fingerprint(tmp_path))
+    assert len(found) == 1 + len(weights)
+
+
+def test_the_lock_of_the_next_evaluation_stays(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    first = Journal(path, {})
+    with first:
+        pass
+    with Journal(path, {}):
+        first.close()  # once more: it holds nothing
+        with pytest.raises(DataError, match="being written by another"), Journal(path, {}):
+            pass
 
 
 @pytest.mark.parametrize("concurrency", [1, 3])

@@ -13,15 +13,11 @@ from metafocus.data.tokenizer import train_tokenizer
 from metafocus.errors import DataError
 from metafocus.evals import babilong, builtin_prose, ruler
 from metafocus.evals.agentic import HTTPEndpoint, TooLong, evaluate, play, run_python, science
+from metafocus.evals.agentic.long_answers import endpoint_answers
+from metafocus.evals.agentic.tool_calls import tool_call
 
 CHAT = [{"role": "user", "content": "?"}]
 QUICK = {"retries": 3, "wait": 0.01}
-
-
-@pytest.fixture(autouse=True)
-def _no_proxy(monkeypatch):
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +34,34 @@ def test_a_busy_server_is_asked_again():
         assert len(server.bodies) == 4
     with serving(lambda body, i: (200, "{") if i < 2 else "good") as server:  # cut off
         assert HTTPEndpoint(server.url, "m", **QUICK)(CHAT, seed=0) == "good"
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        b'HTTP/1.0 200 OK\r\nContent-Length: 999\r\n\r\n{"choices": [',  # it stopped in between
+        b"HTTP/1.0 503 Busy\r\nContent-Length: 999\r\n\r\nbus",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nfff\r\n{",
+        b"",
+        b"not HTTP at all\r\n\r\n",
+        b"HTTP/1.0 200 OK\r\nX: " + b"x" * 70_000 + b"\r\n\r\n",
+    ],
+)
+def test_a_reply_that_breaks_off_is_asked_for_again(broken):
+    with serving(lambda body, i: broken if i < 2 else "good") as server:
+        assert HTTPEndpoint(server.url, "m", **QUICK)(CHAT, seed=0) == "good"
+    with serving(lambda body, i: broken) as server, pytest.raises(DataError, match="4 tries"):
+        HTTPEndpoint(server.url, "m", **QUICK)(CHAT, seed=0)
+
+
+@pytest.mark.parametrize("status", [301, 302, 303])
+def test_the_key_does_not_follow_to_another_server(status):
+    with serving(lambda body, i: "stolen") as other:
+        moved = f"HTTP/1.0 {status} Moved\r\nLocation: {other.url}\r\n\r\n".encode()
+        with serving(lambda body, i: moved) as server, pytest.raises(DataError):
+            HTTPEndpoint(server.url, "m", key="k-1", **QUICK)(CHAT, seed=0)
+    assert server.heads[0][1] == "Bearer k-1"
+    assert {key for _, key in other.heads} == {None} and other.bodies == []
 
 
 def test_waits_double_and_follow_the_server(monkeypatch):
@@ -81,6 +105,14 @@ def test_one_chat_that_is_too_long_does_not_stop_an_evaluation():
     assert trial.summary()["ended"] == {"answered": 59, "too long": 1}
 
 
+def test_a_prompt_that_is_too_long_has_an_empty_answer(tokenizer):
+    items = babilong.generate(ruler_count(tokenizer), task="qa4", length=0, n=3)
+    kept = {}
+    with serving(lambda body, i: (400, "maximum context length") if i == 1 else "east") as server:
+        endpoint_answers(HTTPEndpoint(server.url, "m"), items, kept.update)
+    assert kept == {0: "east", 1: "", 2: "east"}
+
+
 def test_native_calls_and_reasoning_become_text():
     call = {"function": {"name": "python", "arguments": '{"code": "print(40 + 2)"}'}}
     first = {"content": None, "tool_calls": [call, call], "reasoning_content": "Answer: D"}
@@ -90,6 +122,10 @@ def test_native_calls_and_reasoning_become_text():
         assert [m["role"] for m in server.bodies[1]["messages"]] == ["user", "assistant", "user"]
     assert attempt.correct and attempt.calls == 1 and attempt.thoughts == ("Answer: D", "")
     assert attempt.messages[2]["content"] == "Output:\n42\n"
+    del first["content"], first["reasoning_content"]  # as text-generation-inference sends it
+    with serving(lambda body, i: first) as server:
+        reply = HTTPEndpoint(server.url, "m")(CHAT, seed=0)
+    assert reply.startswith("<tool_call>") and tool_call(reply).code == "print(40 + 2)"
 
 
 def test_requests_at_the_same_time_give_the_same_result():

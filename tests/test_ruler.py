@@ -184,6 +184,7 @@ def test_qa(tmp_path):
     squad = {"data": [{"paragraphs": [{"context": "It is a.", "qas": [
         {"question": "Q?", "answers": [{"text": "a"}, {"text": "a"}]},
         {"question": "R?", "answers": [], "is_impossible": True},
+        {"question": "S?", "answers": [{"text": " "}]},
     ]}]}]}  # fmt: skip
     (tmp_path / "squad.json").write_text(json.dumps(squad))
     hotpot = [{"question": "Q?", "answer": "a", "supporting_facts": [["T", 0]],
@@ -256,7 +257,14 @@ def test_squad_fills_with_the_same_article_first(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ['{"question": "Q?"}', "{", '{"question": "Q", "answers": "a", "documents": ["d"]}', ""]
+    "text",
+    [
+        '{"question": "Q?"}',
+        "{",
+        '{"question": "Q", "answers": "a", "documents": ["d"]}',
+        '{"question": "Q", "answers": [" "], "documents": ["d"]}',
+        "",
+    ],
 )
 def test_bad_questions(tmp_path, text):
     (tmp_path / "bad.jsonl").write_text(text)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
+from typing import BinaryIO
 
 _NAMES = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model")
 _BLOCK, _BLOCKS = 1 << 16, 32
+_START = 1 << 12  # bytes of each tensor
 
 
 def fingerprint(name_or_path: str | Path) -> str | None:
     """Return a digest of the model's files, or None if it is not a directory on this machine.
 
-    Of each file it reads up to 32 blocks of 64 KiB at equal distances, so a model of any size takes
-    less than a second. Training changes every block of the weights that it changes.
+    Of each file it reads up to 33 blocks of 64 KiB at equal distances, and of safetensors also the
+    first 4 KiB of each tensor, because training may change a few small tensors only. So it does not
+    read all of a large model.
 
     Example:
         >>> import tempfile
@@ -36,4 +40,18 @@ def fingerprint(name_or_path: str | Path) -> str | None:
             for at in range(0, size, max(_BLOCK, size // _BLOCKS)):
                 file.seek(at)
                 found.update(file.read(_BLOCK))
+            for at in _tensors(file, size) if path.suffix == ".safetensors" else ():
+                file.seek(at)
+                found.update(file.read(_START))
     return found.hexdigest()[:16]
+
+
+def _tensors(file: BinaryIO, size: int) -> list[int]:
+    """Return where the tensors of a safetensors file begin; none if it is no such file."""
+    file.seek(0)
+    header = int.from_bytes(file.read(8), "little")
+    try:
+        table = json.loads(file.read(header)) if header < size else {}
+        return [8 + header + row["data_offsets"][0] for row in table.values() if "dtype" in row]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return []

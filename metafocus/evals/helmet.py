@@ -11,8 +11,8 @@ import random
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from metafocus.evals.draft import Draft, Plan, questions
 from metafocus.evals.items import Count, Item, check_request, counter
-from metafocus.evals.ruler.draft import Draft, Plan, fitted
 from metafocus.evals.ruler.words import uuids
 
 if TYPE_CHECKING:
@@ -53,18 +53,12 @@ def generate(
         True
     """
     check_request(TASKS, task, length, n)
+
+    def plan(i: int) -> Plan:
+        return _plan(random.Random(f"helmet {length} {seed} {i}"), (i % DEPTHS) / (DEPTHS - 1))
+
     count = counter(tokenizer)
-    return [
-        fitted(
-            count,
-            _plan(random.Random(f"helmet {length} {seed} {i}"), (i % DEPTHS) / (DEPTHS - 1)),
-            suite="helmet",
-            task=task,
-            length=length,
-            new=NEW_TOKENS,
-        )[0]
-        for i in range(n)
-    ]
+    return questions(count, plan, suite="helmet", task=task, length=length, n=n, new=NEW_TOKENS)
 
 
 def _plan(rng: random.Random, depth: float) -> Plan:

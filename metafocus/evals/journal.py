@@ -101,9 +101,11 @@ class Journal:
         if self._file is not None:
             self._file.close()
             self._file = None
-        self._lock.release()
-        with contextlib.suppress(OSError):
-            Path(self._lock.lock_file).unlink(missing_ok=True)
+        if self._lock.is_locked:
+            # While it is held: the next evaluation makes a file of its own.
+            with contextlib.suppress(OSError):
+                Path(self._lock.lock_file).unlink(missing_ok=True)
+            self._lock.release()
 
     def _open(self) -> None:
         records, whole = _read(self.path)

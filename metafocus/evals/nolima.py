@@ -10,9 +10,9 @@ import random
 import re
 from typing import TYPE_CHECKING
 
+from metafocus.evals.draft import Draft, Plan, hide, questions
 from metafocus.evals.items import Count, Item, check_request, counter
 from metafocus.evals.prose import Prose, builtin_prose
-from metafocus.evals.ruler.draft import Draft, Plan, fitted, hide
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,22 +89,16 @@ def generate(
         set()
     """
     check_request(TASKS, task, length, n)
-    count = counter(tokenizer)
     words = {word for row in PLACES for name in row for word in (name, *name.split())}
     noise = (builtin_prose() if prose is None else prose).without(
         sorted({*NAMES, *(word for word in words if word[:1].isupper())})
     )
-    return [
-        fitted(
-            count,
-            _plan(random.Random(f"nolima {task} {length} {seed} {i}"), task, noise),
-            suite="nolima",
-            task=task,
-            length=length,
-            new=NEW_TOKENS,
-        )[0]
-        for i in range(n)
-    ]
+
+    def plan(i: int) -> Plan:
+        return _plan(random.Random(f"nolima {task} {length} {seed} {i}"), task, noise)
+
+    count = counter(tokenizer)
+    return questions(count, plan, suite="nolima", task=task, length=length, n=n, new=NEW_TOKENS)
 
 
 def _plan(rng: random.Random, task: str, noise: Prose) -> Plan:

@@ -64,9 +64,10 @@ def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     A template already contains the special tokens. For a base model the tokenizer adds them.
     """
     ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
-    if tokenizer.chat_template is None and tokenizer.bos_token_id is not None:
-        return [*tokenizer.encode("")[:1], *ids] if tokenizer.encode("") else ids
-    return ids
+    if tokenizer.chat_template is not None:
+        return ids
+    first = tokenizer.encode("")[:1]  # it may also be the token of the end
+    return [*first, *ids] if first == [tokenizer.bos_token_id] else ids
 
 
 def answer_text(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:

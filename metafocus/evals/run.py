@@ -14,7 +14,7 @@ from metafocus.checks import whole
 from metafocus.errors import DataError
 from metafocus.evals.items import Count, Item
 from metafocus.evals.positions import check_positions, positions
-from metafocus.evals.prompts import answer_text, chat_text, prefix_text, said
+from metafocus.evals.prompts import chat_text, prefix_text, said
 from metafocus.evals.prompts import encode as _encode
 from metafocus.evals.thinking import CLOSE
 from metafocus.lm.generation import prefilled
@@ -216,22 +216,6 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
     own = getattr(config, "eos_token_id", None)
     own = own if isinstance(own, list) else [own]
     return sorted({i for i in [*own, tokenizer.eos_token_id] if isinstance(i, int)})
-
-
-def sample(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    ids: Sequence[int],
-    new: int,
-    temperature: float,
-    *,
-    top_p: float = 1.0,
-    seed: int = 0,
-) -> str:
-    """Return one continuation of a prompt as text, greedy if the temperature is 0."""
-    ends = end_tokens(model, tokenizer)
-    found = sample_tokens(model, ids, new, temperature, ends=ends, top_p=top_p, seed=seed)
-    return answer_text(found, tokenizer)
 
 
 def sample_tokens(

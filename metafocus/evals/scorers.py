@@ -119,7 +119,7 @@ def _hits(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> list[l
 
 
 def _hit(output: str, reference: str) -> bool:
-    if not reference:
+    if not reference.strip():
         raise DataError("an empty reference occurs in every output: give the expected text")
     return reference.lower() in output.lower()
 

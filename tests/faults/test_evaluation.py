@@ -21,12 +21,6 @@ from metafocus.models import small
 EVAL = (sys.executable, "-m", "metafocus", "eval")
 
 
-@pytest.fixture(autouse=True)
-def _no_proxy(monkeypatch):
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-
-
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
@@ -170,13 +164,13 @@ def test_a_full_disk_keeps_what_was_answered(tmp_path):
     disk, copy = tmp_path / "disk", tmp_path / "copy.jsonl"
     disk.mkdir()
     mount = f"mount -t tmpfs -o size=64k none {disk}"
-    probe = subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True)
-    if shutil.which("unshare") is None or probe.returncode:
+    start = ["unshare", "-rm", "sh", "-c"]
+    if shutil.which("unshare") is None or subprocess.run([*start, mount]).returncode:
         pytest.skip("this kernel lets users mount no disk of their own")
     code = (
         f"{mount} && {sys.executable} -c '{FULL}' {disk}/answers.jsonl && cp {disk}/*.jsonl {copy}"
     )
-    done = subprocess.run(["unshare", "-rm", "sh", "-c", code], capture_output=True, text=True)
+    done = subprocess.run([*start, code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     failed_at = int(done.stdout.split()[0])
     assert failed_at > 5 and "No space left" in done.stdout

@@ -7,12 +7,12 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from metafocus.checks import whole
-from metafocus.errors import DataError
-from metafocus.evals.agentic.calls import tool_call
+from metafocus.errors import DataError, MetafocusError
 from metafocus.evals.agentic.endpoints import Endpoint, Message, TooLong
 from metafocus.evals.agentic.letters import LETTERS, answer_letter
 from metafocus.evals.agentic.questions import Choice
 from metafocus.evals.agentic.sandbox import Ran
+from metafocus.evals.agentic.tool_calls import tool_call
 from metafocus.evals.thinking import split_thoughts
 
 Tool = Callable[[str], Ran]
@@ -77,7 +77,7 @@ def play(
         seed: the seed of this trial; each reply gets a seed of its own.
 
     Raises:
-        DataError: if `calls` is negative.
+        DataError: if `calls` is negative, or if the tool raises it because it can run nothing here.
 
     Example:
         >>> from metafocus.evals.agentic import Choice, play
@@ -138,6 +138,8 @@ def _run(tool: Tool, code: str) -> tuple[Ran | None, str]:
     """Run a program; a tool that breaks costs one call and not the evaluation."""
     try:
         ran = tool(code)
+    except MetafocusError:
+        raise  # it can run no program at all, such as without a wall
     except Exception as error:
         return None, f"The tool failed ({type(error).__name__}: {error!s:.200})."
     return ran, f"Output:\n{ran.text}"

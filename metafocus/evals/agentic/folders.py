@@ -1,8 +1,13 @@
-"""The directory of a program: its size while it runs, and its removal whatever is in it."""
+"""The directory of a program: its size while it runs, and its removal whatever is in it.
+
+A directory is locked for as long as its evaluation lives. The system frees the lock of a process
+that was killed, so the next evaluation finds the directories that were left, and removes them.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import stat
@@ -10,17 +15,52 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+_PREFIX = "metafocus-tool-"
 _LONGEST = 3000
 
 
 @contextlib.contextmanager
 def temporary() -> Iterator[str]:
     """Yield a new directory that only this user can open, and remove it at the end."""
-    folder = tempfile.mkdtemp(prefix="metafocus-tool-")
+    remove_left(tempfile.gettempdir())
+    folder, lock = _locked()
     try:
         yield folder
     finally:
         remove(folder)
+        os.close(lock)
+
+
+@functools.cache
+def remove_left(place: str) -> None:
+    """Remove, once per process, the directories of this user whose evaluation was killed."""
+    import fcntl  # not on Windows, where this module is imported too
+
+    for folder in Path(place).glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                if os.fstat(lock).st_uid == os.geteuid():
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    remove(str(folder))
+            finally:
+                os.close(lock)
+
+
+def _locked() -> tuple[str, int]:
+    """Return a new directory and the descriptor that holds its lock."""
+    import fcntl
+
+    while True:
+        folder = tempfile.mkdtemp(prefix=_PREFIX)
+        # Until it is locked, another evaluation may take it for a left one and remove it.
+        with contextlib.suppress(FileNotFoundError):
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if os.path.isdir(folder):
+                return folder, lock
+            os.close(lock)
 
 
 def remove(folder: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import re
 import time
@@ -103,14 +105,16 @@ class HTTPEndpoint:
 
     def _post(self, body: dict[str, Any]) -> Any:
         headers = {"Content-Type": "application/json"}
-        if self.key is not None:
-            headers["Authorization"] = f"Bearer {self.key}"
         request = urllib.request.Request(self._address, json.dumps(body).encode(), headers)
+        if self.key is not None:
+            # The key must not follow a redirection to another server.
+            request.add_unredirected_header("Authorization", f"Bearer {self.key}")
         try:
             with urllib.request.urlopen(request, timeout=self.timeout) as response:
                 return json.load(response)
         except urllib.error.HTTPError as error:
-            with error:
+            told = ""
+            with error, contextlib.suppress(OSError, http.client.HTTPException):
                 told = error.read(2000).decode("utf-8", "replace")
             if error.code in (400, 413, 422) and _TOO_LONG.search(told):
                 raise TooLong(f"url={self._address!r}: {told:.300}") from error
@@ -118,7 +122,7 @@ class HTTPEndpoint:
             if error.code in _AGAIN:
                 raise _Again(reason, _seconds(error.headers.get("Retry-After"))) from error
             raise DataError(reason) from error
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             raise _Again(f"url={self._address!r} cannot be reached: {error}") from error
         except ValueError as error:
             raise _Again(
@@ -147,8 +151,10 @@ def _text(message: dict[str, Any]) -> str:
     """Return the reply as the model wrote it: with its reasoning and its first call of a tool."""
     thought = message.get("reasoning_content") or message.get("reasoning")
     parts = [f"{OPEN}{thought}{CLOSE}"] if isinstance(thought, str) else []
-    parts.append(message["content"] or "")
-    for call in (message.get("tool_calls") or [])[:1]:
+    calls = message.get("tool_calls") or []
+    # Some servers leave the content out of a message that calls a tool.
+    parts.append((message.get("content") if calls else message["content"]) or "")
+    for call in calls[:1]:
         made = call["function"]
         value = {"name": made["name"], "arguments": made["arguments"]}
         parts.append(f"<tool_call>{json.dumps(value)}</tool_call>")

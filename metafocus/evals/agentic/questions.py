@@ -8,12 +8,14 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from metafocus.errors import DataError
 from metafocus.evals.agentic.letters import LETTERS
 
 COLUMNS = ("Question", "Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3)))
 """The columns of GPQA's files that are read."""
+_LONGBENCH = ("question", *(f"choice_{letter}" for letter in "ABCD"), "context")
 
 
 @dataclass(frozen=True)
@@ -121,15 +123,15 @@ def read_longbench(path: str | Path) -> list[Choice]:
         else:
             records = [json.loads(line) for line in text.split("\n") if line.strip()]
         for record in records:
-            choices = tuple(str(record[f"choice_{letter}"]) for letter in "ABCD")
+            question, *choices, context = (_text(record, name) for name in _LONGBENCH)
             groups = (record.get(name) for name in ("domain", "difficulty", "length"))
             found.append(
                 Choice(
-                    str(record["question"]),
-                    choices,
-                    "ABCD".index(record["answer"]),
+                    question,
+                    tuple(choices),
+                    ("A", "B", "C", "D").index(record["answer"]),
                     " / ".join(str(group) for group in groups if group),
-                    str(record["context"]),
+                    context,
                 )
             )
     except (KeyError, TypeError, ValueError) as error:
@@ -140,3 +142,9 @@ def read_longbench(path: str | Path) -> list[Choice]:
     if not found:
         raise DataError(f"path={str(path)!r} holds no questions")
     return found
+
+
+def _text(record: dict[str, Any], name: str) -> str:
+    if not isinstance(record[name], str) or not record[name].strip():
+        raise ValueError(f"{name!r} is empty or no text")
+    return record[name]

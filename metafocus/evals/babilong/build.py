@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from metafocus.evals.babilong.instructions import RULES
 from metafocus.evals.babilong.simulator import tell
 from metafocus.evals.babilong.story import Story
 from metafocus.evals.babilong.worlds import TASKS, World
+from metafocus.evals.draft import hide
 from metafocus.evals.fit import largest
 from metafocus.evals.items import Count, Item, check_request, counter
 from metafocus.evals.prose import Prose, builtin_prose
@@ -92,12 +94,14 @@ def _item(
     start = noise.place(rng) if noise else 0
     limit = length - NEW_TOKENS
     story = _fitting_story(count, task, limit if noise else None, name, heading, world)
-    depths = sorted(low + (high - low) * rng.random() for _ in story.facts)
+    draws = sorted(low + (high - low) * rng.random() for _ in story.facts)
 
-    def assemble(n: int, words: int = 0) -> tuple[str, list[tuple[int, int]], int]:
+    def assemble(
+        n: int, words: int = 0
+    ) -> tuple[str, tuple[tuple[int, int], ...], tuple[float, ...]]:
         sentences = noise.stretch(start, n + 1) if noise else []
         last = " ".join(sentences[n].split()[:words]) if words else ""
-        return _prompt(heading, story, [*sentences[:n], *([last] if last else [])], depths)
+        return _prompt(heading, story, [*sentences[:n], *([last] if last else [])], draws)
 
     n = words = 0
     if noise is not None:
@@ -105,9 +109,7 @@ def _item(
         n = fitting or 0
         most = len(noise.stretch(start + n, 1)[0].split()) - 1
         words = largest(lambda k: count(assemble(n, k)[0]), limit, most=most) or 0
-    prompt, spans, size = assemble(n, words)
-    begin = len(heading)
-    evidence = tuple(spans[i] for i in story.supports)
+    prompt, spans, depths = assemble(n, words)
     return Item(
         suite="babilong",
         task=task,
@@ -117,8 +119,8 @@ def _item(
         answer=story.sentence,
         references=(story.answer,),
         new_tokens=NEW_TOKENS,
-        evidence=evidence,
-        depths=tuple((a - begin) / size for a, _ in evidence),
+        evidence=tuple(spans[i] for i in story.supports),
+        depths=tuple(depths[i] for i in story.supports),
         labels=world.labels(task),
     )
 
@@ -143,30 +145,13 @@ def _fitting_story(
 
 
 def _prompt(
-    heading: str, story: Story, sentences: list[str], depths: list[float]
-) -> tuple[str, list[tuple[int, int]], int]:
-    """Return the prompt, the spans of the facts in it, and the length of the context."""
+    heading: str, story: Story, sentences: Sequence[str], draws: Sequence[float]
+) -> tuple[str, tuple[tuple[int, int], ...], tuple[float, ...]]:
+    """Return the prompt, and the spans and depths of the facts in it."""
     gaps = len(sentences) + 1
-    slots = [min(int(depth * gaps), gaps - 1) for depth in depths]
-    pieces: list[str] = []
-    spans: list[tuple[int, int]] = []
-    at, done = len(heading), 0
-
-    def add(piece: str) -> None:
-        nonlocal at
-        pieces.append(piece)
-        at += len(piece) + 1
-
-    for fact, slot in zip(story.facts, slots, strict=True):
-        for sentence in sentences[done:slot]:
-            add(sentence)
-        done = slot
-        spans.append((at, at + len(fact)))
-        add(fact)
-    for sentence in sentences[done:]:
-        add(sentence)
-    context = " ".join(pieces)
-    return f"{heading}{context}\n</context>\n\nQuestion: {story.question}", spans, len(context)
+    slots = [min(int(draw * gaps), gaps - 1) for draw in draws]
+    text, spans, depths = hide(heading, sentences, story.facts, slots, " ")
+    return f"{text}\n</context>\n\nQuestion: {story.question}", spans, depths
 
 
 @lru_cache(maxsize=32)

@@ -9,10 +9,10 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from metafocus.errors import DataError
+from metafocus.evals.draft import Plan, fitted
 from metafocus.evals.items import Count, Item, check_request, counter
 from metafocus.evals.prose import Prose, builtin_prose, builtin_words
 from metafocus.evals.ruler import frequency, niah, qa, tracking
-from metafocus.evals.ruler.draft import Plan, fitted
 from metafocus.evals.ruler.words import word_keys
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import islice
 
 from metafocus.errors import DataError
-from metafocus.evals.ruler.draft import Draft, Plan
+from metafocus.evals.draft import Draft, Plan
 from metafocus.evals.ruler.words import letters
 
 COMMON = 10

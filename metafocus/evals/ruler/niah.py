@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
+from metafocus.evals.draft import Draft, Plan, hide, listed
 from metafocus.evals.prose import Prose
-from metafocus.evals.ruler.draft import Draft, Plan, hide, listed
 from metafocus.evals.ruler.words import ADJECTIVES, NOISE, NOUNS, numbers, uuids, word_keys
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from metafocus.errors import DataError
-from metafocus.evals.ruler.draft import Draft, Plan
+from metafocus.evals.draft import Draft, Plan
 
 # Said before and after the documents, as published.
 _ASK = "Answer the question from the documents, in a few words and without any other text."
@@ -70,7 +70,11 @@ def _plain(record: dict[str, Any]) -> Question:
     related, supporting = record.get("related", []), record.get("supporting", [])
     for name, row in (("answers", answers), ("documents", documents), ("related", related)):
         empty = not row and name != "related"
-        if not isinstance(row, list) or empty or not all(isinstance(x, str) and x for x in row):
+        if (
+            not isinstance(row, list)
+            or empty
+            or not all(isinstance(x, str) and x.strip() for x in row)
+        ):
             raise ValueError(f"{name}={row!r:.80} is not a list of strings")
     if not all(isinstance(i, int) and 0 <= i < len(documents) for i in supporting):
         raise ValueError(f"supporting={supporting!r:.80} are not numbers of documents")
@@ -86,7 +90,8 @@ def _squad(data: dict[str, Any]) -> Iterator[Question]:
             own = paragraph["context"]
             related = tuple(context for context in every if context != own)
             for qa in paragraph["qas"]:
-                answers = tuple(dict.fromkeys(answer["text"] for answer in qa["answers"]))
+                texts = [answer["text"] for answer in qa["answers"]]
+                answers = tuple(dict.fromkeys(text for text in texts if text.strip()))
                 if answers and not qa.get("is_impossible"):
                     yield Question(qa["question"], answers, (own,), related=related)
 

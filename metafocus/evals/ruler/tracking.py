@@ -7,9 +7,9 @@ import string
 from collections.abc import Sequence
 from itertools import islice
 
+from metafocus.evals.draft import Draft, Plan, hide, listed
 from metafocus.evals.fit import largest
 from metafocus.evals.items import Count
-from metafocus.evals.ruler.draft import Draft, Plan, hide, listed
 from metafocus.evals.ruler.words import NOISE, letters
 
 CHAINS, HOPS = 1, 4  # the published settings

@@ -1,4 +1,4 @@
-"""A question of RULER with n units of noise, and needles hidden at known places."""
+"""A question with n units of noise around it, and needles hidden at known places."""
 
 from __future__ import annotations
 
@@ -58,6 +58,26 @@ def fitted(
     return Item(suite=suite, task=task, length=length, new_tokens=new, **found), n
 
 
+def questions(
+    count: Count,
+    plan: Callable[[int], Plan],
+    *,
+    suite: str,
+    task: str,
+    length: int,
+    n: int,
+    new: int,
+) -> list[Item]:
+    """Return n questions that fit into a length; question i is made by `plan(i)`.
+
+    Raises:
+        DataError: if a question does not fit even with the least noise.
+    """
+    return [
+        fitted(count, plan(i), suite=suite, task=task, length=length, new=new)[0] for i in range(n)
+    ]
+
+
 def hide(
     heading: str, units: Sequence[str], needles: Sequence[str], slots: Sequence[int], gap: str
 ) -> tuple[str, tuple[tuple[int, int], ...], tuple[float, ...]]:
@@ -66,7 +86,7 @@ def hide(
     Spans and depths are in the order of the needles. Needles in one slot keep their order.
 
     Example:
-        >>> from metafocus.evals.ruler.draft import hide
+        >>> from metafocus.evals.draft import hide
         >>> hide("H: ", ["a", "b"], ["x"], [1], " ")
         ('H: a x b', ((5, 6),), (0.4,))
     """

@@ -42,7 +42,7 @@ def tool_call(reply: str) -> Call | None:
     another tool is returned without code, so that it is counted.
 
     Example:
-        >>> from metafocus.evals.agentic.calls import tool_call
+        >>> from metafocus.evals.agentic.tool_calls import tool_call
         >>> tool_call("Let me see.\n  ```python3\n  print(1)\n  ```\nDone.").code
         'print(1)'
     """

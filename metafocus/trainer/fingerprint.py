@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from metafocus.errors import DataError
+from metafocus.lm.hf.attention import attention_name
 from metafocus.trainer.config import FocusOptions
 
 RUN = "metafocus_run.json"
@@ -51,7 +52,7 @@ def fingerprint(
     """
     settings = {**args.to_dict(), **asdict(focus)}
     kept = {name: value for name, value in settings.items() if not _FREE.fullmatch(name)}
-    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    attention = attention_name(model)
     sizes = [p.numel() for p in model.parameters() if p.requires_grad]
     kept |= {
         # Where an object lies in memory differs from process to process.

@@ -86,7 +86,10 @@ def digest(data: Any) -> dict[str, Any]:
         False
     """
     found: dict[str, Any] = {"samples": len(data) if hasattr(data, "__len__") else None}
-    if isinstance(data, list) and all(isinstance(sample, Mapping) for sample in data):
+    own = getattr(data, "digest", None)
+    if own is not None:
+        found["hash"] = own()
+    elif isinstance(data, list) and all(isinstance(sample, Mapping) for sample in data):
         summary = hashlib.blake2b(digest_size=16)
         for sample in data:
             for name in sorted(sample):
@@ -95,8 +98,6 @@ def digest(data: Any) -> dict[str, Any]:
                 plain = value.tolist() if hasattr(value, "tolist") else value
                 summary.update(f"{name} {plain!r} ".encode())
         found["hash"] = summary.hexdigest()
-    elif hasattr(data, "digest"):
-        found["hash"] = data.digest()
     return found
 
 

@@ -55,6 +55,20 @@ def check_utf8(name: str, text: str) -> None:
         raise DataError(f"{name}={text!a} is not UTF-8: rename it, or name another.") from error
 
 
+def unwritable(name: str, folder: Path, error: OSError) -> DataError:
+    """Return the error for a directory that cannot be written to.
+
+    Args:
+        name: the argument.
+        folder: its value.
+        error: what the system said.
+    """
+    reason = error.strerror or error
+    return DataError(
+        f"{name}={str(folder)!r} cannot be written to: {reason}. Name another directory."
+    )
+
+
 def write_whole(path: str | Path, text: str) -> None:
     """Write a text so that a file of this name is whole or as it was before.
 

@@ -32,14 +32,13 @@ ELSEWHERE = {
     "attention/kernels/varlen.py": {"_flash_attn_varlen_forward", "_flash_attn_varlen_backward"},
     "trainer/mixin.py": {"_save_checkpoint", "_micro_step", "_loss"},
     "trainer/compilation.py": {"_no_split_modules"},
-    "trainer/contents.py": {"_keys_to_ignore_on_save"},
-    "trainer/fingerprint.py": {"_attn_implementation"},
 }
 """Private parts of flash-attn, and of the Trainer and the models of transformers."""
 
 HUGGING_FACE = {
     "_attn_implementation",
     "_is_stateful",
+    "_keys_to_ignore_on_save",
     "_gradient_checkpointing_func",
     "_require_grads_hooks",
     "_supports_attention_backend",

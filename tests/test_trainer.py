@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import signal
 import warnings
 
 import pytest
@@ -821,3 +822,12 @@ def test_inside_trl(capsys):
     batch = as_batch(run.data_collator([run.eval_dataset[i] for i in range(4)]))
     loss = mf.lm_loss(run.model, adapter=mf.LoRA(lambda model: ()), mask=causal)({}, {}, batch)
     assert logged(run, "eval_loss") == pytest.approx([loss.item()], rel=1e-5)
+
+
+def test_ranks_that_receive_different_signals_end_alike(tmp_path, monkeypatch):
+    """This rank has SIGTERM and another one SIGINT, whose numbers have the mean of SIGFPE."""
+    run = trainer(tiny(), tmp_path)
+    run._signals.received = signal.SIGTERM
+    monkeypatch.setattr(run, "_over_ranks", lambda found: found + torch.tensor([0, 0, 0, 1.0]))
+    run._get_grad_norm(run.model, grad_norm=torch.ones(()))
+    assert run._stop_by == signal.SIGTERM

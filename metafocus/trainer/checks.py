@@ -14,8 +14,9 @@ from transformers import TrainingArguments
 
 from metafocus.data import Collator
 from metafocus.errors import DataError, ProblemError
-from metafocus.files import check_utf8
+from metafocus.files import check_utf8, unwritable
 from metafocus.trainer.batch import most_positions
+from metafocus.trainer.config import NO_DEEPSPEED
 
 
 def check_supported(args: TrainingArguments, compute_loss_func: Any = None) -> None:
@@ -24,14 +25,12 @@ def check_supported(args: TrainingArguments, compute_loss_func: Any = None) -> N
     Raises:
         ProblemError: naming the argument and what to do.
     """
+    if args.deepspeed:
+        raise ProblemError(NO_DEEPSPEED.format(args.deepspeed))
     reasons = {
         "label_smoothing_factor": (
             args.label_smoothing_factor,
             "the loss is the plain cross entropy of the answers; set it to 0",
-        ),
-        "deepspeed": (
-            args.deepspeed,
-            "its engine must run the forward pass itself; use DDP, or fsdp with version 2",
         ),
         "compute_loss_func": (
             compute_loss_func,
@@ -93,10 +92,7 @@ def check_writable(args: TrainingArguments) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise DataError(
-            f"output_dir={str(folder)!r} cannot be written to: {error.strerror or error}. "
-            "Name another directory."
-        ) from error
+        raise unwritable("output_dir", folder, error) from error
 
 
 def check_dtypes(model: nn.Module, args: TrainingArguments) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from transformers import TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
+from metafocus.lm.hf.saved import is_saved
 from metafocus.trainer.checkpoints import SEAL
 from metafocus.trainer.peft import is_peft
 
@@ -81,12 +81,8 @@ def _weights(place: Path, model: nn.Module) -> str | None:
                     )
         except Exception as error:  # safetensors and torch raise what they like for a foreign file
             return f"{file.name} cannot be read: {_line(error)}"
-    left_out: Any = getattr(model, "_keys_to_ignore_on_save", None) or ()
-    missing = {
-        name
-        for name in expected.keys() - seen - tied(model, seen)
-        if not any(re.search(pattern, name) for pattern in left_out)
-    }
+    absent = expected.keys() - seen - tied(model, seen)
+    missing = {name for name in absent if is_saved(model, name)}
     if seen and missing and not is_peft(model):
         return f"its weights lack {min(missing)}, which the model has"
     return None

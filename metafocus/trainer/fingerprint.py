@@ -12,10 +12,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainingArguments
 
 from metafocus.errors import DataError
+from metafocus.lm.hf.attention import attention_name
 from metafocus.trainer.config import FocusOptions
 
 RUN = "metafocus_run.json"
@@ -29,9 +30,9 @@ _FREE = re.compile(
     "dataloader_(num_workers|pin_memory|persistent_workers|prefetch_factor|multiprocessing_context)|"
     "local_rank|ddp_.*|debug|skip_memory_metrics|enable_jit_checkpoint|auto_find_batch_size|"
     "torch_empty_cache_steps|.*checkpointing.*|fp16_full_eval|bf16_full_eval|"
-    "allow_changed|max_skipped|on_nonfinite|max_nonfinite"
+    "gradient_accumulation_steps|allow_changed|max_skipped|on_nonfinite|max_nonfinite"
 )
-"""Settings that do not change what a step computes."""
+"""Settings that do not change what a step computes. Accumulation is compared with the ranks."""
 
 _LENGTH = ("max_steps", "num_train_epochs")
 """Settings by which a run is made longer: they are noted only."""
@@ -51,9 +52,10 @@ def fingerprint(
     """
     settings = {**args.to_dict(), **asdict(focus)}
     kept = {name: value for name, value in settings.items() if not _FREE.fullmatch(name)}
-    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    attention = attention_name(model)
     sizes = [p.numel() for p in model.parameters() if p.requires_grad]
     kept |= {
+        "micro_batches_per_step": args.gradient_accumulation_steps * args.world_size,
         # Where an object lies in memory differs from process to process.
         "recipe": re.sub(r" at 0x[0-9a-f]+", "", str(recipe)),
         "model": f"{type(model).__name__} with {sum(sizes)} trained parameters, {attention}",
@@ -76,25 +78,26 @@ def _code() -> str:
 def digest(data: Any) -> dict[str, Any]:
     """Return the number of samples, and a hash of all of them where reading them is safe.
 
-    A list is read. Other data sets may draw at random or read files, and are asked only for a
-    `digest()` of their own.
+    A list of dicts is read. Other data sets may draw at random or read files, and are asked only
+    for a `digest()` of their own.
 
     Example:
         >>> digest([{"input_ids": [1, 2]}])["hash"] == digest([{"input_ids": [1, 3]}])["hash"]
         False
     """
     found: dict[str, Any] = {"samples": len(data) if hasattr(data, "__len__") else None}
-    if isinstance(data, list):
+    own = getattr(data, "digest", None)
+    if own is not None:
+        found["hash"] = own()
+    elif isinstance(data, list) and all(isinstance(sample, Mapping) for sample in data):
         summary = hashlib.blake2b(digest_size=16)
         for sample in data:
-            for name in sorted(sample) if isinstance(sample, Mapping) else ():
+            for name in sorted(sample):
                 value = sample[name]
-                summary.update(name.encode())
-                plain = value.tolist() if isinstance(value, Tensor) else value
-                summary.update(repr(plain).encode())
+                # Tensors and arrays in full: their repr leaves out the middle.
+                plain = value.tolist() if hasattr(value, "tolist") else value
+                summary.update(f"{name} {plain!r} ".encode())
         found["hash"] = summary.hexdigest()
-    elif hasattr(data, "digest"):
-        found["hash"] = data.digest()
     return found
 
 

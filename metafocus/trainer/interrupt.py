@@ -8,6 +8,9 @@ import threading
 import time
 from typing import Any
 
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+"""The signals that end a run; where ranks receive different ones, the first of these counts."""
+
 _ECHO = 1.0
 """Seconds in which a launcher may send on a signal that the process has received itself."""
 
@@ -54,7 +57,7 @@ class Signals:
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in STOPPING:
                 self._before[number] = signal.signal(number, self._receive)
         return self
 

@@ -73,6 +73,14 @@ class KeepingMixin(Trainer):
             if self.args.should_save:
                 self.state.save_to_json(str(folder / staging.STAGE / place.name / SEAL))
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Make the schedule, and note the rates that it begins with in the optimiser's state."""
+        made = super().create_scheduler(num_training_steps, optimizer)
+        for group in self._groups():
+            # Most schedules have done so; those that follow a metric have not.
+            group.setdefault("initial_lr", group["lr"])
+        return made
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         # The state of an optimiser has its settings in it: those that are given count.
         given = [{k: v for k, v in g.items() if k != "params"} for g in self._groups()]

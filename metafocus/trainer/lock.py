@@ -12,6 +12,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from metafocus.errors import DataError
+from metafocus.files import unwritable
 from metafocus.trainer.ranks import from_first
 
 LOCK = ".run.lock"
@@ -84,10 +85,7 @@ def _acquired(folder: Path) -> FileLock:
             "or wait until that run has ended."
         ) from error
     except OSError as error:
-        raise DataError(
-            f"output_dir={str(folder)!r} cannot be written to: {error.strerror or error}. "
-            "Name another directory."
-        ) from error
+        raise unwritable("output_dir", folder, error) from error
     return lock
 
 

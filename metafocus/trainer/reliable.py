@@ -22,7 +22,7 @@ from metafocus.trainer.checkpoints import require_complete, resumable
 from metafocus.trainer.config import FocusOptions
 from metafocus.trainer.contents import misfit
 from metafocus.trainer.fingerprint import RUN, compared, fingerprint, read_run
-from metafocus.trainer.interrupt import Interrupted, Signals
+from metafocus.trainer.interrupt import STOPPING, Interrupted, Signals
 from metafocus.trainer.keeping import KeepingMixin
 from metafocus.trainer.lock import one_run
 from metafocus.trainer.nonfinite import (
@@ -79,11 +79,13 @@ class ReliableMixin(KeepingMixin):
         # gradient can be kept from the weights. The loss may be finite where its gradient is not.
         norm: Any = whole_tensor(super()._get_grad_norm(model, grad_norm=grad_norm))
         norm = torch.as_tensor(norm, device=self.args.device)
-        signal = norm.new_tensor([self._signals.received, bool(self._signals.received)])
-        found = torch.cat([torch.stack([~norm.isfinite(), self._bad_losses()]).float(), signal])
+        stops = [float(self._signals.received == number) for number in STOPPING]
+        bad = torch.stack([~norm.isfinite(), self._bad_losses()]).float()
+        found = torch.cat([bad, bad.new_tensor(stops)])
         # Ranks that decided differently would wait for each other for ever.
-        bad_norms, bad_losses, signals, ranks = self._over_ranks(found).tolist()
-        self._stop_by = round(signals / max(ranks, 1))
+        bad_norms, bad_losses, *ranks = self._over_ranks(found).tolist()
+        stopped = zip(STOPPING, ranks, strict=True)
+        self._stop_by = next((int(number) for number, count in stopped if count), 0)
         if not bad_norms and not bad_losses:
             self._guard.good()
             return norm
@@ -126,6 +128,8 @@ class ReliableMixin(KeepingMixin):
             Interrupted: after SIGINT or SIGTERM, when the checkpoint is saved.
         """
         folder = Path(self.args.output_dir or ".")
+        # Settings and data may have changed since an earlier call.
+        self._print = None
         with one_run(folder), Signals() as self._signals:
             from_first(lambda: staging.clean(folder))
             found = from_first(lambda: self._resumed(resume_from_checkpoint, folder))

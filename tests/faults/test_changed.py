@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from commands import chat, read_json, run, training, tree, write
 from injected import SAVING, Seen
-from trainer_script import SAMPLES, tiny, trainer, weights
+from trainer_script import SAMPLES, arguments, tiny, trainer, weights
 
 from metafocus.errors import DataError
-from metafocus.trainer.fingerprint import RUN
+from metafocus.trainer.fingerprint import RUN, digest, fingerprint
 
 SHORT = {**SAVING, "max_steps": 4}
 
@@ -48,6 +49,7 @@ CHANGES = {
     "adam_beta2": (0.9, "adam_beta2 0.999 -> 0.9"),
     "inner_steps": (3, "inner_steps 2 -> 3"),
     "seed": (12, "seed 11 -> 12"),
+    "gradient_accumulation_steps": (2, "micro_batches_per_step 1 -> 2"),
     "mask": ("causal", "mask None -> causal"),
     "lr_scheduler_type": ("cosine", "lr_scheduler_type linear -> cosine"),
 }
@@ -68,6 +70,33 @@ def test_other_data(begun):
         resumed(begun, samples=other)
     with pytest.raises(DataError, match="data: samples 8 -> 7"):
         resumed(begun, samples=SAMPLES[:7])
+
+
+def test_data_are_hashed_in_full_or_not_at_all():
+    """The repr of a long array leaves out its middle; samples of other kinds have no names."""
+    ids = np.arange(5000)
+    other = np.where(ids == 2500, 0, ids)
+    assert digest([{"input_ids": ids}]) != digest([{"input_ids": other}])
+    assert digest([{"input_ids": ids}]) == digest([{"input_ids": torch.arange(5000)}])
+    assert digest([(1, 2)]) == {"samples": 1}
+
+
+def test_ranks_in_place_of_accumulation_are_the_same_step(tmp_path, monkeypatch):
+    """`micro_batch` starts are counted over ranks as one process would meet them."""
+    one = arguments(tmp_path, gradient_accumulation_steps=2)
+    two, model = arguments(tmp_path), tiny()
+    expected = fingerprint(one, one, model, SAMPLES, None)
+    assert fingerprint(two, two, model, SAMPLES, None) != expected
+    monkeypatch.setattr(type(two), "world_size", 2)
+    assert fingerprint(two, two, model, SAMPLES, None) == expected
+
+
+def test_another_call_of_train_sees_what_changed(begun):
+    run = trainer(tiny(torch.float32), begun, **SHORT)
+    run.train(resume_from_checkpoint=str(begun / "checkpoint-2"))
+    run.args.adam_beta2 = 0.9
+    with pytest.raises(DataError, match=r"adam_beta2 0\.999 -> 0\.9"):
+        run.train(resume_from_checkpoint=str(begun / "checkpoint-2"))
 
 
 def test_another_model(begun):
@@ -102,6 +131,33 @@ def test_learning_rate_and_betas_given_anew_take_effect(begun, capsys):
     assert (group["betas"], group["weight_decay"]) == ((0.5, 0.999), 0.1)
     out = capsys.readouterr().out
     assert "changed since: adam_beta1 0.9 -> 0.5; learning_rate 0.01 -> 0.04; weight" in out
+
+
+FALLING = {
+    "lr_scheduler_type": "reduce_lr_on_plateau",
+    # Losses that fall are a plateau of the largest: each evaluation halves the rate.
+    "lr_scheduler_kwargs": {"mode": "max", "patience": 0, "factor": 0.5},
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+}
+
+
+def falling(folder, place=None, **changes) -> list[float]:
+    """The rates of a run whose schedule follows the loss."""
+    seen = Seen()
+    settings = {**SHORT, **FALLING, **changes}
+    run = trainer(tiny(torch.float32), folder, heldout=SAMPLES[:4], callbacks=[seen], **settings)
+    run.train(resume_from_checkpoint=place)
+    return seen.rates
+
+
+def test_a_schedule_that_follows_the_loss_goes_on_where_it_was(tmp_path):
+    rates = falling(tmp_path)
+    assert rates == pytest.approx([1e-2, 1e-2, 5e-3, 2.5e-3])
+    place = str(tmp_path / "checkpoint-2")
+    assert falling(tmp_path, place) == pytest.approx(rates[2:])
+    twice = falling(tmp_path, place, learning_rate=2e-2, allow_changed=True)
+    assert twice == pytest.approx([2 * rate for rate in rates[2:]])
 
 
 def test_longer_and_shorter(begun, capsys):

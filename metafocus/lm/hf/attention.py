@@ -50,6 +50,11 @@ def attention_as(config: Any, implementation: str) -> Iterator[None]:
         yield
 
 
+def attention_name(model: nn.Module) -> str | None:
+    """Return the name of a model's attention implementation; None where it has no such setting."""
+    return getattr(getattr(model, "config", None), "_attn_implementation", None)
+
+
 def own_mask(model: nn.Module) -> str | None:
     """Return why a model can only run with its own causal mask; None if it takes explicit ones.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -101,6 +102,22 @@ def test_retrained(at_once):
     want = [by_hand(w, [train.at(t) for t in range(STEPS)]).detach() for w in weights]
     assert_close(found.retrained(weights), torch.stack(want), 1e-12)
     assert_close(found.retrained(torch.ones(1, 24, dtype=F64))[0], found.losses, 1e-12)
+
+
+def test_another_process_can_retrain():
+    found = recipes.attribution(losses, start, stream(), QUERY, solver=SOLVER)
+    weights = torch.rand(2, 24, generator=seeded(), dtype=F64)
+    there = pickle.loads(pickle.dumps(found.retrained))
+    assert torch.equal(there(weights), found.retrained(weights))
+
+
+def test_scores_of_adam_are_exact_at_the_weights_of_one():
+    solver = mf.Adam(0.01, STEPS)
+    found = recipes.attribution(losses, start, stream(), QUERY, solver=solver)
+    step = 1e-5 * torch.eye(24, dtype=F64)
+    difference = (found.retrained(1 + step) - found.retrained(1 - step)) / 2e-5
+    # A central difference of step 1e-5 has an error of about 1e-10.
+    assert_close(found.scores, difference.T, 1e-6)
 
 
 def test_attribution_refuses_what_it_cannot_attribute():

@@ -126,7 +126,8 @@ def attribution(
             eight runs each; 0: it does not.
 
     Raises:
-        ProblemError: if `train` does not know its rows, or `losses` returns no value for each.
+        ProblemError: if `train` does not know its rows, or `losses` or `query_losses` returns
+            anything but one value for each.
         NotSmoothWarning: if the run was tried and its metagradient cannot be trusted.
 
     Example:
@@ -163,7 +164,7 @@ def attribution(
         solution = how(ready, solver, pt.detach(first), slow, data)
         # The queries one by one, which costs no more; their way through the run together.
         ends = {k: v.detach().requires_grad_() for k, v in solution.params.items()}
-        found = asked(ends, query)
+        found = _of_queries(asked(ends, query))
         each = [_gradient(value, ends) for value in found]
         at_end = [torch.stack(row) for row in zip(*each, strict=True)]
         scores = _through(solution.params, at_end, weight, queries_at_once)
@@ -221,6 +222,7 @@ def influence(
 
     Raises:
         ValueError: if `damping` is not positive.
+        ProblemError: if `query_losses` returns anything but one value for each query.
 
     References:
         Koh and Liang, arXiv 1703.04730.
@@ -243,7 +245,7 @@ def influence(
             warnings.simplefilter("ignore", NotStationaryWarning)
             found = [
                 torch.autograd.grad(value, weight, retain_graph=True)[0]
-                for value in asked(solution.params, query)
+                for value in _of_queries(asked(solution.params, query))
             ]
     return torch.stack(found)
 
@@ -252,6 +254,15 @@ def _each(losses: Tensor, weight: Tensor) -> Tensor:
     if losses.shape != weight.shape:
         raise ProblemError(
             f"losses must return one value for each of the {weight.shape[0]} rows of a batch, got "
+            f"shape {list(losses.shape)}."
+        )
+    return losses
+
+
+def _of_queries(losses: Tensor) -> Tensor:
+    if losses.ndim != 1:
+        raise ProblemError(
+            "query_losses (or losses, if it is None) must return one value for each query, got "
             f"shape {list(losses.shape)}."
         )
     return losses

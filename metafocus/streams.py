@@ -184,14 +184,22 @@ class Batches:
         order = [torch.randperm(len(dataset), generator=generator) for _ in range(epochs)]
         rows = torch.cat(order)[: steps * batch_size].reshape(steps, batch_size)
         gather = torch.utils.data.default_collate if collate is None else collate
-        together = getattr(dataset, "__getitems__", None)
+        return cls(_Fetch(dataset, rows, gather), steps, rows, len(dataset))
 
-        def fetch(step: int) -> Any:
-            chosen = rows[step].tolist()
-            found = [dataset[i] for i in chosen] if together is None else together(chosen)
-            return gather([_numbered(row, i) for row, i in zip(found, chosen, strict=True)])
 
-        return cls(fetch, steps, rows, len(dataset))
+@dataclass(frozen=True, eq=False)
+class _Fetch:
+    """Reads the batch of a step; no closure, so that a stream pickles where its data set does."""
+
+    dataset: Any
+    rows: Tensor
+    gather: Callable[[list[Any]], Any]
+
+    def __call__(self, step: int) -> Any:
+        chosen = self.rows[step].tolist()
+        together = getattr(self.dataset, "__getitems__", None)
+        found = [self.dataset[i] for i in chosen] if together is None else together(chosen)
+        return self.gather([_numbered(row, i) for row, i in zip(found, chosen, strict=True)])
 
 
 def _check_rows(rows: Tensor, steps: int, size: int | None) -> None:

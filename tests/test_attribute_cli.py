@@ -73,23 +73,44 @@ def test_a_page_that_a_person_can_read(folder, report):
     assert found["settings"]["max_steps"] == 4
 
 
+def agreements(found):
+    """For each query: how scores correlate with the changes of its loss without each chat."""
+    left = found["leave_one_out"]
+    changes = torch.tensor(left["losses"]).T - torch.tensor(found["losses"])[:, None]
+    pairs = zip(changes, -torch.tensor(found["scores"]), strict=True)
+    return [torch.corrcoef(torch.stack(pair))[0, 1].item() for pair in pairs]
+
+
 def test_scores_predict_leaving_one_out(report):
     found, _ = report
-    left = found["leave_one_out"]
-    assert left["chats"] == list(range(6))
-    for i, loss in enumerate(found["losses"]):
-        change = torch.tensor(left["losses"])[:, i] - loss
-        predicted = -torch.tensor(found["scores"][i])
-        # A chat is left out, which is far: the first order has the sign and about the size.
-        assert torch.corrcoef(torch.stack([change, predicted]))[0, 1] > 0.9
-        assert left["spearman"][i] > 0.7
+    assert found["leave_one_out"]["chats"] == list(range(6))
+    # A chat is left out, which is far: the first order has the sign and about the size.
+    assert min(agreements(found)) > 0.9
+    assert min(found["leave_one_out"]["spearman"]) > 0.7
 
 
-def test_adam_is_offered(folder, report):
-    ran = commands.run(*words(folder, "adam", optim="adam", learning_rate=0.01))
-    assert ran.code == 0, ran.err
-    found = json.loads((folder / "adam" / "attribution.json").read_text())
-    assert found["scores"] != report[0]["scores"]
+@pytest.fixture(scope="module")
+def adam(folder):
+    def by(rate):
+        given = words(folder, f"adam_{rate}", optim="adam", learning_rate=rate, leave_one_out=6)
+        ran = commands.run(*given)
+        assert ran.code == 0, ran.err
+        return json.loads((folder / f"adam_{rate}" / "attribution.json").read_text())
+
+    return by
+
+
+def test_scores_of_adam_at_a_small_rate_predict_leaving_one_out(adam):
+    found = adam(0.001)
+    assert min(agreements(found)) > 0.9
+    assert min(found["leave_one_out"]["spearman"]) > 0.7
+
+
+def test_scores_of_adam_at_a_rate_of_a_hundredth_do_not(adam, report):
+    # The derivative is exact (test_training_runs.py), and leaving a chat out is too far for it.
+    # docs/training_runs.md and --help say so.
+    found = adam(0.01)
+    assert min(agreements(found)) < 0.5 < min(agreements(report[0]))
 
 
 def test_every_store_gives_the_same_scores(folder, report, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -103,11 +104,36 @@ def test_retrained(at_once):
     assert_close(found.retrained(torch.ones(1, 24, dtype=F64))[0], found.losses, 1e-12)
 
 
+def test_another_process_can_retrain():
+    found = recipes.attribution(losses, start, stream(), QUERY, solver=SOLVER)
+    weights = torch.rand(2, 24, generator=seeded(), dtype=F64)
+    there = pickle.loads(pickle.dumps(found.retrained))
+    assert torch.equal(there(weights), found.retrained(weights))
+
+
+def test_scores_of_adam_are_exact_at_the_weights_of_one():
+    solver = mf.Adam(0.01, STEPS)
+    found = recipes.attribution(losses, start, stream(), QUERY, solver=solver)
+    step = 1e-5 * torch.eye(24, dtype=F64)
+    difference = (found.retrained(1 + step) - found.retrained(1 - step)) / 2e-5
+    # A central difference of step 1e-5 has an error of about 1e-10.
+    assert_close(found.scores, difference.T, 1e-6)
+
+
 def test_attribution_refuses_what_it_cannot_attribute():
     with pytest.raises(mf.errors.ProblemError, match=r"rows of its batches.*from_dataset"):
         recipes.attribution(losses, start, mf.Batches(lambda t: t, 3), QUERY, solver=SOLVER)
     with pytest.raises(mf.errors.ProblemError, match=r"each of the 6 rows.*got shape \[\]"):
         recipes.attribution(lambda p, b: losses(p, b).mean(), start, stream(), QUERY, solver=SOLVER)
+    one_query = r"one value for each query, got shape \[\]"
+
+    def mean(p, batch):
+        return losses(p, batch).mean()
+
+    with pytest.raises(mf.errors.ProblemError, match=one_query):
+        recipes.attribution(losses, start, stream(), QUERY, solver=SOLVER, query_losses=mean)
+    with pytest.raises(mf.errors.ProblemError, match=one_query):
+        recipes.influence(losses, START, QUERY, QUERY, query_losses=mean, damping=1.0)
 
 
 def test_influence_equals_the_dense_formula():
@@ -156,6 +182,14 @@ def test_the_score_by_an_executor_is_that_by_vmap():
         shuffled, found.retrained, subsets=12, drop=0.1, generator=seeded()
     )
     assert wrong.mean < alone.mean - 0.3
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.02])
+def test_a_score_over_equal_runs_is_refused(drop):
+    with pytest.raises(ValueError, match=r"of 24 examples leaves none out. Raise drop to 0.042"):
+        recipes.linear_datamodeling_score(
+            torch.ones(1, 24), lambda weights: weights[:, :1], drop=drop, generator=seeded()
+        )
 
 
 def test_spearman_equals_scipy():

@@ -20,37 +20,38 @@ class Watched:
     def __init__(self, stream: Stream):
         self.stream = stream
         self.seen: dict[int, list[Tensor]] = {}
-        self.checked = False
+        self.compared: set[int] = set()
 
     def at(self, step: int) -> Any:
-        """Return what the stream returns; compare the first batch that is asked for again.
+        """Return what the stream returns; compare each batch the first time it is asked for again.
 
         Raises:
             ProblemError: if it differs.
         """
         data = self.stream.at(step)
-        if self.checked or tracing():
+        if step in self.compared or tracing():
             return data
         with outside_transforms(), torch.no_grad():
             sums = _checksum(pt.tensors(data))
             if step not in self.seen:
                 self.seen[step] = sums
-            else:
-                self.checked = True
-                before, self.seen = self.seen[step], {}
-                if len(before) != len(sums) or not all(map(_equal, before, sums)):
-                    raise ProblemError(
-                        f"the stream gave other data for inner step {step} when the step was "
-                        "rebuilt for its derivative: .at(step) must be pure. Draw the order of "
-                        "rows and random augmentations before the inner loop, by step number "
-                        "(mf.Batches.from_dataset does), or keep the graph: Unrolled() without "
-                        "recompute."
-                    )
+                return data
+            before = self.seen.pop(step)
+            self.compared.add(step)
+            same = len(before) == len(sums) and all(map(_equal, before, sums))
+        if not same:
+            raise ProblemError(
+                f"the stream gave other data for inner step {step} when the step was "
+                "rebuilt for its derivative: .at(step) must be pure. Draw the order of "
+                "rows and random augmentations before the inner loop, by step number "
+                "(mf.Batches.from_dataset does), or keep the graph: Unrolled() without "
+                "recompute."
+            )
         return data
 
 
 def _checksum(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return a few sums of each tensor, on its device: nothing waits for a host."""
+    """Return a few sums of each tensor, on its device: only their comparison waits for the host."""
     found = []
     for x in tensors:
         # Sparse and jagged tensors have no entries in a fixed order.

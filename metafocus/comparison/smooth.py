@@ -14,6 +14,7 @@ from metafocus.checks import positive, seeded, whole
 from metafocus.engine import adapt, bilevel, hypergrad
 from metafocus.estimators import Estimator, Unrolled
 from metafocus.problem import Problem, constants, moving
+from metafocus.rng import Drawn
 from metafocus.types import Params, Solver
 
 SMOOTH = 0.9
@@ -134,12 +135,11 @@ def smoothness(
     outer = constants(outer)
     exact = Unrolled(recompute=True) if estimator is None else estimator
     meta = bilevel(problem, solver=solver, estimator=exact)
-    state = torch.get_rng_state()
+    drawn = Drawn(pt.tensors((outer, episode)))
 
     def again(run: Any) -> Any:
         # The same dropout in every run.
-        with torch.random.fork_rng():
-            torch.set_rng_state(state)
+        with drawn.again():
             return run()
 
     def trained(at: Params) -> Tensor:

@@ -37,7 +37,8 @@ class Attribution:
         losses: `[queries]`, the loss of each query after training.
         params: the trained weights.
         retrained: `(weights [runs, rows]) -> [runs, queries]`, the losses after training anew
-            with these weights of the examples.
+            with these weights of the examples. A process pool can run it if `losses`, the data
+            set and the solver pickle.
         trust: what `mf.smoothness` says of the run, if it was asked.
     """
 
@@ -46,6 +47,49 @@ class Attribution:
     params: Params
     retrained: Callable[[Tensor], Tensor]
     trust: Smoothness | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Retraining:
+    """A training run on weighted examples; it pickles where its losses and its data set do.
+
+    Attributes:
+        losses: the loss of each example of a batch.
+        start: the weights that training starts from.
+        train: the batches, with the numbers of their rows.
+        solver: the optimiser of the run.
+        query_losses: the loss of each query.
+        query: what `query_losses` is given.
+        at_once: how many runs `vmap` maps; None: all. With 1 nothing is mapped.
+    """
+
+    losses: Losses
+    start: Params
+    train: Batches
+    solver: Solver
+    query_losses: Losses
+    query: Any
+    at_once: int | None
+
+    def inner(self, fast: Params, slow: Params, data: Any) -> Tensor:
+        """Return the weighted mean loss of a batch, given as `(batch, weights)`."""
+        batch, weight = data
+        return (weight * _each(self.losses(fast, batch), weight)).mean()
+
+    def stream(self, weight: Tensor) -> Zipped:
+        """Return the batches with the weights of their rows."""
+        assert self.train.rows is not None
+        return zipped(self.train, PerStep(weight[self.train.rows]))
+
+    def __call__(self, weights: Tensor) -> Tensor:
+        """Return the losses `[runs, queries]` after training with weights `[runs, rows]`."""
+        if self.at_once == 1:
+            return torch.stack([self._one(weight) for weight in weights])
+        return torch.func.vmap(self._one, chunk_size=self.at_once)(weights)
+
+    def _one(self, weight: Tensor) -> Tensor:
+        fast = solve_inner(self.inner, self.solver, self.start, {}, self.stream(weight)).params
+        return self.query_losses(fast, self.query).detach()
 
 
 def attribution(
@@ -82,7 +126,8 @@ def attribution(
             eight runs each; 0: it does not.
 
     Raises:
-        ProblemError: if `train` does not know its rows, or `losses` returns no value for each.
+        ProblemError: if `train` does not know its rows, or `losses` or `query_losses` returns
+            anything but one value for each.
         NotSmoothWarning: if the run was tried and its metagradient cannot be trusted.
 
     Example:
@@ -104,26 +149,12 @@ def attribution(
             f"train must know the rows of its batches, got {type(train).__name__}. Use "
             "mf.Batches.from_dataset, or mf.Batches(fetch, steps, rows)."
         )
-    rows, first = train.rows, start()
-    size = int(rows.max()) + 1 if train.size is None else train.size
+    first = start()
+    size = int(train.rows.max()) + 1 if train.size is None else train.size
     like = next(iter(first.values()))
     asked = losses if query_losses is None else query_losses
-
-    def inner(fast: Params, slow: Params, data: Any) -> Tensor:
-        batch, weight = data
-        return (weight * _each(losses(fast, batch), weight)).mean()
-
-    def stream(weight: Tensor) -> Zipped:
-        return zipped(train, PerStep(weight[rows]))
-
-    def retrained(weights: Tensor) -> Tensor:
-        def one(weight: Tensor) -> Tensor:
-            fast = solve_inner(inner, solver, pt.detach(first), {}, stream(weight)).params
-            return asked(fast, query).detach()
-
-        if runs_at_once == 1:
-            return torch.stack([one(weight) for weight in weights])
-        return torch.func.vmap(one, chunk_size=runs_at_once)(weights)
+    training = Retraining(losses, pt.detach(first), train, solver, asked, query, runs_at_once)
+    inner, stream = training.inner, training.stream
 
     weight = like.new_ones(size).requires_grad_()
     with torch.enable_grad():
@@ -133,7 +164,7 @@ def attribution(
         solution = how(ready, solver, pt.detach(first), slow, data)
         # The queries one by one, which costs no more; their way through the run together.
         ends = {k: v.detach().requires_grad_() for k, v in solution.params.items()}
-        found = asked(ends, query)
+        found = _of_queries(asked(ends, query))
         each = [_gradient(value, ends) for value in found]
         at_end = [torch.stack(row) for row in zip(*each, strict=True)]
         scores = _through(solution.params, at_end, weight, queries_at_once)
@@ -161,7 +192,7 @@ def attribution(
                 NotSmoothWarning,
                 stacklevel=2,
             )
-    return Attribution(scores, found.detach(), pt.detach(solution.params), retrained, trust)
+    return Attribution(scores, found.detach(), pt.detach(solution.params), training, trust)
 
 
 def influence(
@@ -191,6 +222,7 @@ def influence(
 
     Raises:
         ValueError: if `damping` is not positive.
+        ProblemError: if `query_losses` returns anything but one value for each query.
 
     References:
         Koh and Liang, arXiv 1703.04730.
@@ -213,7 +245,7 @@ def influence(
             warnings.simplefilter("ignore", NotStationaryWarning)
             found = [
                 torch.autograd.grad(value, weight, retain_graph=True)[0]
-                for value in asked(solution.params, query)
+                for value in _of_queries(asked(solution.params, query))
             ]
     return torch.stack(found)
 
@@ -222,6 +254,15 @@ def _each(losses: Tensor, weight: Tensor) -> Tensor:
     if losses.shape != weight.shape:
         raise ProblemError(
             f"losses must return one value for each of the {weight.shape[0]} rows of a batch, got "
+            f"shape {list(losses.shape)}."
+        )
+    return losses
+
+
+def _of_queries(losses: Tensor) -> Tensor:
+    if losses.ndim != 1:
+        raise ProblemError(
+            "query_losses (or losses, if it is None) must return one value for each query, got "
             f"shape {list(losses.shape)}."
         )
     return losses

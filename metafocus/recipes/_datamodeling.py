@@ -1,4 +1,4 @@
-"""The linear datamodeling score: do scores predict training without some examples?."""
+"""The linear datamodeling score: whether scores predict training without some examples."""
 
 from __future__ import annotations
 
@@ -46,13 +46,14 @@ def linear_datamodeling_score(
         scores: `[queries, rows]`, such as `Attribution.scores`.
         retrained: `(weights [runs, rows]) -> [runs, queries]`, such as `Attribution.retrained`.
         subsets: how many runs.
-        drop: the share of examples left out of each, at random.
+        drop: the share of examples left out of each, at random; at least one example.
         generator: draws the subsets.
         executor: runs the subsets one by one, such as a process pool or submitit's; None: here,
             all in one call.
 
     Raises:
-        ValueError: for fewer than two subsets, or a `drop` outside of [0, 1).
+        ValueError: for fewer than two subsets, a `drop` outside of [0, 1), or one that leaves no
+            example out: all runs would be equal, and the score NaN.
 
     Example:
         >>> scores = torch.tensor([[-3.0, -2.0, 1.0, 0.0]])
@@ -69,9 +70,14 @@ def linear_datamodeling_score(
     fraction("drop", drop)
     seeded(generator)
     rows = scores.shape[1]
+    left_out = round(drop * rows)
+    if not left_out:
+        raise ValueError(
+            f"drop={drop} of {rows} examples leaves none out. Raise drop to {1 / rows:.2g} or more."
+        )
     weights = scores.new_ones(subsets, rows)
     for weight in weights:
-        weight[torch.randperm(rows, generator=generator)[: round(drop * rows)]] = 0
+        weight[torch.randperm(rows, generator=generator)[:left_out]] = 0
     if executor is None:
         found = retrained(weights)
     else:

@@ -151,14 +151,22 @@ def test_t37_expansion_into_avg_grad_and_avg_grad_inner(claim):
     paper="Antoniou et al., MAML++, arXiv 1810.09502, section 4",
     says="the multi-step loss stabilises MAML: the spread over seeds falls",
     published="figure 1: one of three seeds of MAML diverges, none of MAML++",
-    note="not seen at this scale: the mean loss falls, the spread over seeds does not",
+    note="not reproduced: the spread was first asserted at an inner rate of 0.1, where it rises; "
+    "at larger rates both forms diverge",
     asserted=False,
 )
-def test_t39_the_multi_step_loss_stabilises(claim):
-    """T39. Sinusoids, five inner steps at a large rate, seeds trained side by side by `vmap`.
+@pytest.mark.parametrize("rate", [0.1, 0.2, 0.4])
+def test_t39_the_multi_step_loss_stabilises(rate, claim):
+    """T39. Sinusoids, five inner steps, seeds trained side by side by `vmap`.
 
-    Reported, not asserted: on this small network the mean of the log loss falls (1.33 to 1.29) and
-    its standard deviation over seeds does not (0.29 to 0.33).
+    The claim is not reproduced. It was first asserted at a rate of 0.1, and the assertion failed.
+    Two larger rates were tried then, and the claim has been reported without an assertion since.
+    Measured here, 8 seeds and 250 steps, as standard deviation over seeds and mean of the log
+    loss, from the last step's loss to the multi-step loss:
+
+    * rate 0.1: 0.29 to 0.33, and 1.33 to 1.29;
+    * rate 0.2: 1.48 to 1.84, and 9.4 to 9.1, which is divergence;
+    * rate 0.4: 1.99 to 1.69, and 17.8 to 17.7, where no form trains anything.
     """
     seeds, steps = (12, 600) if claim.full else (8, 250)
     inner_steps, hidden = 5, 24
@@ -184,7 +192,7 @@ def test_t39_the_multi_step_loss_stabilises(claim):
         }
         meta = mf.bilevel(
             mf.Problem(loss, loss),
-            solver=mf.SGD(0.1, inner_steps),
+            solver=mf.SGD(rate, inner_steps),
             estimator=mf.Unrolled(),
             path=path,
         )
@@ -208,7 +216,7 @@ def test_t39_the_multi_step_loss_stabilises(claim):
                 lambda o, e: torch.func.vmap(
                     lambda o, e: loss(
                         mf.adapt(
-                            mf.Problem(loss, loss), o, e.support, solver=mf.SGD(0.1, inner_steps)
+                            mf.Problem(loss, loss), o, e.support, solver=mf.SGD(rate, inner_steps)
                         ).params,
                         o,
                         e.query,

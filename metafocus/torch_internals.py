@@ -245,6 +245,26 @@ def storage_key(storage: torch.UntypedStorage) -> int:
     return storage._cdata
 
 
+def is_wrapper(x: Tensor) -> bool:
+    """Return whether a tensor has no values of its own but holds other tensors, as DTensor does."""
+    return hasattr(x, "__tensor_flatten__")
+
+
+def parts_of(x: Tensor) -> list[Tensor]:
+    """Return the dense tensors that hold the values of a tensor: itself, or those inside it."""
+    if is_wrapper(x):
+        names, _ = x.__tensor_flatten__()  # pyright: ignore[reportAttributeAccessIssue]
+        # A DTensor names its mesh too.
+        held = [getattr(x, name) for name in names]
+        return [part for y in held if isinstance(y, Tensor) for part in parts_of(y)]
+    if x.layout == torch.strided:
+        return [x]
+    if x.layout == torch.sparse_coo:
+        return [x._values()]
+    # Compressed rows or columns; what only MKL-DNN knows has no memory that can be looked at.
+    return [x.values()] if str(x.layout).startswith("torch.sparse") else []
+
+
 # Modules: their own tables, and the hooks in them.
 
 

@@ -397,6 +397,21 @@ def test_cdata():
     assert ti.storage_key(x.untyped_storage()) != ti.storage_key(y.untyped_storage())
 
 
+def test_values_of_a_sparse_tensor():
+    """`_values`: writes to sparse tensors and to what wrappers hold are found by the preflight."""
+    x = torch.eye(2)
+    assert ti.parts_of(x) == [x]
+    for sparse in (x.to_sparse(), x.to_sparse().transpose(0, 1)):
+        (part,) = ti.parts_of(sparse)
+        part.mul_(2.0)
+        assert torch.equal(sparse.to_dense(), 2 * x)
+    assert ti.parts_of(x.to_mkldnn()) == []
+    # Batched rows of different lengths are one tensor of all rows, and another one of offsets.
+    ragged = torch.nested.nested_tensor([torch.ones(1), torch.ones(2)], layout=torch.jagged)
+    assert ti.is_wrapper(ragged) and not ti.is_wrapper(x)
+    assert [part.shape for part in ti.parts_of(ragged)][:2] == [(3,), (3,)]
+
+
 # Modules.
 
 

@@ -6,6 +6,7 @@ Each kind is one table: what is done, by which estimators, in which ways, and wh
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.testing._internal.two_tensor import TwoTensor
 
 import metafocus as mf
 from metafocus.errors import ProblemError
@@ -415,6 +417,107 @@ def test_a_buffer_that_forward_writes_to_is_named_and_put_back(how, estimator, w
             WAYS[way](meta, outer, episode)
     if how != "rebound":
         assert_untouched(net, before)
+
+
+class Own(torch.Tensor):
+    """A tensor with a class of its own."""
+
+
+KINDS = {
+    "own class": lambda x: x.as_subclass(Own),
+    # As DTensor, it holds other tensors.
+    "wrapper": lambda x: TwoTensor(x, x.clone()),
+    "sparse": lambda x: x.to_sparse(),
+    "sparse rows": lambda x: x.to_sparse_csr(),
+}
+
+
+def dense(x):
+    x = x.a if isinstance(x, TwoTensor) else x
+    return x.as_subclass(torch.Tensor) if isinstance(x, Own) else x.to_dense()
+
+
+def stateful(state, change):
+    """Return a loss that reads a state after it has changed it."""
+
+    def loss(fast, slow, data):
+        change(state)
+        return ((fast["w"] - dense(state["x"])) ** 2).sum()
+
+    return mf.Problem(loss, loss)
+
+
+CHANGES = {
+    "in place": lambda state: state["x"].mul_(2.0),
+    "rebound": lambda state: state.update(x=2.0 * state["x"]),
+    "not at all": lambda state: None,
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse .* support is in beta:UserWarning")
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_in_tensors_of_every_kind_is_found_and_constants_are_fine(kind, change):
+    state = {"x": KINDS[kind](torch.eye(2))}
+    meta = mf.bilevel(
+        stateful(state, CHANGES[change]), solver=mf.SGD(0.1, 2), estimator=mf.Unrolled()
+    )
+    outer, episode = {"w": torch.ones(2, 2, requires_grad=True)}, mf.Episode(None, None)
+    if change == "not at all":
+        assert meta(outer, episode)[0].isfinite()
+        return
+    with pytest.raises(ProblemError, match=r"inner_loss changes .*state\['x'\] at every call"):
+        meta(outer, episode)
+    if change == "in place":
+        assert torch.equal(dense(state["x"]), torch.eye(2))
+
+
+def test_all_parts_of_a_state_are_put_back():
+    rows = torch.zeros(3, 2)
+
+    def change(state):
+        state["x"][0].add_(1)
+        state["x"][1].add_(2)
+        state["x"].add_(3)
+        state["x"][0].add_(4)
+
+    meta = mf.bilevel(stateful({"x": rows}, change), solver=mf.SGD(0.1, 2), estimator=mf.Unrolled())
+    with pytest.raises(ProblemError, match="at every call"):
+        meta({"w": torch.ones(3, 2, requires_grad=True)}, mf.Episode(None, None))
+    assert not rows.any()
+
+
+@pytest.fixture
+def alone():
+    """A process group of this process alone."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield torch.distributed.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("reshard", [True, False])
+@pytest.mark.parametrize("hidden", [False, True])
+def test_gathered_parameters_of_fsdp_are_no_state_and_a_sharded_state_is(alone, hidden, reshard):
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    net = fully_shard(nn.Linear(3, 1), mesh=alone, reshard_after_forward=reshard)
+    assert isinstance(net.weight, DTensor)
+    state = DTensor.from_local(torch.ones(()), alone)
+
+    def loss(fast, slow, data):
+        nonlocal state
+        if hidden:
+            state = 0.9 * state
+        return ((net(data[0]) * fast["scale"] * state.to_local() - data[1]) ** 2).mean()
+
+    problem = mf.Problem(loss, loss, lambda slow, support: {"scale": torch.ones(1)})
+    meta = mf.bilevel(problem, solver=mf.SGD(0.1, 2), estimator=mf.FirstOrder())
+    with pytest.raises(ProblemError, match="state at every call") if hidden else nullcontext():
+        value, _ = meta({}, mf.Episode(DATA, DATA))
+        value.backward()
+        assert net.weight.grad.to_local().any()
 
 
 def test_spectral_norm_is_refused_in_training_and_exact_in_evaluation():

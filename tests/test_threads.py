@@ -49,6 +49,24 @@ class Gate:
             assert self.opened.wait(PATIENCE)
 
 
+@contextlib.contextmanager
+def under_way(function, gate):
+    """Run `function()` in another thread, which waits at the gate while the block runs.
+
+    Yields:
+        A function that returns its result; to be called after the block.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(function)
+        try:
+            assert gate.reached.wait(PATIENCE)
+            yield lambda: first.result(PATIENCE)
+        finally:
+            gate.opened.set()
+        # An error of the first call is not lost.
+        first.result(PATIENCE)
+
+
 def focusft(model, **options):
     options = {"adapter": LORA, "solver": SOLVER, **options}
     generator, batch = torch.Generator(), chat_batch()
@@ -105,16 +123,10 @@ def test_a_second_call_on_a_model_in_use_is_refused(second):
     expected = step()
     before = everything(model)
     handle = model.model.layers[-1].register_forward_hook(gate)
-    with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(step)
-        assert gate.reached.wait(PATIENCE)
-        try:
-            with pytest.raises(ProblemError, match=IN_USE):
-                second(model)
-        finally:
-            gate.opened.set()
-        # The refused call has changed nothing for the first one.
-        assert first.result(PATIENCE) == expected
+    with under_way(step, gate) as first, pytest.raises(ProblemError, match=IN_USE):
+        second(model)
+    # The refused call has changed nothing for the first one.
+    assert first() == expected
     handle.remove()
     assert difference(before, everything(model)) == {}
     second(model)
@@ -148,15 +160,9 @@ def waiting(gate, what):
 def test_a_call_keeps_its_model_from_beginning_to_end(where):
     model, gate = tiny(), Gate()
     evaluate(model)
-    with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(focusft(model, **waiting(gate, where)))
-        assert gate.reached.wait(PATIENCE)
-        try:
-            with pytest.raises(ProblemError, match=IN_USE):
-                evaluate(model)
-        finally:
-            gate.opened.set()
-        first.result(PATIENCE)
+    step = focusft(model, **waiting(gate, where))
+    with under_way(step, gate), pytest.raises(ProblemError, match=IN_USE):
+        evaluate(model)
     evaluate(model)
 
 
@@ -165,14 +171,9 @@ def test_slots_of_a_model_in_use_are_refused_without_its_name():
     model, gate = tiny(), Gate()
     evaluate(model)
     handle = model.model.layers[-1].register_forward_hook(gate)
-    with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(evaluate, model)
-        assert gate.reached.wait(PATIENCE)
-        with contextlib.ExitStack() as stack:
-            stack.callback(gate.opened.set)
-            with pytest.raises(ProblemError, match="a part of a model.*" + IN_USE):
-                bind_slots(model)
-        first.result(PATIENCE)
+    refused = pytest.raises(ProblemError, match="a part of a model.*" + IN_USE)
+    with under_way(lambda: evaluate(model), gate), refused:
+        bind_slots(model)
     handle.remove()
     bind_slots(model)
 
@@ -235,14 +236,9 @@ def test_a_backward_pass_of_a_model_in_use_is_refused():
     batch = chat_batch()
     loss, _ = mf.recipes.focusft(model, adapter=LORA)({}, mf.Episode(batch, batch))
     handle = model.model.layers[-1].register_forward_hook(gate)
-    with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(evaluate, model)
-        assert gate.reached.wait(PATIENCE)
-        with contextlib.ExitStack() as stack:
-            stack.callback(gate.opened.set)
-            with pytest.raises(ProblemError, match=IN_USE):
-                loss.backward()
-        first.result(PATIENCE)
+    refused = pytest.raises(ProblemError, match=IN_USE)
+    with under_way(lambda: evaluate(model), gate), refused:
+        loss.backward()
     handle.remove()
 
 

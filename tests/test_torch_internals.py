@@ -1,4 +1,4 @@
-"""Private torch: one file uses it, and each name of it has a test that says what depends on it.
+"""Private torch: one folder uses it, and each name of it has a test that says what depends on it.
 
 When a release of torch moves or changes a name, the test of that name fails here. Its docstring
 begins with the name and says which part of metafocus would be wrong.
@@ -22,8 +22,8 @@ from metafocus import torch_internals as ti
 from metafocus.preflight.arguments import unused_by
 
 ROOT = Path(__file__).parent.parent / "metafocus"
-FILE = ROOT / "torch_internals.py"
 FILES = sorted(ROOT.rglob("*.py"))
+INTERNALS = sorted((ROOT / "torch_internals").glob("*.py"))
 
 OTHERS = {"_replace", "_asdict", "_fields", "_exit"}
 """Public in spite of their names: of named tuples and of `os`."""
@@ -83,7 +83,8 @@ def test_no_other_file_touches_private_torch():
         if name.startswith("lm/hf/"):
             allowed |= HUGGING_FACE
         found[name] = private_names(ast.parse(path.read_text())) - allowed
-    assert found.pop(FILE.relative_to(ROOT).as_posix())
+    for path in INTERNALS:
+        assert found.pop(path.relative_to(ROOT).as_posix())
     assert {name: names for name, names in found.items() if names} == {}
 
 
@@ -100,18 +101,19 @@ def test_a_private_name_is_seen():
         assert private_names(ast.parse(source)), source
 
 
-def used_by_the_file() -> set[str]:
-    """Every private name of the file, and every name of the private module `_functorch`."""
-    tree = ast.parse(FILE.read_text())
-    names = private_names(tree)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in (
-            "_functorch",
-            "torch._C",
-        ):
-            names.add(node.attr)
-        if isinstance(node, ast.ImportFrom) and re.search(r"\._", node.module or ""):
-            names |= {alias.name for alias in node.names}
+def used_by_the_folder() -> set[str]:
+    """Every private name in the folder, and every name of the private module `_functorch`."""
+    names: set[str] = set()
+    for tree in [ast.parse(path.read_text()) for path in INTERNALS]:
+        names |= private_names(tree)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) in (
+                "_functorch",
+                "torch._C",
+            ):
+                names.add(node.attr)
+            if isinstance(node, ast.ImportFrom) and re.search(r"\._", node.module or ""):
+                names |= {alias.name for alias in node.names}
     # What is looked up inside private modules is tested, not the modules themselves.
     return names - {"_C", "_autograd", "_functorch", "_subclasses", "_python_dispatch"}
 
@@ -120,7 +122,7 @@ def test_each_private_name_has_a_test():
     documented = set()
     for function in [f for name, f in globals().items() if name.startswith("test_")]:
         documented |= set(re.findall(r"`(\w+)`", (function.__doc__ or "").partition(":")[0]))
-    assert used_by_the_file() == documented
+    assert used_by_the_folder() == documented
 
 
 # Which transforms are active.
@@ -396,6 +398,21 @@ def test_cdata():
     assert ti.storage_key(x.untyped_storage()) != ti.storage_key(y.untyped_storage())
 
 
+def test_values_of_a_sparse_tensor():
+    """`_values`: writes to sparse tensors and to what wrappers hold are found by the preflight."""
+    x = torch.eye(2)
+    assert ti.parts_of(x) == [x]
+    for sparse in (x.to_sparse(), x.to_sparse().transpose(0, 1)):
+        (part,) = ti.parts_of(sparse)
+        part.mul_(2.0)
+        assert torch.equal(sparse.to_dense(), 2 * x)
+    assert ti.parts_of(x.to_mkldnn()) == []
+    # Batched rows of different lengths are one tensor of all rows, and another one of offsets.
+    ragged = torch.nested.nested_tensor([torch.ones(1), torch.ones(2)], layout=torch.jagged)
+    assert ti.is_wrapper(ragged) and not ti.is_wrapper(x)
+    assert [part.shape for part in ti.parts_of(ragged)][:2] == [(3,), (3,)]
+
+
 # Modules.
 
 
@@ -513,7 +530,7 @@ def test_modes_that_an_interrupt_leaves():
     `_get_torch_function_state`, `_set_torch_function_state`: they leave it as it was.
     """
     before = ti.mode_state()
-    for enter in (ti.TorchFunctionMode, ti.TorchDispatchMode, ti.without_function_modes):
+    for enter in (TorchFunctionMode, ti.TorchDispatchMode, ti.without_function_modes):
         # As if its exit had not run.
         enter().__enter__()
     assert all(a != b for a, b in zip(before, ti.mode_state(), strict=True))

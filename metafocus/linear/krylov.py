@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,32 @@ from metafocus.types import MatVec, Params
 
 
 @dataclass(frozen=True)
-class CG:
+class _Krylov(ABC):
+    steps: int
+    damping: float = 0.0
+
+    def __post_init__(self) -> None:
+        whole("steps", self.steps, 1)
+        not_negative("damping", self.damping)
+
+    def __call__(self, matvec: MatVec, b: Params) -> Params:
+        """Solve."""
+        system = posed(matvec, b)
+        return system.solution(self._solved(system)[0])
+
+    def with_residual(self, matvec: MatVec, b: Params) -> tuple[Params, Tensor]:
+        """Return the solution, and what rounding has taken of it: see `System.lost`."""
+        system = posed(matvec, b)
+        x, expected = self._solved(system)
+        return system.solution(x), system.lost(x, self.damping, expected)
+
+    @abstractmethod
+    def _solved(self, system: System) -> tuple[Tensor, Tensor]:
+        """Return the solution for `right`, and the residual to be expected without rounding."""
+
+
+@dataclass(frozen=True)
+class CG(_Krylov):
     """Conjugate gradients on `(A + damping I) x = b` for a symmetric positive definite `A`.
 
     Exact after as many steps as `A` has distinct eigenvalues; the error in the norm of `A` falls
@@ -41,24 +67,6 @@ class CG:
         >>> CG(2)(lambda v: {"x": A @ v["x"]}, {"x": torch.tensor([2.0, 4.0])})["x"].round()
         tensor([1., 1.])
     """
-
-    steps: int
-    damping: float = 0.0
-
-    def __post_init__(self) -> None:
-        whole("steps", self.steps, 1)
-        not_negative("damping", self.damping)
-
-    def __call__(self, matvec: MatVec, b: Params) -> Params:
-        """Solve."""
-        system = posed(matvec, b)
-        return system.solution(self._solved(system)[0])
-
-    def with_residual(self, matvec: MatVec, b: Params) -> tuple[Params, Tensor]:
-        """Return the solution, and what rounding has taken of it: see `System.lost`."""
-        system = posed(matvec, b)
-        x, expected = self._solved(system)
-        return system.solution(x), system.lost(x, self.damping, expected)
 
     def _solved(self, system: System) -> tuple[Tensor, Tensor]:
         # One vector: a few operations a step, however many tensors there are.
@@ -95,7 +103,7 @@ class CG:
 
 
 @dataclass(frozen=True)
-class GMRES:
+class GMRES(_Krylov):
     """Generalised minimal residuals on `(A + damping I) x = b` for any square `A`.
 
     `x` is the point of the Krylov space `b, A b, ..., A^(steps-1) b` with the smallest residual
@@ -122,25 +130,8 @@ class GMRES:
         True
     """
 
-    steps: int
-    damping: float = 0.0
-
-    def __post_init__(self) -> None:
-        whole("steps", self.steps, 1)
-        not_negative("damping", self.damping)
-
-    def __call__(self, matvec: MatVec, b: Params) -> Params:
-        """Build the Krylov basis, rotate its Hessenberg matrix to a triangle, solve."""
-        system = posed(matvec, b)
-        return system.solution(self._solved(system)[0])
-
-    def with_residual(self, matvec: MatVec, b: Params) -> tuple[Params, Tensor]:
-        """Return the solution, and what rounding has taken of it: see `System.lost`."""
-        system = posed(matvec, b)
-        x, expected = self._solved(system)
-        return system.solution(x), system.lost(x, self.damping, expected)
-
     def _solved(self, system: System) -> tuple[Tensor, Tensor]:
+        # Build the Krylov basis, rotate its Hessenberg matrix to a triangle, solve.
         right, noise = system.right, system.noise
         length = safe_sqrt(right.dot(right))
         basis = [safe_divide(right, length)]

@@ -8,12 +8,19 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metafocus.calls import undone
 from metafocus.closures import closures_of
 from metafocus.errors import ProblemError
-from metafocus.torch_internals import TorchDispatchMode, operator_arguments, pytree, storage_key
+from metafocus.torch_internals import (
+    TorchDispatchMode,
+    is_wrapper,
+    operator_arguments,
+    parts_of,
+    pytree,
+    storage_key,
+)
 
 
 @contextlib.contextmanager
@@ -32,17 +39,12 @@ def refused_writes(who: str, given: list[tuple[str, Tensor]], owner: Any) -> Ite
     with Writes() as writes, undone(partial(_undo, writes)):
         yield
     after = _held(owner)
-    # FSDP puts a gathered tensor in the place of a sharded one.
-    changed = [
-        k
-        for k, x in before.items()
-        if x is not (y := after.get(k)) and _has_storage(x) and (y is None or _has_storage(y))
-    ]
+    changed = [k for k, x in before.items() if x is not (y := after.get(k)) and not _gathered(x, y)]
     if not writes.saved and not changed:
         return
-    storages = {_memory(x) for x, _ in writes.saved}
-    names = [k for k, x in given if _memory(x) in storages]
-    hidden = [k for k, x in before.items() if _memory(x) in storages]
+    written = {key for x, _ in writes.saved for key in _memory(x)}
+    names = [k for k, x in given if written & _memory(x)]
+    hidden = [k for k, x in before.items() if written & _memory(x)]
     if names:
         raise ProblemError(
             f"{who} changes {names[0]} in place. Losses and solvers are pure functions here: "
@@ -62,8 +64,16 @@ def _undo(writes: Writes) -> None:
             x.copy_(value)
 
 
-def _memory(x: Tensor) -> int:
-    return storage_key(x.untyped_storage())
+def _memory(x: Any) -> set[int]:
+    """Return what identifies the memory of a tensor; of anything else, nothing."""
+    parts = parts_of(x) if isinstance(x, Tensor) else ()
+    return {storage_key(part.untyped_storage()) for part in parts}
+
+
+def _gathered(x: Tensor, y: Tensor | None) -> bool:
+    """Return whether FSDP has put a gathered parameter in the place of a sharded one, or back."""
+    both = isinstance(x, nn.Parameter) and isinstance(y, nn.Parameter) and x.shape == y.shape
+    return both and (is_wrapper(x) or is_wrapper(y))
 
 
 def _held(owner: Any) -> dict[str, Tensor]:
@@ -87,7 +97,7 @@ class Writes(TorchDispatchMode):
         super().__init__()
         self.saved: list[tuple[Tensor, Tensor]] = []
         self._made: set[int] = set()
-        self._seen: set[int] = set()
+        self._seen: set[Any] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -96,25 +106,24 @@ class Writes(TorchDispatchMode):
                 for x in pytree.tree_leaves(value):
                     self._note(x)
         out = func(*args, **kwargs)
-        self._made |= _storages(out) - _storages((args, kwargs))
+        self._made |= _all_memory(out) - _all_memory((args, kwargs))
         return out
 
     def _note(self, x: Any) -> None:
-        if _has_storage(x):
-            key = storage_key(x.untyped_storage())
-            if key not in self._made and key not in self._seen:
-                self._seen.add(key)
-                self.saved.append((x, x.clone()))
+        if _memory(x) <= self._made:
+            return
+        # Two parts of one tensor may be written to one after the other: both are put back.
+        places = tuple(
+            (storage_key(part.untyped_storage()), part.storage_offset(), part.shape, part.stride())
+            for part in parts_of(x)
+        )
+        if places not in self._seen:
+            self._seen.add(places)
+            self.saved.append((x, x.clone()))
 
 
-def _storages(tree: Any) -> set[int]:
-    found = (x for x in pytree.tree_leaves(tree) if _has_storage(x))
-    return {storage_key(x.untyped_storage()) for x in found}
-
-
-def _has_storage(x: Any) -> bool:
-    # Wrappers such as DTensor have none of their own.
-    return type(x) in (Tensor, torch.nn.Parameter)
+def _all_memory(tree: Any) -> set[int]:
+    return {key for x in pytree.tree_leaves(tree) for key in _memory(x)}
 
 
 def _bound(func: Any, args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:

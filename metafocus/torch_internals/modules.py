@@ -1,0 +1,61 @@
+"""Modules: their own tables, the hooks in them, and what compilers have made of them."""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils.stateless import _reparametrize_module
+
+
+def swapped_weights(
+    module: nn.Module, tensors: Mapping[str, Tensor], *, tie_weights: bool = False
+) -> contextlib.AbstractContextManager[None]:
+    """Let a module hold other tensors as parameters and buffers inside a `with` block.
+
+    An interrupt inside torch's exit leaves them there; `calls.holding` puts that right.
+    """
+    return _reparametrize_module(module, dict(tensors), tie_weights=tie_weights)
+
+
+def parameter_table(module: nn.Module) -> dict[str, Tensor | None]:
+    """Return the module's own table of its parameters: a write changes the module."""
+    return module._parameters  # pyright: ignore[reportReturnType]
+
+
+def weight_tables(module: nn.Module) -> tuple[dict[str, Tensor | None], ...]:
+    """Return the module's own tables of parameters and of buffers; one without any is left out."""
+    tables: Any = module._parameters, module._buffers
+    return tuple(table for table in tables if table)
+
+
+def forward_hooks(module: nn.Module) -> tuple[Any, ...]:
+    """Return the hooks that run before and after a module, in this order."""
+    return (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+
+
+def has_backward_hooks(module: nn.Module) -> bool:
+    """Return whether a module has hooks on its gradients."""
+    return bool(module._backward_hooks or module._backward_pre_hooks)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether `module.compile()` has replaced the call of a module."""
+    return module._compiled_call_impl is not None
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """Return the module that `torch.compile(module)` has wrapped, or the module itself."""
+    return getattr(module, "_orig_mod", module)
+
+
+def raised_by_functional_call(error: BaseException) -> bool:
+    """Return whether `torch.func.functional_call` raised an error because of a name."""
+    accessor = "torch.nn.utils._named_member_accessor"
+    return any(
+        frame.f_globals.get("__name__") == accessor
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    )

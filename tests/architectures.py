@@ -91,14 +91,14 @@ OWN: dict[str, dict[str, Any]] = {
 # Attention takes any mask.
 MASKED = (
     "apertus arcee bitnet biogpt codegen cohere cohere2 deepseek_v2 deepseek_v3 doge ernie4_5 "
-    "exaone4 falcon flex_olmo gemma gemma2 gemma3_text glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neo "
+    "exaone4 falcon flex_olmo gemma gemma2 gemma3_text glm glm4 glm4_moe gpt2 gpt_bigcode "
     "gpt_neox gpt_oss gptj granite granitemoe helium hunyuan_v1_dense jetmoe llama minicpm3 "
     "ministral mistral mixtral mpt nanochat nemotron olmo olmo2 olmo3 olmoe opt persimmon phi phi3 "
     "phimoe qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 stablelm starcoder2 vaultgemma"
 ).split()
 # The model makes its causal mask itself.
 CAUSAL = (
-    "bamba bloom falcon_h1 falcon_mamba granitemoehybrid jamba lfm2 mamba mamba2 minimax "
+    "bamba bloom falcon_h1 falcon_mamba gpt_neo granitemoehybrid jamba lfm2 mamba mamba2 minimax "
     "qwen3_5 qwen3_next recurrent_gemma xlstm"
 ).split()
 

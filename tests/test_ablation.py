@@ -373,7 +373,7 @@ def test_few_seeds_decide_nothing_and_missing_cells_are_said(ablation, tmp_path)
         "| FocuSFT raises accuracy: trained tasks, trained length | - | - | 0 | **not run** |"
         in head
     )
-    assert "with 1 / 2 / 2 / 0 finished seeds" in head
+    assert "Finished seeds: 1 (causal, plain), 2 (bidirectional, plain), 2 (causal, inner" in head
     page = (tmp_path / "report.md").read_text()
     assert "Diverged in training: causal-none (seed 1): step 3: loss nan." in page
 

@@ -10,6 +10,8 @@ from architectures import CAUSAL, MASKED, batch, build, errors
 
 import metafocus as mf
 from metafocus.errors import PlacementError, ProblemError
+from metafocus.lm.hf.attention import attending
+from metafocus.lm.hf.inputs import model_inputs
 
 PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
 QUICK = ("llama", "gpt_oss", "phimoe", "mpt", "doge", "qwen3_5", "bloom")
@@ -35,7 +37,26 @@ def test_there_are_enough_architectures():
     assert len({*MASKED, *CAUSAL}) >= 60
 
 
-@pytest.mark.parametrize("name", ["qwen3_5", "rwkv", "bloom"])
+@pytest.mark.parametrize(
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MASKED],
+)
+def test_the_mask_reaches_the_attention(name):
+    """The oracle is the same model, so it cannot tell: some models ignore all but a causal mask."""
+    model = build(name)
+    one = torch.tensor([[5, 9, 14, 23, 31]])
+    other = one.clone()
+    other[0, -1] = 44
+    seen = []
+    for ids in (one, other):
+        spans, place = mf.masks.full({"input_ids": ids}), mf.masks.positions({"input_ids": ids})
+        with torch.no_grad(), attending(model):
+            seen.append(model(**model_inputs(model, ids, place, spans)).logits[0, 0])
+    # Logits of random models are small, and so is their change; ignoring the mask gives exactly 0.
+    assert not torch.allclose(*seen, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "rwkv", "bloom", "gpt_neo"])
 def test_other_masks_are_refused(name):
     model = build(name)
     loss = mf.lm_loss(model, adapter=mf.NoAdapter(), mask=mf.masks.context_bidirectional)

@@ -78,7 +78,7 @@ def test_the_page_says_what_was_found(study, tmp_path):
     ]
     head = write(study, tmp_path, found)
     assert "Central differences, at 3 of them, agree with the exact one to 1.0 %" in head
-    assert "At inner rates up to 0.1 it has the right direction at every point" in head
+    assert "At inner rates up to 0.1 it has the right direction at every point that" in head
     assert "From a rate of 1 on it fails at some points." in head
     assert "-0.20 to 0.20" in head
     assert "it says the right thing at 3 of 5 points" in head
@@ -94,11 +94,15 @@ def test_the_page_says_what_was_found(study, tmp_path):
 def test_the_page_can_say_the_opposite(study, tmp_path):
     """First order may as well be right everywhere, or nowhere."""
     right = write(study, tmp_path, [made_up(study, rate, 0.99, 0.5) for rate in (0.1, 1.0)])
-    assert "rates up to 1 it has the right direction" in right and "fails" not in right
+    assert "rates up to 1 it has the right direction" in right
+    assert "fails at some points" not in right and "had no failure to find" in right
     (tmp_path / "no").mkdir()
     wrong = write(study, tmp_path / "no", [made_up(study, rate, 0.1, 2.0) for rate in (0.1, 1.0)])
     assert "right direction at every point" not in wrong
-    assert "From a rate of 0.1 on it fails" in wrong
+    assert "From a rate of 0.1 on it fails" in wrong and "no failure to find" not in wrong
+    (tmp_path / "part").mkdir()
+    part = write(study, tmp_path / "part", [made_up(study, 0.1, 0.99, 0.5)])
+    assert "The paper's rate of 1 has not been measured yet." in part
 
 
 def test_a_run_goes_on_where_it_stopped(study, tmp_path, monkeypatch, capsys):

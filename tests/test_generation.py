@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import architectures
 import commands
 import pytest
 import torch
@@ -65,8 +66,10 @@ def with_cache(model, read):
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda p: p.__name__)
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", ["qwen2", "llama", "mistral"])
+@pytest.mark.parametrize(
+    ("family", "attn"),
+    [(f, a) for f in ("qwen2", "llama", "mistral", "gemma3") for a in ("sdpa", "eager")],
+)
 def test_decoding_goes_on_as_if_the_prompt_was_a_context_turn(family, attn, policy):
     model, batch = sharp(family, attn), prompts()
     tokens, logits = without_cache(model, batch, policy)
@@ -84,6 +87,43 @@ def test_a_causal_prompt_is_what_generate_itself_reads():
     assert (found - logits).abs().max() < 1e-5 * logits.abs().max()
     _, other = with_cache(model, prefilled(model, batch, mf.masks.context_bidirectional))
     assert (other - logits).abs().max() > 0.01 * logits.abs().max()
+
+
+def test_a_prompt_of_one_token():
+    model, batch = sharp("qwen2", "sdpa"), {"input_ids": torch.tensor([[7]])}
+    tokens, logits = with_cache(model, {**batch, "attention_mask": torch.ones(1, 1)})
+    for policy in POLICIES:
+        got, found = with_cache(model, prefilled(model, batch, policy))
+        assert torch.equal(got, tokens) and torch.equal(found, logits)
+
+
+def test_a_checkpoint_that_says_no_cache():
+    """Such as one that was saved after training with use_cache=False."""
+    model, batch = sharp("qwen2", "sdpa"), prompts()
+    policy = mf.masks.context_bidirectional
+    tokens, logits = with_cache(model, prefilled(model, batch, policy))
+    model.generation_config.use_cache = False
+    got, found = with_cache(model, prefilled(model, batch, policy))
+    assert torch.equal(got, tokens) and torch.equal(found, logits)
+
+
+def test_training_with_checkpointing_keeps_no_cache():
+    model, batch = build("qwen2", checkpointing=True), prompts()
+    with pytest.raises(ProblemError, match=r"kept no cache of the prompt: call model\.eval\(\)"):
+        prefilled(model, batch, mf.masks.context_bidirectional)
+    assert "past_key_values" in prefilled(model.eval(), batch, mf.masks.context_bidirectional)
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "bloom", "gpt_neo"])
+def test_models_with_a_causal_mask_of_their_own(name):
+    model, batch = architectures.build(name), prompts()
+    # Bloom's rows of padding are NaN in float64, in transformers itself.
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    tokens, logits = with_cache(model, batch)
+    got, found = with_cache(model, prefilled(model, batch, mf.masks.causal))
+    assert torch.equal(got, tokens) and torch.equal(found, logits)
+    with pytest.raises(ProblemError, match="takes no explicit mask"):
+        prefilled(model, batch, mf.masks.context_bidirectional)
 
 
 def test_turns_of_a_longer_chat_are_kept():

@@ -16,6 +16,7 @@ from effects import (
     as_trained,
     between,
     effect,
+    everything,
     interval,
     log_mass,
     loss,
@@ -81,7 +82,6 @@ def claims(scale: Scale, results: Results, base: Run) -> list[Claim]:
 def gains(scale: Scale, results: Results) -> list[Claim]:
     """FocuSFT raises accuracy; and, for what accuracy is too coarse to see, lowers the loss."""
     found = []
-    everywhere = (scale.tasks, tuple(scale.chats))
     for place, where in places(scale).items():
         found.append(
             Claim(
@@ -94,7 +94,7 @@ def gains(scale: Scale, results: Results) -> list[Claim]:
         found.append(
             Claim(
                 f"Lower answer loss, all tasks and lengths: {pair}",
-                effect(results, one, other, loss("deployed", *everywhere)),
+                effect(results, one, other, loss("deployed", *everything(scale))),
                 above=False,
             )
         )
@@ -125,7 +125,8 @@ def attention(results: Results, base: Run) -> list[Claim]:
             show=factor,
         ),
         Claim(
-            "... and that takes training: in the untrained model the mask does less than that",
+            "... and that takes training: before it, the mask lowers the sink less than a "
+            "hundredfold",
             interval(untrained[None]),
             beyond=2.0,
             above=False,
@@ -168,6 +169,7 @@ def control(results: Results) -> Claim:
         for run in trained(results, FOCUSFT).values()
     ]
     return Claim(
-        "Fast weights adapt to their own sample: another sample's give a higher answer loss",
+        "Fast weights adapt to their own sample: another sample's give a higher answer loss, with "
+        "the training mask",
         interval(np.stack(rows)) if rows else None,
     )

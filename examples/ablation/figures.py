@@ -35,7 +35,9 @@ def draw(
 
 def _save(figure: plt.Figure, folder: Path, name: str) -> None:
     figure.savefig(folder / f"{name}.png", dpi=120)
-    figure.savefig(folder / f"{name}.svg")
+    # The same results give the same file.
+    with plt.rc_context({"svg.hashsalt": name}):
+        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
     plt.close(figure)
 
 

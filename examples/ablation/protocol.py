@@ -8,7 +8,7 @@ cells come first, so that a run that ends early still has paired seeds.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import metafocus as mf
 from metafocus.adapters import LoRA, top_layers
@@ -143,12 +143,10 @@ SMOLLM2 = Scale(
     as_trained=(512, 1024),
 )
 # For a GPU: not run.
-FULL = Scale(
-    "full",
-    model="smollm2",
+FULL = replace(
+    SMOLLM2,
+    name="full",
     steps=400,
-    length=512,
-    lr=1e-4,
     seeds=5,
     control_seeds=5,
     chats={512: 50, 1024: 50, 2048: 50, 4096: 25},

@@ -62,16 +62,18 @@ def opening(scale: Scale, results: Results, base: Run, found: Sequence[Claim]) -
     """The findings in one paragraph: what was done, the verdicts, and the figures that matter."""
     model = "SmolLM2-135M-Instruct (a dequantised 4-bit copy)" if scale.model else "a tiny model"
     seeds = [len(trained(results, cell)) for cell in MAIN]
+    finished = ", ".join(f"{n} ({NAMES[cell]})" for cell, n in zip(MAIN, seeds, strict=True))
     counts = {verdict: sum(claim.verdict == verdict for claim in found) for verdict in VERDICTS}
     told = ", ".join(f"{n} {verdict}" for verdict, n in counts.items())
     sink = {way: np.mean(base["attention"][way]["sink_mass"]) for way in base["attention"]}
     sentences = [
-        f"Full fine-tuning of {model} for {scale.steps} steps of one chat at {scale.length} "
-        "tokens, by the four combinations of mask and inner loop, with "
-        f"{' / '.join(map(str, seeds))} finished seeds. Of {len(found)} statements that make up "
-        "the paper's claims, here, on this model, as deployed unless the table says otherwise: "
-        f"**{told}**.",
-        f"Without any training, answers give the first token {sink['deployed']:.3f} of their "
+        f"{model} was fine-tuned as a whole for {scale.steps} steps of one chat of {scale.length} "
+        "tokens, in four ways: with a causal or a bidirectional mask, and with or without an inner "
+        f"loop. FocuSFT has both. Finished seeds: {finished}. The table lists {len(found)} "
+        "statements that make up the paper's claims. They are about the deployed model, which has "
+        "the causal mask and no fast weights, unless they say otherwise. The verdicts, for this "
+        f"model: **{told}**.",
+        f"Before training, answers give the first token {sink['deployed']:.3f} of their "
         f"attention under the causal mask and {sink['training mask']:.4f} under the bidirectional "
         "one.",
     ]
@@ -84,26 +86,26 @@ def opening(scale: Scale, results: Results, base: Run, found: Sequence[Claim]) -
         if (runs := trained(results, cell).values())
     }
     if after:
-        told = ", ".join(f"{name} {masses['deployed']:.3f}" for name, masses in after.items())
-        sentences.append(f"After training, as deployed, with the causal mask: {told}.")
+        told = ", ".join(f"{masses['deployed']:.3f} ({name})" for name, masses in after.items())
+        sentences.append(f"In the deployed models after training, they give it {told}.")
     if NAMES[FOCUSFT] in after:
         seen = after[NAMES[FOCUSFT]]["with fast weights"]
-        sentences.append(f"FocuSFT as it was trained, with its mask and fast weights: {seen:.4f}.")
-    if max(seeds) < FEWEST_SEEDS:
+        sentences.append(f"With FocuSFT's own mask and fast weights, they give it {seen:.4f}.")
+    if min(seeds) < FEWEST_SEEDS:
         sentences.append(
-            f"With fewer than {FEWEST_SEEDS} paired seeds, nothing that was trained is called "
-            "decided; the numbers are shown as they are."
+            f"With fewer than {FEWEST_SEEDS} paired seeds, a statement about trained models is "
+            "undecided, whatever its interval."
         )
     for what, measure in (("accuracy", accuracy), ("answer loss", loss)):
         gain = effect(results, FOCUSFT, CAUSAL, measure("deployed", *everything(scale)))
         if gain:
             sentences.append(
                 f"Over all tasks and lengths, FocuSFT changes the {what} of the deployed model by "
-                f"{gain.difference} against causal fine-tuning."
+                f"{gain.difference} (95 % interval) against causal fine-tuning."
             )
     worse = worse_steps(list(trained(results, FOCUSFT).values()))
     if worse:
-        sentences.append(f"At the paper's inner rate of 1, {worse}.")
+        sentences.append(f"In FocuSFT, at the paper's inner rate of 1, {worse}.")
     return ["# The ablation of FocuSFT", "", " ".join(sentences), ""]
 
 

@@ -20,6 +20,8 @@ from effects import (
 )
 from protocol import BIDIRECTIONAL, CAUSAL, CAUSAL_INNER, CONTROLS, FOCUSFT, MAIN, Cell, Scale
 
+from metafocus.comparison.inner_curve import diverges
+
 NAMES = {
     CAUSAL: "causal, plain",
     BIDIRECTIONAL: "bidirectional, plain",
@@ -160,14 +162,14 @@ def worse_steps(runs: Sequence[Run]) -> str:
 
     Support and query are the same tokens, so the outer loss is the inner loss after the last step.
     """
-    pairs = [
-        (outer, inner[-1])
+    curves = [
+        [*inner, outer]
         for run in runs
         if run["cell"]["support"] == "own" and run["cell"]["tokens"] == "answer"
         for outer, inner in zip(run["training"]["loss"], run["training"]["inner"], strict=True)
         if inner
     ]
-    if not pairs:
+    if not curves:
         return ""
-    worse = sum(outer > inner for outer, inner in pairs)
-    return f"the last inner step raised its loss in {worse} of {len(pairs)} training steps"
+    worse = sum(map(diverges, curves))
+    return f"the last inner step raised its loss in {worse} of {len(curves)} training steps"

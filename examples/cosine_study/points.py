@@ -16,7 +16,7 @@ from metafocus.data import Collator, encode_chats, stdlib_qa
 
 MASKS = {"causal": mf.masks.causal, "bidirectional": mf.masks.context_bidirectional}
 EPSILON = 5e-4
-"""How far the weights move in a central difference, in units of their Euclidean norm's length."""
+"""The Euclidean distance that the weights move in a central difference, each way."""
 
 
 @dataclass(frozen=True)

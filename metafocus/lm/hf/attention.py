@@ -69,6 +69,8 @@ def own_mask(model: nn.Module) -> str | None:
         return "it has recurrent layers, which are causal by construction"
     if config.model_type == "bloom" or getattr(config, "alibi", False) is True:
         return "its ALiBi biases are computed from a mask of padding"
+    if config.model_type == "gpt_neo":
+        return "its attention adds a causal mask to any other one"
     return None
 
 

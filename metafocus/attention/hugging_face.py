@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from metafocus.attention.api import span_attention
+from metafocus.attention.kernels.query_runs import narrowed
 from metafocus.errors import ProblemError
-from metafocus.masks.spans import Spans, windowed
+from metafocus.masks.spans import Spans
 
 IMPLEMENTATIONS = {
     "metafocus": "auto",
@@ -109,7 +110,7 @@ def attend(
         )
     spans = Spans.unstack(attention_mask)
     if sliding_window is not None:
-        spans = windowed(spans, sliding_window)
+        spans = narrowed(spans, sliding_window)
     out = span_attention(
         query, key, value, spans, scale=scaling, backend=backend, softcap=softcap, sinks=s_aux
     )

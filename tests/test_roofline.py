@@ -13,6 +13,7 @@ from benchmarks.roofline.machine import H200, Machine
 from benchmarks.roofline.record import KERNEL, SYNC, Op, Recorder
 from benchmarks.roofline.scale import Scale
 
+pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
 SIMPLE = Machine(products=10.0, memory=100.0, gap=0, least=0, issue=1, view=0, latency=0, wait=2)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from metafocus.lm.cross_entropy import IGNORED
+from metafocus.lm.hf.attention import read_spans
 from metafocus.lm.hf.logit_head import logit_head_of
 from metafocus.lm.loss import LMLoss, Targets
 from metafocus.lm.tokens import TokenPolicy, predicted
@@ -88,7 +89,11 @@ class PerExampleLoss(LMLoss):
             return batch
         inputs = batch.get("model_inputs") or self._model_inputs(batch)
         logit_head_of(self.model)
+        read_spans(self.model, inputs["attention_mask"])
         return {**batch, "model_inputs": inputs, "each": self._each(batch)}
+
+    def _restriction(self, batch: Batch) -> None:
+        return None
 
     def _mean(self, batch: Batch, total: Callable[[Targets], Tensor]) -> Tensor:
         return torch.stack([total(part) / part.number for part in batch["each"].parts]).sum()

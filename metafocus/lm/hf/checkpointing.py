@@ -18,6 +18,7 @@ from metafocus.adapters import slots
 from metafocus.autodiff.recompute import recompute
 from metafocus.calls import changed, holding, using
 from metafocus.lm.hf.attention import attention_as
+from metafocus.lm.hf.restricted import active, restricted
 
 
 @contextlib.contextmanager
@@ -74,11 +75,13 @@ def _recomputed(model: nn.Module, layer: nn.Module, forward: Any, args: Any, kwa
     functions = slots.functions(layer)
     config = model.config.get_text_config()  # pyright: ignore
     implementation = config._attn_implementation
+    rows = active()
 
     def run(parameters: dict[str, Tensor], fast: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
         with (
             using(model),
             attention_as(config, implementation),
+            restricted(rows),
             holding(layer, parameters),
             slots.rebind(layer, fast, functions),
         ):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,9 +17,10 @@ from metafocus.engine import MetaLoss, bilevel
 from metafocus.errors import ProblemError
 from metafocus.estimators import Estimator, FirstOrder
 from metafocus.lm import Adapter, TokenPolicy, answer_tokens, lm_loss
+from metafocus.lm.hf.inner_memory import Fitting
 from metafocus.lm.per_example import PerExampleLoss, PerExampleSolver, mean_loss
 from metafocus.lm.shared_prefix import SharedPrefix
-from metafocus.masks import MaskPolicy
+from metafocus.masks import Batch, MaskPolicy
 from metafocus.problem import Problem, as_episode, trainable
 from metafocus.solvers import SGD, clip_per_tensor
 from metafocus.types import Aux, Episode, Params, Solver
@@ -35,6 +38,7 @@ def focusft_problem(
     outer_tokens: TokenPolicy = answer_tokens,
     generator: torch.Generator | None = None,
     examples: int | None = None,
+    inner_checkpointing: bool | str = True,
 ) -> Problem:
     """Return FocuSFT's bilevel problem; see `focusft`.
 
@@ -48,12 +52,16 @@ def focusft_problem(
         generator: draws the start.
         examples: the number of rows in a batch, if each has fast weights of its own (to be solved
             by a `PerExampleSolver`). None: the batch shares its fast weights.
+        inner_checkpointing: whether the inner loss checkpoints as the model does.
     """
+    choice = _choice(inner_checkpointing)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    inner = lm_loss(model, adapter=adapter, mask=mask, tokens=inner_tokens)
+    inner = replace(
+        lm_loss(model, adapter=adapter, mask=mask, tokens=inner_tokens), checkpointing=choice
+    )
     outer = lm_loss(model, adapter=adapter, mask=mask, tokens=outer_tokens)
     if examples is not None:
-        inner = PerExampleLoss(model, adapter, mask, inner_tokens)
+        inner = PerExampleLoss(model, adapter, mask, inner_tokens, choice)
     shared = SharedPrefix(inner)
 
     def prepare(slow: Params, episode: Episode) -> Episode:
@@ -83,6 +91,7 @@ def focusft(
     inner_tokens: TokenPolicy = answer_tokens,
     generator: torch.Generator | None = None,
     per_example: bool = False,
+    inner_checkpointing: bool | str = "auto",
 ) -> MetaLoss:
     """Return FocuSFT's training loss; the defaults are the paper's.
 
@@ -108,6 +117,10 @@ def focusft(
         per_example: gives each row of a batch fast weights of its own, which start equal and
             adapt to the tokens of this row, exactly as if it were alone. `Aux.inner_losses` are
             then means over the rows. Default: one set for the batch, as in the official code.
+        inner_checkpointing: whether the inner loop checkpoints its activations, if
+            `gradient_checkpointing_enable()` was called. "auto": with `FirstOrder()` only if they
+            do not fit into half of the free memory (in a distributed run, always), which saves a
+            forward pass of the adapted layers in each inner step; with other estimators, always.
 
     Returns:
         `meta_loss(outer, Episode(batch, batch)) -> (loss, Aux)`. With `outer={}` the model's own
@@ -138,6 +151,10 @@ def focusft(
         FocuSFT, arXiv 2605.09932.
     """
     chosen = estimator or FirstOrder()
+    # What wraps an estimator, as the trainer does, holds it.
+    first_order = isinstance(getattr(chosen, "estimator", chosen), FirstOrder)
+    if inner_checkpointing == "auto" and not first_order:
+        inner_checkpointing = True
     generator = torch.Generator().manual_seed(0) if generator is None else generator
 
     @functools.cache
@@ -149,6 +166,7 @@ def focusft(
             inner_tokens=inner_tokens,
             generator=generator,
             examples=examples,
+            inner_checkpointing=inner_checkpointing,
         )
         inner = solver if examples is None else PerExampleSolver(solver)
         return bilevel(problem, solver=inner, estimator=chosen)
@@ -174,3 +192,15 @@ def focusft(
         return loss, Aux(aux.params, mean_loss(aux.inner_losses, inner_tokens, support))
 
     return meta_loss
+
+
+def _choice(inner_checkpointing: bool | str) -> Callable[[nn.Module, Batch], bool] | None:
+    if inner_checkpointing is True:
+        return None
+    if inner_checkpointing is False:
+        return lambda model, batch: False
+    if inner_checkpointing != "auto":
+        raise ProblemError(
+            f"inner_checkpointing={inner_checkpointing!r} must be 'auto', True or False."
+        )
+    return Fitting()

@@ -22,7 +22,7 @@ from metafocus.lm.hf.restricted import active, restricted
 
 
 @contextlib.contextmanager
-def exact_checkpointing(model: nn.Module) -> Iterator[None]:
+def exact_checkpointing(model: nn.Module, enabled: bool = True) -> Iterator[None]:
     """Route `gradient_checkpointing_enable()` of a model through `recompute` inside the block.
 
     The hook that makes embeddings require grad is lifted meanwhile: functorch refuses it, and
@@ -31,10 +31,13 @@ def exact_checkpointing(model: nn.Module) -> Iterator[None]:
 
     Args:
         model: a Hugging Face model, with or without checkpointing enabled.
+        enabled: False: nothing is checkpointed inside the block.
     """
     layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
     ours = partial(checkpoint_layer, model)
     places: list[Any] = [(layer, "_gradient_checkpointing_func", ours) for layer in layers]
+    if not enabled:
+        places = [(layer, "gradient_checkpointing", False) for layer in layers]
     for hook in getattr(model, "_require_grads_hooks", None) or []:
         table = hook.hooks_dict_ref()
         if table is not None and hook.id in table:
@@ -42,6 +45,11 @@ def exact_checkpointing(model: nn.Module) -> Iterator[None]:
             places.append((table, hook.id, _nothing))
     with changed(*places):
         yield
+
+
+def is_checkpointing(model: nn.Module) -> bool:
+    """Return whether layers of a model checkpoint their activations."""
+    return any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
 
 
 def _nothing(*args: Any) -> None:

@@ -31,6 +31,8 @@ from metafocus.torch_internals.modules import (
 from metafocus.torch_internals.tensors import (
     assert_later,
     constant_when_compiled,
+    cudnn,
+    cudnn_backward,
     flash_cpu,
     flash_cpu_backward,
     flash_varlen,
@@ -74,6 +76,8 @@ __all__ = [
     "VmapLevel",
     "assert_later",
     "constant_when_compiled",
+    "cudnn",
+    "cudnn_backward",
     "differentiated_again",
     "fake_tensors",
     "flash_cpu",

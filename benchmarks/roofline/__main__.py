@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ def shown(row: dict[str, Any], seconds: float) -> str:
 
 def largest(ops: list[Op], number: int) -> list[str]:
     """Return what takes the device the longest, alike operations together."""
-    taken: Counter[tuple[str, str, str]] = Counter()
+    taken: defaultdict[tuple[str, str, str], float] = defaultdict(float)
     count: Counter[tuple[str, str, str]] = Counter()
     for op in (op for op in ops if op.kind == KERNEL):
         what = (op.name, op.dtype, " ".join(str(list(shape)) for shape in op.shapes[:3]))
@@ -92,7 +92,7 @@ def largest(ops: list[Op], number: int) -> list[str]:
         count[what] += 1
     return [
         f"  {1e3 * t:8.2f} ms {count[what]:5} x {' '.join(what)}"
-        for what, t in taken.most_common(number)
+        for what, t in sorted(taken.items(), key=lambda item: -item[1])[:number]
     ]
 
 

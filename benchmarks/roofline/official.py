@@ -26,5 +26,8 @@ def write(recorded: dict[int, list[Op]]) -> None:
 def read(length: int) -> list[Op]:
     """Return the operations of one step."""
     found = json.loads(FILE.read_text())[str(length)]
-    table = [Op(*op[:-1], tuple(map(tuple, op[-1]))) for op in found["operations"]]
+    table = [
+        Op(kind, name, dtype, size, flops, tuple(map(tuple, shapes)))
+        for kind, name, dtype, size, flops, shapes in found["operations"]
+    ]
     return [table[i] for i in found["order"]]

@@ -138,8 +138,9 @@ class LMLoss:
 
     @contextlib.contextmanager
     def _running(self, batch: Batch | None = None) -> Iterator[None]:
-        choice = None if batch is None else self.checkpointing
-        enabled = choice is None or not is_checkpointing(self.model) or choice(self.model, batch)
+        enabled, choice = True, self.checkpointing
+        if batch is not None and choice is not None and is_checkpointing(self.model):
+            enabled = choice(self.model, batch)
         with running(self.model), attending(self.model), exact_checkpointing(self.model, enabled):
             yield
 

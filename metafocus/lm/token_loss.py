@@ -59,7 +59,7 @@ def token_loss(
         tensor(1.3863)
     """
     _check(hidden, weight, targets, bias, chunk)
-    rows = chunk or _rows(*weight.shape, hidden.is_cuda)
+    rows = chunk or _rows(weight.shape[0], weight.shape[1], hidden.is_cuda)
     # As F.linear would do; what follows runs in the types it is given, in every pass.
     hidden, weight, *rest = as_autocast(hidden, weight, *([] if bias is None else [bias]))
     bias = rest[0] if rest else None
@@ -154,7 +154,7 @@ def _sweep(
             else:
                 # Sums over chunks in the wide type: bfloat16 would lose what each chunk adds.
                 dw = wide(share) if dw is None else dw.add_(share)
-        if wanted[2]:
+        if wanted[2] and residual_sum is not None:
             db = residual_sum if db is None else db + residual_sum
         # Free these before allocating those of the next chunk.
         del r

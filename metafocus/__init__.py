@@ -38,6 +38,7 @@ from metafocus.autodiff import (
 )
 from metafocus.autodiff.pieces import micro_batches
 from metafocus.autodiff.recompute import recompute
+from metafocus.cells import sweep
 from metafocus.comparison import Comparison, compare
 from metafocus.comparison.smooth import Smoothness, smoothness
 from metafocus.engine import MetaLoss, adapt, bilevel, hypergrad
@@ -176,6 +177,7 @@ __all__ = [
     "solve_inner",
     "stack_episodes",
     "stores",
+    "sweep",
     "top_layers",
     "trainable",
     "trust",

@@ -13,9 +13,10 @@ ROOT = Path(__file__).parent.parent / "metafocus"
 
 # From bottom to top: a file knows its own row's folder and the rows before it.
 ORDER = """
-errors types torch_internals params precision checks files cells rng calls closures
+errors types torch_internals params precision checks files cells factories digests
+rng calls closures
 streams problem autodiff linear solvers estimators
-preflight path engine tasks algorithms comparison graph
+preflight path engine tasks algorithms graph comparison
 masks attention adapters lm
 data models diagnostics recipes evals
 claims trainer cli __main__

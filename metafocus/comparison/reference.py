@@ -35,7 +35,8 @@ def title(
         names = [*estimators, *others]
         if reference not in names and reference != DIFFERENCES:
             raise ProblemError(
-                f"reference {reference!r} is not one of {sorted(names)} or {DIFFERENCES!r}."
+                f"reference {reference!r} is not one of the estimators {sorted(names)}, nor "
+                f"{DIFFERENCES!r}."
             )
         if reference == DIFFERENCES:
             _check_size(outer)

@@ -76,6 +76,8 @@ class FocusMixin(ReliableMixin):
         own = args if isinstance(args, FocusOptions) else FocusOptions()
         self._recipe, self._factory = dict(recipe or {}), meta_loss_factory
         super().__init__(model, args, focus=focus or own, **kwargs)
+        if self.focus.sharding is not None:
+            self._parametrise()
         checks.check_dtypes(self._plain, self.args)
         checks.check_samples("train_dataset", self.train_dataset, self._plain)
         checks.check_samples("eval_dataset", self.eval_dataset, self._plain)

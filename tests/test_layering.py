@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent / "metafocus"
 
 # From bottom to top: a file knows its own row's folder and the rows before it.
 ORDER = """
-errors types torch_internals params precision checks files rng calls closures
+errors types torch_internals params precision checks files rng parallel calls closures
 streams problem autodiff linear solvers estimators
 preflight path engine tasks algorithms comparison graph
 masks attention adapters lm
@@ -22,7 +22,17 @@ claims trainer cli __main__
 """.split()
 # Usable without the engine: they know the tools at the bottom and each other.
 PARTS = {"masks", "attention", "adapters"}
-TOOLS = {"errors", "checks", "files", "rng", "calls", "params", "precision", "torch_internals"}
+TOOLS = {
+    "errors",
+    "checks",
+    "files",
+    "rng",
+    "calls",
+    "parallel",
+    "params",
+    "precision",
+    "torch_internals",
+}
 # Torch and nothing else.
 ENGINE = set(ORDER[: ORDER.index("masks")])
 TOP = {"claims", "trainer", "cli", "__main__"}

@@ -13,9 +13,9 @@ ROOT = Path(__file__).parent.parent / "metafocus"
 
 # From bottom to top: a file knows its own row's folder and the rows before it.
 ORDER = """
-errors types torch_internals params precision checks files rng parallel calls closures
+errors types torch_internals params precision checks files cells rng parallel calls closures
 streams problem autodiff linear solvers estimators
-preflight path engine tasks algorithms comparison graph
+preflight path engine tasks explaining algorithms comparison graph
 masks attention adapters lm
 data models diagnostics recipes evals
 claims trainer cli __main__

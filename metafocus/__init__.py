@@ -16,6 +16,7 @@ from metafocus import (
     errors,
     masks,
     models,
+    parallel,
     params,
     recipes,
 )
@@ -170,6 +171,7 @@ __all__ = [
     "micro_batches",
     "models",
     "over_tasks",
+    "parallel",
     "params",
     "per_step",
     "proximal",

@@ -10,7 +10,7 @@ from models import build
 
 import metafocus as mf
 from metafocus.doctor import examined, kernels, precision, versions
-from metafocus.doctor.precision import _judged
+from metafocus.doctor.rounding import _judged
 
 CPU = torch.device("cpu")
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from metafocus import attention
 from metafocus import params as pt
 from metafocus.adapters import LoRA, all_linear
+from metafocus.doctor.environment import turns
 from metafocus.doctor.findings import Finding
-from metafocus.doctor.machine import turns
 from metafocus.engine import bilevel, hypergrad
 from metafocus.errors import PlacementError
 from metafocus.estimators import FirstOrder, Unrolled

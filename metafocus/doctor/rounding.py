@@ -10,8 +10,8 @@ from torch import Tensor
 
 from metafocus import masks
 from metafocus.attention import span_attention
+from metafocus.doctor.environment import HEADS, LENGTH, WIDTH, turns, types
 from metafocus.doctor.findings import Finding
-from metafocus.doctor.machine import HEADS, LENGTH, WIDTH, turns, types
 
 BOUND = 8
 """Units in the last place, relative to the norm, by which a result may be off. Measured are up to 3

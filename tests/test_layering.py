@@ -17,7 +17,7 @@ errors types torch_internals params precision checks files cells rng parallel ca
 streams problem autodiff linear solvers estimators
 preflight path engine tasks explaining algorithms comparison graph
 masks attention adapters lm
-data models diagnostics recipes evals
+data models diagnostics recipes evals doctor
 claims trainer cli __main__
 """.split()
 # Usable without the engine: they know the tools at the bottom and each other.

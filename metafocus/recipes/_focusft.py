@@ -18,6 +18,7 @@ from metafocus.lm import Adapter, TokenPolicy, answer_tokens, lm_loss
 from metafocus.lm.per_example import PerExampleLoss, PerExampleSolver, mean_loss
 from metafocus.lm.shared_prefix import SharedPrefix
 from metafocus.masks import MaskPolicy
+from metafocus.parallel.collectives import Group
 from metafocus.problem import Problem, as_episode, trainable
 from metafocus.recipes._sharded import hooked, refuse_outer, refuse_sharded
 from metafocus.solvers import SGD, clip_per_tensor
@@ -36,6 +37,7 @@ def focusft_problem(
     outer_tokens: TokenPolicy = answer_tokens,
     generator: torch.Generator | None = None,
     examples: int | None = None,
+    sequence_group: Group = None,
 ) -> Problem:
     """Return FocuSFT's bilevel problem; see `focusft`.
 
@@ -49,12 +51,14 @@ def focusft_problem(
         generator: draws the start.
         examples: the number of rows in a batch, if each has fast weights of its own (to be solved
             by a `PerExampleSolver`). None: the batch shares its fast weights.
+        sequence_group: the ranks that share each sequence.
     """
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    inner = lm_loss(model, adapter=adapter, mask=mask, tokens=inner_tokens)
-    outer = lm_loss(model, adapter=adapter, mask=mask, tokens=outer_tokens)
+    common: Any = {"adapter": adapter, "mask": mask, "sequence_group": sequence_group}
+    inner = lm_loss(model, tokens=inner_tokens, **common)
+    outer = lm_loss(model, tokens=outer_tokens, **common)
     if examples is not None:
-        inner = PerExampleLoss(model, adapter, mask, inner_tokens)
+        inner = PerExampleLoss(model, tokens=inner_tokens, **common)
     shared = SharedPrefix(inner)
 
     def prepare(slow: Params, episode: Episode) -> Episode:
@@ -84,6 +88,7 @@ def focusft(
     inner_tokens: TokenPolicy = answer_tokens,
     generator: torch.Generator | None = None,
     per_example: bool = False,
+    sequence_group: Group = None,
 ) -> MetaLoss:
     """Return FocuSFT's training loss; the defaults are the paper's.
 
@@ -111,6 +116,9 @@ def focusft(
         per_example: gives each row of a batch fast weights of its own, which start equal and
             adapt to the tokens of this row, exactly as if it were alone. `Aux.inner_losses` are
             then means over the rows. Default: one set for the batch, as in the official code.
+        sequence_group: the ranks that share each sequence (`mf.parallel.sequence_group`). Each is
+            given the same batch, and computes the loss and the derivatives of all of it. Their
+            generators must have the same seed. Default: this rank runs all tokens.
 
     Returns:
         `meta_loss(outer, Episode(batch, batch)) -> (loss, Aux)`. With `outer={}` the model's own
@@ -154,6 +162,7 @@ def focusft(
             inner_tokens=inner_tokens,
             generator=generator,
             examples=examples,
+            sequence_group=sequence_group,
         )
         inner = solver if examples is None else PerExampleSolver(solver)
         return bilevel(problem, solver=inner, estimator=chosen)

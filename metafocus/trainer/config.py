@@ -101,6 +101,9 @@ clip=clip_per_tensor(limit=1.0))
         "gate_proj,up_proj,down_proj", "modules with fast weights, separated by commas"
     )
     per_example: bool = described(False, "each sample of a batch has fast weights of its own")
+    sequence_parallel: int = described(
+        1, "how many processes share each sequence; it must divide their number and the query heads"
+    )
     adaptation_seed: int = described(0, "seed of the fast weights' starts")
     adaptation_start: str = described(
         "micro-batch", "micro-batch: a start for each; step: one start for an optimiser step"
@@ -153,6 +156,7 @@ clip=clip_per_tensor(limit=1.0))
             ("inner_lr", 0 <= self.inner_lr < math.inf, ">= 0"),
             ("inner_clip", 0 < self.inner_clip < math.inf, "> 0"),
             ("lora_rank", self.lora_rank >= 1, ">= 1"),
+            ("sequence_parallel", self.sequence_parallel >= 1, ">= 1"),
             ("lora_alpha", self.lora_alpha is None or 0 < self.lora_alpha < math.inf, "> 0"),
         ):
             if not good:

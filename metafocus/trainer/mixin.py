@@ -16,9 +16,11 @@ from transformers import TrainerCallback
 
 from metafocus import rng
 from metafocus.engine import MetaLoss
+from metafocus.errors import ProblemError
 from metafocus.estimators import FirstOrder
 from metafocus.lm import Batch, answer_tokens
 from metafocus.lm.tokens import predicted
+from metafocus.parallel.sequence import sequence_group
 from metafocus.recipes._focusft import focusft
 from metafocus.trainer import checks
 from metafocus.trainer.batch import as_batch, check_length, labels_of, without_repeats
@@ -29,6 +31,7 @@ from metafocus.trainer.evaluation import AnswerLoss, Way, configured, score, sco
 from metafocus.trainer.inner import Guarded, Stopwatch, start_seed
 from metafocus.trainer.journal import Journal
 from metafocus.trainer.reliable import ReliableMixin
+from metafocus.trainer.shared_batches import check_sequence_parallel, with_shared_batches
 from metafocus.types import Episode
 
 MetaLossFactory = Callable[[nn.Module, torch.Generator], MetaLoss]
@@ -76,6 +79,9 @@ class FocusMixin(ReliableMixin):
         own = args if isinstance(args, FocusOptions) else FocusOptions()
         self._recipe, self._factory = dict(recipe or {}), meta_loss_factory
         super().__init__(model, args, focus=focus or own, **kwargs)
+        self._sharers = self.focus.sequence_parallel
+        check_sequence_parallel(self._sharers, self.args, meta_loss_factory)
+        self._group = sequence_group(self._sharers)
         if self.focus.sharding is not None:
             self._parametrise()
         checks.check_dtypes(self._plain, self.args)
@@ -129,6 +135,7 @@ class FocusMixin(ReliableMixin):
             total = torch.as_tensor(num_items_in_batch, device=loss.device).clamp(min=1)
             loss = loss * count / total
             if self.args.average_tokens_across_devices:
+                # Ranks that share sequences all count their tokens, and have equal gradients.
                 loss = loss * self.accelerator.num_processes
         return (loss, {"loss": loss}) if return_outputs else loss
 
@@ -143,7 +150,7 @@ class FocusMixin(ReliableMixin):
         return self._built[1]
 
     def _focusft(self) -> MetaLoss:
-        settings = self._settings()
+        settings = {**self._settings(), "sequence_group": self._group}
         estimator = settings["estimator"] or FirstOrder()
         if self.args.torch_compile:
             options = {"backend": self.args.torch_compile_backend or "inductor"}
@@ -167,8 +174,12 @@ class FocusMixin(ReliableMixin):
         key = self.focus.adaptation_seed, self.state.global_step
         if self.focus.adaptation_start == "step":
             return start_seed(*key)
-        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
-        return start_seed(*key, self._micro_step * ranks + rank)
+        ranks = self.accelerator.num_processes // self._sharers
+        return start_seed(*key, self._micro_step * ranks + self._data_rank())
+
+    def _data_rank(self) -> int:
+        """Which of the groups of ranks that share sequences this one is in."""
+        return self.accelerator.process_index // self._sharers
 
     def _bad_losses(self) -> Tensor:
         return self._journal.take_bad_losses()
@@ -180,8 +191,29 @@ class FocusMixin(ReliableMixin):
         """Log, with the window's means of the inner loops beside the training loss."""
         if "loss" in logs:
             reduce = self.accelerator.reduce
-            logs.update(self._journal.drain(lambda x: reduce(x, "sum"), self.state.global_step))  # pyright: ignore
+            once = 1 / self._sharers
+            logs.update(
+                self._journal.drain(lambda x: once * reduce(x, "sum"), self.state.global_step)  # pyright: ignore
+            )
         super().log(logs, start_time)
+
+    # Data -----------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> Any:
+        """Return the training batches, the same for ranks that share sequences."""
+        return self._shared(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the evaluation batches, the same for ranks that share sequences."""
+        return self._shared(super().get_eval_dataloader(*args, **kwargs))
+
+    def _shared(self, loader: Any) -> Any:
+        state = self.accelerator
+        return with_shared_batches(loader, self._sharers, state.num_processes, state.process_index)
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """Return the samples of a step, each counted once."""
+        return super().get_total_train_batch_size(args) // self._sharers
 
     # Evaluation -----------------------------------------------------------------------------
 
@@ -212,7 +244,13 @@ class FocusMixin(ReliableMixin):
         """Return the answer loss of a batch as the model is deployed, or adapted on each prompt."""
         batch = as_batch(self._prepare_inputs(inputs))
         check_length(batch, self._plain)
-        state, rank = self.accelerator.gradient_state, self.accelerator.process_index
+        if self._sharers > 1 and not prediction_loss_only:
+            raise ProblemError(
+                f"sequence_parallel={self._sharers} evaluates losses only, not logits "
+                "(compute_metrics, predict): every rank of a group would return the same rows. Set "
+                "prediction_loss_only=True, or evaluate in another process."
+            )
+        state, rank = self.accelerator.gradient_state, self._data_rank()
         real = without_repeats(batch, state.remainder, rank) if state.end_of_dataloader else batch
         with self.accelerator.autocast():
             found = self._score(real, self._way, logits=not prediction_loss_only)
@@ -222,7 +260,9 @@ class FocusMixin(ReliableMixin):
 
     def _score(self, batch: Batch, way: Way, logits: bool) -> AnswerLoss:
         if not way.adapt:
-            return score(self._plain, batch, mask=way.mask, logits=logits)
+            return score(
+                self._plain, batch, mask=way.mask, logits=logits, sequence_group=self._group
+            )
         settings = self._settings()
         return score_adapted(
             self._plain,
@@ -233,6 +273,7 @@ class FocusMixin(ReliableMixin):
             estimator=Guarded(FirstOrder(), lambda _: None, Stopwatch(self.args.device)),
             seed=self.focus.adaptation_seed,
             logits=logits,
+            sequence_group=self._group,
         )
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""`metafocus compare | train | profile | attribute | eval | generate | reproduce`."""
+"""`metafocus compare | train | profile | doctor | attribute | eval | generate | reproduce`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 import metafocus
-from metafocus.cli import attribute, compare, evaluate, generate, profile, reproduce
+from metafocus.cli import attribute, compare, doctor, evaluate, generate, profile, reproduce
 from metafocus.cli.parsing import Parser
 
 
@@ -20,6 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("train", help="fine-tune a model on chats, plainly or with FocuSFT")
     for command in (profile, attribute, evaluate, generate, reproduce):
         command.add_parser(commands)
+    doctor.add_parser(commands, metafocus.__version__)
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         if words[:1] == ["train"]:

@@ -22,6 +22,7 @@ from metafocus.preflight import preflight, refuse_ignored_fast_weights
 from metafocus.preflight.described import note_parts
 from metafocus.preflight.rebuilt import Uses
 from metafocus.problem import Problem, check_params, constants, moving, refuse_empty
+from metafocus.sharding import local_parts, refuse_parts
 from metafocus.solvers.descent import solve_inner
 from metafocus.torch_internals import transforming
 from metafocus.types import Aux, Episode, InnerLoss, Params, Solution, Solver
@@ -94,8 +95,10 @@ def bilevel(
         check_params(outer, "outer", "outer parameters")
         if explicit:
             refuse_empty(outer, str(estimator), "or use Unrolled() or FirstOrder()")
+        given, outer = outer, local_parts(outer)
         support, query = problem.prepared(outer, episode)
         start = problem.start(outer, support)
+        refuse_parts(start, given)
         explaining = noting()
         if explaining:
             note_parts(solver, estimator, path, start, outer, support, query)
@@ -330,7 +333,7 @@ def adapt(
     """
     _check_solver(solver)
     check_params(outer, "outer", "outer parameters")
-    outer = constants(outer)
+    outer = constants(local_parts(outer))
     support = pt.detach(problem.prepared(outer, Episode(support, support)).support)
     start, inner_loss = problem.start(outer, support), problem.inner_loss
     if not transforming():

@@ -14,10 +14,11 @@ ROOT = Path(__file__).parent.parent / "metafocus"
 # From bottom to top: a file knows its own row's folder and the rows before it.
 ORDER = """
 errors types torch_internals params precision checks files cells rng parallel calls closures
+sharding
 streams problem autodiff linear solvers estimators
 preflight path engine tasks explaining algorithms comparison graph
 masks attention adapters lm
-data models diagnostics recipes evals
+data models diagnostics recipes evals doctor
 claims trainer cli __main__
 """.split()
 # Usable without the engine: they know the tools at the bottom and each other.
@@ -31,6 +32,7 @@ TOOLS = {
     "parallel",
     "params",
     "precision",
+    "sharding",
     "torch_internals",
 }
 # Torch and nothing else.

@@ -30,6 +30,7 @@ from metafocus.parallel.collectives import Group, replicated, summed
 from metafocus.parallel.sequence import refuse_other_batches, share
 from metafocus.precision import wide
 from metafocus.problem import trainable
+from metafocus.sharding import HOOKED, sharding_of
 from metafocus.types import Params
 
 
@@ -85,8 +86,7 @@ class LMLoss:
         logit_head = logit_head_of(self.model)
         with self._running(), self.adapter.bind(self.model, fast):
             if logit_head is None:
-                logits = self._run(slow, batch).logits
-                return self._mean(batch, lambda scored: _full_loss(logits, scored))
+                return self._mean(batch, self._own_logits(slow, batch))
 
             def reader(head: nn.Module, hidden: Tensor) -> Tensor:
                 def total(scored: Targets) -> Tensor:
@@ -96,6 +96,23 @@ class LMLoss:
                 return self._mean(batch, total)
 
             return self._read(slow, batch, reader)
+
+    def _own_logits(self, slow: Params, batch: Batch) -> Callable[[Targets], Tensor]:
+        """Return the summed loss of scored positions by logits that the model itself makes."""
+        rows = self._rows(batch)
+        sharded = not torch.compiler.is_compiling() and bool(sharding_of(self.model) & HOOKED)
+        if rows is None or not sharded or not heads.keeps_positions_apart(self.model):
+            logits = self._run(slow, batch).logits
+            return lambda scored: _full_loss(scored.select(logits), scored.targets)
+        head = heads.output_head(self.model)
+        few = heads.logits_of_rows(head, lambda: self._run(slow, batch).logits, rows)
+        place = rows.new_zeros(batch["model_inputs"]["input_ids"].numel())
+        place[rows] = torch.arange(len(rows), device=rows.device)
+        return lambda scored: _full_loss(few[place[scored.rows]], scored.targets)
+
+    def _rows(self, batch: Batch) -> Tensor | None:
+        """Return all scored positions of a prepared batch, where they can be asked."""
+        return batch["scored"].rows
 
     def _mean(self, batch: Batch, total: Callable[[Targets], Tensor]) -> Tensor:
         """Return the loss of a prepared batch, given the summed loss of scored positions."""
@@ -185,9 +202,8 @@ class LMLoss:
         return model_inputs(self.model, batch["input_ids"], positions, spans, group)
 
 
-def _full_loss(logits: Tensor, scored: Targets) -> Tensor:
-    logits = wide(scored.select(logits))
-    return F.cross_entropy(logits, scored.targets, reduction="sum", ignore_index=IGNORED)
+def _full_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(wide(logits), targets, reduction="sum", ignore_index=IGNORED)
 
 
 def lm_loss(

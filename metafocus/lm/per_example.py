@@ -91,6 +91,10 @@ class PerExampleLoss(LMLoss):
         batch = {**batch, "model_inputs": inputs}
         return {**batch, "each": self._each(batch)}
 
+    def _rows(self, batch: Batch) -> Tensor | None:
+        found = [part.rows for part in batch["each"].parts]
+        return None if any(rows is None for rows in found) else torch.cat(found)  # pyright: ignore
+
     def _mean(self, batch: Batch, total: Callable[[Targets], Tensor]) -> Tensor:
         return torch.stack([total(part) / part.number for part in batch["each"].parts]).sum()
 

@@ -20,6 +20,7 @@ from metafocus.lm.shared_prefix import SharedPrefix
 from metafocus.masks import MaskPolicy
 from metafocus.parallel.collectives import Group
 from metafocus.problem import Problem, as_episode, trainable
+from metafocus.recipes._sharded import hooked, refuse_outer, refuse_sharded
 from metafocus.solvers import SGD, clip_per_tensor
 from metafocus.types import Aux, Episode, Params, Solver
 
@@ -105,7 +106,9 @@ def focusft(
         solver: the inner optimiser. Default: two steps of SGD with learning rate 1, where the
             gradient of each tensor is clipped to norm 1.
         estimator: default `FirstOrder()`. For the exact hypergradient, pass
-            `mf.Unrolled(recompute=True)`.
+            `mf.Unrolled(recompute=True)`. Of a model that `fully_shard` has sharded, the weights
+            are read where its hooks gather them, which `FirstOrder()` allows; for the others,
+            `metafocus.trainer.distributed.parametrise(model, mesh)`.
         inner_tokens: the tokens that the inner loss scores. Default: the answers, as in the
             official code.
         generator: draws a new start of the fast weights at every call. Default: a generator
@@ -122,7 +125,8 @@ def focusft(
         parameters are trained, and `loss.backward()` fills their `.grad`.
 
     Raises:
-        ProblemError: as for `lm_loss`; at the call, if no parameter requires grad.
+        ProblemError: as for `lm_loss`; for an estimator that cannot work with the hooks of a
+            sharded model; at the call, if no parameter requires grad.
         PlacementError: at the first call, if the adapter's placement matches nothing.
 
     Example:
@@ -146,6 +150,7 @@ def focusft(
         FocuSFT, arXiv 2605.09932.
     """
     chosen = estimator or FirstOrder()
+    refuse_sharded(model, chosen)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
 
     @functools.cache
@@ -169,10 +174,16 @@ def focusft(
 
     def evaluate(outer: Params, episode: Any) -> tuple[Tensor, Aux]:
         support = as_episode(episode).support
-        # Every estimator accepts explicit parameters, and with them a first-order inner loop
-        # builds no graph below its fast weights.
-        outer = outer or trainable(model)
-        if not outer and torch.is_grad_enabled():
+        trained = trainable(model)
+        if hooked(model):
+            # The model may have been sharded since.
+            refuse_sharded(model, chosen)
+            refuse_outer(outer)
+        else:
+            # Every estimator accepts explicit parameters, and with them a first-order inner loop
+            # builds no graph below its fast weights.
+            outer = outer or trained
+        if not (outer or trained) and torch.is_grad_enabled():
             raise ProblemError(
                 "no parameter of the model requires grad, so nothing would be trained: call "
                 "model.requires_grad_(True), or evaluate under torch.no_grad()."

@@ -26,7 +26,7 @@ from metafocus.trainer import checks
 from metafocus.trainer.batch import as_batch, check_length, labels_of, without_repeats
 from metafocus.trainer.compilation import compile_below
 from metafocus.trainer.config import FocusOptions
-from metafocus.trainer.distributed import focusft_sharded, is_sharded, through
+from metafocus.trainer.distributed import through
 from metafocus.trainer.evaluation import AnswerLoss, Way, configured, score, score_adapted, ways
 from metafocus.trainer.inner import Guarded, Stopwatch, start_seed
 from metafocus.trainer.journal import Journal
@@ -157,8 +157,7 @@ class FocusMixin(ReliableMixin):
             compile_below(self._plain, settings["adapter"], estimator, **options)
         each = bool(settings.get("per_example", False))
         settings["estimator"] = Guarded(estimator, self._journal.add, self._journal.inner, each)
-        build = focusft_sharded if is_sharded(self._plain) else focusft
-        return build(self._plain, generator=self._generator, **settings)
+        return focusft(self._plain, generator=self._generator, **settings)
 
     def _settings(self) -> dict[str, Any]:
         """The keywords of the recipe: names resolved, then what was given as objects."""

@@ -30,7 +30,7 @@ from metafocus.parallel.collectives import Group, replicated, summed
 from metafocus.parallel.sequence import refuse_other_batches, share
 from metafocus.precision import wide
 from metafocus.problem import trainable
-from metafocus.sharding import HOOKED, sharding_of
+from metafocus.sharding import HOOKED, is_parametrised, sharding_of
 from metafocus.types import Params
 
 
@@ -154,7 +154,16 @@ class LMLoss:
 
     def _entering(self, params: Params) -> Params:
         """Return parameters as they enter the computation that the ranks of a sequence share."""
-        return {k: replicated(x, self.sequence_group) for k, x in params.items()}
+        group = self.sequence_group
+        # Of parametrised weights it is the whole weight that enters, not this rank's part.
+        return {k: x if is_parametrised(k) else replicated(x, group) for k, x in params.items()}
+
+    def _slow(self, slow: Params) -> Params:
+        if self.sequence_group is None:
+            return slow
+        if not slow and not sharding_of(self.model):
+            slow = trainable(self.model)
+        return self._entering(slow)
 
     def _read(
         self, slow: Params, batch: Batch, reader: heads.Reader = lambda head, hidden: hidden
@@ -165,11 +174,9 @@ class LMLoss:
 
     def _run(self, slow: Params, batch: Batch) -> Any:
         inputs = batch["model_inputs"]
-        if self.sequence_group is not None:
-            slow = self._entering(slow or trainable(self.model))
         with (
             prefix.resumed(self.model, batch.get("hidden")),
-            holding(self.model, slow, tie_weights=True),
+            holding(self.model, self._slow(slow), tie_weights=True),
         ):
             return self.model(**inputs)
 

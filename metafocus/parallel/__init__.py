@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from metafocus.parallel.collectives import exchanged, replicated, summed
+from metafocus.parallel.fsdp2 import average_over_groups
 from metafocus.parallel.sequence import refuse_other_batches, sequence_group, share, whole_length
 
 __all__ = [
+    "average_over_groups",
     "exchanged",
     "refuse_other_batches",
     "replicated",

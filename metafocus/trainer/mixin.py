@@ -20,8 +20,9 @@ from metafocus.errors import ProblemError
 from metafocus.estimators import FirstOrder
 from metafocus.lm import Batch, answer_tokens
 from metafocus.lm.tokens import predicted
-from metafocus.parallel.sequence import sequence_group
+from metafocus.parallel import average_over_groups, sequence_group
 from metafocus.recipes._focusft import focusft
+from metafocus.sharding import Sharding, sharding_of
 from metafocus.trainer import checks
 from metafocus.trainer.batch import as_batch, check_length, labels_of, without_repeats
 from metafocus.trainer.compilation import compile_below
@@ -142,6 +143,8 @@ class FocusMixin(ReliableMixin):
     def _meta_loss(self) -> MetaLoss:
         if self._built is None or self._built[0] is not self._plain:
             checks.check_wrapper(self._plain)
+            if Sharding.FSDP2 in sharding_of(self._plain):
+                average_over_groups(self._plain, self._group)
             if self._factory is not None:
                 meta_loss = self._factory(self._plain, self._generator)
             else:

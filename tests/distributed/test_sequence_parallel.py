@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sequence_script import ATTENTION, PARTS, REFUSED, WHOLE
+from sequence_script import ATTENTION, GROUPS, PARTS, REFUSED, SHARDED, WHOLE
 
 from metafocus.attention import ulysses_attention
 from metafocus.errors import ProblemError
@@ -95,6 +95,8 @@ def test_what_cannot_be_shared_is_refused(run):
         "dropout": "without attention dropout",
         "different batches": "were given different batches",
         "different lengths": "were given different batches",
+        "fsdp2": "average_over_groups",
+        "parametrised": "parametrised without this sequence_group",
         "mixing tokens": "in shares otherwise than as a whole",
         "size": "size=3 does not divide the 2 ranks",
     }
@@ -121,6 +123,22 @@ def test_settings(run, name, ranks):
     """Packing, padding, windows, kernels, adapters, estimators, precision."""
     alone, *others = run("settings", ranks)
     check(alone, others, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("name", SHARDED)
+def test_weights_that_are_sharded_too(run, name, ranks):
+    """FSDP2's hooks to first order, parametrised weights to the second."""
+    alone, *others = run("sharded", ranks)
+    check(alone, others, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GROUPS)
+def test_gradients_are_averaged_over_groups(run, name):
+    alone, *ranks = run("groups", 4)
+    check(alone, ranks, name)
 
 
 @pytest.mark.slow

@@ -48,6 +48,16 @@ def test_weights_logs_and_evaluation_are_those_of_one_process(facts, name):
 
 
 @pytest.mark.slow
+def test_beside_accelerates_fsdp(facts):
+    alone, *ranks = facts
+    for rank in ranks:
+        assert rank["fsdp"]["sharded"]
+        found, expected = rank["fsdp"]["weights"], alone["focusft"]["weights"]
+        assert ((found - expected).norm() / expected.norm()).item() < 1e-12
+        assert rank["fsdp"]["heldout"] == pytest.approx(alone["focusft"]["heldout"], rel=1e-6)
+
+
+@pytest.mark.slow
 def test_evaluation_may_adapt_to_each_prompt(facts):
     alone, *ranks = facts
     for rank in ranks:

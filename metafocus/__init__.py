@@ -16,6 +16,7 @@ from metafocus import (
     errors,
     masks,
     models,
+    parallel,
     params,
     recipes,
 )
@@ -53,6 +54,7 @@ from metafocus.estimators import (
     Unrolled,
     adjoint,
 )
+from metafocus.explaining import Explanation, explain
 from metafocus.graph import compiled
 from metafocus.linear import CG, GMRES, Dense, Identity, Neumann, Nystrom, WarmStart
 from metafocus.lm import TokenPolicy, all_tokens, answer_tokens, context_tokens, lm_loss
@@ -107,6 +109,7 @@ __all__ = [
     "Episode",
     "Estimator",
     "EvoGrad",
+    "Explanation",
     "FirstOrder",
     "FixedPoint",
     "FocusArguments",
@@ -156,6 +159,7 @@ __all__ = [
     "diagnostics",
     "differentiable_twice",
     "errors",
+    "explain",
     "from_slow",
     "hvp_finite",
     "hvp_forward",
@@ -167,6 +171,7 @@ __all__ = [
     "micro_batches",
     "models",
     "over_tasks",
+    "parallel",
     "params",
     "per_step",
     "proximal",

@@ -13,15 +13,17 @@ from metafocus import params as pt
 from metafocus import streams
 from metafocus.autodiff.grad import leaf_alias, reaches_another_leaf
 from metafocus.autodiff.safe_operators.swapping import Swapped
-from metafocus.calls import Call, attempt, attempted, current
+from metafocus.calls import Call, attempt, attempted, current, noting
 from metafocus.checks import check_finite, function
 from metafocus.errors import ProblemError
 from metafocus.estimators import Estimator
 from metafocus.factories import picklable
 from metafocus.path import Path, name_of, path_weights, refuse_path, weighted
 from metafocus.preflight import preflight, refuse_ignored_fast_weights
+from metafocus.preflight.described import note_parts
 from metafocus.preflight.rebuilt import Uses
 from metafocus.problem import Problem, check_params, constants, moving, refuse_empty
+from metafocus.sharding import local_parts, refuse_parts
 from metafocus.solvers.descent import solve_inner
 from metafocus.torch_internals import transforming
 from metafocus.types import Aux, Episode, InnerLoss, Params, Solution, Solver
@@ -95,12 +97,19 @@ def bilevel(
         check_params(outer, "outer", "outer parameters")
         if explicit:
             refuse_empty(outer, str(estimator), "or use Unrolled() or FirstOrder()")
+        given, outer = outer, local_parts(outer)
         support, query = problem.prepared(outer, episode)
         start = problem.start(outer, support)
-        first = inner_loss is None and not torch.compiler.is_compiling()
+        refuse_parts(start, given)
+        explaining = noting()
+        if explaining:
+            note_parts(solver, estimator, path, start, outer, support, query)
+        first = (inner_loss is None or explaining) and not torch.compiler.is_compiling()
         found = problem.inner_loss if inner_loss is None else inner_loss
         if first:
-            found = preflight(found, solver, start, outer, support, explicit=explicit, twice=twice)
+            found = preflight(
+                problem.inner_loss, solver, start, outer, support, explicit=explicit, twice=twice
+            )
         args = (found, solver, start, outer, support)
         if path is None:
             solution = estimator(*args)
@@ -327,7 +336,7 @@ def adapt(
     """
     _check_solver(solver)
     check_params(outer, "outer", "outer parameters")
-    outer = constants(outer)
+    outer = constants(local_parts(outer))
     support = pt.detach(problem.prepared(outer, Episode(support, support)).support)
     start, inner_loss = problem.start(outer, support), problem.inner_loss
     if not transforming():

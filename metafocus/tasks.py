@@ -14,6 +14,7 @@ from torch import Tensor
 from metafocus import params as pt
 from metafocus.autodiff.grad import leaf_alias, reaches_another_leaf
 from metafocus.autodiff.known import with_gradient
+from metafocus.calls import note
 from metafocus.checks import check_finite, function, whole
 from metafocus.engine import META_LOSS, MetaLoss, outermost
 from metafocus.errors import NonFiniteError, ProblemError, TransformError
@@ -107,6 +108,8 @@ class _OverTasks:
         tensors, rebuild = pt.partition(episodes)
         count = _task_count(tensors)
         size = self._size(count)
+        chunks = f"{math.ceil(count / size)} chunks of at most {size}"
+        note("tasks", f"{count} in {chunks}, how={self.how!r}, randomness={self.randomness!r}")
         if size >= count and self.how == "vmap":
             loss, aux = self._several(outer, tensors, rebuild)
             return loss, self._checked(aux)

@@ -178,7 +178,7 @@ def test_quick_leaves_what_was_asked_for():
 
 # --- the program -----------------------------------------------------------------------------
 
-COMMANDS = ["train", "compare", "profile", "eval", "reproduce"]
+COMMANDS = ["train", "compare", "profile", "doctor", "eval", "reproduce"]
 
 
 def test_version(capsys):

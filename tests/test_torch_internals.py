@@ -32,6 +32,7 @@ ELSEWHERE = {
     "attention/kernels/varlen.py": {"_flash_attn_varlen_forward", "_flash_attn_varlen_backward"},
     "trainer/mixin.py": {"_save_checkpoint", "_micro_step", "_loss"},
     "trainer/compilation.py": {"_no_split_modules"},
+    "sharding.py": {"_attn_implementation"},
 }
 """Private parts of flash-attn, and of the Trainer and the models of transformers."""
 
@@ -451,6 +452,33 @@ def test_parameters_of_a_module():
     assert layer(torch.ones(2)).tolist() == [0.0]
     ti.parameter_table(layer)["weight"] = own
     assert layer.weight is own
+
+
+def test_children_of_a_module():
+    """`_modules`: below the fast weights, sharded layers are left out by an exchange there."""
+    model = nn.Sequential(nn.Tanh())
+    ti.child_table(model)["0"] = nn.Identity()
+    assert model(torch.ones(1)).item() == 1
+
+
+def test_state_of_a_sharded_module():
+    """`_get_fsdp_state`, `_fsdp_param_groups`: whether FSDP2 keeps weights for a second derivative.
+
+    Without them `Unrolled()` would be let through where its backward pass reads freed memory.
+    """
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for reshard in (True, False):
+            model = fully_shard(nn.Linear(2, 1), reshard_after_forward=reshard)
+            assert not ti.keeps_gathered(model)
+            model.set_reshard_after_backward(False)
+            assert ti.keeps_gathered(model) != reshard
+        assert ti.keeps_gathered(nn.Linear(2, 1))
+    finally:
+        dist.destroy_process_group()
 
 
 def test_hooks():

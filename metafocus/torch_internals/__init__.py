@@ -19,9 +19,11 @@ from metafocus.torch_internals.modes import (
     without_function_modes,
 )
 from metafocus.torch_internals.modules import (
+    child_table,
     forward_hooks,
     has_backward_hooks,
     is_compiled,
+    keeps_gathered,
     parameter_table,
     raised_by_functional_call,
     swapped_weights,
@@ -70,6 +72,7 @@ __all__ = [
     "TorchDispatchMode",
     "VmapLevel",
     "assert_later",
+    "child_table",
     "constant_when_compiled",
     "differentiated_again",
     "fake_tensors",
@@ -88,6 +91,7 @@ __all__ = [
     "is_tracked",
     "is_view",
     "is_wrapper",
+    "keeps_gathered",
     "keeps_graph",
     "leave_modes",
     "mode_state",

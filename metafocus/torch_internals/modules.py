@@ -42,6 +42,21 @@ def has_backward_hooks(module: nn.Module) -> bool:
     return bool(module._backward_hooks or module._backward_pre_hooks)
 
 
+def child_table(module: nn.Module) -> dict[str, nn.Module | None]:
+    """Return the module's own table of its children: a write changes the module."""
+    return module._modules
+
+
+def keeps_gathered(model: nn.Module) -> bool:
+    """Return whether FSDP2 leaves every weight of a model whole after forward and backward passes.
+
+    Only then may a backward pass be differentiated: it reads the weights once more.
+    """
+    states: Any = [m._get_fsdp_state() for m in model.modules() if hasattr(m, "_get_fsdp_state")]  # pyright: ignore[reportCallIssue]
+    groups = [group for state in states for group in state._fsdp_param_groups]
+    return not any(group.post_forward_mesh_info or group.reshard_after_backward for group in groups)
+
+
 def is_compiled(module: nn.Module) -> bool:
     """Return whether `module.compile()` has replaced the call of a module."""
     return module._compiled_call_impl is not None

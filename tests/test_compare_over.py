@@ -238,6 +238,8 @@ def test_single_loop_algorithms_and_compiled_forms():
     assert rows["compiled"]["verdict"] == "exact" and rows["compiled"]["peak_bytes"] is None
     with pytest.raises(mf.errors.ProblemError, match="'odd' must be a meta loss"):
         run(others={"odd": lambda solver: 3})
+    with pytest.raises(mf.errors.ProblemError, match="'odd' must be a meta loss"):
+        run(others={"odd": 3})
 
 
 # --- cells -----------------------------------------------------------------------------------

@@ -3,9 +3,9 @@
     make docs && python docs/shots.py --output /tmp/shots            # every page
     python docs/shots.py --output /tmp/shots gotchas.html data.html  # some
 
-For each page and width it writes a picture, and prints what is cut off: tables and code that are wider
-than their place and do not scroll, and a page that scrolls sideways. It needs Chromium (Debian's package
-`chromium`), is run by hand, and the pictures are to be looked at.
+For each page and width it writes a picture, and prints what is cut off: tables and code that are
+wider than their place and do not scroll, and a page that scrolls sideways. It needs Chromium
+(Debian's package `chromium`), is run by hand, and the pictures are to be looked at.
 """
 
 from __future__ import annotations
@@ -29,14 +29,16 @@ FLAGS = (
 )
 # A page in a frame: a browser's own window cannot be as narrow as a phone.
 FRAME = """<!doctype html><title>{page}</title><body style="margin:0">
-<iframe src="{page}" style="border:0;width:{width}px;height:{height}px"></iframe><pre id="found"></pre>
+<iframe src="{page}" style="border:0;width:{width}px;height:{height}px"></iframe>
+<pre id="found"></pre>
 <script>
 const frame = document.querySelector("iframe");
 frame.onload = () => setTimeout(() => {{
   const doc = frame.contentDocument, found = [];
   const root = doc.documentElement;
   if (root.scrollWidth > root.clientWidth + 1) found.push("the page scrolls sideways");
-  for (const box of doc.querySelectorAll("article table, article pre, article img, article p, article li")) {{
+  const boxes = ["table", "pre", "img", "p", "li"].map((name) => "article " + name).join();
+  for (const box of doc.querySelectorAll(boxes)) {{
     const place = box.getBoundingClientRect();
     let scrolls = false;
     for (let up = box; up && up !== root; up = up.parentElement)
@@ -81,19 +83,12 @@ def look(browser: str, args: argparse.Namespace, port: int, page: str, width: in
     frame.write_text(FRAME.format(page=page, width=width, height=HEIGHT))
     picture = args.output / f"{page.removesuffix('.html').replace('/', '-')}-{width}.png"
     with tempfile.TemporaryDirectory() as profile:
-        words = [
-            browser,
-            *FLAGS,
-            f"--user-data-dir={profile}",
-            f"--window-size={max(width, 500)},{HEIGHT}",
-        ]
+        size = f"--window-size={max(width, 500)},{HEIGHT}"
+        words = [browser, *FLAGS, f"--user-data-dir={profile}", size]
         address = f"http://127.0.0.1:{port}/{frame.name}"
-        subprocess.run(
-            [*words, f"--screenshot={picture}", address], capture_output=True, timeout=120
-        )
-        done = subprocess.run(
-            [*words, "--dump-dom", address], capture_output=True, text=True, timeout=120
-        )
+        run = functools.partial(subprocess.run, capture_output=True, text=True, timeout=120)
+        run([*words, f"--screenshot={picture}", address])
+        done = run([*words, "--dump-dom", address])
     frame.unlink()
     found = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.S)
     return found[1].strip() if found else "the browser did not answer"

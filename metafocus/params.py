@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metafocus.torch_internals import pytree
+from metafocus.torch_internals import pytree, transforming
 from metafocus.types import Params
 
 
@@ -41,6 +41,16 @@ def dot(a: Params, b: Params) -> Tensor:
 def norm(a: Params) -> Tensor:
     """Return the Euclidean norm over all entries, a scalar."""
     return dot(a, a).sqrt()
+
+
+def constant(a: Params) -> bool:
+    """Return whether there are entries, all of them plain tensors without any derivative.
+
+    Such ones can go through kernels that take many tensors at once, and that neither transforms
+    nor compilers know.
+    """
+    plain = all(type(v) is Tensor and not v.requires_grad for v in a.values())
+    return bool(a) and plain and not transforming()
 
 
 def shapes(a: Params) -> dict[str, list[int]]:

@@ -599,6 +599,16 @@ def test_pytree():
 # Operators.
 
 
+def test_kernels_for_many_tensors():
+    """`_foreach_norm`, `_foreach_mul`, `_foreach_add`: clipping and steps in a few kernels."""
+    several = [torch.tensor([3.0, 4.0]), torch.tensor([[2.0]])]
+    assert ti.norms(several).tolist() == [5.0, 2.0]
+    first, second = ti.scaled(several, torch.tensor([0.5, 2.0]))
+    assert first.tolist() == [1.5, 2.0] and second.tolist() == [[4.0]]
+    first, second = ti.moved_by(several, -0.5, several)
+    assert first.tolist() == [1.5, 2.0] and second.tolist() == [[1.0]]
+
+
 def test_weight_norm():
     """`_weight_norm`: its second derivative is silently wrong in torch, so it is swapped."""
     v, g = torch.randn(3, 2), torch.rand(3, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -88,10 +89,11 @@ def bilevel(
     twice = getattr(estimator, "twice", True)
     inner_loss: InnerLoss | None = None
     outer_tried = False
+    outer_needs = True
     uses = Uses(problem.inner_loss, problem.outer_loss, problem.init, solver, estimator)
 
     def evaluate(outer: Params, episode: Any) -> tuple[Tensor, Aux]:
-        nonlocal inner_loss, outer_tried
+        nonlocal inner_loss, outer_tried, outer_needs
         check_params(outer, "outer", "outer parameters")
         if explicit:
             refuse_empty(outer, str(estimator), "or use Unrolled() or FirstOrder()")
@@ -136,8 +138,13 @@ def bilevel(
             outer_tried = True
         if uses.count < 2 and not torch.compiler.is_compiling():
             uses.add()
-        with Swapped(once=True):
+        # A mode costs at every operator: outside transforms only a loss that needs it has one.
+        plain = not outer_needs and not transforming()
+        swapped = Swapped(once=True)
+        with nullcontext() if plain else swapped:
             loss, metrics = weighted(problem, ends, outer)
+        if not plain and not transforming():
+            outer_needs = swapped.needed
         return loss, Aux(pt.detach(solution.params), solution.losses.detach(), metrics)
 
     def meta_loss(outer: Params, episode: Any) -> tuple[Tensor, Aux]:
@@ -174,7 +181,8 @@ def outermost(evaluate: MetaLoss, outer: Params, episode: Any) -> tuple[Tensor, 
     if (
         torch.is_grad_enabled()
         and not transforming()
-        and not any(x.requires_grad for x in pt.tensors((outer, episode)))
+        and not any(x.requires_grad for x in outer.values())
+        and not any(x.requires_grad for x in pt.tensors(episode))
         and not reaches_another_leaf(loss)
     ):
         raise ProblemError(

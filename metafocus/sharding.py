@@ -67,6 +67,13 @@ def sharding_of(model: nn.Module) -> Sharding:
     return found
 
 
+def class_of(model: nn.Module) -> type[nn.Module]:
+    """Return the class that a model had before `fully_shard` gave it one of its own."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    kinds = type(model).__mro__
+    return next(k for k in kinds if fsdp is None or not issubclass(k, fsdp.FSDPModule))
+
+
 def is_parametrised(name: str) -> bool:
     """Return whether a parameter of this name goes through `torch.nn.utils.parametrize`."""
     return "parametrizations." in name and name.rpartition(".")[2].startswith("original")

@@ -34,9 +34,15 @@ def blocks(page):
 
 # Two libraries side by side: `tests/migration` runs them, where the other one installs.
 RUN = [page for page in PAGES if page.parent.name != "migration"]
+# Half a minute of one core.
+SLOW = ["your_own_tasks.md"]
 
 
-@pytest.mark.parametrize("page", RUN, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(p, marks=pytest.mark.slow) if p.name in SLOW else p for p in RUN],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
 def test_blocks_run(page, tmp_path, monkeypatch):
     """Blocks of one page share their names, beside a model, a loader, an optimizer, a file."""
     from metafocus.data.tokenizer import train_tokenizer

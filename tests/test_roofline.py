@@ -46,3 +46,18 @@ def test_the_model_reproduces_what_was_measured():
     for length in roofline.LENGTHS:
         seconds = H200.seconds(official.read(length))
         assert seconds == pytest.approx(roofline.measured()[steps.OFFICIAL, length], 0.1)
+
+
+# --- what a step may cost ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def step():
+    """One FocuSFT step of 4,096 tokens."""
+    return steps.record(steps.OURS, 4096)
+
+
+def test_spans_are_read_once_per_batch_and_the_host_waits_three_times(step):
+    assert step.layouts == 1
+    waits = [op.name for op in step.ops if op.kind == SYNC]
+    assert len(waits) == 3, waits

@@ -96,7 +96,7 @@ class Recorder(TorchDispatchMode):
     def on_host(self, function: Callable[..., Any], *args: Any) -> Any:
         """Run what copies tensors to the host and computes there; record that it waits."""
         self.layouts += 1
-        self.ops.append(Op(SYNC, f"copy to the host in {function.__name__}"))
+        self.ops.append(Op(SYNC, "copy of spans to the host"))
         with _disable_current_modes():
             return function(*args)
 

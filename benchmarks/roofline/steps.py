@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -16,7 +17,7 @@ import metafocus as mf
 from benchmarks import focusft_step
 from benchmarks.roofline.record import Recorder
 from benchmarks.roofline.scale import FEATURES, RANK, RECORDED, Scale
-from metafocus.attention.kernels import flash, flash_cuda
+from metafocus.attention.kernels import flash, flash_cuda, query_runs
 from metafocus.attention.kernels.kernel import QKV, Attended
 from metafocus.lm import token_loss
 
@@ -72,12 +73,12 @@ def _as_on_a_gpu(recorder: Recorder) -> Iterator[None]:
     def backward(do: Tensor, inputs: QKV, found: Attended, runs: Any, scaling: Any) -> QKV:
         return flash_cuda.backward(do, inputs, found, runs, scaling, kernels)
 
-    find, rows = flash.find_query_runs, token_loss._rows
+    read, rows = query_runs._content, token_loss._rows
     vocabulary = FEATURES[RECORDED.vocabulary]
     with (
         mock.patch.object(flash, "_forward", forward),
         mock.patch.object(flash, "_backward", backward),
-        mock.patch.object(flash, "find_query_runs", lambda *a: recorder.on_host(find, *a)),
+        mock.patch.object(query_runs, "_content", partial(recorder.on_host, read)),
         mock.patch.object(
             token_loss, "_rows", lambda *_: rows(vocabulary, True) // recorder.scale.tokens
         ),

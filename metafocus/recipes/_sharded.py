@@ -8,7 +8,7 @@ from torch import nn
 
 from metafocus.errors import ProblemError
 from metafocus.path import name_of
-from metafocus.sharding import HOOKED, Sharding, sharding_of
+from metafocus.sharding import HOOKED, Sharding, class_of, sharding_of
 from metafocus.torch_internals import keeps_gathered
 from metafocus.types import Params
 
@@ -29,16 +29,16 @@ def refuse_sharded(model: nn.Module, estimator: Any) -> None:
     Raises:
         ProblemError: naming the estimator, the sharding and the way out.
     """
-    found = sharding_of(model)
+    found, kind = sharding_of(model), class_of(model).__name__
     if Sharding.TP in found:
         raise ProblemError(
-            f"{type(model).__name__} is tensor parallel (tp_plan, tp_size): its linear layers hold "
+            f"{kind} is tensor parallel (tp_plan, tp_size): its linear layers hold "
             "a part of their features, and fast weights of the whole layer do not fit. Load it "
             f"without tp_plan. {_WAY_OUT}."
         )
     if Sharding.DTENSOR in found:
         raise ProblemError(
-            f"the parameters of {type(model).__name__} are DTensors, and neither fully_shard nor "
+            f"the parameters of {kind} are DTensors, and neither fully_shard nor "
             f"parametrise has made them: nothing says where they are gathered. {_WAY_OUT}."
         )
     if Sharding.FSDP2 not in found:
@@ -48,13 +48,13 @@ def refuse_sharded(model: nn.Module, estimator: Any) -> None:
     if getattr(estimator, "explicit", False):
         raise ProblemError(
             f"estimator {name} differentiates explicit tensors, and FSDP2 (fully_shard) gathers "
-            f"the weights of {type(model).__name__} inside its modules. {_WAY_OUT}; "
+            f"the weights of {kind} inside its modules. {_WAY_OUT}; "
             "mf.FirstOrder() works under FSDP2."
         )
     if getattr(estimator, "twice", True) and not keeps_gathered(model):
         raise ProblemError(
             f"estimator {name} differentiates a backward pass, and FSDP2 (fully_shard) frees the "
-            f"weights of {type(model).__name__} before that. {_WAY_OUT}; or shard every module "
+            f"weights of {kind} before that. {_WAY_OUT}; or shard every module "
             "with reshard_after_forward=False, call model.set_reshard_after_backward(False), and "
             "reshard() on every module after the backward pass. mf.FirstOrder() works under FSDP2."
         )

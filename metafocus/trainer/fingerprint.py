@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 
 from metafocus.errors import DataError
 from metafocus.lm.hf.attention import attention_name
+from metafocus.sharding import class_of
 from metafocus.trainer.config import FocusOptions
 
 RUN = "metafocus_run.json"
@@ -31,7 +32,7 @@ _FREE = re.compile(
     "local_rank|ddp_.*|debug|skip_memory_metrics|enable_jit_checkpoint|auto_find_batch_size|"
     "torch_empty_cache_steps|.*checkpointing.*|fp16_full_eval|bf16_full_eval|"
     "gradient_accumulation_steps|allow_changed|max_skipped|on_nonfinite|max_nonfinite|"
-    "sequence_parallel"
+    "sequence_parallel|sharding|fsdp.*"
 )
 """Settings that do not change what a step computes. Accumulation is compared with the ranks."""
 
@@ -60,7 +61,7 @@ def fingerprint(
         "micro_batches_per_step": args.gradient_accumulation_steps * ranks,
         # Where an object lies in memory differs from process to process.
         "recipe": re.sub(r" at 0x[0-9a-f]+", "", str(recipe)),
-        "model": f"{type(model).__name__} with {sum(sizes)} trained parameters, {attention}",
+        "model": f"{class_of(model).__name__} with {sum(sizes)} trained parameters, {attention}",
     }
     versions = {
         name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate")

@@ -200,11 +200,15 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
 
     All processes must call it. It is what `model.save_pretrained(folder, state_dict=...)` takes.
     """
-    found: dict[str, Any] = model.state_dict()
-    return {
-        plain_name(name): value.full_tensor() if isinstance(value, DTensor) else value
-        for name, value in found.items()
-    }
+    found: dict[str, Tensor] = {}
+    whole: dict[int, Tensor] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        # Tied weights are one tensor here too, so that they are saved once.
+        if id(value) not in whole:
+            plain = value.detach()
+            whole[id(value)] = plain.full_tensor() if isinstance(plain, DTensor) else plain
+        found[plain_name(name)] = whole[id(value)]
+    return found
 
 
 @torch.no_grad()

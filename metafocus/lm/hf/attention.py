@@ -9,9 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from metafocus.attention.hugging_face import IMPLEMENTATIONS, register
+from metafocus.attention.kernels.query_runs import remember
 from metafocus.calls import changed
 from metafocus.errors import ProblemError
 from metafocus.masks.spans import Spans, windowed
+from metafocus.torch_internals import is_batched, tracing
 
 _MASKED = {"full_attention", "sliding_attention"}
 
@@ -129,16 +131,25 @@ def attention_mask(model: nn.Module, spans: Spans) -> Tensor | dict[str, Tensor]
             "(--mask causal), without packed documents."
         )
     if window is None or (kinds and "sliding_attention" not in kinds):
-        return _mask(model, spans)
-    narrow = _mask(model, windowed(spans, window))
+        return _masks(model, {None: spans})[None]
     if not kinds:
-        return narrow
-    return {"full_attention": _mask(model, spans), "sliding_attention": narrow}
+        return _masks(model, {window: windowed(spans, window)})[window]
+    masks = _masks(model, {None: spans, window: windowed(spans, window)})
+    return {"full_attention": masks[None], "sliding_attention": masks[window]}
 
 
-def _mask(model: nn.Module, spans: Spans) -> Tensor:
-    if takes_spans(model):
-        return spans.stack()
+def _masks(model: nn.Module, by_window: dict[int | None, Spans]) -> dict[int | None, Tensor]:
+    if not takes_spans(model):
+        return {window: _dense(model, spans) for window, spans in by_window.items()}
+    masks = {window: spans.stack() for window, spans in by_window.items()}
+    some = next(iter(masks.values()))
+    if not (tracing() or some.is_meta or is_batched(some)):
+        # Once per batch: every layer and every pass attends by the same memory.
+        remember({window: Spans.unstack(mask) for window, mask in masks.items()})
+    return masks
+
+
+def _dense(model: nn.Module, spans: Spans) -> Tensor:
     implementation = model.config.get_text_config()._attn_implementation  # pyright: ignore
     # A row of padding sees everything: a row that sees nothing would be NaN in MPT and Doge.
     size = spans.start.shape[-1]

@@ -101,7 +101,7 @@ class _Collective(torch.autograd.Function):
     """What all three have in common: no rule for `vmap`, and none for forward mode."""
 
     @staticmethod
-    def vmap(*args: Any) -> Any:
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
         raise TransformError(
             "vmap (mf.over_tasks) over a computation that several ranks share is not supported: "
             "take one task after another, and add their gradients."

@@ -84,7 +84,7 @@ class FocusMixin(ReliableMixin):
         check_sequence_parallel(self._sharers, self.args, meta_loss_factory)
         self._group = sequence_group(self._sharers)
         if self.focus.sharding is not None:
-            self._parametrise()
+            self._parametrise(self._group)
         checks.check_dtypes(self._plain, self.args)
         checks.check_samples("train_dataset", self.train_dataset, self._plain)
         checks.check_samples("eval_dataset", self.eval_dataset, self._plain)

@@ -18,6 +18,7 @@ from metafocus.calls import Call, attempt, attempted, current, noting
 from metafocus.checks import check_finite, function
 from metafocus.errors import ProblemError
 from metafocus.estimators import Estimator
+from metafocus.factories import picklable
 from metafocus.path import Path, name_of, path_weights, refuse_path, weighted
 from metafocus.preflight import preflight, refuse_ignored_fast_weights
 from metafocus.preflight.described import note_parts
@@ -32,6 +33,7 @@ MetaLoss = Callable[[Params, Any], tuple[Tensor, Aux]]
 """`meta_loss(outer, episode) -> (loss, Aux)`."""
 
 
+@picklable
 def bilevel(
     problem: Problem,
     *,
@@ -245,6 +247,7 @@ def _check_outer(problem: Problem, end: tuple[Any, Params, Any], outer: Params) 
     refuse_ignored_fast_weights(lambda f: problem.evaluate(f, pt.detach(outer), query)[0], fast)
 
 
+@picklable
 def hypergrad(meta_loss: MetaLoss) -> Callable[[Params, Any], tuple[Params, tuple[Tensor, Aux]]]:
     """Return `(outer, episode) -> (hypergradient, (loss, aux))`.
 

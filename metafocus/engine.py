@@ -24,7 +24,7 @@ from metafocus.preflight import preflight, refuse_ignored_fast_weights
 from metafocus.preflight.described import note_parts
 from metafocus.preflight.rebuilt import Uses
 from metafocus.problem import Problem, check_params, constants, moving, refuse_empty
-from metafocus.sharding import local_parts, refuse_parts
+from metafocus.sharding import local_parts, refuse_bare_ddp, refuse_parts
 from metafocus.solvers.descent import solve_inner
 from metafocus.torch_internals import transforming
 from metafocus.types import Aux, Episode, InnerLoss, Params, Solution, Solver
@@ -109,6 +109,8 @@ def bilevel(
         first = (inner_loss is None or explaining) and not torch.compiler.is_compiling()
         found = problem.inner_loss if inner_loss is None else inner_loss
         if first:
+            if torch.is_grad_enabled():
+                refuse_bare_ddp(given)
             found = preflight(
                 problem.inner_loss, solver, start, outer, support, explicit=explicit, twice=twice
             )

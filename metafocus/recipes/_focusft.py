@@ -19,6 +19,7 @@ from metafocus.lm.per_example import PerExampleLoss, PerExampleSolver, mean_loss
 from metafocus.lm.shared_prefix import SharedPrefix
 from metafocus.masks import MaskPolicy
 from metafocus.parallel.collectives import Group
+from metafocus.parallel.sequence import refuse_other_starts
 from metafocus.problem import Problem, as_episode, trainable
 from metafocus.recipes._sharded import hooked, refuse_outer, refuse_sharded
 from metafocus.solvers import SGD, clip_per_tensor
@@ -73,6 +74,7 @@ def focusft_problem(
         draws_from(generator)
         with using(model), holding(model, slow, tie_weights=True):
             fast = adapter.init(model, generator)
+        refuse_other_starts(fast, sequence_group)
         return fast if examples is None else for_each(fast, examples)
 
     return Problem(inner, outer, start, prepare)

@@ -13,7 +13,7 @@ from metafocus.attention.kernels.query_runs import remember
 from metafocus.calls import changed
 from metafocus.errors import ProblemError
 from metafocus.masks.spans import Spans, windowed
-from metafocus.torch_internals import is_batched, tracing
+from metafocus.torch_internals import transforming
 
 _MASKED = {"full_attention", "sliding_attention"}
 
@@ -143,7 +143,7 @@ def _masks(model: nn.Module, by_window: dict[int | None, Spans]) -> dict[int | N
         return {window: _dense(model, spans) for window, spans in by_window.items()}
     masks = {window: spans.stack() for window, spans in by_window.items()}
     some = next(iter(masks.values()))
-    if not (tracing() or some.is_meta or is_batched(some)):
+    if not (transforming() or some.is_meta):
         # Once per batch: every layer and every pass attends by the same memory.
         remember({window: Spans.unstack(mask) for window, mask in masks.items()})
     return masks

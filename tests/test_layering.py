@@ -13,10 +13,10 @@ ROOT = Path(__file__).parent.parent / "metafocus"
 
 # From bottom to top: a file knows its own row's folder and the rows before it.
 ORDER = """
-errors types torch_internals params precision checks files cells rng parallel calls closures
-sharding
+errors types torch_internals params precision checks files cells factories digests
+rng parallel calls closures sharding
 streams problem autodiff linear solvers estimators
-preflight path engine tasks explaining algorithms comparison graph
+preflight path engine tasks explaining algorithms graph comparison
 masks attention adapters lm
 data models diagnostics recipes evals doctor
 claims trainer cli __main__

@@ -13,6 +13,7 @@ from benchmarks.roofline.machine import H200, Machine
 from benchmarks.roofline.record import KERNEL, SYNC, Op, Recorder
 from benchmarks.roofline.scale import Scale
 
+pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
 SIMPLE = Machine(products=10.0, memory=100.0, gap=0, least=0, issue=1, view=0, latency=0, wait=2)
 
 
@@ -61,3 +62,15 @@ def test_spans_are_read_once_per_batch_and_the_host_waits_three_times(step):
     assert step.layouts == 1
     waits = [op.name for op in step.ops if op.kind == SYNC]
     assert len(waits) == 3, waits
+
+
+def test_a_model_in_bfloat16_has_no_float32_tensor_of_intermediate_width(step):
+    wide = [op for op in step.ops if op.dtype == "float32" and 18944 in op.shapes[0][-1:]]
+    # Fast weights `[18944, 32]` and `[32, 18944]` and their gradients are float32.
+    assert [op for op in wide if op.shapes[0][0] != 32 and len(op.shapes[0]) > 1] == []
+
+
+def test_the_head_takes_as_many_rows_at_once_as_the_model_is_wide(step):
+    # Of 4,096 tokens 1,024 are scored: one chunk in each of two inner passes and the outer one.
+    logits = [op for op in step.ops if op.name == "mm" and op.shapes[1][-1] == 152064]
+    assert len(logits) == 3

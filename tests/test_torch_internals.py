@@ -481,6 +481,27 @@ def test_state_of_a_sharded_module():
         dist.destroy_process_group()
 
 
+def test_the_wrapper_around_a_module():
+    """`_module_parameters`, `_active_ddp_module`: a loss beside the forward pass of DDP is refused.
+
+    Without them each process would train a model of its own there.
+    """
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapper = nn.parallel.DistributedDataParallel(nn.Linear(2, 1))
+        assert [id(p) for p in wrapper._module_parameters] == [id(p) for p in wrapper.parameters()]
+        seen = []
+        wrapper.module.register_forward_hook(lambda *_: seen.append(wrapper._active_ddp_module))
+        wrapper(torch.ones(2))
+        assert seen == [wrapper] and wrapper._active_ddp_module is None
+        # One process has nothing to average.
+        assert not ti.runs_beside_ddp(list(wrapper.parameters()))
+    finally:
+        dist.destroy_process_group()
+
+
 def test_hooks():
     """`_forward_hooks`, `_forward_pre_hooks`: slots of fast weights and hooks of heads are found.
 
@@ -597,6 +618,16 @@ def test_pytree():
 
 
 # Operators.
+
+
+def test_kernels_for_many_tensors():
+    """`_foreach_norm`, `_foreach_mul`, `_foreach_add`: clipping and steps in a few kernels."""
+    several = [torch.tensor([3.0, 4.0]), torch.tensor([[2.0]])]
+    assert ti.norms(several).tolist() == [5.0, 2.0]
+    first, second = ti.scaled(several, torch.tensor([0.5, 2.0]))
+    assert first.tolist() == [1.5, 2.0] and second.tolist() == [[4.0]]
+    first, second = ti.moved_by(several, -0.5, several)
+    assert first.tolist() == [1.5, 2.0] and second.tolist() == [[1.0]]
 
 
 def test_weight_norm():

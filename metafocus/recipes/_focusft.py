@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from metafocus.calls import attempted, draws_from, holding, using
 from metafocus.engine import MetaLoss, bilevel
 from metafocus.errors import ProblemError
 from metafocus.estimators import Estimator, FirstOrder
+from metafocus.factories import picklable
 from metafocus.lm import Adapter, TokenPolicy, answer_tokens, lm_loss
 from metafocus.lm.per_example import PerExampleLoss, PerExampleSolver, mean_loss
 from metafocus.lm.shared_prefix import SharedPrefix
@@ -62,24 +64,46 @@ def focusft_problem(
         inner = PerExampleLoss(model, tokens=inner_tokens, **common)
     shared = SharedPrefix(inner)
 
-    def prepare(slow: Params, episode: Episode) -> Episode:
-        support = shared(slow, inner.prepare(episode.support))
+    start = _Start(model, adapter, generator, examples, sequence_group)
+    return Problem(inner, outer, start, _Prepare(inner, outer, shared))
+
+
+@dataclass(frozen=True)
+class _Prepare:
+    """Runs the layers below the first fast weight once, for both losses."""
+
+    inner: Any
+    outer: Any
+    shared: SharedPrefix
+
+    def __call__(self, slow: Params, episode: Episode) -> Episode:
+        support = self.shared(slow, self.inner.prepare(episode.support))
         if episode.query is episode.support:
             # Both losses share the masks, but they may score different tokens.
-            return Episode(support, outer.prepare(support))
-        return Episode(support, outer.prepare(episode.query))
+            return Episode(support, self.outer.prepare(support))
+        return Episode(support, self.outer.prepare(episode.query))
 
-    def start(slow: Params, support: Any) -> Params:
+
+@dataclass(frozen=True)
+class _Start:
+    """Draws the fast weights."""
+
+    model: nn.Module
+    adapter: Adapter
+    generator: torch.Generator
+    examples: int | None
+    sequence_group: Group
+
+    def __call__(self, slow: Params, support: Any) -> Params:
         # Fast weights that start as copies of slow weights must be copied from `slow`.
-        draws_from(generator)
-        with using(model), holding(model, slow, tie_weights=True):
-            fast = adapter.init(model, generator)
-        refuse_other_starts(fast, sequence_group)
-        return fast if examples is None else for_each(fast, examples)
-
-    return Problem(inner, outer, start, prepare)
+        draws_from(self.generator)
+        with using(self.model), holding(self.model, slow, tie_weights=True):
+            fast = self.adapter.init(self.model, self.generator)
+        refuse_other_starts(fast, self.sequence_group)
+        return fast if self.examples is None else for_each(fast, self.examples)
 
 
+@picklable
 def focusft(
     model: nn.Module,
     *,

@@ -19,6 +19,7 @@ from metafocus.adapters import slots
 from metafocus.autodiff.recompute import recompute
 from metafocus.calls import changed, holding, using
 from metafocus.lm.hf.attention import attention_as
+from metafocus.lm.hf.restricted import active, restricted
 
 
 @contextlib.contextmanager
@@ -90,12 +91,14 @@ def _recomputed(model: nn.Module, layer: nn.Module, forward: Any, args: Any, kwa
     implementation = config._attn_implementation
     # A layer inside a wrapper may be asked to checkpoint as well: once is enough.
     own = [(layer, "gradient_checkpointing", False)] * hasattr(layer, "gradient_checkpointing")
+    rows = active()
 
     def run(parameters: dict[str, Tensor], fast: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
         with (
             using(model),
             changed(*own),
             attention_as(config, implementation),
+            restricted(rows),
             holding(layer, parameters),
             slots.rebind(layer, fast, functions),
         ):

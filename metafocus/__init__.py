@@ -16,6 +16,7 @@ from metafocus import (
     errors,
     masks,
     models,
+    parallel,
     params,
     recipes,
 )
@@ -38,6 +39,7 @@ from metafocus.autodiff import (
 )
 from metafocus.autodiff.pieces import micro_batches
 from metafocus.autodiff.recompute import recompute
+from metafocus.cells import sweep
 from metafocus.comparison import Comparison, compare
 from metafocus.comparison.smooth import Smoothness, smoothness
 from metafocus.engine import MetaLoss, adapt, bilevel, hypergrad
@@ -169,6 +171,7 @@ __all__ = [
     "micro_batches",
     "models",
     "over_tasks",
+    "parallel",
     "params",
     "per_step",
     "proximal",
@@ -179,6 +182,7 @@ __all__ = [
     "solve_inner",
     "stack_episodes",
     "stores",
+    "sweep",
     "top_layers",
     "trainable",
     "trust",

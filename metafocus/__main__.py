@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import metafocus
 from metafocus.cli import attribute, compare, doctor, evaluate, generate, profile, reproduce
 from metafocus.cli.parsing import Parser
+from metafocus.cli.shares import refuse_ranks
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             train.main(words[1:])
             return 0
         args = parser.parse_args(words)
+        if words[:1] not in (["eval"], ["profile"]):
+            refuse_ranks(words[0])
         # Only a command that judges something returns a code of its own.
         return args.run(args) or 0
     except (ValueError, OSError) as error:

@@ -16,6 +16,7 @@ from torch import Tensor
 from metafocus import params as pt
 from metafocus.closures import closures_of
 from metafocus.errors import MetafocusError, ProblemError, TransformError
+from metafocus.factories import picklable
 from metafocus.problem import check_params, refuse_empty
 from metafocus.torch_internals import fake_tensors, operator_arguments, pytree, transforming
 from metafocus.types import Aux, Params
@@ -26,6 +27,7 @@ RETRACES = 8
 """How often a change of what is closed over is followed, for one set of shapes."""
 
 
+@picklable
 def compiled(
     hypergradient: Hypergrad,
     *,

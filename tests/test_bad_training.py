@@ -361,14 +361,3 @@ def test_a_long_chat_is_cut_and_counted(tmp_path, capsys):
     config = written(tmp_path, settings(tmp_path, train_file=str(path), max_steps=1))
     assert main(["train", config]) == 0
     assert "1 truncated, 0 dropped without an answer." in capsys.readouterr().out
-
-
-def test_per_example_under_fsdp_is_refused_by_name():
-    from metafocus.trainer.distributed import focusft_sharded
-
-    with says(
-        "per_example=True is not supported under FSDP. Use per_device_train_batch_size=1, where "
-        "shared fast weights are those of the example, with gradient_accumulation_steps; or DDP.",
-        ProblemError,
-    ):
-        focusft_sharded(tiny(), solver=mf.SGD(1.0, 1), estimator=mf.FirstOrder(), per_example=True)

@@ -154,7 +154,7 @@ def _resume(args: FocusArguments) -> str | bool | None:
     word = str(args.resume_from_checkpoint or "")
     if word.lower() in ("true", "false", ""):
         return True if word.lower() == "true" else None
-    return str(require_complete(word, ranks=args.world_size))
+    return str(require_complete(word))
 
 
 def _note_unused(settings: Settings) -> None:

@@ -11,12 +11,11 @@ from torch import Tensor
 
 from metafocus.attention.kernels import flash_cpu, flash_cuda
 from metafocus.attention.kernels.kernel import QKV, Attended, Scaling
-from metafocus.attention.kernels.query_runs import QueryRun, find_query_runs
+from metafocus.attention.kernels.query_runs import QueryRun, find_query_runs, same, versions
 from metafocus.attention.kernels.tiled import Tiled
 from metafocus.attention.kernels.varlen import FlashAttn, Varlen, installed
 from metafocus.errors import ProblemError
 from metafocus.masks.spans import Spans
-from metafocus.torch_internals import version
 
 CPU_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CUDA_TYPES = (torch.bfloat16, torch.float16)
@@ -33,12 +32,7 @@ class Known(NamedTuple):
 
     def of(self, spans: Spans) -> bool:
         """Return whether these are the same numbers in the same memory, not changed since."""
-        same = all(
-            (x.data_ptr(), x.shape, x.stride(), x.dtype)
-            == (y.data_ptr(), y.shape, y.stride(), y.dtype)
-            for x, y in zip(self.spans, spans, strict=True)
-        )
-        return same and _versions(spans) == self.versions
+        return same(spans, self.spans, self.versions)
 
 
 @dataclass(frozen=True)
@@ -145,7 +139,7 @@ def prepare(inputs: QKV, spans: Spans, scaling: Scaling) -> Flash | str:
         calls = sum(len(group.pieces) for group in flash_cpu.groups(runs))
         if calls > most:
             return f"the spans need {calls} calls of the kernel, more than {most}"
-    return Flash(Known(spans, _versions(spans), runs))
+    return Flash(Known(spans, versions(spans), runs))
 
 
 @functools.cache
@@ -243,8 +237,8 @@ def run_limit(batch: int, length: int, device: str) -> int:
     """Return up to how many runs, on the CPU up to how many calls, fused kernels are used.
 
     On the CPU each call costs some 0.06 ms forward and 0.2 ms with the gradient beside its
-    arithmetic. Measured at S = 1024 and 4096, tiles are as fast at one call per 8 tokens with 8
-    heads of 64, and at one per 12 with 2 heads of 32. On CUDA the bound is a guess: a block of the
+    arithmetic. Measured at S = 1024 and 4096, with 8 heads of 64 and 2 heads of 32, tiles are as
+    fast at one call per 8 to 11 tokens. On CUDA the bound is a guess: a block of the
     kernel has 64 to 128 queries, and shorter runs leave it empty.
 
     Args:
@@ -254,11 +248,7 @@ def run_limit(batch: int, length: int, device: str) -> int:
 
     Example:
         >>> run_limit(2, 1024, "cpu")
-        128
+        204
     """
     # Proportional to the rows: what is served stays served where vmap repeats it.
-    return batch * max(16, length // (16 if device == "cpu" else 32))
-
-
-def _versions(spans: Spans) -> tuple[int | None, ...]:
-    return tuple(version(x) for x in spans)
+    return batch * max(16, length // (10 if device == "cpu" else 32))

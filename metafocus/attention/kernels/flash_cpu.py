@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -39,8 +40,11 @@ class Group(NamedTuple):
     pieces: tuple[Piece, ...]
 
 
-def groups(runs: Iterable[QueryRun]) -> list[Group]:
+@functools.lru_cache(maxsize=8)
+def groups(runs: tuple[QueryRun, ...]) -> tuple[Group, ...]:
     """Cut runs into pieces that the kernel knows; equal runs of consecutive rows go together.
+
+    The answers to the last few questions are kept, for the layers and passes of a step.
 
     Args:
         runs: The runs of a batch.
@@ -49,7 +53,7 @@ def groups(runs: Iterable[QueryRun]) -> list[Group]:
         The groups. Each costs one call of the kernel per piece, at most three.
 
     Example:
-        >>> groups([QueryRun(0, 2, 4, 0, 4, -1, 0)])[0].pieces
+        >>> groups((QueryRun(0, 2, 4, 0, 4, -1, 0),))[0].pieces
         (Piece(key=0, key_end=2, shape='whole'), Piece(key=2, key_end=4, shape='lower'))
     """
     cut = ((run.row, *part) for run in runs for part in _cut(run))
@@ -61,7 +65,7 @@ def groups(runs: Iterable[QueryRun]) -> list[Group]:
     ):
         rows = [part[0] for _, part in members]
         found.append(Group(rows[0], rows[-1] + 1, *content))
-    return found
+    return tuple(found)
 
 
 def _cut(run: QueryRun) -> list[tuple[int, int, tuple[Piece, ...]]]:
@@ -98,7 +102,7 @@ def _some(pieces: Sequence[Piece]) -> tuple[Piece, ...]:
     return tuple(piece for piece in pieces if piece.key < piece.key_end)
 
 
-def forward(inputs: QKV, runs: Iterable[QueryRun], scale: float) -> Attended:
+def forward(inputs: QKV, runs: tuple[QueryRun, ...], scale: float) -> Attended:
     """Return the output and the logsumexp of each row, 0 where no run is.
 
     The pieces of a group are merged by `l = log sum exp l_i`, `o = sum_i exp(l_i - l) o_i`, in
@@ -128,7 +132,7 @@ def forward(inputs: QKV, runs: Iterable[QueryRun], scale: float) -> Attended:
 
 
 def backward(
-    do: Tensor, inputs: QKV, found: Attended, runs: Iterable[QueryRun], scale: float
+    do: Tensor, inputs: QKV, found: Attended, runs: tuple[QueryRun, ...], scale: float
 ) -> QKV:
     """Return the gradients of `<do, output>`.
 

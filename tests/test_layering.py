@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent / "metafocus"
 ORDER = """
 errors types torch_internals params precision checks files rng calls closures
 streams problem autodiff linear solvers estimators
-preflight path engine tasks algorithms comparison graph
+preflight path engine tasks algorithms comparison traces graph
 masks attention adapters lm
 data models diagnostics recipes evals
 claims trainer cli __main__

@@ -33,7 +33,7 @@ def install(session: nox.Session, torch: str, extra: str) -> None:
     pins = Path(session.create_tmp()).resolve() / "pins.txt"
     kept = Path("constraints.txt").read_text().splitlines()
     if torch == "oldest":
-        kept = [OLDEST, *(line for line in kept if not line.startswith("torch"))]
+        kept = [OLDEST, *(line for line in kept if not line.startswith(("torch", "triton")))]
     pins.write_text("\n".join(kept) + "\n")
     session.install("-c", str(pins), f"-e.[{extra}]")
 

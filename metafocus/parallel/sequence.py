@@ -115,15 +115,41 @@ def refuse_other_batches(batch: Mapping[str, Any], group: Group) -> None:
             # Wraps around on every rank alike.
             total = total * 31 + (x.flatten().long() * place).sum()
     sizes = torch.tensor([*ids.shape[-2:]], device=ids.device)
-    found = torch.cat([sizes, total[None]])
-    bounds = torch.stack([found, -found])
-    dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=group)
-    same = (bounds[0] == -bounds[1]).all()
-    message = (
-        f"the {size_of(group)} ranks that share a sequence were given different batches. Give each "
-        "rank of a group the same batch: shard the data by rank // size, not by rank"
+    _refuse_unlike(
+        torch.cat([sizes, total[None]]),
+        group,
+        "were given different batches. Give each rank of a group the same batch: shard the data by "
+        "rank // size, not by rank",
     )
-    if ids.is_cuda:
-        assert_later(same, message)
-    elif not bool(same):
-        raise DataError(f"{message}.")
+
+
+def refuse_other_starts(fast: Mapping[str, Tensor], group: Group) -> None:
+    """Raise on every rank of a group if their fast weights start at different values.
+
+    Args:
+        fast: the fast weights before the first step; compared by their sums.
+        group: the ranks.
+
+    Raises:
+        DataError: naming the fix.
+    """
+    if group is None or not fast:
+        return
+    sums = torch.stack([x.detach().double().sum() for x in fast.values()])
+    _refuse_unlike(
+        sums,
+        group,
+        "start at different fast weights. Give each rank of a group a generator of the same seed",
+    )
+
+
+def _refuse_unlike(values: Tensor, group: Group, message: str) -> None:
+    bounds = torch.stack([values, -values])
+    dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=group)
+    # Every rank sees the largest and the smallest value; NaN is left to other checks.
+    differ = (bounds[0] > -bounds[1]).any()
+    text = f"the {size_of(group)} ranks that share a sequence {message}"
+    if values.is_cuda:
+        assert_later(~differ, text)
+    elif bool(differ):
+        raise DataError(f"{text}.")

@@ -21,6 +21,7 @@ from metafocus.lm.per_example import PerExampleLoss, PerExampleSolver, mean_loss
 from metafocus.lm.shared_prefix import SharedPrefix
 from metafocus.masks import MaskPolicy
 from metafocus.parallel.collectives import Group
+from metafocus.parallel.sequence import refuse_other_starts
 from metafocus.problem import Problem, as_episode, trainable
 from metafocus.recipes._sharded import hooked, refuse_outer, refuse_sharded
 from metafocus.solvers import SGD, clip_per_tensor
@@ -63,7 +64,7 @@ def focusft_problem(
         inner = PerExampleLoss(model, tokens=inner_tokens, **common)
     shared = SharedPrefix(inner)
 
-    start = _Start(model, adapter, generator, examples)
+    start = _Start(model, adapter, generator, examples, sequence_group)
     return Problem(inner, outer, start, _Prepare(inner, outer, shared))
 
 
@@ -91,12 +92,14 @@ class _Start:
     adapter: Adapter
     generator: torch.Generator
     examples: int | None
+    sequence_group: Group
 
     def __call__(self, slow: Params, support: Any) -> Params:
         # Fast weights that start as copies of slow weights must be copied from `slow`.
         draws_from(self.generator)
         with using(self.model), holding(self.model, slow, tie_weights=True):
             fast = self.adapter.init(self.model, self.generator)
+        refuse_other_starts(fast, self.sequence_group)
         return fast if self.examples is None else for_each(fast, self.examples)
 
 

@@ -26,11 +26,11 @@ from metafocus.lm.hf.side_runs import two_tokens
 from metafocus.lm.tokens import TokenPolicy, answer_tokens, predicted
 from metafocus.masks import Batch, MaskPolicy
 from metafocus.masks.spans import Spans
-from metafocus.parallel.collectives import Group, replicated, summed
+from metafocus.parallel.collectives import Group, replicated, replicated_part, summed
 from metafocus.parallel.sequence import refuse_other_batches, share
 from metafocus.precision import wide
 from metafocus.problem import trainable
-from metafocus.sharding import HOOKED, sharding_of
+from metafocus.sharding import HOOKED, is_parametrised, local_parts, sharding_of
 from metafocus.types import Params
 
 
@@ -154,7 +154,10 @@ class LMLoss:
 
     def _entering(self, params: Params) -> Params:
         """Return parameters as they enter the computation that the ranks of a sequence share."""
-        return {k: replicated(x, self.sequence_group) for k, x in params.items()}
+        return {
+            k: (replicated_part if is_parametrised(k) else replicated)(x, self.sequence_group)
+            for k, x in params.items()
+        }
 
     def _read(
         self, slow: Params, batch: Batch, reader: heads.Reader = lambda head, hidden: hidden
@@ -166,7 +169,7 @@ class LMLoss:
     def _run(self, slow: Params, batch: Batch) -> Any:
         inputs = batch["model_inputs"]
         if self.sequence_group is not None:
-            slow = self._entering(slow or trainable(self.model))
+            slow = self._entering(slow or local_parts(trainable(self.model)))
         with (
             prefix.resumed(self.model, batch.get("hidden")),
             holding(self.model, slow, tie_weights=True),

@@ -16,6 +16,7 @@ from metafocus.lm.hf.inputs import model_inputs
 from metafocus.lm.hf.side_runs import side_run
 from metafocus.masks.spans import Spans
 from metafocus.parallel.sequence import share, size_of
+from metafocus.sharding import HOOKED, sharding_of
 
 _CHECKED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -41,10 +42,11 @@ def check_shared_sequence(model: nn.Module, group: dist.ProcessGroup) -> None:
             "and without attention dropout"
         )
         raise ProblemError(f"{name} cannot share sequences among ranks: {why}.")
-    if any(hasattr(p, "full_tensor") for p in model.parameters()):
+    if sharding_of(model) & HOOKED:
         raise ProblemError(
             f"{name} is sharded, and its shards are reduced as if each rank had data of its own: "
-            "with shared sequences the gradient would have another length. Use DDP, or no wrapper."
+            "with shared sequences the gradient would have another length. Use DDP, no wrapper, or "
+            "metafocus.trainer.distributed.parametrise(model, mesh) (--sharding parametrised)."
         )
     with side_run(model), evaluating(model):
         whole = _final_hidden(model, None, size_of(group))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import nox
 
-PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
+PYTHONS = ["3.10", "3.11", "3.12", "3.13", "3.14"]
 TORCHES = ("oldest", "newest", "pinned")
 OLDEST = "torch==2.11.*"
 EPOCH = {"SOURCE_DATE_EPOCH": "1700000000"}
@@ -33,7 +33,7 @@ def install(session: nox.Session, torch: str, extra: str) -> None:
     pins = Path(session.create_tmp()).resolve() / "pins.txt"
     kept = Path("constraints.txt").read_text().splitlines()
     if torch == "oldest":
-        kept = [OLDEST, *(line for line in kept if not line.startswith("torch"))]
+        kept = [OLDEST, *(line for line in kept if not line.startswith(("torch", "triton")))]
     pins.write_text("\n".join(kept) + "\n")
     session.install("-c", str(pins), f"-e.[{extra}]")
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import metafocus
 from metafocus.cli import attribute, compare, doctor, evaluate, generate, profile, reproduce
 from metafocus.cli.parsing import Parser
-from metafocus.cli.ranks import refuse_ranks
+from metafocus.cli.shares import refuse_ranks
 
 
 def main(argv: Sequence[str] | None = None) -> int:

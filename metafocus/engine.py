@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -23,7 +24,7 @@ from metafocus.preflight import preflight, refuse_ignored_fast_weights
 from metafocus.preflight.described import note_parts
 from metafocus.preflight.rebuilt import Uses
 from metafocus.problem import Problem, check_params, constants, moving, refuse_empty
-from metafocus.sharding import local_parts, refuse_parts
+from metafocus.sharding import local_parts, refuse_bare_ddp, refuse_parts
 from metafocus.solvers.descent import solve_inner
 from metafocus.torch_internals import transforming
 from metafocus.types import Aux, Episode, InnerLoss, Params, Solution, Solver
@@ -90,10 +91,11 @@ def bilevel(
     twice = getattr(estimator, "twice", True)
     inner_loss: InnerLoss | None = None
     outer_tried = False
+    outer_needs = True
     uses = Uses(problem.inner_loss, problem.outer_loss, problem.init, solver, estimator)
 
     def evaluate(outer: Params, episode: Any) -> tuple[Tensor, Aux]:
-        nonlocal inner_loss, outer_tried
+        nonlocal inner_loss, outer_tried, outer_needs
         check_params(outer, "outer", "outer parameters")
         if explicit:
             refuse_empty(outer, str(estimator), "or use Unrolled() or FirstOrder()")
@@ -107,6 +109,8 @@ def bilevel(
         first = (inner_loss is None or explaining) and not torch.compiler.is_compiling()
         found = problem.inner_loss if inner_loss is None else inner_loss
         if first:
+            if torch.is_grad_enabled():
+                refuse_bare_ddp(given)
             found = preflight(
                 problem.inner_loss, solver, start, outer, support, explicit=explicit, twice=twice
             )
@@ -138,8 +142,13 @@ def bilevel(
             outer_tried = True
         if uses.count < 2 and not torch.compiler.is_compiling():
             uses.add()
-        with Swapped(once=True):
+        # A mode costs at every operator: outside transforms only a loss that needs it has one.
+        plain = not outer_needs and not transforming()
+        swapped = Swapped(once=True)
+        with nullcontext() if plain else swapped:
             loss, metrics = weighted(problem, ends, outer)
+        if not plain and not transforming():
+            outer_needs = swapped.needed
         return loss, Aux(pt.detach(solution.params), solution.losses.detach(), metrics)
 
     def meta_loss(outer: Params, episode: Any) -> tuple[Tensor, Aux]:
@@ -176,7 +185,8 @@ def outermost(evaluate: MetaLoss, outer: Params, episode: Any) -> tuple[Tensor, 
     if (
         torch.is_grad_enabled()
         and not transforming()
-        and not any(x.requires_grad for x in pt.tensors((outer, episode)))
+        and not any(x.requires_grad for x in outer.values())
+        and not any(x.requires_grad for x in pt.tensors(episode))
         and not reaches_another_leaf(loss)
     ):
         raise ProblemError(

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from metafocus.errors import ProblemError
-from metafocus.torch_internals import is_wrapper
+from metafocus.torch_internals import is_wrapper, runs_beside_ddp
 
 ULYSSES = "metafocus_ulysses"
 """The attention implementation of a model whose sequences are split over processes."""
@@ -106,6 +106,41 @@ def refuse_parts(fast: dict[str, Any], outer: dict[str, Any]) -> None:
                 "gradient would mix the tasks of all processes. Use fast weights of their own "
                 "(mf.LoRA, or an init that returns whole tensors), or DDP, where weights are whole."
             )
+
+
+def refuse_sharded_outer(outer: dict[str, Any]) -> None:
+    """Raise for outer parameters that each process holds a part of.
+
+    Raises:
+        ProblemError: naming the first.
+    """
+    found = [name for name, value in outer.items() if is_wrapper(value)]
+    if found:
+        raise ProblemError(
+            f"the outer parameter {found[0]!r} is sharded over processes, and its gradient is a "
+            "mean over them already: over_tasks(group=...) is for weights that each process holds "
+            "whole. Leave group out, and give each process the same number of tasks."
+        )
+
+
+def refuse_bare_ddp(outer: dict[str, Any]) -> None:
+    """Raise if parameters belong to a DDP wrapper whose forward pass is not running.
+
+    DDP reduces gradients for a backward pass only if it has seen the forward pass. On its module
+    alone each process would train a model of its own, without an error.
+
+    Raises:
+        ProblemError: naming what to do.
+    """
+    leaves = [value for value in outer.values() if isinstance(value, nn.Parameter)]
+    if leaves and runs_beside_ddp(leaves):
+        raise ProblemError(
+            "outer holds parameters of a DistributedDataParallel model, and its forward pass is "
+            "not running: DDP would not average their gradients. Call "
+            "metafocus.trainer.distributed.through(ddp, lambda episode: meta(outer, episode)[0], "
+            "episode); or do not wrap the model, and pass mf.over_tasks(meta, group=...) or reduce "
+            "the result of mf.hypergrad."
+        )
 
 
 def local_parts(outer: dict[str, Any]) -> dict[str, Any]:

@@ -383,7 +383,7 @@ def test_remembered_spans_are_read_again_only_where_they_were_written_to(monkeyp
     reads, content = [], query_runs._content
     monkeypatch.setattr(query_runs, "_content", lambda x: reads.append(1) or content(x))
     stacked = masks.causal({"input_ids": torch.zeros(1, 8)}).stack()
-    query_runs.remember({None: Spans.unstack(stacked)})
+    query_runs.remember((None, Spans.unstack(stacked)))
     assert len(reads) == 1
     # Other views of the same memory, as each layer of a model makes them.
     assert find_query_runs(Spans.unstack(stacked)) == (QueryRun(0, 0, 8, 0, 8, -1, 0),)
@@ -398,7 +398,7 @@ def test_remembered_spans_are_read_again_only_where_they_were_written_to(monkeyp
 def test_layers_with_a_window_take_remembered_spans_as_they_are():
     causal = masks.causal({"input_ids": torch.zeros(1, 8)})
     narrow = narrow_by(causal, 3)
-    query_runs.remember({None: causal, 3: narrow})
+    query_runs.remember((None, causal), (3, narrow))
     assert query_runs.narrowed(narrow, 3) is narrow
     for spans, window in ((causal, 3), (narrow, 2)):
         assert query_runs.narrowed(spans, window).start.tolist() == (

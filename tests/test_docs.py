@@ -213,3 +213,13 @@ def test_a_table_of_rivals():
 def test_the_citation_file_names_this_version():
     text = (ROOT / "CITATION.cff").read_text()
     assert f"\nversion: {mf.__version__}\n" in text
+
+
+def test_code_in_tables_breaks_between_words():
+    spec = importlib.util.spec_from_file_location("breaks", ROOT / "docs" / "breaks.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    html = "<p><code>a.b</code></p><td><code>a.b_c(d=&lt;e&gt;)</code> x.y</td>"
+    want = "<p><code>a.b</code></p><td><code>a.<wbr>b_<wbr>c(<wbr>d=&lt;e&gt;)</code> x.y</td>"
+    assert module.on_page_content(html, page=None) == want

@@ -117,6 +117,10 @@ class Recorder(TorchDispatchMode):
             return [Op(VIEW, name)]
         if not outs:
             return []
+        if name == "_foreach_mul":
+            # Factors of another shape than the tensors: a kernel for each.
+            pairs = zip(*args, outs, strict=True)
+            return [Op(KERNEL, name, "", sum(map(self.scale.bytes, pair))) for pair in pairs]
         flops, shown = self._flops(name, args, ins)
         dtype = str((ins[0] if flops else outs[0]).dtype).removeprefix("torch.")
         shapes = tuple(map(self.scale.shape, ins))[:4]

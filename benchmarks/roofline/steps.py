@@ -74,13 +74,13 @@ def _as_on_a_gpu(recorder: Recorder) -> Iterator[None]:
         return flash_cuda.backward(do, inputs, found, runs, scaling, kernels)
 
     read, rows = query_runs._content, token_loss._rows
-    vocabulary = FEATURES[RECORDED.vocabulary]
+    shape = FEATURES[RECORDED.vocabulary], FEATURES[RECORDED.hidden]
     with (
         mock.patch.object(flash, "_forward", forward),
         mock.patch.object(flash, "_backward", backward),
         mock.patch.object(query_runs, "_content", partial(recorder.on_host, read)),
         mock.patch.object(
-            token_loss, "_rows", lambda *_: rows(vocabulary, True) // recorder.scale.tokens
+            token_loss, "_rows", lambda *_: rows(*shape, True) // recorder.scale.tokens
         ),
     ):
         yield

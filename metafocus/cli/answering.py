@@ -15,7 +15,7 @@ import torch
 
 from metafocus import models
 from metafocus.cli import options
-from metafocus.cli.ranks import ALONE, Ranks, ranks
+from metafocus.cli.shares import ALONE, Ranks, ranks
 from metafocus.errors import DataError
 from metafocus.evals.agentic import HTTPEndpoint
 from metafocus.evals.fingerprint import fingerprint

@@ -13,7 +13,7 @@ import torch
 
 from metafocus.cli import answering, options, trials
 from metafocus.cli.answering import ANSWERS, DEPTHS, REPORT
-from metafocus.cli.ranks import Ranks, ranks, refuse_ranks
+from metafocus.cli.shares import Ranks, ranks, refuse_ranks
 from metafocus.comparison.report import environment
 from metafocus.errors import DataError
 from metafocus.evals import babilong, harness, helmet, nolima, results, ruler

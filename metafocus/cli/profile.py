@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from metafocus.cli import chats, options
-from metafocus.cli.ranks import Ranks, ranks
+from metafocus.cli.shares import Ranks, ranks
 from metafocus.comparison.inner_curve import shown
 from metafocus.comparison.report import environment
 from metafocus.data import Collator, encode_chats, stdlib_qa

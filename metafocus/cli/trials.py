@@ -15,7 +15,7 @@ import torch
 
 from metafocus.cli import answering, options
 from metafocus.cli.answering import ANSWERS, REPORT
-from metafocus.cli.ranks import refuse_ranks
+from metafocus.cli.shares import refuse_ranks
 from metafocus.comparison.report import environment
 from metafocus.errors import DataError
 from metafocus.evals import agentic

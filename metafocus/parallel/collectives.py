@@ -97,11 +97,37 @@ def exchanged(x: Tensor, group: Group, *, scatter: int, gather: int) -> Tensor:
     return _Exchanged.apply(x, group, scatter, gather)  # pyright: ignore
 
 
+def share_of_tasks(count: int, group: Group) -> float:
+    """Return the share that this rank's tasks have in those of all ranks.
+
+    Args:
+        count: of this rank.
+        group: the ranks; None: this one alone.
+
+    Raises:
+        ProblemError: on every rank, if one has no tasks.
+
+    Example:
+        >>> share_of_tasks(3, None)
+        1.0
+    """
+    if group is None:
+        return 1.0
+    counts: list[int] = [0] * dist.get_world_size(group)
+    dist.all_gather_object(counts, count, group=group)
+    if not all(counts):
+        raise ProblemError(
+            f"the ranks have {counts} tasks: each needs one at least, to take part in the mean. "
+            "Use fewer ranks, or larger batches of tasks."
+        )
+    return count / sum(counts)
+
+
 class _Collective(torch.autograd.Function):
     """What all three have in common: no rule for `vmap`, and none for forward mode."""
 
     @staticmethod
-    def vmap(*args: Any) -> Any:
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
         raise TransformError(
             "vmap (mf.over_tasks) over a computation that several ranks share is not supported: "
             "take one task after another, and add their gradients."

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 
@@ -55,6 +57,23 @@ def keeps_gathered(model: nn.Module) -> bool:
     states: Any = [m._get_fsdp_state() for m in model.modules() if hasattr(m, "_get_fsdp_state")]  # pyright: ignore[reportCallIssue]
     groups = [group for state in states for group in state._fsdp_param_groups]
     return not any(group.post_forward_mesh_info or group.reshard_after_backward for group in groups)
+
+
+def runs_beside_ddp(parameters: Sequence[nn.Parameter]) -> bool:
+    """Return whether a DDP wrapper would reduce these parameters, and its forward is not running.
+
+    Nothing in a module leads to its wrapper, so the garbage collector is asked: call it once.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return False
+    kind: Any = nn.parallel.DistributedDataParallel
+    wanted = {id(parameter) for parameter in parameters}
+    for wrapper in gc.get_objects():
+        if type(wrapper) is kind and wrapper.require_backward_grad_sync:
+            own = {id(parameter) for parameter in wrapper._module_parameters}
+            if own & wanted:
+                return kind._active_ddp_module is not wrapper
+    return False
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -19,6 +19,21 @@ flash_varlen = _ATEN._flash_attention_forward
 flash_varlen_backward = _ATEN._flash_attention_backward
 
 
+def norms(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the norm of each tensor, in one vector, by few kernels; constants only."""
+    return torch.stack(torch._foreach_norm(tensors))
+
+
+def scaled(tensors: Sequence[Tensor], factors: Tensor) -> Sequence[Tensor]:
+    """Return each tensor times its entry of `factors`; constants only."""
+    return torch._foreach_mul(tensors, factors.unbind())
+
+
+def moved_by(tensors: Sequence[Tensor], by: float, others: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return `tensor + by * other` of each pair, by few kernels; constants only."""
+    return torch._foreach_add(tensors, others, alpha=by)
+
+
 def forward_class(node: Any) -> type | None:
     """Return the custom Function that a node of the tape belongs to; None for a node of ATen."""
     return getattr(type(node), "_forward_cls", None)

@@ -10,7 +10,7 @@ from metafocus.trainer import staging
 from metafocus.trainer.checkpoints import SEAL, saving
 from metafocus.trainer.contents import tied
 from metafocus.trainer.ranks import from_first
-from metafocus.trainer.sharded import ShardedMixin
+from metafocus.trainer.shards import ShardedMixin
 
 
 class KeepingMixin(ShardedMixin):

@@ -120,6 +120,10 @@ def facts(folder: Path, groups: int, size: int) -> dict:
     found["prompts"] = prompts(folder, size)
     if size > 1:
         found["refused"] = refused(folder)
+        found["parametrised"] = trained(
+            folder, groups, sequence_parallel=size, sharding="parametrised",
+            **METHODS["second order"],
+        )  # fmt: skip
         fsdp_on_cpus()
         config = {"version": 2, "transformer_layer_cls_to_wrap": ["Qwen2DecoderLayer"]}
         found["fsdp"] = trained(

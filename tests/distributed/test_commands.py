@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from metafocus.cli.ranks import ALONE, Ranks, refuse_ranks
+from metafocus.cli.shares import ALONE, Ranks, refuse_ranks
 from metafocus.data.tokenizer import train_tokenizer
 from metafocus.errors import DataError
 from metafocus.evals import builtin_prose

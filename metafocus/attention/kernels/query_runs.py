@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import NamedTuple, overload
 
 import torch
@@ -114,24 +114,24 @@ def find_query_runs(spans: Spans, limit: int | None = None) -> tuple[QueryRun, .
     return _found(content, spans.start.shape[-1], limit)
 
 
-def remember(several: Mapping[int | None, Spans]) -> None:
+def remember(*several: tuple[int | None, Spans]) -> None:
     """Read spans once, for all layers and passes that attend by them; one copy to the host.
 
     `find_query_runs` then knows them by their memory as long as they are among the last few, and
     reads them again if they were written to.
 
     Args:
-        several: Spans of one shape, by the sliding window that has narrowed them; None: no window.
-            Nothing may write to them behind the back of autograd.
+        several: Spans of one shape, each with the sliding window that has narrowed it; None: no
+            window. Nothing may write to them behind the back of autograd.
 
     Example:
         >>> causal = Spans(torch.zeros(1, 3).long(), torch.tensor([[1, 2, 3]]))
-        >>> remember({None: causal})
+        >>> remember((None, causal))
         >>> len(find_query_runs(causal))
         1
     """
-    contents = _content(several.values())
-    for (window, spans), content in zip(several.items(), contents, strict=True):
+    contents = _content([spans for _, spans in several])
+    for (window, spans), content in zip(several, contents, strict=True):
         # Whether inference tensors were written to cannot be seen.
         if None not in versions(spans):
             _READ.append(_Read(spans, versions(spans), content, window))

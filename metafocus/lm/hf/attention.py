@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from metafocus.attention.hugging_face import IMPLEMENTATIONS, register
@@ -13,7 +14,7 @@ from metafocus.attention.kernels.query_runs import remember
 from metafocus.calls import changed
 from metafocus.errors import ProblemError
 from metafocus.masks.spans import Spans, windowed
-from metafocus.torch_internals import is_batched, tracing
+from metafocus.torch_internals import transforming
 
 _MASKED = {"full_attention", "sliding_attention"}
 
@@ -131,25 +132,41 @@ def attention_mask(model: nn.Module, spans: Spans) -> Tensor | dict[str, Tensor]
             "(--mask causal), without packed documents."
         )
     if window is None or (kinds and "sliding_attention" not in kinds):
-        return _masks(model, {None: spans})[None]
+        return _mask(model, spans)
+    narrow = _mask(model, windowed(spans, window))
     if not kinds:
-        return _masks(model, {window: windowed(spans, window)})[window]
-    masks = _masks(model, {None: spans, window: windowed(spans, window)})
-    return {"full_attention": masks[None], "sliding_attention": masks[window]}
+        return narrow
+    return {"full_attention": _mask(model, spans), "sliding_attention": narrow}
 
 
-def _masks(model: nn.Module, by_window: dict[int | None, Spans]) -> dict[int | None, Tensor]:
-    if not takes_spans(model):
-        return {window: _dense(model, spans) for window, spans in by_window.items()}
-    masks = {window: spans.stack() for window, spans in by_window.items()}
-    some = next(iter(masks.values()))
-    if not (tracing() or some.is_meta or is_batched(some)):
-        # Once per batch: every layer and every pass attends by the same memory.
-        remember({window: Spans.unstack(mask) for window, mask in masks.items()})
-    return masks
+def read_spans(model: nn.Module, *masks: Tensor | dict[str, Tensor] | None) -> None:
+    """Read the spans of masks on the host, all at once: every layer and every pass knows them then.
+
+    Args:
+        model: A Hugging Face model.
+        masks: Masks that `attention_mask` returned, or of this kind; those without spans are left.
+    """
+    config = model.config.get_text_config()  # pyright: ignore
+    window = getattr(config, "sliding_window", None)
+    found = []
+    for mask in masks:
+        for kind, one in mask.items() if isinstance(mask, dict) else [("", mask)]:
+            if one is None or not is_stacked(one) or one.is_meta:
+                continue
+            found.append((None if kind == "full_attention" else window, Spans.unstack(one)))
+    # Inside transforms tensors hide their numbers; kernels read them there.
+    if found and not transforming():
+        remember(*found)
 
 
-def _dense(model: nn.Module, spans: Spans) -> Tensor:
+def is_stacked(mask: Tensor) -> bool:
+    """Return whether a mask is spans as `Spans.stack` makes them."""
+    return mask.ndim == 4 and mask.shape[-1] == 2 and mask.dtype == torch.long
+
+
+def _mask(model: nn.Module, spans: Spans) -> Tensor:
+    if takes_spans(model):
+        return spans.stack()
     implementation = model.config.get_text_config()._attn_implementation  # pyright: ignore
     # A row of padding sees everything: a row that sees nothing would be NaN in MPT and Doge.
     size = spans.start.shape[-1]

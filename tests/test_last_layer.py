@@ -77,5 +77,6 @@ def test_a_layer_that_mixes_positions_after_its_attention_runs_as_a_whole():
             return x.cumsum(-2)
 
     model = build_exact()
+    assert last_layer(model) is not None
     model.model.layers[-1].mlp = Mixing()
     assert last_layer(model) is None

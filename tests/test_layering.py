@@ -16,7 +16,7 @@ ORDER = """
 errors types torch_internals params precision checks files cells factories digests
 rng parallel calls closures sharding
 streams problem autodiff linear solvers estimators
-preflight path engine tasks explaining algorithms graph comparison
+preflight path engine tasks explaining algorithms traces graph comparison
 masks attention adapters lm
 data models diagnostics recipes evals doctor
 claims trainer cli __main__

@@ -603,10 +603,39 @@ def test_dispatch_modes():
 
 def test_fake_tensors():
     """`FakeTensorMode`: `mf.compiled` traces a hypergradient on tensors without values."""
-    x = ti.fake_tensors().from_tensor(torch.ones(2), static_shapes=True)
+    (x,), _ = ti.without_values([torch.ones(2)])
     assert (x + 1).shape == (2,)
     with pytest.raises(Exception, match="_local_scalar_dense"):
         x.sum().item()
+
+
+def test_unknown_sizes():
+    """A symbolic graph says which sizes it is right for."""
+    (x, y), fits = ti.without_values([torch.ones(5, 2), torch.ones(5)], [[True, False], [True]])
+    (x[:, 0] + y).sum()
+    right = fits()
+    assert right([torch.ones(9, 2), torch.ones(9)])
+    assert not right([torch.ones(9, 3), torch.ones(9)])
+    assert not right([torch.ones(9, 2), torch.ones(8)])
+    with pytest.raises(Exception, match="_local_scalar_dense"):
+        x.sum().item()
+
+
+def test_compiled_for_unknown():
+    """`_dynamo`: a graph of `mf.compiled` for many shapes is compiled once."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    run = torch.compile(lambda x, w: x @ w, backend=backend, fullgraph=True)
+    w = torch.ones(4, 4)
+    for size in (4, 5, 2, 9):
+        x = torch.ones(size, 4)
+        ti.compiled_for_unknown([x, w], [[True, False], [False, False]])
+        assert run(x, w).shape == (size, 4)
+    assert len(graphs) == 1
 
 
 def test_pytree():

@@ -18,7 +18,7 @@ from metafocus.errors import ProblemError
 from metafocus.lm.cross_entropy import IGNORED
 from metafocus.lm.hf import heads, prefix
 from metafocus.lm.hf.attention import attending, own_mask, read_spans
-from metafocus.lm.hf.checkpointing import exact_checkpointing
+from metafocus.lm.hf.checkpointing import exact_checkpointing, is_checkpointing
 from metafocus.lm.hf.inputs import check_ids, model_inputs, own_inputs
 from metafocus.lm.hf.last_layer import at_scored, last_mask, restriction
 from metafocus.lm.hf.logit_head import logit_head_of
@@ -65,6 +65,8 @@ class LMLoss:
     mask: MaskPolicy
     tokens: TokenPolicy
     sequence_group: Group = None
+    checkpointing: Callable[[nn.Module, Batch], bool] | None = None
+    """Whether a call honours `gradient_checkpointing_enable()`; None: it does."""
 
     def prepare(self, batch: Batch) -> Batch:
         """Return the batch with what the model and the loss want: masks, positions, scored rows.
@@ -96,7 +98,7 @@ class LMLoss:
     def _of_this_rank(self, fast: Params, slow: Params, batch: Batch) -> Tensor:
         """Return what this rank's tokens add to the loss of a prepared batch."""
         logit_head = logit_head_of(self.model)
-        with self._running(), self.adapter.bind(self.model, fast):
+        with self._running(batch), self.adapter.bind(self.model, fast):
             if logit_head is None:
                 return self._mean(batch, self._own_logits(slow, batch))
 
@@ -168,8 +170,10 @@ class LMLoss:
         return {"model_inputs": two_tokens(self.model)}
 
     @contextlib.contextmanager
-    def _running(self) -> Iterator[None]:
-        with running(self.model), attending(self.model), exact_checkpointing(self.model):
+    def _running(self, batch: Batch | None = None) -> Iterator[None]:
+        choice = None if batch is None else self.checkpointing
+        enabled = choice is None or not is_checkpointing(self.model) or choice(self.model, batch)
+        with running(self.model), attending(self.model), exact_checkpointing(self.model, enabled):
             yield
 
     def _entering(self, params: Params) -> Params:

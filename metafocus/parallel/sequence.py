@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from metafocus.parallel.collectives import Group
 from metafocus.torch_internals import assert_later
 
 
-def sequence_group(size: int) -> Group:
+def sequence_group(size: int, *, timeout: timedelta | None = None) -> Group:
     """Return the ranks that share a sequence with this one: `size` consecutive ranks of the world.
 
     Call it once, on every rank. All ranks of a group must be given the same batches; the number of
@@ -24,6 +25,8 @@ def sequence_group(size: int) -> Group:
 
     Args:
         size: the degree of sequence parallelism; 1: sequences are not divided.
+        timeout: how long a rank waits for the others of its group before it ends with an error;
+            default: as torch.distributed has it, minutes.
 
     Returns:
         The process group; None for `size=1`.
@@ -50,7 +53,7 @@ def sequence_group(size: int) -> Group:
             f"size={size} does not divide the {world} ranks that were started: every rank must "
             "belong to a group of this size."
         )
-    found: Any = dist.new_subgroups(size)[0]
+    found: Any = dist.new_subgroups(size, timeout=timeout)[0]
     return found
 
 

@@ -12,11 +12,12 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from metafocus.torch_internals.modes import (
-    fake_tensors,
+    compiled_for_unknown,
     function_modes,
     leave_modes,
     mode_state,
     without_function_modes,
+    without_values,
 )
 from metafocus.torch_internals.modules import (
     child_table,
@@ -77,9 +78,9 @@ __all__ = [
     "VmapLevel",
     "assert_later",
     "child_table",
+    "compiled_for_unknown",
     "constant_when_compiled",
     "differentiated_again",
-    "fake_tensors",
     "flash_cpu",
     "flash_cpu_backward",
     "flash_varlen",
@@ -125,4 +126,5 @@ __all__ = [
     "weight_norm",
     "weight_tables",
     "without_function_modes",
+    "without_values",
 ]

@@ -8,6 +8,7 @@ accumulation, mixed precision, DDP, FSDP, callbacks, logging, the hub.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -82,7 +83,8 @@ class FocusMixin(ReliableMixin):
         super().__init__(model, args, focus=focus or own, **kwargs)
         self._sharers = self.focus.sequence_parallel
         check_sequence_parallel(self._sharers, self.args, meta_loss_factory)
-        self._group = sequence_group(self._sharers)
+        wait = timedelta(seconds=self.args.ddp_timeout)
+        self._group = sequence_group(self._sharers, timeout=wait)
         if self.focus.sharding is not None:
             self._parametrise(self._group)
         checks.check_dtypes(self._plain, self.args)

@@ -25,7 +25,7 @@ from models import build_exact, chat_batch, grads
 
 import metafocus as mf
 from metafocus.attention import register, ulysses_attention
-from metafocus.parallel import average_over_groups, replicated, sequence_group
+from metafocus.parallel import average_over_groups, replicated, sequence_group, summed
 from metafocus.trainer.distributed import parametrise
 
 # A rank that waits longer ends with an error, and its test fails: nothing hangs.
@@ -344,6 +344,20 @@ REFUSED = {
 }
 
 
+def absent(group):
+    """Only the first rank enters a sum over all of them."""
+    if group is None:
+        return {}
+    few = sequence_group(dist.get_world_size(), timeout=datetime.timedelta(seconds=2))
+    if dist.get_rank():
+        return {}
+    try:
+        summed(torch.ones(1), few)
+    except RuntimeError as error:
+        return {"RuntimeError": str(error)}
+    return {}
+
+
 def refusal(case, group) -> dict[str, str]:
     if group is None:
         return {}
@@ -361,6 +375,7 @@ PARTS = {
     "sharded": SHARDED,
     "groups": GROUPS,
     "architectures": ARCHITECTURES,
+    "absent": {"absent": absent},
     "refused": {
         name: lambda group, case=case: refusal(case, group) for name, case in REFUSED.items()
     },
@@ -384,7 +399,7 @@ def together(rank: int, ranks: int, port: str, folder: Path, part: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     dist.init_process_group("gloo", rank=rank, world_size=ranks, timeout=WAIT)
     # As a part of two groups, or all ranks together.
-    group = sequence_group(ranks // 2 if part == "groups" else ranks)
+    group = sequence_group(ranks // 2 if part == "groups" else ranks, timeout=WAIT)
     torch.save(found(part, group), folder / f"rank{rank}.pt")
     dist.barrier()
 

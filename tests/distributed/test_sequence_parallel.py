@@ -109,6 +109,12 @@ def test_what_cannot_be_shared_is_refused(run):
             assert re.search(pattern, found), (name, found)
 
 
+def test_a_rank_that_waits_in_vain_ends_with_an_error(run):
+    _, first, second = run("absent", 2)
+    assert re.search("(?i)timed? ?out", first["absent"]["RuntimeError"])
+    assert second["absent"] == {}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("name", PARTS["policies"])

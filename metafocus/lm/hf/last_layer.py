@@ -54,17 +54,19 @@ def last_layer(model: nn.Module) -> LastLayer | None:
     head: nn.Module | None = heads.output_head(model)
     if head is None or torch.compiler.is_compiling():
         return None
-    known = heads.install(head).last_layers
-    if type(model) not in known:
-        known[type(model)] = _checked(model)
-    return known[type(model)]
-
-
-def _checked(model: nn.Module) -> LastLayer | None:
     found = _found(model)
-    weight = next(model.parameters())
-    if found is None or weight.is_meta or prefix.has_own_call(model):
+    if found is None:
         return None
+    known = heads.install(head).last_layers
+    if found not in known:
+        known[found] = _agrees(model, found)
+    return found if known[found] else None
+
+
+def _agrees(model: nn.Module, found: LastLayer) -> bool:
+    weight = next(model.parameters())
+    if weight.is_meta or prefix.has_own_call(model):
+        return False
     with side_run(model):
         inputs = two_tokens(model)
         mask = last_mask(model, inputs["attention_mask"])
@@ -76,11 +78,11 @@ def _checked(model: nn.Module) -> LastLayer | None:
             with restricted(to):
                 part = _final(model, inputs)
         except (RuntimeError, TypeError, AttributeError, ValueError, LookupError):
-            return None
+            return False
         size = whole.abs().amax()
         eps = 64 * torch.finfo(whole.dtype).eps
         same = torch.allclose(part / size, whole / size, rtol=0, atol=eps)
-        return found if same and size > 0 else None
+        return bool(same and size > 0)
 
 
 def _final(model: nn.Module, inputs: dict[str, Any]) -> Tensor:

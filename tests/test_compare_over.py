@@ -319,6 +319,7 @@ def test_digests():
     assert digest(meta[0]) != digest(meta[1])
     one, two = (torch.nn.Linear(2, 2) for _ in range(2))
     assert digest(one) == digest(one) != digest(two)
+    assert digest(one.weight) != digest(one.weight.requires_grad_(False))
     with pytest.raises(mf.errors.ProblemError, match="generator cannot be hashed"):
         digest(x for x in "a")
 

@@ -21,6 +21,7 @@ import metafocus as mf
 
 NAMES = ("gate_proj", "up_proj", "down_proj")
 FRACTION = 0.35
+RANK = 32
 
 
 @dataclass(frozen=True)
@@ -108,10 +109,12 @@ def gradient(model: nn.Module) -> Tensor:
 def start(size: Size) -> dict[str, Tensor]:
     """Fast weights to start from, of both."""
     model = build(size, checkpointing=False)
-    return mf.LoRA(mf.top_layers(FRACTION, NAMES), 32, 64.0).init(model)
+    return mf.LoRA(mf.top_layers(FRACTION, NAMES), RANK, 2.0 * RANK).init(model)
 
 
-def official(size: Size, checkpointing: bool, path: str, start: Mapping[str, Tensor]) -> Any:
+def official(
+    size: Size, checkpointing: bool, path: str, start: Mapping[str, Tensor], rank: int = RANK
+) -> Any:
     """The official step, started from given fast weights instead of random ones."""
     sys.path.insert(0, path)
     from focusft import FocuSFTConfig, FocuSFTTrainer  # pyright: ignore
@@ -124,6 +127,8 @@ def official(size: Size, checkpointing: bool, path: str, start: Mapping[str, Ten
         logging_steps=10**9,
         gradient_checkpointing=checkpointing,
         inner_gradient_checkpointing=checkpointing,
+        inner_rank=rank,
+        inner_alpha=2.0 * rank,
     )
     trainer = FocuSFTTrainer(config, model=model)
     trainer.state.global_step = 1  # Otherwise it logs at every call.
@@ -160,9 +165,9 @@ class Given(mf.LoRA):
         return {name: x.clone() for name, x in self.start.items()}
 
 
-def ours(size: Size, checkpointing: bool, start: Mapping[str, Tensor]) -> Any:
+def ours(size: Size, checkpointing: bool, start: Mapping[str, Tensor], rank: int = RANK) -> Any:
     model, batch = build(size, checkpointing), data(size)
-    adapter = Given(mf.top_layers(FRACTION, NAMES), 32, 64.0, start=start)
+    adapter = Given(mf.top_layers(FRACTION, NAMES), rank, 2.0 * rank, start=start)
     meta = mf.recipes.focusft(model, adapter=adapter)
 
     def step() -> Tensor:
@@ -195,7 +200,7 @@ def transformers_sft(size: Size, checkpointing: bool) -> Any:
     return step
 
 
-def flop(size: Size, name: str, rank: int = 32, steps: int = 2) -> float:
+def flop(size: Size, name: str, rank: int = RANK, steps: int = 2) -> float:
     """Products of one step, each two operations: forward 1, to the inputs 1, to the weights 1."""
     kv = size.hidden * size.kv_heads // size.heads
     attention = 2 * size.hidden**2 + 2 * size.hidden * kv

@@ -13,16 +13,28 @@ ROOT = Path(__file__).parent.parent / "metafocus"
 
 # From bottom to top: a file knows its own row's folder and the rows before it.
 ORDER = """
-errors types torch_internals params precision checks files rng calls closures
+errors types torch_internals params precision checks files cells factories digests
+rng parallel calls closures sharding
 streams problem autodiff linear solvers estimators
-preflight path engine tasks algorithms comparison graph
+preflight path engine tasks explaining algorithms traces graph comparison
 masks attention adapters lm
-data models diagnostics recipes evals
+data models diagnostics recipes evals doctor
 claims trainer cli __main__
 """.split()
 # Usable without the engine: they know the tools at the bottom and each other.
 PARTS = {"masks", "attention", "adapters"}
-TOOLS = {"errors", "checks", "files", "rng", "calls", "params", "precision", "torch_internals"}
+TOOLS = {
+    "errors",
+    "checks",
+    "files",
+    "rng",
+    "calls",
+    "parallel",
+    "params",
+    "precision",
+    "sharding",
+    "torch_internals",
+}
 # Torch and nothing else.
 ENGINE = set(ORDER[: ORDER.index("masks")])
 TOP = {"claims", "trainer", "cli", "__main__"}

@@ -81,6 +81,9 @@ def opening(found: Sequence[Found]) -> list[str]:
     wrong = [r for r in rates if any(not usable(f) for f in found if f["point"]["rate"] == r)]
     paper = [f["cosine"] for f in found if f["point"]["rate"] == 1.0]
     right = sum(flagged(f) != usable(f) for f in found)
+    failed = [f for f in found if not usable(f)]
+    warned = sum(map(flagged, failed))
+    alarms = sum(map(flagged, found)) - warned
     sentences = [
         "FocuSFT trains with the first-order hypergradient. Here it is compared with the exact "
         f"one, on SmolLM2-135M (a dequantised 4-bit copy), at {len(found)} points (inner rates: "
@@ -111,7 +114,8 @@ def opening(found: Sequence[Found]) -> list[str]:
     sentences.append(
         "The trust check, which needs no second derivative, asks whether the loss after the last "
         f"inner step is above the one before; it says the right thing at {right} of {len(found)} "
-        "points."
+        f"points: it warns at {warned} of the {len(failed)} where the first order fails, and at "
+        f"{alarms} of the others."
     )
     if not wrong:
         sentences.append(

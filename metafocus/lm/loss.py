@@ -17,15 +17,22 @@ from metafocus.calls import holding, running
 from metafocus.errors import ProblemError
 from metafocus.lm.cross_entropy import IGNORED
 from metafocus.lm.hf import heads, prefix
-from metafocus.lm.hf.attention import attending, own_mask
-from metafocus.lm.hf.checkpointing import exact_checkpointing
+from metafocus.lm.hf.attention import attending, own_mask, read_spans
+from metafocus.lm.hf.checkpointing import exact_checkpointing, is_checkpointing
 from metafocus.lm.hf.inputs import check_ids, model_inputs, own_inputs
+from metafocus.lm.hf.last_layer import at_scored, last_mask, restriction
 from metafocus.lm.hf.logit_head import logit_head_of
+from metafocus.lm.hf.restricted import Restriction, restricted
+from metafocus.lm.hf.shared_sequence import check_shared_sequence
 from metafocus.lm.hf.side_runs import two_tokens
 from metafocus.lm.tokens import TokenPolicy, answer_tokens, predicted
 from metafocus.masks import Batch, MaskPolicy
 from metafocus.masks.spans import Spans
+from metafocus.parallel.collectives import Group, replicated, summed
+from metafocus.parallel.sequence import refuse_other_batches, share
 from metafocus.precision import wide
+from metafocus.problem import trainable
+from metafocus.sharding import HOOKED, is_parametrised, sharding_of
 from metafocus.types import Params
 
 
@@ -40,6 +47,8 @@ class Targets(NamedTuple):
     """What is predicted there, `[n]`; or `[B * S]`, -100 where nothing is."""
     number: Tensor
     """Number of scored tokens, at least 1."""
+    mask: Tensor | None = None
+    """The spans of the last layer, in which only the rows' queries attend; None: those of all."""
 
     def select(self, hidden: Tensor) -> Tensor:
         """Return the rows of `[B, S, D]` hidden states to which the targets belong."""
@@ -55,6 +64,9 @@ class LMLoss:
     adapter: Adapter
     mask: MaskPolicy
     tokens: TokenPolicy
+    sequence_group: Group = None
+    checkpointing: Callable[[nn.Module, Batch], bool] | None = None
+    """Whether a call honours `gradient_checkpointing_enable()`; None: it does."""
 
     def prepare(self, batch: Batch) -> Batch:
         """Return the batch with what the model and the loss want: masks, positions, scored rows.
@@ -66,18 +78,29 @@ class LMLoss:
         scored = batch.get("scored")
         if "model_inputs" in batch and scored is not None and scored.policy == self.tokens:
             return batch
-        inputs = batch.get("model_inputs") or self._model_inputs(batch)
+        known = batch.get("model_inputs")
+        inputs = known or self._model_inputs(batch)
         logit_head_of(self.model)
-        return {**batch, "model_inputs": inputs, "scored": self._scored(batch)}
+        scored = self._scored(batch)
+        mask = last_mask(self.model, inputs["attention_mask"])
+        # Queries that this rank does not score may be scored by another rank of the sequence.
+        alone = self.sequence_group is None
+        if alone and mask is not None and scored.rows is not None:
+            scored = scored._replace(mask=at_scored(mask, self._targets(batch) != IGNORED))
+        read_spans(self.model, None if known else inputs["attention_mask"], scored.mask)
+        return {**batch, "model_inputs": inputs, "scored": scored}
 
     def __call__(self, fast: Params, slow: Params, batch: Batch) -> Tensor:
         """Return the loss; with `slow={}` the model's own parameters are the slow weights."""
         batch = self.prepare(batch)
+        return summed(self._of_this_rank(self._entering(fast), slow, batch), self.sequence_group)
+
+    def _of_this_rank(self, fast: Params, slow: Params, batch: Batch) -> Tensor:
+        """Return what this rank's tokens add to the loss of a prepared batch."""
         logit_head = logit_head_of(self.model)
-        with self._running(), self.adapter.bind(self.model, fast):
+        with self._running(batch), self.adapter.bind(self.model, fast):
             if logit_head is None:
-                logits = self._run(slow, batch).logits
-                return self._mean(batch, lambda scored: _full_loss(logits, scored))
+                return self._mean(batch, self._own_logits(slow, batch))
 
             def reader(head: nn.Module, hidden: Tensor) -> Tensor:
                 def total(scored: Targets) -> Tensor:
@@ -86,12 +109,37 @@ class LMLoss:
 
                 return self._mean(batch, total)
 
-            return self._read(slow, batch, reader)
+            with restricted(self._restriction(batch)):
+                return self._read(slow, batch, reader)
+
+    def _own_logits(self, slow: Params, batch: Batch) -> Callable[[Targets], Tensor]:
+        """Return the summed loss of scored positions by logits that the model itself makes."""
+        rows = self._rows(batch)
+        sharded = not torch.compiler.is_compiling() and bool(sharding_of(self.model) & HOOKED)
+        if rows is None or not sharded or not heads.keeps_positions_apart(self.model):
+            logits = self._run(slow, batch).logits
+            return lambda scored: _full_loss(scored.select(logits), scored.targets)
+        head = heads.output_head(self.model)
+        few = heads.logits_of_rows(head, lambda: self._run(slow, batch).logits, rows)
+        place = rows.new_zeros(batch["model_inputs"]["input_ids"].numel())
+        place[rows] = torch.arange(len(rows), device=rows.device)
+        return lambda scored: _full_loss(few[place[scored.rows]], scored.targets)
+
+    def _rows(self, batch: Batch) -> Tensor | None:
+        """Return all scored positions of a prepared batch, where they can be asked."""
+        return batch["scored"].rows
 
     def _mean(self, batch: Batch, total: Callable[[Targets], Tensor]) -> Tensor:
         """Return the loss of a prepared batch, given the summed loss of scored positions."""
         scored = batch["scored"]
         return total(scored) / scored.number
+
+    def _restriction(self, batch: Batch) -> Restriction | None:
+        """Return which positions of the last layer the loss of a prepared batch reads."""
+        if self.sequence_group is not None:
+            return None
+        scored = batch["scored"]
+        return restriction(self.model, scored.rows, scored.mask)
 
     def hidden_before(self, cut: tuple[str, int], slow: Params, batch: Batch) -> prefix.Hidden:
         """Return the hidden states before a layer, of a prepared batch.
@@ -110,7 +158,10 @@ class LMLoss:
             return self._read({}, batch)
 
     def logits(self, fast: Params, batch: Batch) -> Tensor:
-        """Return all logits under the mask, `[B, S, V]`, of a prepared batch."""
+        """Return all logits under the mask, `[B, S, V]`, of a prepared batch.
+
+        With a `sequence_group` they are those of this rank's tokens.
+        """
         with self.adapter.bind(self.model, fast), self._running():
             return self._run({}, batch).logits
 
@@ -119,9 +170,24 @@ class LMLoss:
         return {"model_inputs": two_tokens(self.model)}
 
     @contextlib.contextmanager
-    def _running(self) -> Iterator[None]:
-        with running(self.model), attending(self.model), exact_checkpointing(self.model):
+    def _running(self, batch: Batch | None = None) -> Iterator[None]:
+        choice = None if batch is None else self.checkpointing
+        enabled = choice is None or not is_checkpointing(self.model) or choice(self.model, batch)
+        with running(self.model), attending(self.model), exact_checkpointing(self.model, enabled):
             yield
+
+    def _entering(self, params: Params) -> Params:
+        """Return parameters as they enter the computation that the ranks of a sequence share."""
+        group = self.sequence_group
+        # Of parametrised weights it is the whole weight that enters, not this rank's part.
+        return {k: x if is_parametrised(k) else replicated(x, group) for k, x in params.items()}
+
+    def _slow(self, slow: Params) -> Params:
+        if self.sequence_group is None:
+            return slow
+        if not slow and not sharding_of(self.model):
+            slow = trainable(self.model)
+        return self._entering(slow)
 
     def _read(
         self, slow: Params, batch: Batch, reader: heads.Reader = lambda head, hidden: hidden
@@ -134,17 +200,20 @@ class LMLoss:
         inputs = batch["model_inputs"]
         with (
             prefix.resumed(self.model, batch.get("hidden")),
-            holding(self.model, slow, tie_weights=True),
+            holding(self.model, self._slow(slow), tie_weights=True),
         ):
             return self.model(**inputs)
 
-    def _scored(self, batch: Batch) -> Targets:
-        # A token is predicted from the one before it.
+    def _targets(self, batch: Batch) -> Tensor:
+        """Return what is predicted at each position, `[B, S]`: the next token, where scored."""
         scored = predicted(self.tokens, batch)[:, 1:]
-        targets = F.pad(
-            torch.where(scored, batch["input_ids"][:, 1:], IGNORED), (0, 1), value=IGNORED
-        )
-        targets, count = targets.flatten(), scored.sum().clamp(min=1)
+        targets = torch.where(scored, batch["input_ids"][:, 1:], IGNORED)
+        return F.pad(targets, (0, 1), value=IGNORED)
+
+    def _scored(self, batch: Batch) -> Targets:
+        whole = self._targets(batch)
+        count = (whole != IGNORED).sum().clamp(min=1)
+        targets = share(whole, self.sequence_group, IGNORED).flatten()
         rows = heads.scored_rows(targets)
         if rows is not None:
             targets = targets.index_select(0, rows)
@@ -153,16 +222,19 @@ class LMLoss:
     def _model_inputs(self, batch: Batch) -> dict[str, Any]:
         if "input_ids" not in batch:
             raise ProblemError(f"a batch needs input_ids [B, S]; this one has {sorted(batch)}.")
+        group = self.sequence_group
         check_ids(self.model, batch["input_ids"])
+        if group is not None:
+            check_shared_sequence(self.model, group)
+            refuse_other_batches(batch, group)
         if self.mask is masks.causal and "document_ids" not in batch and own_mask(self.model):
             return own_inputs(batch["input_ids"], batch.get("attention_mask"))
         positions, spans = masks.positions(batch), _checked(self.mask(batch))
-        return model_inputs(self.model, batch["input_ids"], positions, spans)
+        return model_inputs(self.model, batch["input_ids"], positions, spans, group)
 
 
-def _full_loss(logits: Tensor, scored: Targets) -> Tensor:
-    logits = wide(scored.select(logits))
-    return F.cross_entropy(logits, scored.targets, reduction="sum", ignore_index=IGNORED)
+def _full_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(wide(logits), targets, reduction="sum", ignore_index=IGNORED)
 
 
 def lm_loss(
@@ -171,6 +243,7 @@ def lm_loss(
     adapter: Adapter,
     mask: MaskPolicy,
     tokens: TokenPolicy = answer_tokens,
+    sequence_group: Group = None,
 ) -> LMLoss:
     """Return `loss(fast, slow, batch)`: mean cross entropy of the next token.
 
@@ -190,6 +263,10 @@ def lm_loss(
             windows of single layers are intersected with it.
         tokens: which tokens are scored: `answer_tokens`, `context_tokens`, `all_tokens` or any
             `batch -> [B, S]` boolean function.
+        sequence_group: the ranks that share each sequence (`mf.parallel.sequence_group`). Each is
+            given the whole batch and runs the model on its share of the tokens; the loss is that
+            of the whole batch on every rank, and so are its derivatives by `fast` and `slow`, of
+            any order. None: this rank runs all tokens.
 
     Returns:
         An `LMLoss`; its `prepare(batch)` computes masks and scored rows once for several calls.
@@ -216,7 +293,7 @@ def lm_loss(
         torch.Size([])
     """
     _check_parts(model, adapter, mask, tokens)
-    return LMLoss(model, adapter, mask, tokens)
+    return LMLoss(model, adapter, mask, tokens, sequence_group)
 
 
 def _check_parts(model: nn.Module, adapter: Any, mask: Any, tokens: Any) -> None:

@@ -12,6 +12,7 @@ from metafocus.attention.kernels.flash import Flash, prepare
 from metafocus.attention.kernels.kernel import QKV, Attended, Kernel, Scaling
 from metafocus.attention.kernels.tiled import Tiled
 from metafocus.attention.kernels.triton.launch import Triton
+from metafocus.calls import note
 from metafocus.masks.spans import Spans
 
 SMALL = 64
@@ -44,12 +45,9 @@ class Auto:
     def _choose(self, inputs: QKV, spans: Spans, scaling: Scaling) -> Kernel:
         found = prepare(inputs, spans, scaling)
         served = isinstance(found, Flash)
-        log.debug(
-            "span_attention %s %s: %s",
-            tuple(inputs.q.shape),
-            inputs.q.dtype,
-            f"flash, {len(found.runs)} runs" if served else f"not fused, since {found}",
-        )
+        what = f"flash, {len(found.runs)} runs" if served else f"not fused, since {found}"
+        log.debug("span_attention %s %s: %s", tuple(inputs.q.shape), inputs.q.dtype, what)
+        note("attention", f"over spans: {what}")
         return found if served else unfused(inputs, scaling)
 
 

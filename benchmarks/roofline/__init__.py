@@ -1,0 +1,1 @@
+"""The time of a step on a GPU, modelled from its operations: no GPU is needed."""

@@ -88,7 +88,7 @@ def wheel(session: nox.Session) -> None:
     python, metafocus = (str(clean / "bin" / name) for name in ("python", "metafocus"))
     quiet = {"OMP_NUM_THREADS": "1"}
     claims = str(Path(__file__).parent.resolve() / "tests" / "repro")
-    session.run(pip, "install", "-q", "pytest", external=True)
+    session.run(pip, "install", "-q", "pytest", "pytest-xdist", "hypothesis", external=True)
     for words in (
         (python, "-W", "error", "-c", "import metafocus"),
         (metafocus, "reproduce", claims, "--list"),

@@ -91,7 +91,7 @@ from metafocus.types import (
 if TYPE_CHECKING:
     from metafocus.trainer import FocusArguments, FocusTrainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CG",

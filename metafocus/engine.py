@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -17,6 +18,7 @@ from metafocus.calls import Call, attempt, attempted, current, noting
 from metafocus.checks import check_finite, function
 from metafocus.errors import ProblemError
 from metafocus.estimators import Estimator
+from metafocus.factories import picklable
 from metafocus.path import Path, name_of, path_weights, refuse_path, weighted
 from metafocus.preflight import preflight, refuse_ignored_fast_weights
 from metafocus.preflight.described import note_parts
@@ -31,6 +33,7 @@ MetaLoss = Callable[[Params, Any], tuple[Tensor, Aux]]
 """`meta_loss(outer, episode) -> (loss, Aux)`."""
 
 
+@picklable
 def bilevel(
     problem: Problem,
     *,
@@ -88,10 +91,11 @@ def bilevel(
     twice = getattr(estimator, "twice", True)
     inner_loss: InnerLoss | None = None
     outer_tried = False
+    outer_needs = True
     uses = Uses(problem.inner_loss, problem.outer_loss, problem.init, solver, estimator)
 
     def evaluate(outer: Params, episode: Any) -> tuple[Tensor, Aux]:
-        nonlocal inner_loss, outer_tried
+        nonlocal inner_loss, outer_tried, outer_needs
         check_params(outer, "outer", "outer parameters")
         if explicit:
             refuse_empty(outer, str(estimator), "or use Unrolled() or FirstOrder()")
@@ -138,8 +142,13 @@ def bilevel(
             outer_tried = True
         if uses.count < 2 and not torch.compiler.is_compiling():
             uses.add()
-        with Swapped(once=True):
+        # A mode costs at every operator: outside transforms only a loss that needs it has one.
+        plain = not outer_needs and not transforming()
+        swapped = Swapped(once=True)
+        with nullcontext() if plain else swapped:
             loss, metrics = weighted(problem, ends, outer)
+        if not plain and not transforming():
+            outer_needs = swapped.needed
         return loss, Aux(pt.detach(solution.params), solution.losses.detach(), metrics)
 
     def meta_loss(outer: Params, episode: Any) -> tuple[Tensor, Aux]:
@@ -176,7 +185,8 @@ def outermost(evaluate: MetaLoss, outer: Params, episode: Any) -> tuple[Tensor, 
     if (
         torch.is_grad_enabled()
         and not transforming()
-        and not any(x.requires_grad for x in pt.tensors((outer, episode)))
+        and not any(x.requires_grad for x in outer.values())
+        and not any(x.requires_grad for x in pt.tensors(episode))
         and not reaches_another_leaf(loss)
     ):
         raise ProblemError(
@@ -239,6 +249,7 @@ def _check_outer(problem: Problem, end: tuple[Any, Params, Any], outer: Params) 
     refuse_ignored_fast_weights(lambda f: problem.evaluate(f, pt.detach(outer), query)[0], fast)
 
 
+@picklable
 def hypergrad(meta_loss: MetaLoss) -> Callable[[Params, Any], tuple[Params, tuple[Tensor, Aux]]]:
     """Return `(outer, episode) -> (hypergradient, (loss, aux))`.
 

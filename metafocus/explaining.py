@@ -91,6 +91,7 @@ def explain(meta_loss: MetaLoss, outer: Params, episode: Any) -> Explanation:
     """
     function("meta_loss", meta_loss, META_LOSS)
     found: dict[str, list[str]] = {topic: [] for topic in TOPICS}
+    gradient: Params = {}
     try:
         # An attempt that fails puts every generator back as it was: this one always fails.
         with attempt(outer, episode), noting_into(found):

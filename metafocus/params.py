@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metafocus.torch_internals import pytree
+from metafocus.torch_internals import pytree, transforming
 from metafocus.types import Params
 
 
@@ -43,6 +43,16 @@ def norm(a: Params) -> Tensor:
     return dot(a, a).sqrt()
 
 
+def constant(a: Params) -> bool:
+    """Return whether there are entries, all of them plain tensors without any derivative.
+
+    Such ones can go through kernels that take many tensors at once, and that neither transforms
+    nor compilers know.
+    """
+    plain = all(type(v) is Tensor and not v.requires_grad for v in a.values())
+    return bool(a) and plain and not transforming()
+
+
 def shapes(a: Params) -> dict[str, list[int]]:
     """Return the shape of each entry, as messages show it."""
     return {k: list(v.shape) for k, v in a.items()}
@@ -50,11 +60,13 @@ def shapes(a: Params) -> dict[str, list[int]]:
 
 def detach(tree: Any) -> Any:
     """Return the pytree with every tensor detached from every level of differentiation."""
-    if type(tree) is dict:
-        # Most of what comes here, many times faster than the general way.
-        return {k: detach(v) for k, v in tree.items()}
     if isinstance(tree, Tensor):
         return tree.detach()
+    # Most of what comes here, many times faster than the general way.
+    if type(tree) is dict:
+        return {k: v.detach() if isinstance(v, Tensor) else detach(v) for k, v in tree.items()}
+    if type(tree) is tuple:
+        return tuple([v.detach() if isinstance(v, Tensor) else detach(v) for v in tree])
     return pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, tree)
 
 

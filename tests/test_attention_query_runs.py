@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from metafocus import masks
-from metafocus.attention.kernels import flash_cpu, flash_cuda
+from metafocus.attention.kernels import flash_cpu, flash_cuda, query_runs
 from metafocus.attention.kernels.kernel import QKV, Attended, Scaling
 from metafocus.attention.kernels.query_runs import QueryRun, find_query_runs
 from metafocus.attention.kernels.varlen import Lengths
 from metafocus.masks import Spans
 from metafocus.masks.spans import nonempty
+from metafocus.masks.spans import windowed as narrow_by
 
 BLOCK, CAUSAL, TAIL, WINDOW, EMPTY = range(5)
 LENGTH = 24
@@ -376,3 +377,30 @@ def test_nothing_is_copied_where_turns_lie_together():
         )
         assert call.queries == call.keys == slice(0, 12)
         assert call.lengths.keys.tolist() == [0, 3, 6, 9, 12]
+
+
+def test_remembered_spans_are_read_again_only_where_they_were_written_to(monkeypatch):
+    reads, content = [], query_runs._content
+    monkeypatch.setattr(query_runs, "_content", lambda x: reads.append(1) or content(x))
+    stacked = masks.causal({"input_ids": torch.zeros(1, 8)}).stack()
+    query_runs.remember((None, Spans.unstack(stacked)))
+    assert len(reads) == 1
+    # Other views of the same memory, as each layer of a model makes them.
+    assert find_query_runs(Spans.unstack(stacked)) == (QueryRun(0, 0, 8, 0, 8, -1, 0),)
+    assert len(reads) == 1
+    stacked[..., 1] = 8
+    assert find_query_runs(Spans.unstack(stacked)) == (QueryRun(0, 0, 8, 0, 8, -1, -1),)
+    # A copy is other memory.
+    assert len(find_query_runs(Spans.unstack(stacked.clone()))) == 1
+    assert len(reads) == 3
+
+
+def test_layers_with_a_window_take_remembered_spans_as_they_are():
+    causal = masks.causal({"input_ids": torch.zeros(1, 8)})
+    narrow = narrow_by(causal, 3)
+    query_runs.remember((None, causal), (3, narrow))
+    assert query_runs.narrowed(narrow, 3) is narrow
+    for spans, window in ((causal, 3), (narrow, 2)):
+        assert query_runs.narrowed(spans, window).start.tolist() == (
+            narrow_by(causal, window).start.tolist()
+        )

@@ -132,7 +132,7 @@ def test_the_cost_model_is_near_what_was_measured():
 
 
 def test_the_page_shows_the_tables_that_the_script_prints():
-    model, page = load("examples/cost_model.py"), (ROOT / "docs" / "training.md").read_text()
+    model, page = load("examples/cost_model.py"), (ROOT / "docs" / "training_scale.md").read_text()
     assert model.table() in page and model.memory_table() in page
     for letter, name in model.short_names().items():
         assert f"{letter}: {name}" in page
@@ -143,7 +143,7 @@ def test_the_page_shows_the_tables_that_the_script_prints():
 
 def table() -> dict[int, str]:
     """The rows of the table of faults, by number; the last cell names the tests."""
-    page = (ROOT / "docs" / "training.md").read_text()
+    page = (ROOT / "docs" / "training_faults.md").read_text()
     rows = re.findall(r"^\| (\d+) \|.*\| (.*?) \|$", page, re.MULTILINE)
     return {int(number): cell for number, cell in rows}
 
@@ -186,7 +186,7 @@ def test_every_test_that_a_page_names_exists():
     assert not missing
 
 
-@pytest.mark.parametrize("page", ["training.md"])
+@pytest.mark.parametrize("page", ["training.md", "training_scale.md"])
 def test_scripts_that_a_page_names_exist(page):
     text = (ROOT / "docs" / page).read_text()
     for path in re.findall(r"(?:examples|benchmarks|tests)/[\w./-]+\.(?:py|yaml)", text):

@@ -209,12 +209,13 @@ def test_checked_once_for_a_model():
     calls = []
     model.register_forward_pre_hook(lambda *_: calls.append(1))
     loss_of(model)({}, {}, chat_batch())
-    assert len(calls) == 2
+    # One check of the head, two passes for that of the last layer.
+    assert len(calls) == 4
     loss_of(model, mf.all_tokens)({}, {}, chat_batch())
-    assert len(calls) == 3
+    assert len(calls) == 5
     model.set_output_embeddings(nn.Linear(32, 64, bias=False).double())
     loss_of(model)({}, {}, chat_batch())
-    assert len(calls) == 5
+    assert len(calls) == 9
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])

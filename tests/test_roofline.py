@@ -13,6 +13,7 @@ from benchmarks.roofline.machine import H200, Machine
 from benchmarks.roofline.record import KERNEL, SYNC, Op, Recorder
 from benchmarks.roofline.scale import Scale
 
+pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
 SIMPLE = Machine(products=10.0, memory=100.0, gap=0, least=0, issue=1, view=0, latency=0, wait=2)
 
 
@@ -46,3 +47,37 @@ def test_the_model_reproduces_what_was_measured():
     for length in roofline.LENGTHS:
         seconds = H200.seconds(official.read(length))
         assert seconds == pytest.approx(roofline.measured()[steps.OFFICIAL, length], 0.1)
+
+
+# --- what a step may cost ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def step():
+    """One FocuSFT step of 4,096 tokens."""
+    return steps.record(steps.OURS, 4096)
+
+
+def test_spans_are_read_once_per_batch_and_the_host_waits_three_times(step):
+    assert step.layouts == 1
+    waits = [op.name for op in step.ops if op.kind == SYNC]
+    assert len(waits) == 3, waits
+
+
+def test_a_model_in_bfloat16_has_no_float32_tensor_of_intermediate_width(step):
+    wide = [
+        (op.name, shape)
+        for op in step.ops
+        for shape in op.shapes
+        if op.kind == KERNEL and op.dtype == "float32" and shape[-1:] == (18944,)
+        # Fast weights [32, 18944] and their gradients are float32.
+        if len(shape) > 1 and shape[0] != 32
+    ]
+    assert wide == []
+
+
+def test_the_head_takes_as_many_rows_at_once_as_the_model_is_wide(step):
+    # Of 4,096 tokens 1,024 are scored: one chunk in each of two inner passes and the outer one.
+    # The model itself sees its head at one position.
+    logits = [op.shapes[0] for op in step.ops if op.name == "mm" and op.shapes[1][-1] == 152064]
+    assert [shape for shape in logits if shape[0] > 1] == [(1024, 3584)] * 3

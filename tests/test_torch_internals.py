@@ -603,10 +603,39 @@ def test_dispatch_modes():
 
 def test_fake_tensors():
     """`FakeTensorMode`: `mf.compiled` traces a hypergradient on tensors without values."""
-    x = ti.fake_tensors().from_tensor(torch.ones(2), static_shapes=True)
+    (x,), _ = ti.without_values([torch.ones(2)])
     assert (x + 1).shape == (2,)
     with pytest.raises(Exception, match="_local_scalar_dense"):
         x.sum().item()
+
+
+def test_unknown_sizes():
+    """A symbolic graph says which sizes it is right for."""
+    (x, y), fits = ti.without_values([torch.ones(5, 2), torch.ones(5)], [[True, False], [True]])
+    (x[:, 0] + y).sum()
+    right = fits()
+    assert right([torch.ones(9, 2), torch.ones(9)])
+    assert not right([torch.ones(9, 3), torch.ones(9)])
+    assert not right([torch.ones(9, 2), torch.ones(8)])
+    with pytest.raises(Exception, match="_local_scalar_dense"):
+        x.sum().item()
+
+
+def test_compiled_for_unknown():
+    """`_dynamo`: a graph of `mf.compiled` for many shapes is compiled once."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    run = torch.compile(lambda x, w: x @ w, backend=backend, fullgraph=True)
+    w = torch.ones(4, 4)
+    for size in (4, 5, 2, 9):
+        x = torch.ones(size, 4)
+        ti.compiled_for_unknown([x, w], [[True, False], [False, False]])
+        assert run(x, w).shape == (size, 4)
+    assert len(graphs) == 1
 
 
 def test_pytree():
@@ -618,6 +647,16 @@ def test_pytree():
 
 
 # Operators.
+
+
+def test_kernels_for_many_tensors():
+    """`_foreach_norm`, `_foreach_mul`, `_foreach_add`: clipping and steps in a few kernels."""
+    several = [torch.tensor([3.0, 4.0]), torch.tensor([[2.0]])]
+    assert ti.norms(several).tolist() == [5.0, 2.0]
+    first, second = ti.scaled(several, torch.tensor([0.5, 2.0]))
+    assert first.tolist() == [1.5, 2.0] and second.tolist() == [[4.0]]
+    first, second = ti.moved_by(several, -0.5, several)
+    assert first.tolist() == [1.5, 2.0] and second.tolist() == [[1.0]]
 
 
 def test_weight_norm():
@@ -683,6 +722,21 @@ def test_flash_attention_of_variable_length():
         "max_q", "max_k", "dropout_p", "is_causal", "rng_state", "unused",
     ]  # fmt: skip
     assert {"scale", "window_size_left", "window_size_right"} <= set(names)
+
+
+def test_cudnn_attention():
+    """`_scaled_dot_product_cudnn_attention`, `_scaled_dot_product_cudnn_attention_backward`: cuDNN.
+
+    They run on a GPU only; here their arguments are looked at, there `flash.fault`.
+    """
+    assert names_of(ti.cudnn) == [
+        "query", "key", "value", "attn_bias", "compute_log_sumexp", "dropout_p", "is_causal",
+        "return_debug_mask", "scale",
+    ]  # fmt: skip
+    assert names_of(ti.cudnn_backward) == [
+        "grad_out", "query", "key", "value", "out", "logsumexp", "philox_seed", "philox_offset",
+        "attn_bias", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal", "scale",
+    ]  # fmt: skip
 
 
 def test_assert_async():

@@ -96,7 +96,7 @@ class Recorder(TorchDispatchMode):
     def on_host(self, function: Callable[..., Any], *args: Any) -> Any:
         """Run what copies tensors to the host and computes there; record that it waits."""
         self.layouts += 1
-        self.ops.append(Op(SYNC, f"copy to the host in {function.__name__}"))
+        self.ops.append(Op(SYNC, "copy of spans to the host"))
         with _disable_current_modes():
             return function(*args)
 
@@ -117,6 +117,10 @@ class Recorder(TorchDispatchMode):
             return [Op(VIEW, name)]
         if not outs:
             return []
+        if name == "_foreach_mul":
+            # Factors of another shape than the tensors: a kernel for each.
+            pairs = zip(*args, outs, strict=True)
+            return [Op(KERNEL, name, "", sum(map(self.scale.bytes, pair))) for pair in pairs]
         flops, shown = self._flops(name, args, ins)
         dtype = str((ins[0] if flops else outs[0]).dtype).removeprefix("torch.")
         shapes = tuple(map(self.scale.shape, ins))[:4]

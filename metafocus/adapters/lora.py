@@ -148,8 +148,8 @@ class LoRA:
     def bind(self, model: nn.Module, fast: Mapping[str, Tensor]) -> Iterator[None]:
         """Let `model` see the fast weights inside a `with` block.
 
-        The update is computed in the type of the fast weights (under autocast: in autocast's type)
-        and cast to the type of the module's output. If a module is already bound, it sees only the
+        The update is computed in the type of the module's output (under autocast: in autocast's
+        type), whatever the type of the fast weights. If a module is already bound, it sees only the
         new fast weights until the block ends. Modules that only another adapter binds do not
         change. This composes with `torch.func` transforms, `functional_call` and autograd.
 

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metafocus.attention.kernels.query_runs import narrowed
 from metafocus.attention.ulysses import ulysses_attention
 from metafocus.errors import ProblemError
-from metafocus.masks.spans import Spans, windowed
+from metafocus.masks.spans import Spans
 from metafocus.parallel.collectives import Group
 
 IMPLEMENTATIONS = {
@@ -119,7 +120,7 @@ def attend(
         )
     spans = Spans.unstack(attention_mask)
     if sliding_window is not None:
-        spans = windowed(spans, sliding_window)
+        spans = narrowed(spans, sliding_window)
     out = ulysses_attention(
         query,
         key,

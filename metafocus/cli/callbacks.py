@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 from transformers import TrainerCallback
@@ -115,3 +119,17 @@ class Bars(TrainerCallback):
 
         hidden = not state.is_world_process_zero
         return tqdm(total=total, desc=name, unit=unit, disable=hidden, dynamic_ncols=True, **more)
+
+
+@contextlib.contextmanager
+def decisions_printed() -> Iterator[None]:
+    """Print whether inner loops checkpoint, and why, inside a `with` block."""
+    log = logging.getLogger("metafocus.checkpointing")
+    handler, level = logging.StreamHandler(sys.stdout), log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)

@@ -55,9 +55,9 @@ def run(version: str, args: argparse.Namespace) -> int:
     if args.model_name_or_path is None:
         options.note_unused(args, ("attn_implementation",), "without --model_name_or_path")
     else:
-        model, _ = models.load(
-            args.model_name_or_path, attn_implementation=args.attn_implementation
-        )
+        chosen = {"attn_implementation": args.attn_implementation}
+        loaded, _ = models.load(args.model_name_or_path, **chosen)
+        model: Any = loaded
         parts[models.described(model)] = examined(model.to(device))
     table = Table(show_header=False, show_edge=False, box=None)
     for title, findings in parts.items():

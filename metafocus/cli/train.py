@@ -15,7 +15,7 @@ from transformers import ProgressCallback
 
 from metafocus.adapters import LoRA
 from metafocus.cli import chats, dry_run, options, splits
-from metafocus.cli.callbacks import Bars, HeldOut, key
+from metafocus.cli.callbacks import Bars, HeldOut, decisions_printed, key
 from metafocus.cli.settings import (
     ModelArguments,
     Settings,
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> FocusTrainer:
             args.output_dir = folder
             return _run(settings, Path(folder), None)
     output, resume = _output(args, data.overwrite_output_dir), _resume(args)
-    with one_run(output):
+    with one_run(output), decisions_printed():
         return _run(settings, output, resume)
 
 
@@ -161,7 +161,8 @@ def _note_unused(settings: Settings) -> None:
     model, data, args = settings.model, settings.data, settings.args
     unused: dict[str, tuple[str, ...]] = {}
     if args.method == "sft":
-        unused["with method sft"] = ("estimator", "inner_tokens", "per_example", *options.INNER)
+        names = ("estimator", "inner_tokens", "inner_checkpointing", "per_example")
+        unused["with method sft"] = (*names, *options.INNER)
     if data.train_file != chats.STDLIB:
         unused["without train_file stdlib"] = ("stdlib_turns",)
     if data.dataset_name is None:

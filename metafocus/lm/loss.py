@@ -17,20 +17,22 @@ from metafocus.calls import holding, running
 from metafocus.errors import ProblemError
 from metafocus.lm.cross_entropy import IGNORED
 from metafocus.lm.hf import heads, prefix
-from metafocus.lm.hf.attention import attending, own_mask
-from metafocus.lm.hf.checkpointing import exact_checkpointing
+from metafocus.lm.hf.attention import attending, own_mask, read_spans
+from metafocus.lm.hf.checkpointing import exact_checkpointing, is_checkpointing
 from metafocus.lm.hf.inputs import check_ids, model_inputs, own_inputs
+from metafocus.lm.hf.last_layer import at_scored, last_mask, restriction
 from metafocus.lm.hf.logit_head import logit_head_of
+from metafocus.lm.hf.restricted import Restriction, restricted
 from metafocus.lm.hf.shared_sequence import check_shared_sequence
 from metafocus.lm.hf.side_runs import two_tokens
 from metafocus.lm.tokens import TokenPolicy, answer_tokens, predicted
 from metafocus.masks import Batch, MaskPolicy
 from metafocus.masks.spans import Spans
-from metafocus.parallel.collectives import Group, replicated, replicated_part, summed
+from metafocus.parallel.collectives import Group, replicated, summed
 from metafocus.parallel.sequence import refuse_other_batches, share
 from metafocus.precision import wide
 from metafocus.problem import trainable
-from metafocus.sharding import HOOKED, is_parametrised, local_parts, sharding_of
+from metafocus.sharding import HOOKED, is_parametrised, sharding_of
 from metafocus.types import Params
 
 
@@ -45,6 +47,8 @@ class Targets(NamedTuple):
     """What is predicted there, `[n]`; or `[B * S]`, -100 where nothing is."""
     number: Tensor
     """Number of scored tokens, at least 1."""
+    mask: Tensor | None = None
+    """The spans of the last layer, in which only the rows' queries attend; None: those of all."""
 
     def select(self, hidden: Tensor) -> Tensor:
         """Return the rows of `[B, S, D]` hidden states to which the targets belong."""
@@ -61,6 +65,8 @@ class LMLoss:
     mask: MaskPolicy
     tokens: TokenPolicy
     sequence_group: Group = None
+    checkpointing: Callable[[nn.Module, Batch], bool] | None = None
+    """Whether a call honours `gradient_checkpointing_enable()`; None: it does."""
 
     def prepare(self, batch: Batch) -> Batch:
         """Return the batch with what the model and the loss want: masks, positions, scored rows.
@@ -72,9 +78,17 @@ class LMLoss:
         scored = batch.get("scored")
         if "model_inputs" in batch and scored is not None and scored.policy == self.tokens:
             return batch
-        inputs = batch.get("model_inputs") or self._model_inputs(batch)
+        known = batch.get("model_inputs")
+        inputs = known or self._model_inputs(batch)
         logit_head_of(self.model)
-        return {**batch, "model_inputs": inputs, "scored": self._scored(batch)}
+        scored = self._scored(batch)
+        mask = last_mask(self.model, inputs["attention_mask"])
+        # Queries that this rank does not score may be scored by another rank of the sequence.
+        alone = self.sequence_group is None
+        if alone and mask is not None and scored.rows is not None:
+            scored = scored._replace(mask=at_scored(mask, self._targets(batch) != IGNORED))
+        read_spans(self.model, None if known else inputs["attention_mask"], scored.mask)
+        return {**batch, "model_inputs": inputs, "scored": scored}
 
     def __call__(self, fast: Params, slow: Params, batch: Batch) -> Tensor:
         """Return the loss; with `slow={}` the model's own parameters are the slow weights."""
@@ -84,7 +98,7 @@ class LMLoss:
     def _of_this_rank(self, fast: Params, slow: Params, batch: Batch) -> Tensor:
         """Return what this rank's tokens add to the loss of a prepared batch."""
         logit_head = logit_head_of(self.model)
-        with self._running(), self.adapter.bind(self.model, fast):
+        with self._running(batch), self.adapter.bind(self.model, fast):
             if logit_head is None:
                 return self._mean(batch, self._own_logits(slow, batch))
 
@@ -95,7 +109,8 @@ class LMLoss:
 
                 return self._mean(batch, total)
 
-            return self._read(slow, batch, reader)
+            with restricted(self._restriction(batch)):
+                return self._read(slow, batch, reader)
 
     def _own_logits(self, slow: Params, batch: Batch) -> Callable[[Targets], Tensor]:
         """Return the summed loss of scored positions by logits that the model itself makes."""
@@ -118,6 +133,13 @@ class LMLoss:
         """Return the loss of a prepared batch, given the summed loss of scored positions."""
         scored = batch["scored"]
         return total(scored) / scored.number
+
+    def _restriction(self, batch: Batch) -> Restriction | None:
+        """Return which positions of the last layer the loss of a prepared batch reads."""
+        if self.sequence_group is not None:
+            return None
+        scored = batch["scored"]
+        return restriction(self.model, scored.rows, scored.mask)
 
     def hidden_before(self, cut: tuple[str, int], slow: Params, batch: Batch) -> prefix.Hidden:
         """Return the hidden states before a layer, of a prepared batch.
@@ -148,16 +170,24 @@ class LMLoss:
         return {"model_inputs": two_tokens(self.model)}
 
     @contextlib.contextmanager
-    def _running(self) -> Iterator[None]:
-        with running(self.model), attending(self.model), exact_checkpointing(self.model):
+    def _running(self, batch: Batch | None = None) -> Iterator[None]:
+        choice = None if batch is None else self.checkpointing
+        enabled = choice is None or not is_checkpointing(self.model) or choice(self.model, batch)
+        with running(self.model), attending(self.model), exact_checkpointing(self.model, enabled):
             yield
 
     def _entering(self, params: Params) -> Params:
         """Return parameters as they enter the computation that the ranks of a sequence share."""
-        return {
-            k: (replicated_part if is_parametrised(k) else replicated)(x, self.sequence_group)
-            for k, x in params.items()
-        }
+        group = self.sequence_group
+        # Of parametrised weights it is the whole weight that enters, not this rank's part.
+        return {k: x if is_parametrised(k) else replicated(x, group) for k, x in params.items()}
+
+    def _slow(self, slow: Params) -> Params:
+        if self.sequence_group is None:
+            return slow
+        if not slow and not sharding_of(self.model):
+            slow = trainable(self.model)
+        return self._entering(slow)
 
     def _read(
         self, slow: Params, batch: Batch, reader: heads.Reader = lambda head, hidden: hidden
@@ -168,19 +198,17 @@ class LMLoss:
 
     def _run(self, slow: Params, batch: Batch) -> Any:
         inputs = batch["model_inputs"]
-        if self.sequence_group is not None:
-            slow = self._entering(slow or local_parts(trainable(self.model)))
         with (
             prefix.resumed(self.model, batch.get("hidden")),
-            holding(self.model, slow, tie_weights=True),
+            holding(self.model, self._slow(slow), tie_weights=True),
         ):
             return self.model(**inputs)
 
     def _targets(self, batch: Batch) -> Tensor:
-        """Return what is predicted at each position, `[B, S]`; -100 where nothing is scored."""
-        # A token is predicted from the one before it.
+        """Return what is predicted at each position, `[B, S]`: the next token, where scored."""
         scored = predicted(self.tokens, batch)[:, 1:]
-        return F.pad(torch.where(scored, batch["input_ids"][:, 1:], IGNORED), (0, 1), value=IGNORED)
+        targets = torch.where(scored, batch["input_ids"][:, 1:], IGNORED)
+        return F.pad(targets, (0, 1), value=IGNORED)
 
     def _scored(self, batch: Batch) -> Targets:
         whole = self._targets(batch)

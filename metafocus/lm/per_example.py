@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from metafocus.lm.cross_entropy import IGNORED
+from metafocus.lm.hf.attention import read_spans
 from metafocus.lm.hf.logit_head import logit_head_of
 from metafocus.lm.loss import LMLoss, Targets
 from metafocus.lm.tokens import TokenPolicy, predicted
@@ -88,12 +89,16 @@ class PerExampleLoss(LMLoss):
             return batch
         inputs = batch.get("model_inputs") or self._model_inputs(batch)
         logit_head_of(self.model)
+        read_spans(self.model, inputs["attention_mask"])
         batch = {**batch, "model_inputs": inputs}
         return {**batch, "each": self._each(batch)}
 
     def _rows(self, batch: Batch) -> Tensor | None:
         found = [part.rows for part in batch["each"].parts]
         return None if any(rows is None for rows in found) else torch.cat(found)  # pyright: ignore
+
+    def _restriction(self, batch: Batch) -> None:
+        return None
 
     def _mean(self, batch: Batch, total: Callable[[Targets], Tensor]) -> Tensor:
         return torch.stack([total(part) / part.number for part in batch["each"].parts]).sum()

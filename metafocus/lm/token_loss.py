@@ -18,7 +18,7 @@ from metafocus.autodiff import grad as derivatives
 from metafocus.autodiff.recompute import recompute
 from metafocus.errors import ProblemError
 from metafocus.lm.cross_entropy import IGNORED, LogitHead, chunk_grads, chunk_loss
-from metafocus.precision import as_autocast, no_autocast, wide
+from metafocus.precision import as_autocast, no_autocast, wide, wide_type
 from metafocus.torch_internals import is_tracked, transforming
 
 
@@ -44,8 +44,8 @@ def token_loss(
         targets: `y`, int64 `[N]`; -100 where a position is not scored.
         bias: `b`, `[V]`.
         logit_head: what follows the linear map.
-        chunk: rows at a time; default about 4 million logits (64 million on a GPU), and at
-            least 128 rows.
+        chunk: rows at a time; default about 4 million logits, on a GPU as many rows as `D`, and
+            at least 128 rows.
 
     Returns:
         A scalar, float32 or float64.
@@ -59,7 +59,7 @@ def token_loss(
         tensor(1.3863)
     """
     _check(hidden, weight, targets, bias, chunk)
-    rows = chunk or _rows(len(weight), hidden.is_cuda)
+    rows = chunk or _rows(*weight.shape, hidden.is_cuda)
     # As F.linear would do; what follows runs in the types it is given, in every pass.
     hidden, weight, *rest = as_autocast(hidden, weight, *([] if bias is None else [bias]))
     bias = rest[0] if rest else None
@@ -94,8 +94,10 @@ def _check(
         raise ProblemError(f"token_loss needs chunk >= 1 or None, got {chunk}.")
 
 
-def _rows(vocabulary: int, gpu: bool) -> int:
-    return max((1 << (26 if gpu else 22)) // vocabulary, 128)
+def _rows(vocabulary: int, width: int, gpu: bool) -> int:
+    # On a GPU as many rows as the weight has columns: the logits are as large as the weight, and
+    # adding a chunk's share to its gradient costs little beside the chunk's products.
+    return max(width if gpu else (1 << 22) // vocabulary, 128)
 
 
 def _recomputed(
@@ -130,41 +132,67 @@ def _sweep(
     y: Tensor,
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Return the loss and its gradients by `h`, `w`, `b`, None where not wanted; no graph."""
-    total = wide(h.new_zeros(()))
-    dh = torch.empty_like(h) if wanted[0] else None
-    # Sums over chunks in the wide type: bfloat16 would lose what each chunk adds.
-    dw = wide(torch.zeros_like(w)) if wanted[1] else None
-    db = wide(w.new_zeros(len(w))) if wanted[2] else None
-    start = 0
-    for part, target in zip(h.split(rows), y.split(rows), strict=True):
-        z = wide(F.linear(part, w, b))
-        if logit_head.scale != 1:
-            z = z.mul_(logit_head.scale)
-        if logit_head.softcap is not None:
-            z = z.div_(logit_head.softcap).tanh_().mul_(logit_head.softcap)
-        kept = target != IGNORED
-        index = torch.where(kept, target, 0).unsqueeze(-1)
-        # The largest probability is the inverse of the norm: cheaper than a logsumexp beside it.
-        p = z.softmax(-1)
-        norm = z.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()
-        total += torch.where(kept.unsqueeze(-1), norm - z.gather(-1, index), 0).sum()
-        if not any(wanted):
+    chunks = list(zip(h.split(rows), y.split(rows), strict=True))
+    totals: list[Tensor] = []
+    dh: list[Tensor] = []
+    dw = db = None
+    for part, target in chunks:
+        # What is not scored counts as 0 here, and not in the much wider residual: its input may be
+        # anything, and what its residual is then multiplies zeros.
+        unscored = (target == IGNORED).unsqueeze(-1)
+        part = part.masked_fill(unscored, 0)
+        total, r, residual_sum = _residual(logit_head, any(wanted), part, w, b, target)
+        totals.append(total)
+        if r is None:
             continue
-        slope = logit_head.slope(z)
-        p.scatter_add_(-1, index, -torch.ones_like(norm))
-        p = p.mul_(slope).masked_fill_(~kept.unsqueeze(-1), 0)
-        r = p.to(w.dtype)
-        stop = start + len(part)
-        if dh is not None:
-            torch.mm(r, w, out=dh[start:stop])
-        if dw is not None:
-            dw.addmm_(r.mT, part) if dw.dtype == w.dtype else dw.add_(r.mT @ part)
-        if db is not None:
-            db += p.sum(0)
-        start = stop
+        if wanted[0]:
+            dh.append((r @ w).masked_fill_(unscored, 0))
+        if wanted[1]:
+            share = r.mT @ part
+            if len(chunks) == 1:
+                dw = share
+            else:
+                # Sums over chunks in the wide type: bfloat16 would lose what each chunk adds.
+                dw = wide(share) if dw is None else dw.add_(share)
+        if wanted[2]:
+            db = residual_sum if db is None else db + residual_sum
         # Free these before allocating those of the next chunk.
-        del z, p, r
-    return total, [dh, *(None if x is None else x.to(w.dtype) for x in (dw, db))]
+        del r
+    grads = [
+        torch.cat(dh) if len(dh) > 1 else dh[0] if dh else None,
+        *(None if x is None else x.to(w.dtype) for x in (dw, db)),
+    ]
+    return _total(totals), grads
+
+
+def _residual(
+    logit_head: LogitHead, wanted: bool, h: Tensor, w: Tensor, b: Tensor | None, y: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the loss of a chunk, the gradient by its logits, and that summed over scored rows.
+
+    The gradient is in the type of the weight, and is not 0 in rows that are not scored. Each pass
+    over the logits, the largest tensors of the step, is one that the result needs.
+    """
+    z = F.linear(h, w, b)
+    kept = (y != IGNORED).unsqueeze(-1)
+    index = torch.where(y != IGNORED, y, 0).unsqueeze(-1)
+    if logit_head != LogitHead():
+        z = logit_head(wide(z))
+    # One pass that reads half precision and writes the wide type.
+    p = z.softmax(-1, dtype=wide_type(z.dtype))
+    # The largest probability is the inverse of the norm: cheaper than a logsumexp beside it.
+    norm = wide(z.amax(-1, keepdim=True)) - p.amax(-1, keepdim=True).log()
+    total = torch.where(kept, norm - wide(z.gather(-1, index)), 0).sum()
+    if not wanted:
+        return total, None, None
+    slope = logit_head.slope(wide(z)) if logit_head != LogitHead() else None
+    del z
+    p.scatter_add_(-1, index, -torch.ones_like(norm))
+    if slope is not None:
+        p = p.mul_(slope)
+    # Read before the residual is rounded.
+    summed = None if b is None else (kept.to(p.dtype).mT @ p).squeeze(0)
+    return total, p.to(w.dtype), summed
 
 
 class _TokenLoss(torch.autograd.Function):

@@ -49,23 +49,6 @@ def replicated(x: Tensor, group: Group) -> Tensor:
     return x if group is None else _Replicated.apply(x, group)  # pyright: ignore
 
 
-def replicated_part(x: Tensor, group: Group) -> Tensor:
-    """Return `x` itself, a part of a weight that gathering makes whole; as `replicated` does that.
-
-    The derivative of gathering is a mean over all ranks, which counts each rank's share of one
-    sequence as a batch of its own. Times the number of ranks in the group, it is their sum.
-
-    Args:
-        x: this rank's part.
-        group: the ranks that share a sequence; None: this one alone.
-
-    Example:
-        >>> replicated_part(torch.ones(2), None)
-        tensor([1., 1.])
-    """
-    return x if group is None else x + (dist.get_world_size(group) - 1) * (x - x.detach())
-
-
 def summed(x: Tensor, group: Group) -> Tensor:
     """Return the sum of `x` over the ranks; its derivative is passed on as it is.
 
@@ -144,7 +127,7 @@ class _Collective(torch.autograd.Function):
     """What all three have in common: no rule for `vmap`, and none for forward mode."""
 
     @staticmethod
-    def vmap(*args: Any) -> Any:
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
         raise TransformError(
             "vmap (mf.over_tasks) over a computation that several ranks share is not supported: "
             "take one task after another, and add their gradients."

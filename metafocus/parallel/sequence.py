@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from metafocus.parallel.collectives import Group
 from metafocus.torch_internals import assert_later
 
 
-def sequence_group(size: int) -> Group:
+def sequence_group(size: int, *, timeout: timedelta | None = None) -> Group:
     """Return the ranks that share a sequence with this one: `size` consecutive ranks of the world.
 
     Call it once, on every rank. All ranks of a group must be given the same batches; the number of
@@ -24,6 +25,8 @@ def sequence_group(size: int) -> Group:
 
     Args:
         size: the degree of sequence parallelism; 1: sequences are not divided.
+        timeout: how long a rank waits for the others of its group before it ends with an error;
+            default: as torch.distributed has it, minutes.
 
     Returns:
         The process group; None for `size=1`.
@@ -50,7 +53,8 @@ def sequence_group(size: int) -> Group:
             f"size={size} does not divide the {world} ranks that were started: every rank must "
             "belong to a group of this size."
         )
-    return dist.new_subgroups(size)[0]
+    found: Any = dist.new_subgroups(size, timeout=timeout)[0]
+    return found
 
 
 def size_of(group: Group) -> int:
@@ -114,15 +118,41 @@ def refuse_other_batches(batch: Mapping[str, Any], group: Group) -> None:
             # Wraps around on every rank alike.
             total = total * 31 + (x.flatten().long() * place).sum()
     sizes = torch.tensor([*ids.shape[-2:]], device=ids.device)
-    found = torch.cat([sizes, total[None]])
-    bounds = torch.stack([found, -found])
-    dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=group)
-    same = (bounds[0] == -bounds[1]).all()
-    message = (
-        f"the {size_of(group)} ranks that share a sequence were given different batches. Give each "
-        "rank of a group the same batch: shard the data by rank // size, not by rank"
+    _refuse_unlike(
+        torch.cat([sizes, total[None]]),
+        group,
+        "were given different batches. Give each rank of a group the same batch: shard the data by "
+        "rank // size, not by rank",
     )
-    if ids.is_cuda:
-        assert_later(same, message)
-    elif not bool(same):
-        raise DataError(f"{message}.")
+
+
+def refuse_other_starts(fast: Mapping[str, Tensor], group: Group) -> None:
+    """Raise on every rank of a group if their fast weights start at different values.
+
+    Args:
+        fast: the fast weights before the first step; compared by their sums.
+        group: the ranks.
+
+    Raises:
+        DataError: naming the fix.
+    """
+    if group is None or not fast:
+        return
+    sums = torch.stack([x.detach().double().sum() for x in fast.values()])
+    _refuse_unlike(
+        sums,
+        group,
+        "start at different fast weights. Give each rank of a group a generator of the same seed",
+    )
+
+
+def _refuse_unlike(values: Tensor, group: Group, message: str) -> None:
+    bounds = torch.stack([values, -values])
+    dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=group)
+    # Every rank sees the largest and the smallest value; NaN is left to other checks.
+    differ = (bounds[0] > -bounds[1]).any()
+    text = f"the {size_of(group)} ranks that share a sequence {message}"
+    if values.is_cuda:
+        assert_later(~differ, text)
+    elif bool(differ):
+        raise DataError(f"{text}.")

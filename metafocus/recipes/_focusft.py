@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,11 +16,14 @@ from metafocus.calls import attempted, draws_from, holding, using
 from metafocus.engine import MetaLoss, bilevel
 from metafocus.errors import ProblemError
 from metafocus.estimators import Estimator, FirstOrder
+from metafocus.factories import picklable
 from metafocus.lm import Adapter, TokenPolicy, answer_tokens, lm_loss
+from metafocus.lm.hf.inner_memory import Fitting
 from metafocus.lm.per_example import PerExampleLoss, PerExampleSolver, mean_loss
 from metafocus.lm.shared_prefix import SharedPrefix
-from metafocus.masks import MaskPolicy
+from metafocus.masks import Batch, MaskPolicy
 from metafocus.parallel.collectives import Group
+from metafocus.parallel.sequence import refuse_other_starts
 from metafocus.problem import Problem, as_episode, trainable
 from metafocus.recipes._sharded import hooked, refuse_outer, refuse_sharded
 from metafocus.solvers import SGD, clip_per_tensor
@@ -38,6 +43,7 @@ def focusft_problem(
     generator: torch.Generator | None = None,
     examples: int | None = None,
     sequence_group: Group = None,
+    inner_checkpointing: bool | str = True,
 ) -> Problem:
     """Return FocuSFT's bilevel problem; see `focusft`.
 
@@ -52,32 +58,58 @@ def focusft_problem(
         examples: the number of rows in a batch, if each has fast weights of its own (to be solved
             by a `PerExampleSolver`). None: the batch shares its fast weights.
         sequence_group: the ranks that share each sequence.
+        inner_checkpointing: whether the inner loss checkpoints as the model does.
     """
+    choice = _choice(inner_checkpointing)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     common: Any = {"adapter": adapter, "mask": mask, "sequence_group": sequence_group}
     inner = lm_loss(model, tokens=inner_tokens, **common)
     outer = lm_loss(model, tokens=outer_tokens, **common)
     if examples is not None:
         inner = PerExampleLoss(model, tokens=inner_tokens, **common)
+    inner = replace(inner, checkpointing=choice)
     shared = SharedPrefix(inner)
 
-    def prepare(slow: Params, episode: Episode) -> Episode:
-        support = shared(slow, inner.prepare(episode.support))
+    start = _Start(model, adapter, generator, examples, sequence_group)
+    return Problem(inner, outer, start, _Prepare(inner, outer, shared))
+
+
+@dataclass(frozen=True)
+class _Prepare:
+    """Runs the layers below the first fast weight once, for both losses."""
+
+    inner: Any
+    outer: Any
+    shared: SharedPrefix
+
+    def __call__(self, slow: Params, episode: Episode) -> Episode:
+        support = self.shared(slow, self.inner.prepare(episode.support))
         if episode.query is episode.support:
             # Both losses share the masks, but they may score different tokens.
-            return Episode(support, outer.prepare(support))
-        return Episode(support, outer.prepare(episode.query))
+            return Episode(support, self.outer.prepare(support))
+        return Episode(support, self.outer.prepare(episode.query))
 
-    def start(slow: Params, support: Any) -> Params:
+
+@dataclass(frozen=True)
+class _Start:
+    """Draws the fast weights."""
+
+    model: nn.Module
+    adapter: Adapter
+    generator: torch.Generator
+    examples: int | None
+    sequence_group: Group
+
+    def __call__(self, slow: Params, support: Any) -> Params:
         # Fast weights that start as copies of slow weights must be copied from `slow`.
-        draws_from(generator)
-        with using(model), holding(model, slow, tie_weights=True):
-            fast = adapter.init(model, generator)
-        return fast if examples is None else for_each(fast, examples)
+        draws_from(self.generator)
+        with using(self.model), holding(self.model, slow, tie_weights=True):
+            fast = self.adapter.init(self.model, self.generator)
+        refuse_other_starts(fast, self.sequence_group)
+        return fast if self.examples is None else for_each(fast, self.examples)
 
-    return Problem(inner, outer, start, prepare)
 
-
+@picklable
 def focusft(
     model: nn.Module,
     *,
@@ -89,6 +121,7 @@ def focusft(
     generator: torch.Generator | None = None,
     per_example: bool = False,
     sequence_group: Group = None,
+    inner_checkpointing: bool | str = "auto",
 ) -> MetaLoss:
     """Return FocuSFT's training loss; the defaults are the paper's.
 
@@ -119,6 +152,10 @@ def focusft(
         sequence_group: the ranks that share each sequence (`mf.parallel.sequence_group`). Each is
             given the same batch, and computes the loss and the derivatives of all of it. Their
             generators must have the same seed. Default: this rank runs all tokens.
+        inner_checkpointing: whether the inner loop checkpoints its activations, if
+            `gradient_checkpointing_enable()` was called. "auto": with `FirstOrder()` only if they
+            do not fit into half of the free memory (in a distributed run, always), which saves a
+            forward pass of the adapted layers in each inner step; with other estimators, always.
 
     Returns:
         `meta_loss(outer, Episode(batch, batch)) -> (loss, Aux)`. With `outer={}` the model's own
@@ -151,6 +188,10 @@ def focusft(
     """
     chosen = estimator or FirstOrder()
     refuse_sharded(model, chosen)
+    # What wraps an estimator, as the trainer does, holds it.
+    first_order = isinstance(getattr(chosen, "estimator", chosen), FirstOrder)
+    if inner_checkpointing == "auto" and not first_order:
+        inner_checkpointing = True
     generator = torch.Generator().manual_seed(0) if generator is None else generator
 
     @functools.cache
@@ -163,6 +204,7 @@ def focusft(
             generator=generator,
             examples=examples,
             sequence_group=sequence_group,
+            inner_checkpointing=inner_checkpointing,
         )
         inner = solver if examples is None else PerExampleSolver(solver)
         return bilevel(problem, solver=inner, estimator=chosen)
@@ -194,3 +236,19 @@ def focusft(
         return loss, Aux(aux.params, mean_loss(aux.inner_losses, inner_tokens, support))
 
     return meta_loss
+
+
+def _choice(inner_checkpointing: bool | str) -> Callable[[nn.Module, Batch], bool] | None:
+    if inner_checkpointing is True:
+        return None
+    if inner_checkpointing is False:
+        return _never
+    if inner_checkpointing != "auto":
+        raise ProblemError(
+            f"inner_checkpointing={inner_checkpointing!r} must be 'auto', True or False."
+        )
+    return Fitting()
+
+
+def _never(model: nn.Module, batch: Batch) -> bool:
+    return False

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from metafocus import params as pt
 from metafocus.checks import positive
+from metafocus.torch_internals import norms, scaled
 from metafocus.types import Params
 
 Clip = Callable[[Params], Params]
@@ -38,6 +39,10 @@ class clip_per_tensor:
 
     def __call__(self, grads: Params) -> Params:
         """Clip."""
+        if pt.constant(grads):
+            # A norm of 0 gives an infinite factor, and so 1.
+            factors = (self.limit / norms([*grads.values()])).clamp(max=1)
+            return dict(zip(grads, scaled([*grads.values()], factors), strict=True))
         return {k: g * shrink((g * g).sum(), self.limit) for k, g in grads.items()}
 
 

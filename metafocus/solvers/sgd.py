@@ -62,5 +62,7 @@ class SGD:
         if self.momentum:
             state = all_moved(grads, self.momentum, state)
             grads = all_moved(grads, self.momentum, state) if self.nesterov else state
+        if isinstance(self.lr, int | float):
+            return all_moved(params, -self.lr, grads), state
         rate = rates(self.lr, outer, params, step)
         return {k: moved(p, -rate[k], grads[k]) for k, p in params.items()}, state

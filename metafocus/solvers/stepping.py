@@ -7,7 +7,7 @@ from torch import Tensor
 
 from metafocus import params as pt
 from metafocus.solvers.clipping import Clip
-from metafocus.torch_internals import tracing
+from metafocus.torch_internals import moved_by, tracing
 from metafocus.types import Params
 
 
@@ -20,6 +20,9 @@ def coupled(grads: Params, params: Params, clip: Clip | None, weight_decay: floa
 
 def all_moved(a: Params, by: float, b: Params) -> Params:
     """Return `a + by * b` of all fast weights."""
+    if pt.constant(a) and pt.constant(b):
+        parts = moved_by([*a.values()], by, [b[k] for k in a])
+        return dict(zip(a, parts, strict=True))
     return {k: moved(a[k], by, b[k]) for k in a}
 
 

@@ -12,11 +12,12 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from metafocus.torch_internals.modes import (
-    fake_tensors,
+    compiled_for_unknown,
     function_modes,
     leave_modes,
     mode_state,
     without_function_modes,
+    without_values,
 )
 from metafocus.torch_internals.modules import (
     child_table,
@@ -34,6 +35,8 @@ from metafocus.torch_internals.modules import (
 from metafocus.torch_internals.tensors import (
     assert_later,
     constant_when_compiled,
+    cudnn,
+    cudnn_backward,
     flash_cpu,
     flash_cpu_backward,
     flash_varlen,
@@ -42,9 +45,12 @@ from metafocus.torch_internals.tensors import (
     is_view,
     is_wrapper,
     keeps_graph,
+    moved_by,
+    norms,
     operator_arguments,
     parts_of,
     reduction_of,
+    scaled,
     storage_key,
     version,
     weight_norm,
@@ -74,9 +80,11 @@ __all__ = [
     "VmapLevel",
     "assert_later",
     "child_table",
+    "compiled_for_unknown",
     "constant_when_compiled",
+    "cudnn",
+    "cudnn_backward",
     "differentiated_again",
-    "fake_tensors",
     "flash_cpu",
     "flash_cpu_backward",
     "flash_varlen",
@@ -96,6 +104,8 @@ __all__ = [
     "keeps_graph",
     "leave_modes",
     "mode_state",
+    "moved_by",
+    "norms",
     "operator_arguments",
     "outside_transforms",
     "parameter_table",
@@ -106,6 +116,7 @@ __all__ = [
     "reduction_of",
     "refuse_nested_forward_mode",
     "runs_beside_ddp",
+    "scaled",
     "sole_vmap",
     "storage_key",
     "swapped_weights",
@@ -119,4 +130,5 @@ __all__ = [
     "weight_norm",
     "weight_tables",
     "without_function_modes",
+    "without_values",
 ]

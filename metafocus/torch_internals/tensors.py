@@ -15,8 +15,25 @@ weight_norm = torch._weight_norm  # pyright: ignore[reportPrivateImportUsage]
 _ATEN = torch.ops.aten
 flash_cpu = _ATEN._scaled_dot_product_flash_attention_for_cpu.default
 flash_cpu_backward = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default
+cudnn = _ATEN._scaled_dot_product_cudnn_attention.default
+cudnn_backward = _ATEN._scaled_dot_product_cudnn_attention_backward.default
 flash_varlen = _ATEN._flash_attention_forward
 flash_varlen_backward = _ATEN._flash_attention_backward
+
+
+def norms(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the norm of each tensor, in one vector, by few kernels; constants only."""
+    return torch.stack(torch._foreach_norm(tensors))
+
+
+def scaled(tensors: Sequence[Tensor], factors: Tensor) -> Sequence[Tensor]:
+    """Return each tensor times its entry of `factors`; constants only."""
+    return torch._foreach_mul(tensors, factors.unbind())
+
+
+def moved_by(tensors: Sequence[Tensor], by: float, others: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return `tensor + by * other` of each pair, by few kernels; constants only."""
+    return torch._foreach_add(tensors, others, alpha=by)
 
 
 def forward_class(node: Any) -> type | None:

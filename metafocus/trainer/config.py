@@ -104,6 +104,11 @@ clip=clip_per_tensor(limit=1.0))
     sequence_parallel: int = described(
         1, "how many processes share each sequence; it must divide their number and the query heads"
     )
+    inner_checkpointing: str = described(
+        "auto",
+        "with gradient_checkpointing, whether the inner loop checkpoints: true, false, or auto: "
+        "only if its activations do not fit into half of the free memory",
+    )
     adaptation_seed: int = described(0, "seed of the fast weights' starts")
     adaptation_start: str = described(
         "micro-batch", "micro-batch: a start for each; step: one start for an optimiser step"
@@ -137,6 +142,7 @@ clip=clip_per_tensor(limit=1.0))
             "adaptation_start": dict.fromkeys(("micro-batch", "step")),
             "evaluate_on": dict.fromkeys(("deployed", "prompt")),
             "eval_mask": MASKS,
+            "inner_checkpointing": dict.fromkeys(("auto", "true", "false")),
             "on_nonfinite": dict.fromkeys(("skip", "stop")),
         }.items():
             named(name, getattr(self, name), table)
@@ -196,13 +202,15 @@ clip=clip_per_tensor(limit=1.0))
 
     def recipe(self, model: nn.Module) -> dict[str, Any]:
         """The keywords of `mf.recipes.focusft` that these settings stand for."""
-        found = {
+        found: dict[str, Any] = {
             "adapter": self.adapter(model),
             "mask": self.policy(),
             "solver": self.solver(),
             "estimator": ESTIMATORS[self.estimator](),
             "inner_tokens": TOKENS[self.inner_tokens],
         }
+        if self.inner_checkpointing != "auto":
+            found["inner_checkpointing"] = self.inner_checkpointing == "true"
         return {**found, "per_example": True} if self.per_example else found
 
 

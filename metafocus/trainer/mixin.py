@@ -8,6 +8,7 @@ accumulation, mixed precision, DDP, FSDP, callbacks, logging, the hub.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -20,8 +21,9 @@ from metafocus.errors import ProblemError
 from metafocus.estimators import FirstOrder
 from metafocus.lm import Batch, answer_tokens
 from metafocus.lm.tokens import predicted
-from metafocus.parallel.sequence import sequence_group
+from metafocus.parallel import average_over_groups, sequence_group
 from metafocus.recipes._focusft import focusft
+from metafocus.sharding import Sharding, sharding_of
 from metafocus.trainer import checks
 from metafocus.trainer.batch import as_batch, check_length, labels_of, without_repeats
 from metafocus.trainer.compilation import compile_below
@@ -81,9 +83,10 @@ class FocusMixin(ReliableMixin):
         super().__init__(model, args, focus=focus or own, **kwargs)
         self._sharers = self.focus.sequence_parallel
         check_sequence_parallel(self._sharers, self.args, meta_loss_factory)
-        self._group = sequence_group(self._sharers)
+        wait = timedelta(seconds=self.args.ddp_timeout)
+        self._group = sequence_group(self._sharers, timeout=wait)
         if self.focus.sharding is not None:
-            self._parametrise()
+            self._parametrise(self._group)
         checks.check_dtypes(self._plain, self.args)
         checks.check_samples("train_dataset", self.train_dataset, self._plain)
         checks.check_samples("eval_dataset", self.eval_dataset, self._plain)
@@ -142,6 +145,8 @@ class FocusMixin(ReliableMixin):
     def _meta_loss(self) -> MetaLoss:
         if self._built is None or self._built[0] is not self._plain:
             checks.check_wrapper(self._plain)
+            if Sharding.FSDP2 in sharding_of(self._plain):
+                average_over_groups(self._plain, self._group)
             if self._factory is not None:
                 meta_loss = self._factory(self._plain, self._generator)
             else:

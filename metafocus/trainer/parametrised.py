@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.utils import parametrize
 
 from metafocus.errors import ProblemError
+from metafocus.parallel.collectives import Group, replicated
 from metafocus.sharding import plain_name, sharding_of
 
 
@@ -114,17 +115,19 @@ def _one_by_one(function: Any, axis: int | None, x: Tensor, plan: _Plan) -> Any:
 class _Gathered(nn.Module):
     """The parametrization: a part in, as DTensor or as plain tensor, the whole weight out."""
 
-    def __init__(self, plan: _Plan):
+    def __init__(self, plan: _Plan, sequence_group: Group):
         super().__init__()
         self.plan = plan
+        self.sequence_group = sequence_group
 
     def forward(self, part: Tensor) -> Tensor:
         if isinstance(part, DTensor):
             part = part.to_local()
-        return _Gather.apply(part, self.plan)  # pyright: ignore[reportReturnType]
+        # Ranks that share a sequence add up their gradients; the mean is over what remains.
+        return replicated(_Gather.apply(part, self.plan), self.sequence_group)  # pyright: ignore
 
 
-def parametrise(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+def parametrise(model: nn.Module, mesh: DeviceMesh, *, sequence_group: Group = None) -> nn.Module:
     """Shard all parameters of a model over a mesh, so that every estimator works on it.
 
     Each parameter becomes a DTensor that holds a part of its rows on each process, and the module
@@ -139,6 +142,8 @@ def parametrise(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     Args:
         model: changed in place. All processes must have built it; the values of the first count.
         mesh: of one axis, such as `init_device_mesh("cuda", (8,))`.
+        sequence_group: the processes of the mesh that share each sequence with this one, if losses
+            are given it too (`mf.parallel.sequence_group`).
 
     Returns:
         The model.
@@ -184,7 +189,9 @@ def parametrise(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
                 made[id(weight)] = nn.Parameter(shards, requires_grad=weight.requires_grad)
             own, plan = name.rpartition(".")[2], _Plan(weight.shape, mesh.get_group())
             setattr(module, own, made[id(weight)])
-            parametrize.register_parametrization(module, own, _Gathered(plan), unsafe=True)
+            parametrize.register_parametrization(
+                module, own, _Gathered(plan, sequence_group), unsafe=True
+            )
     return model
 
 

@@ -12,6 +12,7 @@ from transformers import Trainer
 
 from metafocus.calls import changed
 from metafocus.errors import ProblemError
+from metafocus.parallel.collectives import Group
 from metafocus.trainer.contents import tensors_of, weight_files
 from metafocus.trainer.parametrised import like, load_whole, parametrise, whole_state
 
@@ -25,8 +26,12 @@ class ShardedMixin(Trainer):
 
     _own_shards = False
 
-    def _parametrise(self) -> None:
-        """Shard the model's weights over all processes; one process has nothing to shard."""
+    def _parametrise(self, sequence_group: Group) -> None:
+        """Shard the model's weights over all processes; one process has nothing to shard.
+
+        Args:
+            sequence_group: the processes that share each sequence with this one.
+        """
         if self.args.world_size == 1:
             return
         if self.args.fsdp or self.args.torch_compile:
@@ -36,7 +41,8 @@ class ShardedMixin(Trainer):
                 "and is not compiled. Leave one of them out."
             )
         model: Any = self.model
-        parametrise(model, init_device_mesh(self.args.device.type, (dist.get_world_size(),)))
+        mesh = init_device_mesh(self.args.device.type, (dist.get_world_size(),))
+        parametrise(model, mesh, sequence_group=sequence_group)
         # As with a model that transformers has sharded, accelerate is not to wrap it.
         self.is_distributed_loading_by_transformers = True
         self._own_shards = True

@@ -15,19 +15,24 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import architectures
 from models import build_exact, chat_batch, grads
 
 import metafocus as mf
-from metafocus.attention import ulysses_attention
-from metafocus.parallel import replicated, sequence_group
+from metafocus.attention import register, ulysses_attention
+from metafocus.parallel import average_over_groups, replicated, sequence_group, summed
+from metafocus.trainer.distributed import parametrise
 
 # A rank that waits longer ends with an error, and its test fails: nothing hangs.
 WAIT = datetime.timedelta(seconds=60)
 LORA = mf.LoRA(mf.top_layers(0.5, ("gate_proj", "up_proj", "down_proj")), rank=2, alpha=4.0)
 EVERYWHERE = mf.LoRA(mf.all_linear, rank=2, alpha=4.0)
+FULL = mf.FullWeights(mf.matching(".*down_proj"))
 SECOND = mf.Unrolled(recompute=True)
 
 
@@ -96,9 +101,46 @@ def evaluated(loss, fast, batch):
     return loss(fast, {}, batch)
 
 
+def transformed(group, adapter, order):
+    """The gradient by torch.func.grad."""
+    network = build_exact(layers=2)
+    loss = mf.recipes.focusft(network, adapter=adapter, estimator=order, sequence_group=group)
+    episode = mf.Episode(chat_batch(), chat_batch())
+    found = torch.func.grad(lambda outer: loss(outer, episode)[0])(
+        {k: p.detach() for k, p in network.named_parameters()}
+    )
+    return {"gradient": torch.cat([x.flatten() for x in found.values()])}
+
+
 def half(group, order):
     """In bfloat16 weights, the loss and the gradient of one step."""
     return meta(group, model={"dtype": torch.bfloat16}, estimator=order)
+
+
+def sharded(group, how, order=None, seed=0, **changes):
+    """The gradient of a sharded model, whole; its shards lie on all ranks."""
+    network = build_exact(layers=2, **changes)
+    if group is not None:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        if how == "parametrised":
+            parametrise(network, mesh, sequence_group=group)
+        else:
+            for module in (*network.model.layers, network):
+                fully_shard(module, mesh=mesh)
+            average_over_groups(network, group)
+    draw = torch.Generator().manual_seed(5)
+    loss = mf.recipes.focusft(
+        network, adapter=LORA, generator=draw, estimator=order, sequence_group=group
+    )
+    batch = chat_batch(seed=seed)
+    value, aux = loss({}, mf.Episode(batch, batch))
+    value.backward()
+    whole = [
+        (p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad).flatten()
+        for p in network.parameters()
+    ]
+    found = {"loss": value.detach(), "inner losses": aux.inner_losses, "gradient": torch.cat(whole)}
+    return found | {"fast": torch.cat([x.flatten() for x in aux.params.values()])}
 
 
 MASKS = {
@@ -129,7 +171,7 @@ SETTINGS = {
     "tiled": {"attn": "metafocus_ulysses"},
     "windows of layers": {"family": "mistral", "mask": mf.masks.causal},
     "no fast weights": {"adapter": mf.NoAdapter()},
-    "full weights": {"adapter": mf.FullWeights(mf.matching(".*down_proj"))},
+    "full weights": {"adapter": FULL},
     "context tokens": {"inner_tokens": mf.context_tokens},
     "graph": {"estimator": mf.Unrolled()},
     "implicit": {"estimator": mf.Implicit(mf.CG(steps=3, damping=1.0))},
@@ -143,6 +185,8 @@ WHOLE = {
 } | {
     "own weights": lambda group: gradient_of(group, lambda loss, f, batch: loss(f, {}, batch)),
     "evaluation": lambda group: gradient_of(group, evaluated),
+    "torch.func": lambda group: transformed(group, LORA, SECOND),
+    "torch.func, full weights": lambda group: transformed(group, FULL, SECOND),
     "bfloat16, first order": lambda group: half(group, None),
 }
 
@@ -181,6 +225,59 @@ ATTENTION = {
     for capped in (False, True)
 }
 
+SHARDED = {
+    "fsdp2, first order": lambda group: sharded(group, "fsdp2"),
+    "fsdp2, untied": lambda group: sharded(group, "fsdp2", tied=False),
+    "parametrised, first order": lambda group: sharded(group, "parametrised"),
+    "parametrised, second order": lambda group: sharded(group, "parametrised", SECOND),
+    "parametrised, untied": lambda group: sharded(group, "parametrised", SECOND, tied=False),
+}
+
+
+def groups(group, how, order):
+    """The mean gradient over groups of which each has a batch of its own."""
+    if group is not None:
+        seed = dist.get_rank() // dist.get_world_size(group)
+        return {"gradient": sharded(group, how, order, seed)["gradient"]}
+    each = [sharded(None, how, order, seed)["gradient"] for seed in range(2)]
+    return {"gradient": torch.stack(each).mean(0)}
+
+
+GROUPS = {
+    name: lambda group, how=how, order=order: groups(group, how, order)
+    for name, how, order in (
+        ("groups, fsdp2", "fsdp2", None),
+        ("groups, parametrised", "parametrised", SECOND),
+    )
+}
+
+
+def architecture(group, name):
+    """The loss and the exact hypergradient of a small model, or why it cannot share sequences."""
+    register()
+    try:
+        network = architectures.build(name)
+        if name in ("gemma2", "gpt_oss", "vaultgemma"):
+            # transformers has soft caps and sinks in eager attention only.
+            network.set_attn_implementation("metafocus_ulysses")
+        loss = mf.recipes.focusft(
+            network, adapter=architectures.ADAPTER, estimator=SECOND, sequence_group=group,
+            generator=architectures.generator(),
+        )  # fmt: skip
+        batch = architectures.batch()
+        value, aux = loss({}, mf.Episode(batch, batch))
+        value.backward()
+    except mf.errors.MetafocusError as error:
+        return {"refused": str(error)}
+    return {"loss": value.detach(), "inner losses": aux.inner_losses, "gradient": grads(network)}
+
+
+ARCHITECTURES = {
+    name: lambda group, name=name: architecture(group, name)
+    for name in (*architectures.MASKED, *architectures.CAUSAL)
+}
+
+
 # --- what is refused -------------------------------------------------------------------------
 
 
@@ -199,8 +296,20 @@ def different_batches(group):
     meta(group, batch=chat_batch(24, seed=dist.get_rank(group)))
 
 
+def different_starts(group):
+    meta(group, generator=torch.Generator().manual_seed(dist.get_rank(group)))
+
+
 def different_lengths(group):
     meta(group, batch=chat_batch(24 + 4 * dist.get_rank(group)))
+
+
+def of_another_way(group, how):
+    """A sharded model that was not told which ranks share sequences."""
+    network = build_exact(layers=2)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    {"fsdp2": fully_shard, "parametrised": parametrise}[how](network, mesh=mesh)
+    mf.recipes.focusft(network, sequence_group=group)({}, mf.Episode(chat_batch(), chat_batch()))
 
 
 def mixing_tokens(group):
@@ -227,9 +336,26 @@ REFUSED = {
     "dropout": lambda group: meta(group, model={"attention_dropout": 0.1}),
     "different batches": different_batches,
     "different lengths": different_lengths,
+    "different starts": different_starts,
     "mixing tokens": mixing_tokens,
+    "fsdp2": lambda group: of_another_way(group, "fsdp2"),
+    "parametrised": lambda group: of_another_way(group, "parametrised"),
     "size": lambda group: sequence_group(dist.get_world_size() + 1),
 }
+
+
+def absent(group):
+    """Only the first rank enters a sum over all of them."""
+    if group is None:
+        return {}
+    few = sequence_group(dist.get_world_size(), timeout=datetime.timedelta(seconds=2))
+    if dist.get_rank():
+        return {}
+    try:
+        summed(torch.ones(1), few)
+    except RuntimeError as error:
+        return {"RuntimeError": str(error)}
+    return {}
 
 
 def refusal(case, group) -> dict[str, str]:
@@ -246,6 +372,10 @@ PARTS = {
     "quick": {**ATTENTION, **{name: POLICIES[name] for name in POLICIES if "turns" in name}},
     "policies": POLICIES,
     "settings": WHOLE,
+    "sharded": SHARDED,
+    "groups": GROUPS,
+    "architectures": ARCHITECTURES,
+    "absent": {"absent": absent},
     "refused": {
         name: lambda group, case=case: refusal(case, group) for name, case in REFUSED.items()
     },
@@ -268,7 +398,9 @@ def main(ranks: int, folder: Path, part: str) -> int:
 def together(rank: int, ranks: int, port: str, folder: Path, part: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     dist.init_process_group("gloo", rank=rank, world_size=ranks, timeout=WAIT)
-    torch.save(found(part, sequence_group(ranks)), folder / f"rank{rank}.pt")
+    # As a part of two groups, or all ranks together.
+    group = sequence_group(ranks // 2 if part == "groups" else ranks, timeout=WAIT)
+    torch.save(found(part, group), folder / f"rank{rank}.pt")
     dist.barrier()
 
 

@@ -16,7 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from models import replace_norms
-from trainer_script import SAMPLES, forked, tiny, trainer, wait, weights
+from trainer_script import SAMPLES, forked, tiny, trainer, wait
 
 import metafocus as mf
 
@@ -45,7 +45,31 @@ def trained(folder: Path, groups: int, **changes) -> dict:
     run.train()
     logs = [entry for entry in run.state.log_history if "loss" in entry]
     heldout = run.heldout_losses()
-    return {"weights": weights(network), "logs": logs, "heldout": heldout}
+    whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in run.model.parameters()]
+    found = torch.cat([p.detach().flatten() for p in whole])
+    sharded = any(hasattr(p, "full_tensor") for p in run.model.parameters())
+    return {"weights": found, "logs": logs, "heldout": heldout, "sharded": sharded}
+
+
+def fsdp_on_cpus() -> None:
+    """Let accelerate, which turns FSDP into DDP on a CPU, run its own path of FSDP2 over gloo."""
+    import accelerate.state as state
+    from accelerate.utils import DistributedType
+
+    made = state.AcceleratorState.__init__
+
+    def make(self, *args, **settings):
+        made(self, *args, **settings)
+        plugin = settings.get("fsdp_plugin")
+        if plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.FSDP
+            self.fsdp_plugin = plugin
+            state.PartialState._shared_state["distributed_type"] = self.distributed_type
+
+    state.AcceleratorState.__init__ = make
+    # Forget what the trainers before this one have set.
+    state.AcceleratorState._reset_state(reset_partial_state=True)
+    state.GradientState._reset_state()
 
 
 def prompts(folder: Path, size: int) -> float:
@@ -96,6 +120,15 @@ def facts(folder: Path, groups: int, size: int) -> dict:
     found["prompts"] = prompts(folder, size)
     if size > 1:
         found["refused"] = refused(folder)
+        found["parametrised"] = trained(
+            folder, groups, sequence_parallel=size, sharding="parametrised",
+            **METHODS["second order"],
+        )  # fmt: skip
+        fsdp_on_cpus()
+        config = {"version": 2, "transformer_layer_cls_to_wrap": ["Qwen2DecoderLayer"]}
+        found["fsdp"] = trained(
+            folder, groups, sequence_parallel=size, fsdp=True, fsdp_config=config
+        )
     return found
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sequence_script import ATTENTION, PARTS, REFUSED, WHOLE
+from sequence_script import ARCHITECTURES, ATTENTION, GROUPS, PARTS, REFUSED, SHARDED, WHOLE
 
 from metafocus.attention import ulysses_attention
 from metafocus.errors import ProblemError
@@ -95,6 +95,9 @@ def test_what_cannot_be_shared_is_refused(run):
         "dropout": "without attention dropout",
         "different batches": "were given different batches",
         "different lengths": "were given different batches",
+        "different starts": "a generator of the same seed",
+        "fsdp2": "average_over_groups",
+        "parametrised": "parametrised without this sequence_group",
         "mixing tokens": "in shares otherwise than as a whole",
         "size": "size=3 does not divide the 2 ranks",
     }
@@ -104,6 +107,12 @@ def test_what_cannot_be_shared_is_refused(run):
         for name, pattern in expected.items():
             (found,) = rank[name].values()
             assert re.search(pattern, found), (name, found)
+
+
+def test_a_rank_that_waits_in_vain_ends_with_an_error(run):
+    _, first, second = run("absent", 2)
+    assert re.search("(?i)timed? ?out", first["absent"]["RuntimeError"])
+    assert second["absent"] == {}
 
 
 @pytest.mark.slow
@@ -121,6 +130,40 @@ def test_settings(run, name, ranks):
     """Packing, padding, windows, kernels, adapters, estimators, precision."""
     alone, *others = run("settings", ranks)
     check(alone, others, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("name", SHARDED)
+def test_weights_that_are_sharded_too(run, name, ranks):
+    """FSDP2's hooks to first order, parametrised weights to the second."""
+    alone, *others = run("sharded", ranks)
+    check(alone, others, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GROUPS)
+def test_gradients_are_averaged_over_groups(run, name):
+    alone, *ranks = run("groups", 4)
+    check(alone, ranks, name)
+
+
+@pytest.mark.slow
+def test_architectures_share_exactly_or_are_refused(run):
+    alone, *ranks = run("architectures", 2)
+    shared = 0
+    for name in ARCHITECTURES:
+        words = [rank[name].get("refused") for rank in ranks]
+        if words[0] is not None:
+            assert words[0] == words[1]
+            assert re.search("cannot share|takes no explicit mask", words[0]), (name, words)
+            continue
+        shared += 1
+        for rank in ranks:
+            for key, expected in alone[name].items():
+                # Norms of transformers round to float32, and turn a last bit into 1e-8.
+                assert relative(rank[name][key], expected) < 1e-6, (name, key)
+    assert shared > 30
 
 
 @pytest.mark.slow

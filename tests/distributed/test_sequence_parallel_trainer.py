@@ -48,6 +48,18 @@ def test_weights_logs_and_evaluation_are_those_of_one_process(facts, name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("way", "name"), [("fsdp", "focusft"), ("parametrised", "second order")])
+def test_beside_sharded_weights(facts, way, name):
+    """accelerate's own FSDP2 to first order, `--sharding parametrised` to the second."""
+    alone, *ranks = facts
+    for rank in ranks:
+        assert rank[way]["sharded"]
+        found, expected = rank[way]["weights"], alone[name]["weights"]
+        assert ((found - expected).norm() / expected.norm()).item() < 1e-12
+        assert rank[way]["heldout"] == pytest.approx(alone[name]["heldout"], rel=1e-6)
+
+
+@pytest.mark.slow
 def test_evaluation_may_adapt_to_each_prompt(facts):
     alone, *ranks = facts
     for rank in ranks:

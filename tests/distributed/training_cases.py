@@ -58,7 +58,6 @@ WAYS = {
     "fsdp, wrappers": fsdp(activation_checkpointing=True),
     "fsdp, sharded state": fsdp(state_dict_type="SHARDED_STATE_DICT"),
     "parametrised": {"sharding": "parametrised"},
-    "parametrised, shared sequences": {"sharding": "parametrised", "sequence_parallel": 2},
 }
 METHODS = {
     "first order": {},
@@ -102,9 +101,7 @@ def run(folder: Path, way: str, method: str, tied: bool, accumulation: int, **ch
 
 
 def pair(folder: Path, way: str, method: str, tied: bool, rank: int):
-    # Two processes that share a sequence are one to the data.
-    accumulation = 4 if "shared" in way else 2
-    return run(folder / f"{way}, {method}, {tied}", way, method, tied, accumulation)
+    return run(folder / f"{way}, {method}, {tied}", way, method, tied, 2)
 
 
 def resumed(folder: Path, way: str, rank: int):
@@ -149,8 +146,7 @@ def cases(folder: Path) -> dict:
         for method in METHODS
         for tied in (True, False)
     }
-    resuming = [way for way in WAYS if "shared" not in way]
-    return found | {f"{way}, resumed": partial(resumed, folder, way) for way in resuming}
+    return found | {f"{way}, resumed": partial(resumed, folder, way) for way in WAYS}
 
 
 def references(folder: Path) -> dict:

@@ -11,7 +11,7 @@ from metafocus.attention.kernels.complete import unfused
 from metafocus.attention.kernels.flash import Flash, prepare
 from metafocus.attention.kernels.kernel import QKV, Attended, Kernel, Scaling
 from metafocus.attention.kernels.tiled import Tiled
-from metafocus.attention.kernels.triton.kernel import Triton
+from metafocus.attention.kernels.triton.launch import Triton
 from metafocus.calls import note
 from metafocus.masks.spans import Spans
 

@@ -10,13 +10,16 @@ from torch import Tensor
 
 from metafocus.attention.kernels.kernel import QKV, Kernel, Scaling, TwiceKernel
 from metafocus.attention.kernels.tiled import Tiled
-from metafocus.attention.kernels.triton.kernel import Triton, unserved
+from metafocus.attention.kernels.triton.launch import Triton, unserved
 from metafocus.masks.spans import Spans
 from metafocus.precision import tf32_products
 from metafocus.torch_internals import pytree
 
 BOUND = 8
 """Roundings of the type by which a right kernel may be off, where a wrong one is off by a whole."""
+
+FULL = 64
+"""The largest head in full float32, beyond which registers spill by tens of kilobytes."""
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -70,10 +73,10 @@ def unchecked(inputs: QKV, scaling: Scaling) -> str | None:
         return f"the tensors are on {q.device.type}"
     if q.dtype not in TYPES:
         return f"the inputs are {q.dtype}, and tensor cores take float32 and half precision"
-    sizes = q.shape[-1], v.shape[-1]
-    return unserved(inputs) or fault(
-        q.device, q.dtype, sizes, scaling.softcap is not None, tf32_products()
-    )
+    sizes, tf32 = (q.shape[-1], v.shape[-1]), tf32_products()
+    if q.dtype == torch.float32 and not tf32 and max(sizes) > FULL:
+        return f"a head of float32 has size {max(sizes)}, and beyond {FULL} only TF32 is fast"
+    return unserved(inputs) or fault(q.device, q.dtype, sizes, scaling.softcap is not None, tf32)
 
 
 @functools.cache
@@ -93,9 +96,8 @@ def fault(
         capped: Whether logits have a soft cap.
         tf32: Whether float32 products are in TF32, which the kernels are compiled for.
     """
-    reason = _fault(
-        Triton(), device, dtype, sizes, Scaling(sizes[0] ** -0.5, 2.0 if capped else None)
-    )
+    scaling = Scaling(sizes[0] ** -0.5, 2.0 if capped else None)
+    reason = fault_of(Triton(), device, dtype, sizes, scaling)
     kind = f"Triton's attention for {dtype}, heads of {sizes} on {device}"
     if reason is None:
         log.info("%s equals tiles on a small example and is used.", kind)
@@ -104,13 +106,22 @@ def fault(
     return reason
 
 
-def _fault(
+def fault_of(
     kernel: TwiceKernel,
     device: torch.device,
     dtype: torch.dtype,
     sizes: tuple[int, int],
     scaling: Scaling,
 ) -> str | None:
+    """Return what is wrong with a kernel on a device, or None; looked at anew at each call.
+
+    Args:
+        kernel: The kernel, which is compared with tiles in float64.
+        device: The device of the tensors.
+        dtype: The type of the tensors.
+        sizes: The sizes of a head of keys and of values.
+        scaling: The scale and the soft cap of the logits.
+    """
     # Several blocks of any width, the last one not full.
     length = 150
     stop = torch.arange(1, length + 1)
@@ -128,9 +139,11 @@ def _fault(
     width, values = sizes
     inputs, tangents = (QKV(some(4, width), some(2, width), some(2, values)) for _ in range(2))
     args = inputs, tangents, some(4, values), some(4)
-    expected = _everything(Tiled(), spans, scaling, *pytree.tree_map(torch.Tensor.double, args))
+    expected = every_derivative(
+        Tiled(), spans, scaling, *pytree.tree_map(torch.Tensor.double, args)
+    )
     try:
-        got = _everything(kernel, spans, scaling, *args)
+        got = every_derivative(kernel, spans, scaling, *args)
     except Exception as error:  # A compiler fails in many ways, and tiles serve in each of them.
         return f"it failed on a small example: {type(error).__name__}: {error}"
     rounding = torch.finfo(torch.float16 if dtype == torch.float32 and tf32_products() else dtype)
@@ -140,10 +153,26 @@ def _fault(
     return None
 
 
-def _everything(
-    kernel: TwiceKernel, spans: Spans, scaling: Scaling, inputs: QKV, tangents: QKV, do: Tensor,
+def every_derivative(
+    kernel: TwiceKernel,
+    spans: Spans,
+    scaling: Scaling,
+    inputs: QKV,
+    tangents: QKV,
+    do: Tensor,
     dl: Tensor,
-) -> list[Tensor]:  # fmt: skip
+) -> list[Tensor]:
+    """Return all that a kernel computes, what is to be compared with another one's.
+
+    Args:
+        kernel: The kernel.
+        spans: The keys of each query.
+        scaling: The scale and the soft cap of the logits.
+        inputs: Queries, keys and values.
+        tangents: Their tangents.
+        do: Cotangent of the output.
+        dl: Cotangent of the logsumexp.
+    """
     found = kernel.forward(inputs, spans, scaling)
     known = inputs, found, spans, scaling
     return [

@@ -10,6 +10,7 @@ before them make three calls.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import NamedTuple
@@ -81,6 +82,14 @@ def varlen_calls(
             yield VarlenCall(_tokens(queries, device), _tokens(keys, device), lengths)
 
 
+@functools.lru_cache(maxsize=8)
+def laid_out(
+    runs: tuple[QueryRun, ...], batch: int, length: int, device: torch.device, repeated: int
+) -> tuple[VarlenCall, ...]:
+    """Return `varlen_calls` of the same arguments, kept for the layers and passes of a step."""
+    return tuple(varlen_calls(runs, batch, length, device, repeated))
+
+
 def _portions(runs: Iterable[QueryRun], most: int) -> Iterator[list[QueryRun]]:
     """Yield consecutive runs that together have at most `most` keys."""
     some: list[QueryRun] = []
@@ -114,7 +123,7 @@ def _tokens(ranges: Sequence[tuple[int, int]], device: torch.device) -> slice | 
 
 def forward(
     inputs: QKV,
-    runs: Iterable[QueryRun],
+    runs: tuple[QueryRun, ...],
     scaling: Scaling,
     varlen: Varlen,
     repeated: int = REPEATED,
@@ -132,7 +141,7 @@ def forward(
     q, k, v = map(_flat, inputs)
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     lse = torch.zeros(q.shape[:2], dtype=wide_type(q.dtype), device=q.device)
-    for queries, keys, lengths in varlen_calls(runs, batch, length, q.device, repeated):
+    for queries, keys, lengths in laid_out(runs, batch, length, q.device, repeated):
         taken = QKV(_take(q, queries), _take(k, keys), _take(v, keys))
         o, total = varlen.forward(taken, lengths, scaling)
         out[queries] = o
@@ -144,7 +153,7 @@ def backward(
     do: Tensor,
     inputs: QKV,
     found: Attended,
-    runs: Iterable[QueryRun],
+    runs: tuple[QueryRun, ...],
     scaling: Scaling,
     varlen: Varlen,
     repeated: int = REPEATED,
@@ -165,7 +174,7 @@ def backward(
     lse = rearrange(found.lse, "b h s -> (b s) h")
     dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
     dk, dv = (torch.zeros(x.shape, dtype=wide_type(x.dtype), device=x.device) for x in (k, v))
-    for queries, keys, lengths in varlen_calls(runs, batch, length, q.device, repeated):
+    for queries, keys, lengths in laid_out(runs, batch, length, q.device, repeated):
         taken = QKV(_take(q, queries), _take(k, keys), _take(v, keys))
         rows = Attended(_take(o, queries), _take(lse, queries).mT.contiguous())
         gq, gk, gv = varlen.backward(_take(do, queries), taken, rows, lengths, scaling)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import deque
 from collections.abc import Iterable
 from typing import NamedTuple, overload
 
@@ -10,7 +11,27 @@ import torch
 from torch import Tensor
 
 from metafocus.errors import ProblemError
-from metafocus.masks.spans import Spans
+from metafocus.masks.spans import Spans, windowed
+from metafocus.torch_internals import (
+    is_batched,
+    outside_transforms,
+    plain,
+    tracing,
+    version,
+)
+
+
+class _Read(NamedTuple):
+    """Spans, the state that their memory was in when they were read, and what it held."""
+
+    spans: Spans
+    versions: tuple[int | None, ...]
+    content: bytes
+    window: int | None
+
+
+_READ: deque[_Read] = deque(maxlen=8)
+"""What `remember` has read. It keeps the spans alive, so that their memory is not used anew."""
 
 
 class QueryRun(NamedTuple):
@@ -70,9 +91,10 @@ def find_query_runs(spans: Spans, limit: int) -> tuple[QueryRun, ...] | None: ..
 def find_query_runs(spans: Spans, limit: int | None = None) -> tuple[QueryRun, ...] | None:
     """Return the fewest runs that cover all queries which see a key, or None if over `limit`.
 
-    One copy of the spans to the host, `O(B S)` vectorised work there, and a loop over runs; the
-    answers to the last few questions are kept. Spans without structure need about one run per
-    query, which no fused kernel serves well: that is what `limit` is for.
+    One copy of the spans to the host, unless `remember` has made it; `O(B S)` vectorised work
+    there, and a loop over runs; the answers to the last few questions are kept. Spans without
+    structure need about one run per query, which no fused kernel serves well: that is what `limit`
+    is for.
 
     Args:
         spans: The intervals, `[B, S]`.
@@ -91,10 +113,82 @@ def find_query_runs(spans: Spans, limit: int | None = None) -> tuple[QueryRun, .
         0 0 2 0 2 -1 -1
         0 2 4 0 4 -1 0
     """
-    both = torch.stack(tuple(spans)).long().cpu()
-    if not both.numel():
+    if not spans.start.numel():
         return ()
-    return _found(both.numpy().tobytes(), both.shape[-1], limit)
+    known = _known(spans)
+    content = _content([spans])[0] if known is None else known.content
+    return _found(content, spans.start.shape[-1], limit)
+
+
+def remember(*several: tuple[int | None, Spans]) -> None:
+    """Read spans once, for all layers and passes that attend by them; one copy to the host.
+
+    `find_query_runs` then knows them by their memory as long as they are among the last few, and
+    reads them again if they were written to.
+
+    Args:
+        several: Spans of one shape that no `vmap` maps over, each with the sliding window that has
+            narrowed it; None: no window. Nothing may write to them behind the back of autograd.
+
+    Example:
+        >>> causal = Spans(torch.zeros(1, 3).long(), torch.tensor([[1, 2, 3]]))
+        >>> remember((None, causal))
+        >>> len(find_query_runs(causal))
+        1
+    """
+    windows, found = [w for w, _ in several], [Spans(*map(plain, spans)) for _, spans in several]
+    with outside_transforms():
+        contents = _content(found)
+    for window, spans, content in zip(windows, found, contents, strict=True):
+        # Whether inference tensors were written to cannot be seen.
+        if None not in versions(spans):
+            _READ.append(_Read(spans, versions(spans), content, window))
+
+
+def narrowed(spans: Spans, window: int) -> Spans:
+    """Return `windowed(spans, window)`: the spans themselves, if they are known to be narrow.
+
+    Example:
+        >>> causal = Spans(torch.zeros(1, 3).long(), torch.tensor([[1, 2, 3]]))
+        >>> narrowed(causal, 2).start.tolist()
+        [[0, 0, 1]]
+    """
+    known = _known(spans)
+    return spans if known is not None and known.window == window else windowed(spans, window)
+
+
+def _known(spans: Spans) -> _Read | None:
+    if tracing() or any(map(is_batched, spans)):
+        return None
+    spans = Spans(*map(plain, spans))
+    found = (read for read in reversed(_READ) if same(spans, read.spans, read.versions))
+    return next(found, None)
+
+
+def same(one: Spans, other: Spans, written: tuple[int | None, ...]) -> bool:
+    """Return whether both are the same numbers in the same memory, not written to since.
+
+    Args:
+        one: Spans.
+        other: Spans that are kept alive.
+        written: The versions of `other` at an earlier time.
+    """
+    alike = all(
+        (x.data_ptr(), x.shape, x.stride(), x.dtype) == (y.data_ptr(), y.shape, y.stride(), y.dtype)
+        for x, y in zip(one, other, strict=True)
+    )
+    return alike and versions(one) == written
+
+
+def versions(spans: Spans) -> tuple[int | None, ...]:
+    """Return numbers that grow when spans are written to."""
+    return tuple(version(x) for x in spans)
+
+
+def _content(several: Iterable[Spans]) -> list[bytes]:
+    """Return the numbers of spans, by one copy to the host."""
+    parts = torch.stack([torch.stack(tuple(spans)).long() for spans in several]).cpu()
+    return [part.numpy().tobytes() for part in parts]
 
 
 # Every layer of a model, and every inner step, asks about the same intervals.

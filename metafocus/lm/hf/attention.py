@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from metafocus.attention.hugging_face import IMPLEMENTATIONS, register
+from metafocus.attention.kernels.query_runs import remember
 from metafocus.calls import changed
 from metafocus.errors import ProblemError
 from metafocus.masks.spans import Spans, windowed
+from metafocus.torch_internals import transforming
 
 _MASKED = {"full_attention", "sliding_attention"}
 
@@ -134,6 +137,31 @@ def attention_mask(model: nn.Module, spans: Spans) -> Tensor | dict[str, Tensor]
     if not kinds:
         return narrow
     return {"full_attention": _mask(model, spans), "sliding_attention": narrow}
+
+
+def read_spans(model: nn.Module, *masks: Tensor | dict[str, Tensor] | None) -> None:
+    """Read the spans of masks on the host, all at once: every layer and every pass knows them then.
+
+    Args:
+        model: A Hugging Face model.
+        masks: Masks that `attention_mask` returned, or of this kind; those without spans are left.
+    """
+    config = model.config.get_text_config()  # pyright: ignore
+    window = getattr(config, "sliding_window", None)
+    found = []
+    for mask in masks:
+        for kind, one in mask.items() if isinstance(mask, dict) else [("", mask)]:
+            if one is None or not is_stacked(one) or one.is_meta:
+                continue
+            found.append((None if kind == "full_attention" else window, Spans.unstack(one)))
+    # Inside transforms tensors hide their numbers; kernels read them there.
+    if found and not transforming():
+        remember(*found)
+
+
+def is_stacked(mask: Tensor) -> bool:
+    """Return whether a mask is spans as `Spans.stack` makes them."""
+    return mask.ndim == 4 and mask.shape[-1] == 2 and mask.dtype == torch.long
 
 
 def _mask(model: nn.Module, spans: Spans) -> Tensor:

@@ -19,10 +19,11 @@ from metafocus.adapters import slots
 from metafocus.autodiff.recompute import recompute
 from metafocus.calls import changed, holding, using
 from metafocus.lm.hf.attention import attention_as
+from metafocus.lm.hf.restricted import active, restricted
 
 
 @contextlib.contextmanager
-def exact_checkpointing(model: nn.Module) -> Iterator[None]:
+def exact_checkpointing(model: nn.Module, enabled: bool = True) -> Iterator[None]:
     """Route `gradient_checkpointing_enable()` of a model through `recompute` inside the block.
 
     The hook that makes embeddings require grad is lifted meanwhile: functorch refuses it, and
@@ -31,6 +32,7 @@ def exact_checkpointing(model: nn.Module) -> Iterator[None]:
 
     Args:
         model: a Hugging Face model, with or without checkpointing enabled.
+        enabled: False: nothing is checkpointed inside the block.
     """
     layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
     ours = partial(checkpoint_layer, model)
@@ -38,6 +40,8 @@ def exact_checkpointing(model: nn.Module) -> Iterator[None]:
     # torch's wrappers around layers, as accelerate's fsdp_config.activation_checkpointing makes.
     wrapped = partial(_checkpoint_wrapped, model)
     places += [(m, "checkpoint_fn", wrapped) for m in model.modules() if _is_wrapper(m)]
+    if not enabled:
+        places = [(layer, "gradient_checkpointing", False) for layer in layers]
     for hook in getattr(model, "_require_grads_hooks", None) or []:
         table = hook.hooks_dict_ref()
         if table is not None and hook.id in table:
@@ -45,6 +49,11 @@ def exact_checkpointing(model: nn.Module) -> Iterator[None]:
             places.append((table, hook.id, _nothing))
     with changed(*places):
         yield
+
+
+def is_checkpointing(model: nn.Module) -> bool:
+    """Return whether layers of a model checkpoint their activations."""
+    return any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
 
 
 def _is_wrapper(module: nn.Module) -> bool:
@@ -90,12 +99,14 @@ def _recomputed(model: nn.Module, layer: nn.Module, forward: Any, args: Any, kwa
     implementation = config._attn_implementation
     # A layer inside a wrapper may be asked to checkpoint as well: once is enough.
     own = [(layer, "gradient_checkpointing", False)] * hasattr(layer, "gradient_checkpointing")
+    rows = active()
 
     def run(parameters: dict[str, Tensor], fast: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
         with (
             using(model),
             changed(*own),
             attention_as(config, implementation),
+            restricted(rows),
             holding(layer, parameters),
             slots.rebind(layer, fast, functions),
         ):

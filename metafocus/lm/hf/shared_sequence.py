@@ -15,10 +15,11 @@ from metafocus.lm.hf.attention import own_mask, takes_spans
 from metafocus.lm.hf.inputs import model_inputs
 from metafocus.lm.hf.side_runs import side_run
 from metafocus.masks.spans import Spans
+from metafocus.parallel.fsdp2 import averages_over_groups
 from metafocus.parallel.sequence import share, size_of
-from metafocus.sharding import HOOKED, sharding_of
+from metafocus.sharding import Sharding, sharding_of
 
-_CHECKED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_CHECKED: weakref.WeakKeyDictionary[nn.Module, dist.ProcessGroup] = weakref.WeakKeyDictionary()
 
 
 def check_shared_sequence(model: nn.Module, group: dist.ProcessGroup) -> None:
@@ -33,7 +34,7 @@ def check_shared_sequence(model: nn.Module, group: dist.ProcessGroup) -> None:
     Raises:
         ProblemError: if the model takes no spans, or mixes tokens outside of its attention.
     """
-    if model in _CHECKED:
+    if _CHECKED.get(model) is group:
         return
     name = type(model).__name__
     if own_mask(model) is not None or not takes_spans(model):
@@ -42,12 +43,7 @@ def check_shared_sequence(model: nn.Module, group: dist.ProcessGroup) -> None:
             "and without attention dropout"
         )
         raise ProblemError(f"{name} cannot share sequences among ranks: {why}.")
-    if sharding_of(model) & HOOKED:
-        raise ProblemError(
-            f"{name} is sharded, and its shards are reduced as if each rank had data of its own: "
-            "with shared sequences the gradient would have another length. Use DDP, no wrapper, or "
-            "metafocus.trainer.distributed.parametrise(model, mesh) (--sharding parametrised)."
-        )
+    _check_sharding(model, name, group)
     with side_run(model), evaluating(model):
         whole = _final_hidden(model, None, size_of(group))
         reason = None
@@ -69,7 +65,30 @@ def check_shared_sequence(model: nn.Module, group: dist.ProcessGroup) -> None:
             f"{name} cannot share sequences among ranks: {reason}. Models whose tokens meet in "
             "attention alone, with position_ids, can: Qwen, Llama, Mistral, Gemma."
         )
-    _CHECKED.add(model)
+    _CHECKED[model] = group
+
+
+def _check_sharding(model: nn.Module, name: str, group: dist.ProcessGroup) -> None:
+    """Raise for shards whose gradients are reduced as if every rank had data of its own."""
+    found = sharding_of(model)
+    if found & (Sharding.TP | Sharding.DTENSOR):
+        raise ProblemError(
+            f"{name} has DTensor weights (tp_plan, or sharded by hand), which are not reduced over "
+            "ranks that share a sequence. Use DDP, fully_shard, or "
+            "metafocus.trainer.distributed.parametrise(model, mesh, sequence_group=group)."
+        )
+    if Sharding.FSDP2 in found and not averages_over_groups(model, group):
+        raise ProblemError(
+            f"fully_shard has sharded {name}, and FSDP2 averages gradients over all ranks: those "
+            "that share a sequence must add them. Call mf.parallel.average_over_groups(model, "
+            "group) once, after fully_shard."
+        )
+    groups = [m.sequence_group for m in model.modules() if hasattr(m, "sequence_group")]
+    if Sharding.PARAMETRISED in found and any(other is not group for other in groups):
+        raise ProblemError(
+            f"the weights of {name} were parametrised without this sequence_group: call "
+            "metafocus.trainer.distributed.parametrise(model, mesh, sequence_group=group)."
+        )
 
 
 def _final_hidden(model: nn.Module, group: dist.ProcessGroup | None, ranks: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metafocus.attention.kernels.kernel import QKV, Attended, Scaling
-from metafocus.attention.kernels.triton.layout import Layout, layout
+from metafocus.attention.kernels.triton.span_blocks import Blocks, blocks_of
 from metafocus.errors import ProblemError
 from metafocus.masks.spans import Spans
 from metafocus.precision import tf32_products, wide, wide_type
@@ -23,19 +23,20 @@ LARGEST = 256
 class Triton:
     """Attention with the gradient, second derivative and forward mode in Triton; see `TwiceKernel`.
 
-    Products of bfloat16 inputs are of bfloat16, those of float16 inputs in TF32, and those of
-    float32 as `torch.backends.cuda.matmul.fp32_precision` says. All sums are in float32, or in
+    Products of bfloat16 inputs are of bfloat16 and those of float16 inputs in TF32. Those of
+    float32 are in TF32 where `torch.backends.cuda.matmul.fp32_precision` says so, else each is made
+    of three in TF32, which is exact to some roundings of float32. All sums are in float32, or in
     float64 for float64 inputs.
 
     Attributes:
         side: Queries, and keys, of a block; a power of two, at least 16. None: by the size of a
             head and the type.
-        warps: Warps of a program.
+        warps: Warps of a program. None: by the size of a head.
         stages: Blocks that are loaded ahead.
     """
 
     side: int | None = None
-    warps: int = 4
+    warps: int | None = None
     stages: int = 2
 
     def forward(self, inputs: QKV, spans: Spans, scaling: Scaling) -> Attended:
@@ -49,7 +50,7 @@ class Triton:
             raise ProblemError(
                 f'backend="triton" cannot serve this call: {reason}. Use backend="auto" or "tiled".'
             )
-        from metafocus.attention.kernels.triton import first_order
+        from metafocus.attention.kernels.triton import gradient
 
         length = spans.start.shape[-1]
         beyond = (spans.start < spans.stop) & ((spans.start < 0) | (spans.stop > length))
@@ -61,7 +62,7 @@ class Triton:
             )
         at = _Launch.of(self, inputs, spans, scaling)
         out, lse = at.like(inputs.q, inputs.v.shape[-1]), at.sums()
-        at.by_queries(first_order.attend, *at.inputs, *at.spans_by_keys, out, lse)
+        at.by_queries(gradient.attend, *at.inputs, *at.spans_by_keys, out, lse)
         return Attended(out, lse)
 
     def backward(
@@ -74,27 +75,27 @@ class Triton:
         dl: Tensor | None = None,
     ) -> QKV:
         """Return the gradients of `<do, output> + <dl, lse>`; see `TwiceKernel`."""
-        from metafocus.attention.kernels.triton import first_order
+        from metafocus.attention.kernels.triton import gradient
 
         at = _Launch.of(self, inputs, spans, scaling)
         known = (*at.inputs, do.contiguous(), found.lse.contiguous(), offset(do, found.o, dl))
         dq, dk, dv = (torch.empty_like(x) for x in at.inputs)
-        at.by_queries(first_order.query_gradient, *known, *at.spans_by_keys, dq)
-        at.by_keys(first_order.key_gradient, *known, *at.spans_by_queries, dk, dv)
+        at.by_queries(gradient.query_gradient, *known, *at.spans_by_keys, dq)
+        at.by_keys(gradient.key_gradient, *known, *at.spans_by_queries, dk, dv)
         return QKV(dq, dk, dv)
 
     def forward_mode(
         self, inputs: QKV, lse: Tensor, tangents: QKV, spans: Spans, scaling: Scaling
     ) -> Attended:
         """Return the tangents of the output and of the logsumexp; see `TwiceKernel`."""
-        from metafocus.attention.kernels.triton import second_order
+        from metafocus.attention.kernels.triton import double_backward
 
         at = _Launch.of(self, inputs, spans, scaling)
         along = (x.contiguous() for x in tangents)
         known = (*at.inputs, *along, None, lse.contiguous(), None)
         out, mu = at.like(inputs.q, inputs.v.shape[-1]), at.sums()
-        at.by_queries(second_order.row_sums, *known, *at.spans_by_keys, mu, None)
-        at.by_queries(second_order.query_second, *known, mu, None, *at.spans_by_keys, out, None)
+        at.by_queries(double_backward.row_sums, *known, *at.spans_by_keys, mu, None)
+        at.by_queries(double_backward.query_second, *known, mu, None, *at.spans_by_keys, out, None)
         return Attended(out, mu)
 
     def double_backward(
@@ -108,7 +109,7 @@ class Triton:
         scaling: Scaling,
     ) -> tuple[Tensor, ...]:
         """Return the gradients of `<(dq, dk, dv), tangents>`; see `TwiceKernel`."""
-        from metafocus.attention.kernels.triton import second_order
+        from metafocus.attention.kernels.triton import double_backward
 
         at = _Launch.of(self, inputs, spans, scaling)
         along = (x.contiguous() for x in tangents)
@@ -116,9 +117,9 @@ class Triton:
         known = (*at.inputs, *along, *rows)
         ot, mu, c = at.like(do, do.shape[-1]), at.sums(), at.sums()
         rq, rk, rv = (torch.empty_like(x) for x in at.inputs)
-        at.by_queries(second_order.row_sums, *known, *at.spans_by_keys, mu, c)
-        at.by_queries(second_order.query_second, *known, mu, c, *at.spans_by_keys, ot, rq)
-        at.by_keys(second_order.key_second, *known, mu, c, *at.spans_by_queries, rk, rv)
+        at.by_queries(double_backward.row_sums, *known, *at.spans_by_keys, mu, c)
+        at.by_queries(double_backward.query_second, *known, mu, c, *at.spans_by_keys, ot, rq)
+        at.by_keys(double_backward.key_second, *known, mu, c, *at.spans_by_queries, rk, rv)
         return ot, mu, rq, rk, rv
 
 
@@ -148,20 +149,63 @@ def unserved(inputs: QKV) -> str | None:
 def offset(do: Tensor, o: Tensor, dl: Tensor | None) -> Tensor:
     """Return `E = rowsum(do o) - dl`, dense."""
     e = (wide(do) * wide(o)).sum(-1)
-    return e.contiguous() if dl is None else e - dl
+    return (e if dl is None else e - dl).contiguous()
 
 
 def side_of(dtype: torch.dtype, width: int) -> int:
-    """Return the width of a block for heads of `width`: what fits into shared memory.
+    """Return the width of a block, such that registers and shared memory hold what a program needs.
 
-    The second derivative keeps q, tq, do and four blocks of keys of whole rows. A guess: on no
-    device has another width been tried; `benchmarks/attention_hvp.py --sides` does.
+    By what the compiler reports for compute capability 9.0; no width has been timed, which
+    `benchmarks/attention_hvp.py --sides 32,64,128` does.
 
     Args:
         dtype: Type of the inputs.
         width: The larger of the sizes of a head of keys and of values.
     """
-    return 64 if width * dtype.itemsize <= 128 * torch.bfloat16.itemsize else 32
+    if dtype == torch.bfloat16:
+        return 64 if width <= 128 else 32
+    return 64 if width <= 64 and (dtype == torch.float16 or tf32_products()) else 32
+
+
+def constants_of(kernel: Triton, inputs: QKV, scaling: Scaling) -> dict[str, Any]:
+    """Return what every kernel is compiled for; `tile.py` says what the names mean.
+
+    Args:
+        kernel: Sizes that were chosen by hand.
+        inputs: Queries, keys and values.
+        scaling: The scale and the soft cap of the logits.
+    """
+    import triton  # pyright: ignore[reportMissingImports]
+    import triton.language as tl  # pyright: ignore[reportMissingImports]
+
+    q, k, v = inputs
+    width, values = q.shape[-1], v.shape[-1]
+    low = {
+        torch.float64: tl.float64,
+        torch.float32: tl.float32,
+        # Weights of float16 would overflow: TF32 has as many digits and the range of float32.
+        torch.float16: tl.float32,
+        torch.bfloat16: tl.bfloat16,
+    }[q.dtype]
+    # The interpreter multiplies the bits of bfloat16 as integers.
+    interpreted = triton.knobs.runtime.interpret and low == tl.bfloat16
+    return {
+        "G": q.shape[1] // k.shape[1],
+        "D": width,
+        "DV": values,
+        "BD": max(16, triton.next_power_of_2(width)),
+        "BDV": max(16, triton.next_power_of_2(values)),
+        "SIDE": kernel.side or side_of(q.dtype, max(width, values)),
+        "SCALE": scaling.scale,
+        "CAP": scaling.softcap,
+        "SUM": tl.float64 if q.dtype == torch.float64 else tl.float32,
+        "LOW": low,
+        "PRODUCT": tl.float32 if interpreted else low,
+        # Without tensor cores ("ieee"), registers would spill by tens of kilobytes.
+        "PRECISION": "tf32" if q.dtype == torch.float16 or tf32_products() else "tf32x3",
+        "num_warps": kernel.warps or (4 if max(width, values) <= 64 else 8),
+        "num_stages": kernel.stages,
+    }
 
 
 @dataclass(frozen=True)
@@ -169,46 +213,15 @@ class _Launch:
     """Dense inputs, spans in blocks, and the constants that every kernel is compiled for."""
 
     inputs: QKV
-    blocks: Layout
+    blocks: Blocks
     batch: int
     constants: dict[str, Any]
 
     @classmethod
     def of(cls, kernel: Triton, inputs: QKV, spans: Spans, scaling: Scaling) -> _Launch:
-        import triton  # pyright: ignore[reportMissingImports]
-        import triton.language as tl  # pyright: ignore[reportMissingImports]
-
-        q, k, v = (x.contiguous() for x in inputs)
-        width, values = q.shape[-1], v.shape[-1]
-        side = kernel.side or side_of(q.dtype, max(width, values))
-        types = {
-            torch.float64: tl.float64,
-            torch.float32: tl.float32,
-            # Weights of float16 would overflow: TF32 has as many digits and the range of float32.
-            torch.float16: tl.float32,
-            torch.bfloat16: tl.bfloat16,
-        }
-        low = types[q.dtype]
-        tf32 = q.dtype == torch.float16 or tf32_products()
-        # The interpreter multiplies the bits of bfloat16 as integers.
-        interpreted = triton.knobs.runtime.interpret and low == tl.bfloat16
-        constants = {
-            "G": q.shape[1] // k.shape[1],
-            "D": width,
-            "DV": values,
-            "BD": max(16, triton.next_power_of_2(width)),
-            "BDV": max(16, triton.next_power_of_2(values)),
-            "SIDE": side,
-            "SCALE": scaling.scale,
-            "CAP": scaling.softcap,
-            "SUM": tl.float64 if q.dtype == torch.float64 else tl.float32,
-            "LOW": low,
-            "PRODUCT": tl.float32 if interpreted else low,
-            "PRECISION": "tf32" if tf32 else "ieee",
-            "num_warps": kernel.warps,
-            "num_stages": kernel.stages,
-        }
-        return cls(QKV(q, k, v), layout(spans, side), q.shape[0], constants)
+        constants = constants_of(kernel, inputs, scaling)
+        dense = QKV(*(x.contiguous() for x in inputs))
+        return cls(dense, blocks_of(spans, constants["SIDE"]), inputs.q.shape[0], constants)
 
     @property
     def spans_by_keys(self) -> tuple[Tensor, ...]:

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from metafocus.masks.spans import Spans
 
 
-class Layout(NamedTuple):
+class Blocks(NamedTuple):
     """Which blocks a program walks over, in blocks of `side` queries or keys; all int32.
 
     Attributes:
@@ -31,7 +31,7 @@ class Layout(NamedTuple):
     high_query: Tensor
 
 
-def layout(spans: Spans, side: int) -> Layout:
+def blocks_of(spans: Spans, side: int) -> Blocks:
     """Lay spans out in blocks.
 
     Args:
@@ -40,24 +40,24 @@ def layout(spans: Spans, side: int) -> Layout:
 
     Example:
         >>> spans = Spans(torch.zeros(1, 4).long(), torch.tensor([[1, 2, 3, 4]]))
-        >>> found = layout(spans, 2)
+        >>> found = blocks_of(spans, 2)
         >>> found.high_key.tolist(), found.low_query.tolist()
         ([[2, 4]], [[0, 2]])
     """
     start, stop = spans
     length = start.shape[-1]
-    blocks = -(-length // side)
+    count = -(-length // side)
     some = start < stop
 
     def by_block(x: Tensor, filler: int) -> Tensor:
         # A query without keys widens nothing.
         x = torch.where(some, x, filler)
-        return pad(x, (0, blocks * side - length), value=filler).unflatten(-1, (blocks, side))
+        return pad(x, (0, count * side - length), value=filler).unflatten(-1, (count, side))
 
     low = by_block(start, length).amin(-1) // side * side
     high = by_block(stop, 0).amax(-1)
-    first = torch.arange(0, blocks * side, side, device=start.device)
+    first = torch.arange(0, count * side, side, device=start.device)
     meet = (low[:, :, None] < first + side) & (high[:, :, None] > first)
-    low_query = torch.where(meet, first[:, None], blocks * side).amin(1)
+    low_query = torch.where(meet, first[:, None], count * side).amin(1)
     high_query = torch.where(meet, first[:, None] + side, 0).amax(1)
-    return Layout(*(x.int().contiguous() for x in (start, stop, low, high, low_query, high_query)))
+    return Blocks(*(x.int().contiguous() for x in (start, stop, low, high, low_query, high_query)))

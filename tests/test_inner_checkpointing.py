@@ -1,0 +1,74 @@
+"""Whether the inner loop of FocuSFT keeps its activations: same numbers, by the free memory."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from models import NAMES, build_exact, chat_batch, grads, relative
+
+import metafocus as mf
+from metafocus.errors import ProblemError
+from metafocus.lm.hf import checkpointing, inner_memory
+
+
+def step(monkeypatch, batch, **options):
+    """The gradient, and how many layers were checkpointed."""
+    model = build_exact(checkpointing=True)
+    seen, checkpoint = [], checkpointing.checkpoint_layer
+    monkeypatch.setattr(
+        checkpointing, "checkpoint_layer", lambda *args: seen.append(1) or checkpoint(*args)
+    )
+    adapter = mf.LoRA(mf.top_layers(0.5, NAMES), 4)
+    meta = mf.recipes.focusft(model, adapter=adapter, **options)
+    meta({}, mf.Episode(batch, batch))  # The first call runs more, to check the parts.
+    seen.clear()
+    meta({}, mf.Episode(batch, batch))[0].backward()
+    monkeypatch.undo()
+    return grads(model), len(seen)
+
+
+@pytest.mark.parametrize(
+    ("options", "layers"),
+    [
+        # Two layers below the cut and two above it; these also in each of two inner steps.
+        ({"inner_checkpointing": True}, 8),
+        ({"inner_checkpointing": False}, 4),
+        ({}, 4),
+        ({"estimator": mf.Unrolled()}, 8),
+    ],
+)
+def test_the_gradient_is_the_same(monkeypatch, options, layers):
+    batch = chat_batch()
+    found, number = step(monkeypatch, batch, **options)
+    assert number == layers
+    if "estimator" not in options:
+        expected, _ = step(monkeypatch, batch, inner_checkpointing=True)
+        assert relative(found, expected) < 1e-13
+
+
+def test_activations_that_do_not_fit_are_recomputed(monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "metafocus.checkpointing")
+    monkeypatch.setattr(inner_memory, "free_bytes", lambda device: 10**6)
+    model, fits = build_exact(checkpointing=True), inner_memory.Fitting()
+
+    def batch(tokens):
+        return {"model_inputs": {"input_ids": torch.zeros(1, tokens)}}
+
+    # Hidden 32, MLP 48, float64: 8 * (4 * 48 + 10 * 32 + 6 * 32) bytes a token in each of 4 layers.
+    assert inner_memory.kept_per_token(model) == 5632
+    assert not fits(model, batch(22)) and fits(model, batch(23))
+    assert ["without checkpointing" in text for text in caplog.messages] == [True, False]
+
+
+def test_memory_of_devices():
+    assert inner_memory.free_bytes(torch.device("cpu")) > 0
+    assert inner_memory.free_bytes(torch.device("meta")) == 0
+
+
+def test_other_words_are_refused():
+    with pytest.raises(ProblemError, match="inner_checkpointing='never' must be"):
+        mf.recipes.focusft(build_exact(), inner_checkpointing="never")(
+            {}, mf.Episode(chat_batch(), chat_batch())
+        )

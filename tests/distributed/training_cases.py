@@ -64,6 +64,7 @@ METHODS = {
     "sft": {"method": "sft"},
     "second order": {"estimator": "unrolled-recompute"},
     "bf16": {"bf16": True},
+    "prompts": {"evaluate_on": "prompt"},
 }
 
 

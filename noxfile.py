@@ -11,7 +11,7 @@ from pathlib import Path
 
 import nox
 
-PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
+PYTHONS = ["3.10", "3.11", "3.12", "3.13", "3.14"]
 TORCHES = ("oldest", "newest", "pinned")
 OLDEST = "torch==2.11.*"
 EPOCH = {"SOURCE_DATE_EPOCH": "1700000000"}
@@ -20,6 +20,7 @@ TRAIN = (
     *("--hidden_size", "64", "--num_hidden_layers", "2", "--vocab_size", "400"),
     *("--max_steps", "2", "--lora_rank", "4", "--overwrite_output_dir"),
 )
+PROFILE = ("--model_name_or_path", "trained", "--max_train_samples", "2", "--max_length", "256")
 
 nox.options.sessions = ["lint", "tests"]
 nox.options.error_on_missing_interpreters = False
@@ -33,7 +34,7 @@ def install(session: nox.Session, torch: str, extra: str) -> None:
     pins = Path(session.create_tmp()).resolve() / "pins.txt"
     kept = Path("constraints.txt").read_text().splitlines()
     if torch == "oldest":
-        kept = [OLDEST, *(line for line in kept if not line.startswith("torch"))]
+        kept = [OLDEST, *(line for line in kept if not line.startswith(("torch", "triton")))]
     pins.write_text("\n".join(kept) + "\n")
     session.install("-c", str(pins), f"-e.[{extra}]")
 
@@ -86,10 +87,15 @@ def wheel(session: nox.Session) -> None:
     session.chdir(elsewhere)  # where the sources cannot stand in for what the wheel lacks
     python, metafocus = (str(clean / "bin" / name) for name in ("python", "metafocus"))
     quiet = {"OMP_NUM_THREADS": "1"}
+    claims = str(Path(__file__).parent.resolve() / "tests" / "repro")
+    session.run(pip, "install", "-q", "pytest", "pytest-xdist", "hypothesis", external=True)
     for words in (
         (python, "-W", "error", "-c", "import metafocus"),
+        (metafocus, "reproduce", claims, "--list"),
         (metafocus, "--help"),
         (metafocus, "compare", "--quick", "--output_dir", "compare"),
         (metafocus, "train", *TRAIN, "--output_dir", "trained"),
+        (metafocus, "profile", *PROFILE, "--output_dir", "figures"),
+        (metafocus, "doctor"),
     ):
         session.run(*words, env=quiet, external=True)

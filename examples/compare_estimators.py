@@ -27,6 +27,13 @@ def outer(fast, slow, data):
     return residual(fast, data).abs().mean()
 
 
+def draw(size, outliers, generator):
+    x = torch.randn(4 * size, size, generator=generator, dtype=torch.float64)
+    noise = torch.randn(4 * size, generator=generator, dtype=torch.float64)
+    wild = torch.rand(4 * size, generator=generator) < outliers
+    return x, x.sum(1) / size**0.5 + torch.where(wild, 10 * noise, 0.1 * noise)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
@@ -35,14 +42,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     generator = torch.Generator().manual_seed(args.seed)
     size = 20 if args.quick else 200
-
-    def draw(samples, outliers):
-        x = torch.randn(samples, size, generator=generator, dtype=torch.float64)
-        noise = torch.randn(samples, generator=generator, dtype=torch.float64)
-        wild = torch.rand(samples, generator=generator) < outliers
-        return x, x.sum(1) / size**0.5 + torch.where(wild, 10 * noise, 0.1 * noise)
-
-    data = mf.Episode(draw(4 * size, 0.2), draw(4 * size, 0.0))
+    data = mf.Episode(draw(size, 0.2, generator), draw(size, 0.0, generator))
     problem = mf.Problem(inner, outer, init=lambda slow, support: {"w": torch.zeros(size).double()})
     slow = {"log_width": torch.tensor(0.0).double(), "log_l2": torch.tensor(-3.0).double()}
     # The reference is the exact gradient at the minimum; each estimator takes a hundred steps.

@@ -1,12 +1,13 @@
-"""What FocuSFT costs, on paper: `python examples/cost_model.py` prints the table of the docs.
+"""What FocuSFT costs, on paper: `python examples/cost_model.py` prints the tables of the docs.
 
-Arithmetic only, nothing is measured. Floating-point operations of one sequence, the bytes one GPU
-holds at the peak, and the time that follows from a share of the peak speed.
+Arithmetic only. Floating-point operations of one sequence, the bytes one GPU holds at the peak,
+term by term, and the time that follows from a share of the peak speed, without communication.
+`CHECKED` are rows that were measured on one H200, beside which the sums are held by a test.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 GIB = 2**30
 
@@ -47,6 +48,7 @@ class Run:
     fraction: float = 0.35
     rank: int = 32
     answers: float = 0.25
+    sharers: int = 1  # GPUs that share a sequence
     # Half of the dense bfloat16 peak of an H100 would be very good; 0.4 is usual.
     speed: float = 0.4 * 989e12
 
@@ -81,24 +83,32 @@ class Run:
         return 4 * self.forward() + 6 * self.tokens * s.hidden * s.vocab
 
     def seconds(self) -> float:
-        return self.operations(ours=True) / self.speed
+        return self.operations(ours=True) / self.speed / self.sharers
 
     def memory(self) -> dict[str, float]:
         """Bytes on one GPU: float32 weights, gradients and two moments are sharded over all."""
         s = self.shape
-        state = 16 * s.parameters / self.gpus
-        gathered = 2 * 2 * s.layer  # two layers in bfloat16: one computes, the next one arrives
-        kept = 2 * self.tokens * s.hidden * (s.layers + self.fast_layers)  # checkpointed inputs
-        working = 2 * self.tokens * (10 * s.hidden + 4 * s.mlp)  # one layer's graph
+        tokens = self.tokens / self.sharers
+        whole = self.gpus > 1  # otherwise nothing is gathered, and autocast casts alone
+        table = s.vocab * s.hidden
         sizes = 2 * (s.hidden + s.mlp) + (s.mlp + s.hidden)
-        fast = 3 * 4 * self.fast_layers * self.rank * sizes  # start, current, gradient
+        logits = min(tokens * self.answers * s.vocab, 2**26)  # a chunk of rows at a time
         return {
-            "state": state,
-            "gathered": gathered,
-            "kept": kept,
-            "working": working,
-            "fast": fast,
+            "weights, gradients, Adam": 16 * s.parameters / self.gpus,
+            # Float32 as it arrives, and its bfloat16 copy.
+            "gathered layer": (4 * whole + 2) * s.layer,
+            "gathered embedding and head": 4 * whole * 2 * table + 2 * table,
+            # Before they are averaged over the GPUs, and cut.
+            "gradients of embedding and head": 4 * whole * 2 * table,
+            "logits at answers": 2 * 4 * logits,  # they, and their gradient
+            "inputs of layers": 2 * tokens * s.hidden * (s.layers + self.fast_layers),
+            "graph of one layer": 2 * tokens * (10 * s.hidden + 4 * s.mlp),
+            "fast weights": 3 * 4 * self.fast_layers * self.rank * sizes,  # start, now, gradient
         }
+
+    def peak(self) -> float:
+        """All terms at once, which is a little more than any moment holds."""
+        return sum(self.memory().values())
 
 
 SEVEN = Shape("7B (Qwen2.5)", 28, 3584, 18944, 28, 4, 128, 152064)
@@ -113,16 +123,27 @@ RUNS = [
 ]
 
 
+# One H200, 8 layers of the 7B model, weights and gradients in bfloat16 and no optimiser:
+# `benchmarks/focusft_gpu.py`. Tokens, bytes at the peak.
+CHECKED = {4096: 12_027_665_408, 32768: 21_545_507_328}
+
+
+def as_measured(tokens: int) -> float:
+    """Return the bytes of such a row: bfloat16 throughout, so nothing is cast or gathered."""
+    run = Run(replace(SEVEN, layers=8), tokens, 1)
+    terms = run.memory()
+    names = ("logits at answers", "inputs of layers", "graph of one layer", "fast weights")
+    return 4 * run.shape.parameters + sum(terms[name] for name in names)
+
+
 def table() -> str:
-    """The table, in Markdown."""
+    """The table of operations, in Markdown."""
     lines = [
         "| model | tokens | GPUs | PFLOP a sequence: SFT | shared prefix | prefix each step | "
-        "s a sequence | GiB: weights and Adam | checkpoints | one layer | gathered | fast | sum | "
-        "dense mask |",
-        "|" + "---|" * 14,
+        "s a sequence | GiB | dense mask, GiB |",
+        "|" + "---|" * 9,
     ]
     for run in RUNS:
-        memory = run.memory()
         cells = [
             run.shape.name,
             f"{run.tokens // 1024}k",
@@ -131,16 +152,47 @@ def table() -> str:
             f"{run.operations(ours=True) / 1e15:.2f}",
             f"{run.operations(ours=False) / 1e15:.2f}",
             f"{run.seconds():.1f}",
-            *(
-                f"{memory[name] / GIB:.1f}"
-                for name in ("state", "kept", "working", "gathered", "fast")
-            ),
-            f"{sum(memory.values()) / GIB:.1f}",
+            f"{run.peak() / GIB:.1f}",
             f"{run.tokens**2 / GIB:.2f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
+GRID = [
+    Run(SEVEN, tokens, gpus, sharers=sharers)
+    for tokens in (4096, 32768, 131072)
+    for gpus in (1, 8, 64)
+    for sharers in (1, 4)
+    if sharers <= gpus
+]
+
+
+def short_names() -> dict[str, str]:
+    """The terms of `Run.memory`, by the letters that the table has for them."""
+    return dict(zip("ABCDEFGH", GRID[0].memory(), strict=True))
+
+
+def memory_table() -> str:
+    """What a GPU holds for the 7B model, term by term in GiB, in Markdown."""
+    lines = [
+        "| tokens | GPUs | share a sequence | s a sequence | "
+        + " | ".join(short_names())
+        + " | sum |",
+        "|" + "---|" * (5 + len(short_names())),
+    ]
+    for run in GRID:
+        terms = [f"{size / GIB:.1f}" for size in run.memory().values()]
+        sum_ = f"{run.peak() / GIB:.1f}"
+        first = [f"{run.tokens // 1024}k", str(run.gpus), str(run.sharers), f"{run.seconds():.1f}"]
+        lines.append("| " + " | ".join([*first, *terms, sum_]) + " |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     print(table())
+    print("\n" + "; ".join(f"{letter}: {name}" for letter, name in short_names().items()))
+    print(memory_table())
+    for tokens, measured in CHECKED.items():
+        found = as_measured(tokens)
+        print(f"{tokens} tokens, 8 layers: {found / GIB:.1f} GiB, measured {measured / GIB:.1f}")

@@ -52,13 +52,13 @@ def main(argv=None):
 
     # Before each step new LoRA weights adapt to the batch; the step is conditioned on them.
     run = mf.FocusArguments(
-        str(args.output), max_steps=60 if args.quick else 600, per_device_train_batch_size=4,
-        learning_rate=1e-5 if args.name else 3e-3, seed=args.seed, save_strategy="no",
+        str(args.output), max_steps=(6 if args.name else 60) if args.quick else 600,
+        per_device_train_batch_size=1 if args.name else 4, seed=args.seed, save_strategy="no",
+        learning_rate=1e-5 if args.name else 3e-3,
     )  # fmt: skip
     data = {"train_dataset": samples, "eval_dataset": held}
     trainer = mf.FocusTrainer(model, run, **data, processing_class=tokenizer)
-    before = trainer.evaluate()["eval_loss"]
-    trainer.train()
+    before, _ = trainer.evaluate()["eval_loss"], trainer.train()
     after = trainer.evaluate()["eval_loss"]
     print(f"held-out answer loss, as deployed: {before:.3f} before, {after:.3f} after")
 

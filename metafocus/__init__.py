@@ -16,6 +16,7 @@ from metafocus import (
     errors,
     masks,
     models,
+    parallel,
     params,
     recipes,
 )
@@ -38,6 +39,7 @@ from metafocus.autodiff import (
 )
 from metafocus.autodiff.pieces import micro_batches
 from metafocus.autodiff.recompute import recompute
+from metafocus.cells import sweep
 from metafocus.comparison import Comparison, compare
 from metafocus.comparison.smooth import Smoothness, smoothness
 from metafocus.engine import MetaLoss, adapt, bilevel, hypergrad
@@ -52,6 +54,7 @@ from metafocus.estimators import (
     Unrolled,
     adjoint,
 )
+from metafocus.explaining import Explanation, explain
 from metafocus.graph import compiled
 from metafocus.linear import CG, GMRES, Dense, Identity, Neumann, Nystrom, WarmStart
 from metafocus.lm import TokenPolicy, all_tokens, answer_tokens, context_tokens, lm_loss
@@ -88,7 +91,7 @@ from metafocus.types import (
 if TYPE_CHECKING:
     from metafocus.trainer import FocusArguments, FocusTrainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CG",
@@ -106,6 +109,7 @@ __all__ = [
     "Episode",
     "Estimator",
     "EvoGrad",
+    "Explanation",
     "FirstOrder",
     "FixedPoint",
     "FocusArguments",
@@ -155,6 +159,7 @@ __all__ = [
     "diagnostics",
     "differentiable_twice",
     "errors",
+    "explain",
     "from_slow",
     "hvp_finite",
     "hvp_forward",
@@ -166,6 +171,7 @@ __all__ = [
     "micro_batches",
     "models",
     "over_tasks",
+    "parallel",
     "params",
     "per_step",
     "proximal",
@@ -176,6 +182,7 @@ __all__ = [
     "solve_inner",
     "stack_episodes",
     "stores",
+    "sweep",
     "top_layers",
     "trainable",
     "trust",

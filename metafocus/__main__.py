@@ -1,4 +1,4 @@
-"""`metafocus compare | train | profile | attribute | eval | generate | reproduce`."""
+"""`metafocus compare | train | profile | doctor | attribute | eval | generate | reproduce`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import sys
 from collections.abc import Sequence
 
 import metafocus
-from metafocus.cli import attribute, compare, evaluate, generate, profile, reproduce
+from metafocus.cli import attribute, compare, doctor, evaluate, generate, profile, reproduce
 from metafocus.cli.parsing import Parser
+from metafocus.cli.shares import refuse_ranks
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("train", help="fine-tune a model on chats, plainly or with FocuSFT")
     for command in (profile, attribute, evaluate, generate, reproduce):
         command.add_parser(commands)
+    doctor.add_parser(commands, metafocus.__version__)
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         if words[:1] == ["train"]:
@@ -28,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             train.main(words[1:])
             return 0
         args = parser.parse_args(words)
+        if words[:1] not in (["eval"], ["profile"]):
+            refuse_ranks(words[0])
         # Only a command that judges something returns a code of its own.
         return args.run(args) or 0
     except (ValueError, OSError) as error:

@@ -168,9 +168,9 @@ def scalar(value: Any, name: str) -> Tensor:
 
 def check_finite(losses: Tensor) -> None:
     """Raise if an inner loss is NaN or infinite; one host synchronisation."""
-    bad = ~torch.isfinite(losses)
-    if bad.any():
-        where = bad.nonzero()[0].tolist()
+    finite = torch.isfinite(losses)
+    if not finite.all():
+        where = (~finite).nonzero()[0].tolist()
         value = losses[tuple(where)].item()
         place = f"step {where[-1]}" if len(where) == 1 else f"task {where[0]}, step {where[-1]}"
         raise NonFiniteError(

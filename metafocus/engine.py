@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -13,14 +14,17 @@ from metafocus import params as pt
 from metafocus import streams
 from metafocus.autodiff.grad import leaf_alias, reaches_another_leaf
 from metafocus.autodiff.safe_operators.swapping import Swapped
-from metafocus.calls import Call, attempt, attempted, current
+from metafocus.calls import Call, attempt, attempted, current, noting
 from metafocus.checks import check_finite, function
 from metafocus.errors import ProblemError
 from metafocus.estimators import Estimator
+from metafocus.factories import picklable
 from metafocus.path import Path, name_of, path_weights, refuse_path, weighted
 from metafocus.preflight import preflight, refuse_ignored_fast_weights
+from metafocus.preflight.described import note_parts
 from metafocus.preflight.rebuilt import Uses
 from metafocus.problem import Problem, check_params, constants, moving, refuse_empty
+from metafocus.sharding import local_parts, refuse_bare_ddp, refuse_parts
 from metafocus.solvers.descent import solve_inner
 from metafocus.torch_internals import transforming
 from metafocus.types import Aux, Episode, InnerLoss, Params, Solution, Solver
@@ -29,6 +33,7 @@ MetaLoss = Callable[[Params, Any], tuple[Tensor, Aux]]
 """`meta_loss(outer, episode) -> (loss, Aux)`."""
 
 
+@picklable
 def bilevel(
     problem: Problem,
     *,
@@ -86,19 +91,29 @@ def bilevel(
     twice = getattr(estimator, "twice", True)
     inner_loss: InnerLoss | None = None
     outer_tried = False
+    outer_needs = True
     uses = Uses(problem.inner_loss, problem.outer_loss, problem.init, solver, estimator)
 
     def evaluate(outer: Params, episode: Any) -> tuple[Tensor, Aux]:
-        nonlocal inner_loss, outer_tried
+        nonlocal inner_loss, outer_tried, outer_needs
         check_params(outer, "outer", "outer parameters")
         if explicit:
             refuse_empty(outer, str(estimator), "or use Unrolled() or FirstOrder()")
+        given, outer = outer, local_parts(outer)
         support, query = problem.prepared(outer, episode)
         start = problem.start(outer, support)
-        first = inner_loss is None and not torch.compiler.is_compiling()
+        refuse_parts(start, given)
+        explaining = noting()
+        if explaining:
+            note_parts(solver, estimator, path, start, outer, support, query)
+        first = (inner_loss is None or explaining) and not torch.compiler.is_compiling()
         found = problem.inner_loss if inner_loss is None else inner_loss
         if first:
-            found = preflight(found, solver, start, outer, support, explicit=explicit, twice=twice)
+            if torch.is_grad_enabled():
+                refuse_bare_ddp(given)
+            found = preflight(
+                problem.inner_loss, solver, start, outer, support, explicit=explicit, twice=twice
+            )
         args = (found, solver, start, outer, support)
         if path is None:
             solution = estimator(*args)
@@ -127,8 +142,13 @@ def bilevel(
             outer_tried = True
         if uses.count < 2 and not torch.compiler.is_compiling():
             uses.add()
-        with Swapped(once=True):
+        # A mode costs at every operator: outside transforms only a loss that needs it has one.
+        plain = not outer_needs and not transforming()
+        swapped = Swapped(once=True)
+        with nullcontext() if plain else swapped:
             loss, metrics = weighted(problem, ends, outer)
+        if not plain and not transforming():
+            outer_needs = swapped.needed
         return loss, Aux(pt.detach(solution.params), solution.losses.detach(), metrics)
 
     def meta_loss(outer: Params, episode: Any) -> tuple[Tensor, Aux]:
@@ -165,7 +185,8 @@ def outermost(evaluate: MetaLoss, outer: Params, episode: Any) -> tuple[Tensor, 
     if (
         torch.is_grad_enabled()
         and not transforming()
-        and not any(x.requires_grad for x in pt.tensors((outer, episode)))
+        and not any(x.requires_grad for x in outer.values())
+        and not any(x.requires_grad for x in pt.tensors(episode))
         and not reaches_another_leaf(loss)
     ):
         raise ProblemError(
@@ -228,6 +249,7 @@ def _check_outer(problem: Problem, end: tuple[Any, Params, Any], outer: Params) 
     refuse_ignored_fast_weights(lambda f: problem.evaluate(f, pt.detach(outer), query)[0], fast)
 
 
+@picklable
 def hypergrad(meta_loss: MetaLoss) -> Callable[[Params, Any], tuple[Params, tuple[Tensor, Aux]]]:
     """Return `(outer, episode) -> (hypergradient, (loss, aux))`.
 
@@ -324,7 +346,7 @@ def adapt(
     """
     _check_solver(solver)
     check_params(outer, "outer", "outer parameters")
-    outer = constants(outer)
+    outer = constants(local_parts(outer))
     support = pt.detach(problem.prepared(outer, Episode(support, support)).support)
     start, inner_loss = problem.start(outer, support), problem.inner_loss
     if not transforming():

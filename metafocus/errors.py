@@ -51,6 +51,10 @@ class RebuiltWarning(UserWarning):
     """The same meta loss is built again and again, and its checks run each time."""
 
 
+class RecompiledWarning(UserWarning):
+    """A compiled hypergradient is compiled again and again, for ever new shapes or constants."""
+
+
 def first_line(error: BaseException) -> str:
     r"""Return the first line of an error of another package, or the name of its class.
 

@@ -7,8 +7,8 @@ running as usual on tensors without values, into one graph of plain operators; t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +16,16 @@ from torch import Tensor
 from metafocus import params as pt
 from metafocus.closures import closures_of
 from metafocus.errors import MetafocusError, ProblemError, TransformError
+from metafocus.factories import picklable
 from metafocus.problem import check_params, refuse_empty
-from metafocus.torch_internals import fake_tensors, operator_arguments, pytree, transforming
+from metafocus.torch_internals import (
+    compiled_for_unknown,
+    operator_arguments,
+    pytree,
+    transforming,
+    without_values,
+)
+from metafocus.traces import Dims, Trace, Traces
 from metafocus.types import Aux, Params
 
 Hypergrad = Callable[[Params, Any], tuple[Params, tuple[Tensor, Aux]]]
@@ -26,12 +34,14 @@ RETRACES = 8
 """How often a change of what is closed over is followed, for one set of shapes."""
 
 
+@picklable
 def compiled(
     hypergradient: Hypergrad,
     *,
     backend: str | Callable[..., Any] = "inductor",
     mode: str | None = None,
     options: dict[str, Any] | None = None,
+    dynamic: bool = True,
 ) -> Hypergrad:
     """Return the hypergradient as one graph, compiled by `torch.compile(fullgraph=True)`.
 
@@ -39,7 +49,10 @@ def compiled(
     which takes seconds to minutes. Later calls run the graph alone: a NaN inner loss raises
     nothing there, look at `aux.inner_losses`. The result carries no graph.
 
-    Inputs may change: other shapes, types or devices are compiled anew. A number, a tensor that
+    Inputs may change: other types or devices are compiled anew. Shapes of the episode may too: the
+    second set of shapes is compiled with the sizes that changed as unknowns, and serves all further
+    sets where the code allows that; where it does not, each set is compiled. The graphs of the 16
+    sets used last are kept. A number, a tensor that
     is replaced, a module's mode, when closed over and changed, are noticed and compiled anew too;
     what installed packages keep to themselves is not, nor are Python's own random numbers.
 
@@ -49,9 +62,13 @@ def compiled(
             "aot_eager" and "eager" run the same graph without one, and without the gain.
         mode: the `mode` of `torch.compile`.
         options: the `options` of `torch.compile`.
+        dynamic: False compiles each set of shapes by itself, which may give faster code.
 
     Returns:
         A function like `hypergradient`.
+
+    Warns:
+        RecompiledWarning: at the eighth compilation.
 
     Raises:
         ProblemError: for an empty `outer`, for data that are not tensors or constants, and what
@@ -75,7 +92,8 @@ def compiled(
         raise ProblemError(
             f"compiled wants mf.hypergrad(meta_loss), got {type(hypergradient).__name__}."
         )
-    traces: dict[Any, _Trace] = {}
+    traces = Traces()
+    settings = {"backend": backend, "mode": mode, "options": options}
 
     def run(outer: Params, episode: Any) -> tuple[Params, tuple[Tensor, Aux]]:
         _refuse_transforms()
@@ -83,66 +101,84 @@ def compiled(
         refuse_empty(outer, "compiled")
         outer, episode = pt.detach((outer, episode))
         leaves, spec = pytree.tree_flatten((outer, episode))
-        key = (spec, *map(_kind, leaves), *_ambient(leaves))
-        trace, now = traces.get(key), closures_of(hypergradient)
-        if trace is None or trace.closures != now:
-            count = 0 if trace is None else trace.retraces + 1
-            if trace is not None and count > RETRACES:
+        tensors = pt.tensors(leaves)
+        around = (spec, *_ambient(leaves))
+        family = (*around, *_family(leaves, len(outer))) if dynamic else None
+        key = (*around, *map(_kind, leaves))
+        found, trace = traces.find((key, family), tensors)
+        now, count = closures_of(hypergradient), 0
+        if trace is not None and trace.closures != now:
+            count = trace.retraces + 1
+            if count > RETRACES:
                 raise TransformError(
                     f"compiled: {_changed(trace.closures, now)} changes from call to call, and "
                     "each change is compiled anew. Pass it in outer or in the episode, as a tensor."
                 )
-            traces.pop(key, None)
-            run, out_spec = _compile(hypergradient, outer, episode, backend, mode, options)
+            traces.drop(found)
+            trace = None
+        if trace is None:
+            with torch.no_grad():
+                eager = _checked(hypergradient(outer, episode))
+            graph, fits = None, None
+            dims = traces.changing(family, tensors) if dynamic and not count else None
+            if dims is not None:
+                graph, fits = _for_many(hypergradient, outer, episode, dims)
+            if graph is None:
+                graph, _ = _graph(hypergradient, outer, episode)
+            _refuse_random(graph)
+            run = _compile(graph, tensors, None if fits is None else dims, settings)
             # The eager call may change what is closed over: it keeps what a preflight found.
-            trace = traces[key] = _Trace(run, out_spec, closures_of(hypergradient), count)
+            closures = closures_of(hypergradient)
+            trace = Trace(run, pytree.tree_structure(eager), closures, count, fits)
+            traces.keep(key if fits is None else family, trace)
         with torch.no_grad():
-            outputs = trace.run(*pt.tensors(leaves))
+            outputs = trace.run(*tensors)
         return pytree.tree_unflatten(outputs, trace.out_spec)
 
     return run
 
 
-class _Trace(NamedTuple):
-    run: Callable[..., Any]
-    out_spec: pytree.TreeSpec
-    closures: dict[str, Any]
-    retraces: int
-
-
-def _compile(
-    hypergradient: Hypergrad,
-    outer: Params,
-    episode: Any,
-    backend: str | Callable[..., Any],
-    mode: str | None,
-    options: dict[str, Any] | None,
-) -> tuple[Callable[..., Any], pytree.TreeSpec]:
-    with torch.no_grad():
-        eager = hypergradient(outer, episode)
-    if not (isinstance(eager, tuple) and isinstance(eager[0], dict)):
+def _checked(result: Any) -> Any:
+    if not (isinstance(result, tuple) and isinstance(result[0], dict)):
         raise ProblemError(
             "compiled wants mf.hypergrad(meta_loss), not the meta loss: the derivative is taken "
             "inside the graph."
         )
-    graph = _graph(hypergradient, outer, episode)
-    _refuse_random(graph)
-    run = torch.compile(
-        graph, backend=backend, fullgraph=True, dynamic=False, mode=mode, options=options
-    )
+    return result
+
+
+def _compile(
+    graph: torch.fx.GraphModule, tensors: list[Tensor], dims: Dims | None, settings: dict[str, Any]
+) -> Callable[..., Any]:
+    run = torch.compile(graph, fullgraph=True, dynamic=None if dims else False, **settings)
+    if dims is not None:
+        compiled_for_unknown(tensors, dims)
     try:
         with torch.no_grad():
-            run(*pt.tensors((outer, episode)))
+            run(*tensors)
     except Exception as error:
         raise TransformError(
-            f"compiled: backend={backend!r} failed: {_beginning(error)} The graph itself is fine: "
-            'backend="aot_eager" runs it, and "inductor" on a CPU needs a C++ compiler (g++, or '
-            "the one that CXX names)."
+            f"compiled: backend={settings['backend']!r} failed: {_beginning(error)} The graph "
+            'itself is fine: backend="aot_eager" runs it, and "inductor" on a CPU needs a C++ '
+            "compiler (g++, or the one that CXX names)."
         ) from error
-    return run, pytree.tree_structure(eager)
+    return run
 
 
-def _graph(hypergradient: Hypergrad, outer: Params, episode: Any) -> torch.fx.GraphModule:
+def _for_many(
+    hypergradient: Hypergrad, outer: Params, episode: Any, dims: Dims
+) -> tuple[torch.fx.GraphModule | None, Callable[[Sequence[Tensor]], bool] | None]:
+    """Return a graph for other sizes too, and what says for which; None if there is no such one."""
+    try:
+        return _graph(hypergradient, outer, episode, dims)
+    except MetafocusError:
+        # Code that needs to know a size, such as a loop over it.
+        return None, None
+
+
+def _graph(
+    hypergradient: Hypergrad, outer: Params, episode: Any, dims: Dims | None = None
+) -> tuple[torch.fx.GraphModule, Callable[[Sequence[Tensor]], bool]]:
     from torch.fx.experimental.proxy_tensor import make_fx
 
     inputs, rebuild = pt.partition((outer, episode))
@@ -150,12 +186,12 @@ def _graph(hypergradient: Hypergrad, outer: Params, episode: Any) -> torch.fx.Gr
     def flat(*tensors: Tensor) -> list[Tensor]:
         return pt.tensors(hypergradient(*rebuild(tensors)))
 
-    # Tensors without values and without symbols: what depends on a value raises.
-    fake = fake_tensors()
+    # Tensors without values: what depends on a value raises.
+    unreal, fits = without_values(inputs, dims)
     try:
         with torch.no_grad():
-            unreal = [fake.from_tensor(x, static_shapes=True) for x in inputs]
             graph = make_fx(flat, tracing_mode="real")(*unreal)
+            fits = fits()
     except MetafocusError:
         raise
     except Exception as error:
@@ -166,7 +202,7 @@ def _graph(hypergradient: Hypergrad, outer: Params, episode: Any) -> torch.fx.Gr
         ) from error
     graph.graph.eliminate_dead_code()
     graph.recompile()
-    return graph
+    return graph, fits
 
 
 def _refuse_transforms() -> None:
@@ -203,6 +239,16 @@ def _kind(x: Any) -> Any:
     raise ProblemError(
         f"compiled: outer and episode must hold tensors and constants, got {type(x).__name__}."
     )
+
+
+def _family(leaves: list[Any], outer: int) -> list[Any]:
+    """Return what sets of inputs have in common that one graph may serve."""
+    return [
+        (x.ndim, x.dtype, x.device)
+        if i >= outer and isinstance(x, Tensor) and x.is_contiguous()
+        else _kind(x)
+        for i, x in enumerate(leaves)
+    ]
 
 
 def _ambient(leaves: list[Any]) -> list[Any]:

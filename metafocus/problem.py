@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from metafocus import params as pt
 from metafocus.checks import function, not_negative, scalar, takes
 from metafocus.errors import ProblemError
+from metafocus.factories import picklable
 from metafocus.torch_internals import innermost, pytree
 from metafocus.types import Episode, InnerLoss, OuterLoss, Params
 
@@ -250,6 +251,7 @@ def refuse_empty(outer: Params, who: str, otherwise: str = "") -> None:
         )
 
 
+@picklable
 def proximal(inner_loss: InnerLoss, strength: float) -> InnerLoss:
     """Return `inner_loss + strength / 2 * |fast - slow|^2` (iMAML, arXiv 1909.04630).
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from metafocus.torch_internals import outside_transforms, tracing
 
 
 class Drawn:
@@ -22,12 +25,25 @@ class Drawn:
         self.cpu = torch.default_generator.get_state()
         self.cuda = [torch.cuda.get_rng_state(d) for d in self.devices]
 
-    def or_same(self, earlier: Drawn | None) -> Drawn:
-        """Return `earlier` if nothing was drawn since, so that one copy serves for both."""
-        if earlier is None or self.devices != earlier.devices:
-            return self
-        mine, others = [self.cpu, *self.cuda], [earlier.cpu, *earlier.cuda]
-        return earlier if all(map(torch.equal, mine, others)) else self
+    @classmethod
+    def shared(cls, near: Iterable[Tensor]) -> Drawn:
+        """Return the random state now; one copy serves while nothing is drawn.
+
+        A loop without random numbers then keeps one state of 5 kB and not one for each step.
+        """
+        now, latest = cls(near), _latest()
+        if tracing():
+            # A compiler would take the comparison into its graph.
+            return now
+        with outside_transforms():
+            if latest is not None and now._equals(latest):
+                return latest
+        _remember(now)
+        return now
+
+    def _equals(self, other: Drawn) -> bool:
+        mine, others = [self.cpu, *self.cuda], [other.cpu, *other.cuda]
+        return self.devices == other.devices and all(map(torch.equal, mine, others))
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
@@ -41,6 +57,19 @@ class Drawn:
         torch.set_rng_state(self.cpu)
         for device, state in zip(self.devices, self.cuda, strict=True):
             torch.cuda.set_rng_state(state, device)
+
+
+_LATEST: weakref.ref[Drawn] | None = None
+"""The state that was taken last, as long as somebody keeps it."""
+
+
+def _latest() -> Drawn | None:
+    return None if _LATEST is None else _LATEST()
+
+
+def _remember(drawn: Drawn) -> None:
+    global _LATEST
+    _LATEST = weakref.ref(drawn)
 
 
 @contextlib.contextmanager

@@ -14,10 +14,14 @@ from torch import Tensor
 from metafocus import params as pt
 from metafocus.autodiff.grad import leaf_alias, reaches_another_leaf
 from metafocus.autodiff.known import with_gradient
+from metafocus.calls import note
 from metafocus.checks import check_finite, function, whole
 from metafocus.engine import META_LOSS, MetaLoss, outermost
 from metafocus.errors import NonFiniteError, ProblemError, TransformError
+from metafocus.parallel.collectives import Group, replicated, share_of_tasks, summed
+from metafocus.problem import is_frozen
 from metafocus.rng import Drawn
+from metafocus.sharding import refuse_sharded_outer
 from metafocus.streams import Shared, is_stream
 from metafocus.torch_internals import pytree, transforming
 from metafocus.types import Aux, Params
@@ -33,6 +37,7 @@ def over_tasks(
     chunk_size: int | str | None = "auto",
     aux: str = "all",
     randomness: str = "error",
+    group: Group = None,
 ) -> MetaLoss:
     """Return the mean of `meta_loss` over episodes stacked on axis 0.
 
@@ -52,6 +57,10 @@ def over_tasks(
             none of them.
         randomness: what random operations do under `vmap`: "error", "same" or "different". With
             "same", chunks and the tasks of a loop draw the same numbers too.
+        group: ranks that share the tasks, such as `torch.distributed.group.WORLD`. Each is given
+            tasks of its own, as many as it likes; loss and gradient are those of the mean over
+            all tasks, the same on every rank, so nothing is left to reduce. `Aux` is of the rank's
+            own tasks. None: this rank has all tasks.
 
     Returns:
         `(outer, episodes) -> (mean loss, Aux)`, the tensors of `Aux` stacked on axis 0. Of an
@@ -60,7 +69,8 @@ def over_tasks(
     Raises:
         ValueError: for a setting that is none of those above.
         ProblemError: if the episodes' tensors disagree about the number of tasks; for a stream
-            that is neither stacked nor shared; if tasks return different metrics.
+            that is neither stacked nor shared; if tasks return different metrics; on every rank
+            of a group if one has no tasks, and for sharded weights, which have a mean of their own.
         TransformError: if a loss draws random numbers and `randomness` is "error".
         NonFiniteError: outside transforms, naming the task.
 
@@ -86,7 +96,7 @@ def over_tasks(
             raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {value!r}.")
     if chunk_size not in ("auto", None):
         whole("chunk_size", chunk_size, 1, note=', "auto" or None')
-    return _OverTasks(meta_loss, how, chunk_size, aux, randomness)
+    return _OverTasks(meta_loss, how, chunk_size, aux, randomness, group)
 
 
 @dataclass(frozen=True)
@@ -98,15 +108,28 @@ class _OverTasks:
     chunk_size: int | str | None
     aux: str
     randomness: str
+    group: Group = None
 
     def __call__(self, outer: Params, episodes: Any) -> tuple[Tensor, Aux]:
-        return outermost(self._mean, outer, episodes)
+        return outermost(self._mean if self.group is None else self._share, outer, episodes)
+
+    def _share(self, outer: Params, episodes: Any) -> tuple[Tensor, Aux]:
+        """Return the mean over the tasks of all ranks, from this rank's mean and its share."""
+        refuse_sharded_outer(outer)
+        tensors, _ = pt.partition(episodes)
+        share = share_of_tasks(len(tensors[0]) if tensors and tensors[0].ndim else 0, self.group)
+        # A frozen parameter is known by its type.
+        entering = {k: v if is_frozen(v) else replicated(v, self.group) for k, v in outer.items()}
+        loss, aux = self._mean(entering, episodes)
+        return summed(share * loss, self.group), aux
 
     def _mean(self, outer: Params, episodes: Any) -> tuple[Tensor, Aux]:
         _refuse_unshared(episodes)
         tensors, rebuild = pt.partition(episodes)
         count = _task_count(tensors)
         size = self._size(count)
+        chunks = f"{math.ceil(count / size)} chunks of at most {size}"
+        note("tasks", f"{count} in {chunks}, how={self.how!r}, randomness={self.randomness!r}")
         if size >= count and self.how == "vmap":
             loss, aux = self._several(outer, tensors, rebuild)
             return loss, self._checked(aux)

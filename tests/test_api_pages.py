@@ -36,6 +36,7 @@ PACKAGES = (
     "metafocus.lm",
     "metafocus.masks",
     "metafocus.models",
+    "metafocus.parallel",
     "metafocus.recipes",
     "metafocus.recipes.fewshot",
     "metafocus.recipes.hpo",

@@ -323,7 +323,8 @@ def test_auto_says_what_it_chose(caplog):
     with caplog.at_level(logging.DEBUG, "metafocus.attention"):
         span_attention(*args, policies()["runs"])
         span_attention(*args, policies()["random"])
-    assert "flash, " in caplog.messages[0] and "tiled, since " in caplog.messages[1]
+    assert "flash, " in caplog.messages[0] and "not fused, since " in caplog.messages[1]
+    assert "tiled, since the tensors are on cpu" in caplog.messages[2]
 
 
 def test_the_third_derivative():
@@ -358,7 +359,10 @@ def wrong(**changes):
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (wrong(backend="cuda"), "backend='cuda' must be one of dense, auto, tiled, flash, flex"),
+        (
+            wrong(backend="cuda"),
+            "backend='cuda' must be one of dense, auto, tiled, flash, triton, flex",
+        ),
         (wrong(q=torch.zeros(2, 3)), r"q must be a floating-point tensor \[B, heads, S, D\]"),
         (wrong(k=inputs()[1].float()), "k must be .* of the type and device of q"),
         (wrong(k=inputs(heads=(4, 3))[1]), r"H a multiple of Hkv; got \[2, 4, 11, 5\]"),

@@ -12,6 +12,7 @@ from trainer_script import (
     ADAPTER,
     COLLATOR,
     SAMPLES,
+    arguments,
     mean_answer_loss,
     sample,
     tiny,
@@ -22,8 +23,10 @@ from transformers import Qwen2ForCausalLM
 
 import metafocus as mf
 from metafocus.__main__ import main
+from metafocus.cli.settings import parse
 from metafocus.errors import DataError, NonFiniteError, ProblemError
 from metafocus.masks import context_bidirectional
+from metafocus.sharding import Sharding, sharding_of
 from metafocus.trainer.checkpoints import damage, resumable
 from metafocus.trainer.inner import start_seed
 
@@ -363,12 +366,33 @@ def test_a_long_chat_is_cut_and_counted(tmp_path, capsys):
     assert "1 truncated, 0 dropped without an answer." in capsys.readouterr().out
 
 
-def test_per_example_under_fsdp_is_refused_by_name():
-    from metafocus.trainer.distributed import focusft_sharded
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("ACCELERATE_USE_DEEPSPEED", "true", "ACCELERATE_USE_DEEPSPEED=true"),
+        ("PARALLELISM_CONFIG_CP_SIZE", "2", r"context parallelism \(cp_size=2\)"),
+    ],
+)
+def test_parallelism_of_the_environment_is_refused_by_name(
+    tmp_path, monkeypatch, name, value, said
+):
+    """`accelerate launch` gives its settings through variables, which name no argument."""
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ProblemError, match=said):
+        arguments(tmp_path)
 
-    with says(
-        "per_example=True is not supported under FSDP. Use per_device_train_batch_size=1, where "
-        "shared fast weights are those of the example, with gradient_accumulation_steps; or DDP.",
-        ProblemError,
-    ):
-        focusft_sharded(tiny(), solver=mf.SGD(1.0, 1), estimator=mf.FirstOrder(), per_example=True)
+
+def test_a_tensor_parallel_model_is_refused_by_name():
+    model = tiny()
+    model._tp_size = 2
+    assert Sharding.TP in sharding_of(model)
+    with pytest.raises(ProblemError, match="Qwen2ForCausalLM is tensor parallel"):
+        mf.recipes.focusft(model)
+
+
+@pytest.mark.parametrize(("word", "means"), [("true", True), ("false", None)])
+def test_fsdp_is_a_truth_value_in_a_file(tmp_path, word, means):
+    """transformers takes the flag alone, or options that it no longer likes."""
+    config = tmp_path / "run.yaml"
+    config.write_text(f"train_file: stdlib\noutput_dir: out\nuse_cpu: true\nfsdp: {word}\n")
+    assert parse([str(config)]).args.fsdp is means

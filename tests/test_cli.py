@@ -63,16 +63,33 @@ def test_compare_over_inner_rates(tmp_path):
     words = flags(inner_lr="1e3,0.1", inner_clip=1e3, estimators="first-order", output_dir=tmp_path)
     ran = run("compare", "--quick", *words)
     assert ran.code == 0, ran.err
-    names = {"compare.png", "compare-lr-0.1.json", "compare-lr-1000.json"}
-    assert {path.name for path in tmp_path.iterdir()} == names
-    wild, calm = (read_json(tmp_path / f"compare-lr-{rate}.json") for rate in (1000, 0.1))
-    for found in (wild, calm):
-        assert len(found["inner_losses"]) == 3 and found["rows"][0]["name"] == "first-order"
-    assert wild["inner_losses"][2] > wild["inner_losses"][1]
-    assert calm["inner_losses"][2] < calm["inner_losses"][1]
-    first, second = ran.out.split("inner learning rate")[1:3]
-    assert "the last step raised it" in first and "the last step raised it" not in second
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "compare.png",
+        "pareto.png",
+        "compare.json",
+    }
+    found = read_json(tmp_path / "compare.json")
+    assert found["over"] == {"solver.lr": [1000.0, 0.1]}
+    assert [row["solver.lr"] for row in found["rows"]] == [1000.0, 0.1]
+    assert [row["last_step_rose"] for row in found["rows"]] == [True, False]
+    assert "the last inner step raised the inner loss at solver.lr = 1000.0\n" in ran.out
     assert "must be a positive number" in refused("compare", *flags(inner_lr="1.0,x"))
+
+
+def test_compare_over_axes_and_seeds_goes_on(tmp_path):
+    words = flags(estimators="first-order,unrolled", seeds=2, cells=tmp_path / "cells")
+    over = ["--over", "solver.steps=1,2"]
+    ran = run("compare", "--quick", "--num_hidden_layers", 1, *words, *over)
+    assert ran.code == 0, ran.err
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").glob("*.json")}
+    # Two numbers of steps, two seeds, two estimators.
+    assert len(kept) == 8 and "±" in ran.out and "over solver.steps, 2 seeds" in ran.out
+    more = ["--over", "solver.steps=1,2,0"]
+    words[words.index("first-order,unrolled")] = "first-order"
+    ran = run("compare", "--quick", "--num_hidden_layers", 1, *words, *more)
+    assert ran.code == 0, ran.err
+    assert len(list((tmp_path / "cells").glob("*.json"))) == 10
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
 
 
 def test_compare_a_model_on_a_file_in_float64(tmp_path, chats, base):
@@ -124,6 +141,11 @@ BAD_COMPARE = {
     "--estimators ,": r"--estimators is empty: use some of first-order",
     "--reference magic": r"reference='magic' is unknown",
     "--mask zigzag": r"mask='zigzag' is unknown",
+    "--over solver.zigzag=1": r"over: nothing has the field 'solver.zigzag'. Use tasks",
+    "--over solver.steps": r"--over 'solver.steps': write FIELD=VALUE,VALUE",
+    "--over solver.clip=none": r"'none' is no number, None, True or False",
+    "--over lr=1,2 --inner_lr 1,2": r"use one of both",
+    "--seeds 6 --per_device_train_batch_size 2 --train_file {chats}": r"times --seeds 6 is more",
     "--repeats 0": r"--repeats: must be a whole number >= 1",
     "--per_device_train_batch_size 0": r"_size: must be a whole number >= 1, got 0",
     "--per_device_train_batch_size -2": r"_size: must be a whole number >= 1, got -2",
@@ -156,7 +178,7 @@ def test_quick_leaves_what_was_asked_for():
 
 # --- the program -----------------------------------------------------------------------------
 
-COMMANDS = ["train", "compare", "profile", "eval", "reproduce"]
+COMMANDS = ["train", "compare", "profile", "doctor", "eval", "reproduce"]
 
 
 def test_version(capsys):

@@ -134,6 +134,7 @@ def test_once_for_the_same_shapes():
     assert len(counting.graphs) == 1
     short = pytree.tree_map(lambda x: x[:4], tuple(EPISODE))
     same(fast(OUTER, mf.Episode(*short)), eager(OUTER, mf.Episode(*short)))
+    assert len(counting.graphs) == 2
     single = pytree.tree_map(lambda x: x.float(), (OUTER, EPISODE))
     same(fast(*single), eager(*single), 1e-6)
     across = pytree.tree_map(lambda x: x.mT.contiguous().mT if x.ndim > 1 else x, (OUTER, EPISODE))
@@ -141,6 +142,80 @@ def test_once_for_the_same_shapes():
     assert len(counting.graphs) == 4
     same(fast(OUTER, EPISODE), eager(OUTER, EPISODE))
     assert len(counting.graphs) == 4
+
+
+def cut(points, queries=6, of=EPISODE):
+    take = {0: points, 1: queries}
+    return mf.Episode(*(tuple(x[: take[i]] for x in of[i]) for i in (0, 1)))
+
+
+@pytest.mark.filterwarnings("ignore::metafocus.errors.NotStationaryWarning")
+@pytest.mark.parametrize("name", ["first order", "graph", "recompute", "cg"])
+def test_one_graph_serves_many_shapes(name):
+    """The second set of shapes is compiled with unknown sizes; further ones are not compiled."""
+    counting = Counting()
+    eager = gradient(ESTIMATORS[name])
+    fast = mf.compiled(eager, backend=counting)
+    for points, queries in ((6, 6), (4, 6), (3, 6)):
+        episode = cut(points, queries)
+        same(fast(OUTER, episode), eager(OUTER, episode))
+    assert len(counting.graphs) == 2
+    # Another size changes than before: it was a constant of that graph.
+    same(fast(OUTER, cut(4, 5)), eager(OUTER, cut(4, 5)))
+    assert len(counting.graphs) == 3
+
+
+def test_tasks_of_other_lengths_share_a_graph():
+    counting = Counting()
+    eager = gradient(*FIRST, tasks=True)
+    fast = mf.compiled(eager, backend=counting)
+    for points in (6, 5, 4):
+        short = mf.Episode(*(tuple(x[:, :points] for x in part) for part in EPISODES))
+        short = pytree.tree_map(torch.Tensor.contiguous, short)
+        same(fast(OUTER, short), eager(OUTER, short))
+    assert len(counting.graphs) == 2
+
+
+def test_a_size_that_the_code_must_know_is_compiled_for_each():
+    def loss(fast, slow, batch):
+        x, y = batch
+        # A loop over rows: its length is a part of the graph.
+        return sum(fit(fast, slow, (x[i : i + 1], y[i : i + 1])) for i in range(len(x))) / len(x)
+
+    counting = Counting()
+    eager = gradient(*FIRST, problem=mf.Problem(loss, loss, start))
+    fast = mf.compiled(eager, backend=counting)
+    for points in (4, 3, 2):
+        same(fast(OUTER, cut(points)), eager(OUTER, cut(points)))
+    assert len(counting.graphs) == 3
+
+
+def test_each_shape_by_itself_if_wanted():
+    counting = Counting()
+    eager = gradient(*FIRST)
+    fast = mf.compiled(eager, backend=counting, dynamic=False)
+    for points in (6, 5, 4):
+        same(fast(OUTER, cut(points)), eager(OUTER, cut(points)))
+    assert len(counting.graphs) == 3
+
+
+def test_many_graphs_are_warned_of_and_the_oldest_is_dropped(monkeypatch):
+    monkeypatch.setattr("metafocus.traces.KEPT", 3)
+    monkeypatch.setattr("metafocus.traces.MANY", 4)
+    counting = Counting()
+    eager = gradient(*FIRST)
+    fast = mf.compiled(eager, backend=counting, dynamic=False)
+    for points in (6, 5, 4):
+        fast(OUTER, cut(points))
+    # Used again: the next one to go is that of 5 points.
+    fast(OUTER, cut(6))
+    with pytest.warns(mf.errors.RecompiledWarning, match="4 graphs"):
+        fast(OUTER, cut(3))
+    fast(OUTER, cut(6))
+    fast(OUTER, cut(4))
+    assert len(counting.graphs) == 4
+    fast(OUTER, cut(5))
+    assert len(counting.graphs) == 5
 
 
 class Scaled(nn.Module):

@@ -13,7 +13,8 @@ from torch import nn
 from trainer_script import ESTIMATORS, METHODS, tiny
 
 from metafocus.errors import ProblemError
-from metafocus.trainer.distributed import is_sharded, through
+from metafocus.sharding import sharding_of
+from metafocus.trainer.distributed import through
 
 # One worker: the processes of the fixture start once.
 pytestmark = pytest.mark.xdist_group("distributed")
@@ -93,4 +94,4 @@ def test_data_parallel_is_refused():
 def test_without_a_wrapper_nothing_is_between():
     model = tiny()
     assert through(model, lambda x: x + 1, torch.tensor(1)).item() == 2
-    assert "forward" not in model.__dict__ and not is_sharded(model)
+    assert "forward" not in model.__dict__ and not sharding_of(model)

@@ -34,9 +34,15 @@ def blocks(page):
 
 # Two libraries side by side: `tests/migration` runs them, where the other one installs.
 RUN = [page for page in PAGES if page.parent.name != "migration"]
+# Half a minute of one core.
+SLOW = ["your_own_tasks.md"]
 
 
-@pytest.mark.parametrize("page", RUN, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(p, marks=pytest.mark.slow) if p.name in SLOW else p for p in RUN],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
 def test_blocks_run(page, tmp_path, monkeypatch):
     """Blocks of one page share their names, beside a model, a loader, an optimizer, a file."""
     from metafocus.data.tokenizer import train_tokenizer
@@ -207,3 +213,13 @@ def test_a_table_of_rivals():
 def test_the_citation_file_names_this_version():
     text = (ROOT / "CITATION.cff").read_text()
     assert f"\nversion: {mf.__version__}\n" in text
+
+
+def test_code_in_tables_breaks_between_words():
+    spec = importlib.util.spec_from_file_location("breaks", ROOT / "docs" / "breaks.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    html = "<p><code>a.b</code></p><td><code>a.b_c(d=&lt;e&gt;)</code> x.y</td>"
+    want = "<p><code>a.b</code></p><td><code>a.<wbr>b_<wbr>c(<wbr>d=&lt;e&gt;)</code> x.y</td>"
+    assert module.on_page_content(html, page=None) == want

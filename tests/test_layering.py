@@ -13,16 +13,28 @@ ROOT = Path(__file__).parent.parent / "metafocus"
 
 # From bottom to top: a file knows its own row's folder and the rows before it.
 ORDER = """
-errors types torch_internals params precision checks files rng calls closures
+errors types torch_internals params precision checks files cells factories digests
+rng parallel calls closures sharding
 streams problem autodiff linear solvers estimators
-preflight path engine tasks algorithms comparison graph
+preflight path engine tasks explaining algorithms traces graph comparison
 masks attention adapters lm
-data models diagnostics recipes evals
+data models diagnostics recipes evals doctor
 claims trainer cli __main__
 """.split()
 # Usable without the engine: they know the tools at the bottom and each other.
 PARTS = {"masks", "attention", "adapters"}
-TOOLS = {"errors", "checks", "files", "rng", "calls", "params", "precision", "torch_internals"}
+TOOLS = {
+    "errors",
+    "checks",
+    "files",
+    "rng",
+    "calls",
+    "parallel",
+    "params",
+    "precision",
+    "sharding",
+    "torch_internals",
+}
 # Torch and nothing else.
 ENGINE = set(ORDER[: ORDER.index("masks")])
 TOP = {"claims", "trainer", "cli", "__main__"}
@@ -30,6 +42,9 @@ HEAVY = {
     "accelerate", "jinja2", "matplotlib", "pandas", "peft", "pyarrow", "rich", "safetensors",
     "tokenizers", "transformers", "yaml",
 }  # fmt: skip
+
+TRITON = {f"attention.kernels.triton.{x}" for x in ("tile", "gradient", "double_backward")}
+"""What runs on a device by Triton, an optional package."""
 
 FILES = sorted(ROOT.rglob("*.py"))
 
@@ -139,7 +154,8 @@ def test_packages_at_import():
         if root(name) in ENGINE:
             assert outside <= {"torch"}, (name, outside)
         if root(name) in PARTS:
-            assert outside <= {"torch", "einops"}, (name, outside)
+            optional = {"triton"} if name in TRITON else set()
+            assert outside <= {"torch", "einops"} | optional, (name, outside)
         assert not outside & HEAVY, f"{name}: inside functions only: {outside & HEAVY}"
 
 
@@ -176,6 +192,9 @@ def test_every_module_can_be_imported_by_its_name():
         "import importlib, pkgutil, types, metafocus\n"
         "names = [m.name for m in pkgutil.walk_packages(metafocus.__path__, 'metafocus.')]\n"
         "names = [n for n in names if not n.endswith('__main__')]\n"
+        "import importlib.util\n"
+        "if importlib.util.find_spec('triton') is None:\n"
+        f"    names = [n for n in names if n.removeprefix('metafocus.') not in {TRITON}]\n"
         "for name in names: importlib.import_module(name)\n"
         "for name in names:\n"
         "    space = {}\n"

@@ -32,6 +32,7 @@ ELSEWHERE = {
     "attention/kernels/varlen.py": {"_flash_attn_varlen_forward", "_flash_attn_varlen_backward"},
     "trainer/mixin.py": {"_save_checkpoint", "_micro_step", "_loss"},
     "trainer/compilation.py": {"_no_split_modules"},
+    "sharding.py": {"_attn_implementation"},
 }
 """Private parts of flash-attn, and of the Trainer and the models of transformers."""
 
@@ -453,6 +454,54 @@ def test_parameters_of_a_module():
     assert layer.weight is own
 
 
+def test_children_of_a_module():
+    """`_modules`: below the fast weights, sharded layers are left out by an exchange there."""
+    model = nn.Sequential(nn.Tanh())
+    ti.child_table(model)["0"] = nn.Identity()
+    assert model(torch.ones(1)).item() == 1
+
+
+def test_state_of_a_sharded_module():
+    """`_get_fsdp_state`, `_fsdp_param_groups`: whether FSDP2 keeps weights for a second derivative.
+
+    Without them `Unrolled()` would be let through where its backward pass reads freed memory.
+    """
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for reshard in (True, False):
+            model = fully_shard(nn.Linear(2, 1), reshard_after_forward=reshard)
+            assert not ti.keeps_gathered(model)
+            model.set_reshard_after_backward(False)
+            assert ti.keeps_gathered(model) != reshard
+        assert ti.keeps_gathered(nn.Linear(2, 1))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_the_wrapper_around_a_module():
+    """`_module_parameters`, `_active_ddp_module`: a loss beside the forward pass of DDP is refused.
+
+    Without them each process would train a model of its own there.
+    """
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapper = nn.parallel.DistributedDataParallel(nn.Linear(2, 1))
+        assert [id(p) for p in wrapper._module_parameters] == [id(p) for p in wrapper.parameters()]
+        seen = []
+        wrapper.module.register_forward_hook(lambda *_: seen.append(wrapper._active_ddp_module))
+        wrapper(torch.ones(2))
+        assert seen == [wrapper] and wrapper._active_ddp_module is None
+        # One process has nothing to average.
+        assert not ti.runs_beside_ddp(list(wrapper.parameters()))
+    finally:
+        dist.destroy_process_group()
+
+
 def test_hooks():
     """`_forward_hooks`, `_forward_pre_hooks`: slots of fast weights and hooks of heads are found.
 
@@ -554,10 +603,39 @@ def test_dispatch_modes():
 
 def test_fake_tensors():
     """`FakeTensorMode`: `mf.compiled` traces a hypergradient on tensors without values."""
-    x = ti.fake_tensors().from_tensor(torch.ones(2), static_shapes=True)
+    (x,), _ = ti.without_values([torch.ones(2)])
     assert (x + 1).shape == (2,)
     with pytest.raises(Exception, match="_local_scalar_dense"):
         x.sum().item()
+
+
+def test_unknown_sizes():
+    """A symbolic graph says which sizes it is right for."""
+    (x, y), fits = ti.without_values([torch.ones(5, 2), torch.ones(5)], [[True, False], [True]])
+    (x[:, 0] + y).sum()
+    right = fits()
+    assert right([torch.ones(9, 2), torch.ones(9)])
+    assert not right([torch.ones(9, 3), torch.ones(9)])
+    assert not right([torch.ones(9, 2), torch.ones(8)])
+    with pytest.raises(Exception, match="_local_scalar_dense"):
+        x.sum().item()
+
+
+def test_compiled_for_unknown():
+    """`_dynamo`: a graph of `mf.compiled` for many shapes is compiled once."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    run = torch.compile(lambda x, w: x @ w, backend=backend, fullgraph=True)
+    w = torch.ones(4, 4)
+    for size in (4, 5, 2, 9):
+        x = torch.ones(size, 4)
+        ti.compiled_for_unknown([x, w], [[True, False], [False, False]])
+        assert run(x, w).shape == (size, 4)
+    assert len(graphs) == 1
 
 
 def test_pytree():

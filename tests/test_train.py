@@ -725,3 +725,19 @@ def test_it_is_the_script_of_every_process(tmp_path, chats):
     for key in ("heldout_loss_before", "heldout_loss_after"):
         assert both[key] == pytest.approx(alone[key], rel=1e-4)
     assert {path.name for path in (tmp_path / "both").iterdir()} == SAVED
+
+
+@pytest.mark.slow
+def test_processes_that_share_sequences_are_one(tmp_path, chats):
+    alone = train(chats, tmp_path / "alone", lora_alpha=4.0, max_steps=2)
+    changes = {"lora_alpha": 4.0, "max_steps": 2, "sequence_parallel": 2}
+    words = training(chats, tmp_path / "both", **changes)
+    launch = ("torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone")
+    ran = program(*launch, "-m", "metafocus", *words)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("saved in") == 1
+    both = report(tmp_path / "both")
+    # float32: sums in another order.
+    assert column(both, "loss") == pytest.approx(column(alone, "loss"), rel=1e-4)
+    for key in ("heldout_loss_before", "heldout_loss_after"):
+        assert both[key] == pytest.approx(alone[key], rel=1e-4)

@@ -25,9 +25,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 import metafocus as mf
 from metafocus.adapters import LoRA, top_layers
 from metafocus.data import Collator
-from metafocus.recipes._focusft import PAPER_SOLVER
 from metafocus.trainer import FocusArguments, FocusTrainer
-from metafocus.trainer.distributed import focusft_sharded, through
+from metafocus.trainer.distributed import through
 
 VOCAB = 37
 COLLATOR = Collator(pad_token_id=0)
@@ -322,8 +321,7 @@ def sharded(estimator, rank: int, *, checkpointing: bool = False) -> torch.Tenso
     if not first:
         model.set_reshard_after_backward(False)
     generator = torch.Generator().manual_seed(rank)
-    meta = focusft_sharded(model, adapter=ADAPTER, solver=PAPER_SOLVER, generator=generator,
-                           estimator=estimator or mf.FirstOrder())  # fmt: skip
+    meta = mf.recipes.focusft(model, adapter=ADAPTER, generator=generator, estimator=estimator)
     batch = COLLATOR(SAMPLES[:2] if rank == 0 else SAMPLES[2:4])
     meta({}, mf.Episode(batch, batch))[0].backward()
     if not first:

@@ -32,10 +32,11 @@ def write_report(scale: Scale, output: Path, page: Path | None = None) -> str:
     pictures.mkdir(parents=True, exist_ok=True)
     captions = figures.draw(scale, base, results, NAMES, pictures)
     found = claims(scale, results, base)
-    head = [*opening(scale, results, base, found), *claim_table(found)]
+    start, table = opening(scale, results, base, found), claim_table(found)
     lines = [
-        *head,
+        *start,
         *picture_lines(captions),
+        *table,
         *cell_table(scale, results, base),
         *trained_table(scale, results, base),
         *control_table(scale, results),
@@ -43,7 +44,7 @@ def write_report(scale: Scale, output: Path, page: Path | None = None) -> str:
         *method(scale, output, results),
     ]
     page.write_text("\n".join(lines) + "\n")
-    return "\n".join(head)
+    return "\n".join([*start, *table])
 
 
 def read(output: Path) -> tuple[Run, Results]:

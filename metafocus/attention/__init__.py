@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from metafocus.attention.api import span_attention
 from metafocus.attention.hugging_face import register
+from metafocus.attention.ulysses import ulysses_attention
 
-__all__ = ["register", "span_attention"]
+__all__ = ["register", "span_attention", "ulysses_attention"]

@@ -46,10 +46,11 @@ def span_attention(
         spans: The keys of each query, `[B, S]`, or `[1, S]` for all rows alike.
         scale: Factor of the products; default `1 / sqrt(D)`.
         backend: "auto": the fastest kernel that can serve the spans; its second derivatives and
-            forward mode are those of "tiled". "tiled": pure torch, memory linear in `S`, exact to
-            the second order. "flash": fused kernels, on a GPU or a CPU, for spans made of turns;
-            derivatives as with "auto". "dense": any order, memory quadratic in `S`. "flex":
-            `flex_attention`, first order, on a GPU.
+            forward mode are those of "triton" on CUDA, if it passes its check there, else those of
+            "tiled". "tiled": pure torch, memory linear in `S`, exact to the second order. "flash":
+            fused kernels, on a GPU or a CPU, for spans made of turns; derivatives as with "auto".
+            "triton": as "tiled", in Triton on CUDA, without the check. "dense": any order, memory
+            quadratic in `S`. "flex": `flex_attention`, first order, on a GPU.
         softcap: Soft cap of the logits (Gemma 2), or None.
         sinks: `[H]`, a logit of each head that takes part in the sum without a value (gpt-oss).
 

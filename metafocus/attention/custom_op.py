@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from metafocus.attention.kernels.auto import KERNELS
+from metafocus.attention.kernels.complete import complete
 from metafocus.attention.kernels.dense import dense
 from metafocus.attention.kernels.kernel import QKV, Attended, Scaling
-from metafocus.attention.kernels.tiled import Tiled
 from metafocus.errors import TransformError
 from metafocus.masks.spans import Spans
 from metafocus.precision import wide_type
@@ -94,11 +94,12 @@ def _gradient(
     softcap: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rest = QKV(q, k, v), Attended(o, lse), Spans(start, stop), Scaling(scale, softcap)
+    inputs, scaling, kernel = QKV(q, k, v), Scaling(scale, softcap), KERNELS[backend]()
+    rest = inputs, Attended(o, lse), Spans(start, stop), scaling
     if dl is None:
-        grads = KERNELS[backend]().backward(do, *rest)
+        grads = kernel.backward(do, *rest)
     else:
-        grads = Tiled().backward(do, *rest, dl)
+        grads = complete(kernel, inputs, scaling).backward(do, *rest, dl)
     dq, dk, dv = (x.contiguous() for x in grads)
     return dq, dk, dv
 

@@ -1,8 +1,9 @@
 """Attention as an autograd Function: any kernel below, exact derivatives up to the second order.
 
 The fused kernels have a gradient and no more. Here the gradient is an operation of its own, whose
-derivatives, like forward mode, are computed tile by tile from what the kernel has saved. So the
-order of differentiation need not be known when the forward pass chooses a kernel.
+derivatives, like forward mode, are computed tile by tile, in torch or in Triton, from what the
+kernel has saved. So the order of differentiation need not be known when the forward pass chooses a
+kernel.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metafocus.attention.kernels import tiled
+from metafocus.attention.kernels.complete import complete
 from metafocus.attention.kernels.kernel import QKV, Attended, Kernel, Scaling
 from metafocus.errors import TransformError
 from metafocus.masks.spans import Spans
@@ -126,12 +127,13 @@ class _Backward(torch.autograd.Function):
         do: Tensor,
         dl: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        rest = QKV(q, k, v), Attended(o, lse), Spans(start, stop), call.scaling
+        inputs = QKV(q, k, v)
+        rest = inputs, Attended(o, lse), Spans(start, stop), call.scaling
         with no_autocast(q.device):
             if dl is None:
                 grads = call.kernel.backward(do, *rest)
             else:
-                grads = tiled.Tiled().backward(do, *rest, dl)
+                grads = complete(call.kernel, inputs, call.scaling).backward(do, *rest, dl)
         dq, dk, dv = (_own(x) for x in grads)
         return dq, dk, dv
 
@@ -174,8 +176,9 @@ class _ForwardMode(torch.autograd.Function):
     def forward(call: Call, *args: Tensor) -> tuple[Tensor, ...]:
         q, k, v, start, stop, _, lse, tq, tk, tv = args
         with no_autocast(q.device):
-            spans, tangents = Spans(start, stop), QKV(tq, tk, tv)
-            return tuple(tiled.forward_mode(QKV(q, k, v), lse, tangents, spans, call.scaling))
+            inputs, rest = QKV(q, k, v), (QKV(tq, tk, tv), Spans(start, stop), call.scaling)
+            kernel = complete(call.kernel, inputs, call.scaling)
+            return tuple(kernel.forward_mode(inputs, lse, *rest))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -209,8 +212,9 @@ class _DoubleBackward(torch.autograd.Function):
     def forward(call: Call, *args: Any) -> tuple[Tensor, ...]:
         q, k, v, start, stop, o, lse, do, dl, tq, tk, tv = args
         with no_autocast(q.device):
-            rest = QKV(tq, tk, tv), Spans(start, stop), call.scaling
-            return tiled.double_backward(do, dl, QKV(q, k, v), Attended(o, lse), *rest)
+            inputs, rest = QKV(q, k, v), (QKV(tq, tk, tv), Spans(start, stop), call.scaling)
+            kernel = complete(call.kernel, inputs, call.scaling)
+            return kernel.double_backward(do, dl, inputs, Attended(o, lse), *rest)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

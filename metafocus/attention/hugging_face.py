@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metafocus.attention.api import span_attention
 from metafocus.attention.kernels.query_runs import narrowed
+from metafocus.attention.ulysses import ulysses_attention
 from metafocus.errors import ProblemError
 from metafocus.masks.spans import Spans
+from metafocus.parallel.collectives import Group
 
 IMPLEMENTATIONS = {
     "metafocus": "auto",
@@ -23,6 +24,8 @@ IMPLEMENTATIONS = {
     # A name with "flash" in it would make transformers look for a package.
     "metafocus_fused": "flash",
     "metafocus_flex": "flex",
+    # As "metafocus"; the name says that the sequence may be divided among ranks.
+    "metafocus_ulysses": "auto",
 }
 """The names that transformers knows after `register()`, and the back end of each."""
 
@@ -38,6 +41,11 @@ def register() -> None:
     tensor is made. Each layer narrows the spans by its own sliding window. A model that is called
     as usual, with a padding mask or in `generate`, works too: with causal spans where there is
     neither padding nor a cache, and else with an ordinary mask and torch's own attention.
+
+    A model that is called with `sequence_group=group`, and with this rank's share of the tokens,
+    exchanges queries, keys and values with the other ranks (`ulysses_attention`); the spans are
+    then those of the whole sequence. `"metafocus_ulysses"` is the name for it; every other name
+    here does the same, with its back end.
 
     Example:
         >>> register()
@@ -65,6 +73,7 @@ def attend(
     s_aux: Tensor | None = None,
     *,
     backend: str,
+    sequence_group: Group = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Attend in one layer: an attention function of transformers.
@@ -81,6 +90,7 @@ def attend(
         softcap: The soft cap of the logits, or None.
         s_aux: Sinks `[H]`, or None.
         backend: See `span_attention`.
+        sequence_group: The ranks that share the sequence; None: this one has all of it.
         others: What else transformers passes, without a meaning here.
 
     Returns:
@@ -111,8 +121,16 @@ def attend(
     spans = Spans.unstack(attention_mask)
     if sliding_window is not None:
         spans = narrowed(spans, sliding_window)
-    out = span_attention(
-        query, key, value, spans, scale=scaling, backend=backend, softcap=softcap, sinks=s_aux
+    out = ulysses_attention(
+        query,
+        key,
+        value,
+        spans,
+        sequence_group,
+        scale=scaling,
+        backend=backend,
+        softcap=softcap,
+        sinks=s_aux,
     )
     return out.transpose(1, 2).contiguous(), None
 

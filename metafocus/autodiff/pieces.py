@@ -13,6 +13,7 @@ from metafocus.autodiff import grad as derivatives
 from metafocus.autodiff.recompute import recompute
 from metafocus.checks import whole
 from metafocus.errors import ProblemError
+from metafocus.factories import picklable
 from metafocus.types import InnerLoss, Params
 
 
@@ -31,6 +32,7 @@ def rows_of(data: Any) -> int:
     return sizes.pop()
 
 
+@picklable
 def micro_batches(
     loss: InnerLoss, pieces: int, *, count: Callable[[Any], Any] = rows_of
 ) -> InnerLoss:

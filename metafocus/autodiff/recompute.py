@@ -90,7 +90,7 @@ class _Spec:
         self.pullback = pullback
         compiling = torch.compiler.is_compiling()
         self.ambient = None if compiling else Ambient(inputs)
-        self.drawn = None if compiling else Drawn(inputs)
+        self.drawn = None if compiling else Drawn.shared(inputs)
         self.whole: Callable[[Any], Any] | None = None
 
     def first(self) -> contextlib.AbstractContextManager[None]:

@@ -13,6 +13,7 @@ random generators and modes back when it fails.
 from metafocus.calls.attempts import attempt, attempted, draws_from
 from metafocus.calls.blocks import Scoped, settle, undone
 from metafocus.calls.changes import ABSENT, changed, evaluating, holding
+from metafocus.calls.notes import note, noting, noting_into
 from metafocus.calls.owners import Call, current, inside, running, using
 
 __all__ = [
@@ -27,6 +28,9 @@ __all__ = [
     "evaluating",
     "holding",
     "inside",
+    "note",
+    "noting",
+    "noting_into",
     "running",
     "settle",
     "undone",

@@ -19,12 +19,14 @@ class Call:
 
     Attributes:
         blocks: it lasts as long as any of these.
+        notes: what is written down for `mf.explain`, by topic; None: nothing is.
     """
 
-    __slots__ = ("blocks",)
+    __slots__ = ("blocks", "notes")
 
     def __init__(self) -> None:
         self.blocks: tuple[Block, ...] = ()
+        self.notes: dict[str, list[str]] | None = None
 
     @property
     def over(self) -> bool:

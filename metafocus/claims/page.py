@@ -167,6 +167,7 @@ def _time(seconds: float) -> str:
 
 
 def _cell(text: str) -> str:
-    for sign in "\\|*_<":
+    for sign in "\\|*_":
         text = text.replace(sign, f"\\{sign}")
-    return " ".join(text.split())
+    # Not every reader of Markdown knows "\<".
+    return " ".join(text.replace("<", "&lt;").split())

@@ -15,10 +15,11 @@ import torch
 
 from metafocus import models
 from metafocus.cli import options
+from metafocus.cli.shares import ALONE, Ranks, ranks
 from metafocus.errors import DataError
 from metafocus.evals.agentic import HTTPEndpoint
 from metafocus.evals.fingerprint import fingerprint
-from metafocus.evals.journal import Journal
+from metafocus.evals.journal import Journal, records_in
 
 REPORT, ANSWERS, DEPTHS = "eval.json", "answers.jsonl", "depths.png"
 # They decide where and how fast, but not what is asked and what an answer is.
@@ -135,22 +136,28 @@ def tokenizer(args: argparse.Namespace) -> Any:
 def local(args: argparse.Namespace) -> tuple[Any, Any]:
     """Return the model in `--dtype` on `--device`, and its tokenizer."""
     # Without a length: the check there names another option.
+    args.device = ranks().device(args.device)
     model, words = options.model_on_device(args, lambda: (), 0, base=True)
     if words.chat_template is None:
         print("note: no chat template; chats are written in a plain form.", file=sys.stderr)
     return model.to(getattr(torch, args.dtype)), words
 
 
-def journal(args: argparse.Namespace, output: Path) -> Journal:
+def journal(args: argparse.Namespace, output: Path, rank: int = 0) -> Journal:
     """Return the file of answers, for everything that determines an answer of this run.
+
+    Args:
+        args: the options.
+        output: the directory.
+        rank: of this process; each has a file of its own until their answers are merged.
 
     Raises:
         DataError: if the results of a finished run are there and must not be replaced.
     """
-    if args.overwrite_output_dir:
+    if args.overwrite_output_dir and rank == 0:
         # A map that the new answers do not support must not stay.
-        for name in (REPORT, ANSWERS, DEPTHS):
-            (output / name).unlink(missing_ok=True)
+        for path in (output / REPORT, output / ANSWERS, output / DEPTHS, *_others(output)):
+            path.unlink(missing_ok=True)
     if (output / REPORT).exists():
         raise DataError(
             f"--output_dir {output} holds {REPORT}, so this evaluation is finished: name another "
@@ -161,12 +168,36 @@ def journal(args: argparse.Namespace, output: Path) -> Journal:
     settings["server"] = args.endpoint is not None
     if args.endpoint is None:
         settings["files"] = fingerprint(args.model_name_or_path)
-    return Journal(output / ANSWERS, settings)
+    path = output / ANSWERS
+    return Journal(path.with_stem(f"{path.stem}.rank{rank}") if rank else path, settings)
+
+
+def take_over(answered: Journal, output: Path, rank: int) -> None:
+    """Let this process know all answers that are there.
+
+    Those that processes of an earlier run have left go into the file of the first.
+    """
+    others = _others(output) if rank == 0 else [output / ANSWERS]
+    for path in others:
+        answered.merge(records_in(path))
+    if rank == 0:
+        for path in others:
+            path.unlink()
+
+
+def _others(output: Path) -> list[Path]:
+    path = output / ANSWERS
+    return sorted(output.glob(f"{path.stem}.rank*{path.suffix}"))
 
 
 @contextlib.contextmanager
-def progress(total: int, answered: Journal) -> Iterator[Callable[[int], None]]:
-    """Show a bar, and say how many answers of an earlier run are kept."""
+def progress(
+    total: int, answered: Journal, group: Ranks = ALONE
+) -> Iterator[Callable[[int], None]]:
+    """Show a bar, and say how many answers of an earlier run are kept; on the first process."""
+    if not group.first:
+        yield lambda n: None
+        return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     if len(answered):

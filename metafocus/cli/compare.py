@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from metafocus.cli import chats, options
-from metafocus.comparison.over import plot_over
 from metafocus.comparison.report import Comparison
 from metafocus.comparison.run import compare
 from metafocus.data import Collator, encode_chats, stdlib_qa
 from metafocus.errors import DataError
+from metafocus.lm import Batch
 from metafocus.models import described
 from metafocus.problem import trainable
 from metafocus.recipes._focusft import focusft_problem
 from metafocus.trainer.checkpoints import saving
 from metafocus.trainer.names import ESTIMATORS, MASKS, named
-from metafocus.types import Episode
+from metafocus.types import Episode, Params
 
 QUICK = {"max_length": 192, "per_device_train_batch_size": 1, "repeats": 1}
 QUICK_MODEL = {"hidden_size": 64, "num_hidden_layers": 3, "vocab_size": 512}
@@ -54,10 +56,35 @@ def add_parser(commands: Any) -> None:
         help=f"{', '.join(MASKS)}; default %(default)s",
     )
     parser.add_argument(
-        "--estimators", default=DEFAULT, help="separated by commas; default %(default)s"
+        "--estimators",
+        default=DEFAULT,
+        help=f"some of {', '.join(ESTIMATORS)}, separated by commas; default %(default)s",
     )
     parser.add_argument(
-        "--reference", default="unrolled", help="what is taken as exact; default %(default)s"
+        "--reference",
+        default="unrolled",
+        help="what is taken as exact: one of the same names; default %(default)s",
+    )
+    parser.add_argument(
+        "--over",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUES",
+        help="an axis: solver.steps=1,2,4,8, solver.lr=0.1,1, estimator.solve.steps=5,10 (of "
+        "all estimators that have it), unrolled.last=1,2 (of one); again for a grid",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=options.whole(1),
+        default=1,
+        help="how many batches of other chats; more than one gives 95 %% intervals; default "
+        "%(default)s",
+    )
+    parser.add_argument(
+        "--cells",
+        metavar="DIR",
+        help="directory that keeps what is finished, so that the comparison can be stopped, and "
+        "extended by estimators, values and seeds",
     )
     parser.add_argument(
         "--repeats",
@@ -93,48 +120,58 @@ def run(args: argparse.Namespace) -> None:
         if args.reference in estimators
         else named("reference", args.reference, ESTIMATORS)()
     )
-    mask = named("mask", args.mask, MASKS)
+    mask, over = named("mask", args.mask, MASKS), axes(args.over, args.inner_lr)
+    if args.cells:
+        options.directory(args.cells, "--cells")
     records = chats.read(args.train_file)
     model, tokenizer = options.model_on_device(args, stdlib_qa.texts, args.max_length)
     model, rows = model.to(getattr(torch, args.dtype)), args.per_device_train_batch_size
     if records is None:
         records = chats.documentation(
-            tokenizer, split="train", n=rows, max_length=args.max_length, seed=args.seed
+            tokenizer,
+            split="train",
+            n=rows * args.seeds,
+            max_length=args.max_length,
+            seed=args.seed,
         )
     samples = encode_chats(records, tokenizer, max_length=args.max_length).samples
-    if len(samples) < rows:
+    if len(samples) < rows * args.seeds:
+        times = f" times --seeds {args.seeds}" if args.seeds > 1 else ""
         raise DataError(
-            f"--per_device_train_batch_size {rows} is more than the {len(samples)} chats with an "
-            "answer in --train_file."
+            f"--per_device_train_batch_size {rows}{times} is more than the {len(samples)} chats "
+            "with an answer in --train_file."
         )
-    batch = Collator(pad_token_id=tokenizer.pad_token_id)(samples[:rows])
-    batch = {k: v.to(args.device) for k, v in batch.items()}
+    pad = Collator(pad_token_id=tokenizer.pad_token_id)
+    batches = [
+        {k: v.to(args.device) for k, v in pad(samples[i * rows : (i + 1) * rows]).items()}
+        for i in range(args.seeds)
+    ]
 
     # The same start for every estimator: the fast weights are drawn once.
     adapter = options.adapter(args)
     start = adapter.init(model, torch.Generator().manual_seed(args.seed))
     problem = dataclasses.replace(
-        focusft_problem(model, adapter=adapter, mask=mask), init=lambda slow, support: start
+        focusft_problem(model, adapter=adapter, mask=mask), init=Given(start)
     )
-    outer = trainable(model)
     print(
         f"{described(model)}; {sum(p.numel() for p in start.values()):,} fast weights, "
-        f"{args.inner_steps} inner steps, batch {list(batch['input_ids'].shape)}, {args.dtype}",
+        f"{args.inner_steps} inner steps, batch {list(batches[0]['input_ids'].shape)}, "
+        f"{args.dtype}",
         flush=True,
     )
-    found: dict[float, Comparison] = {}
-    for rate in args.inner_lr:
-        found[rate] = compare(
-            problem,
-            outer,
-            Episode(batch, batch),
-            solver=options.solver(args, rate),
-            estimators=estimators,
-            reference=reference,
-            repeats=args.repeats,
-        )
-        heading = f"\ninner learning rate {rate:g}\n" if len(args.inner_lr) > 1 else ""
-        print(heading + found[rate].table(), flush=True)
+    found = compare(
+        problem,
+        trainable(model),
+        Chats(batches) if args.seeds > 1 else Chats(batches)(0),
+        solver=options.solver(args, args.inner_lr[0]),
+        estimators=estimators,
+        reference=reference,
+        over=over or None,
+        seeds=args.seeds,
+        repeats=args.repeats,
+        folder=args.cells,
+    )
+    print(found.table(), flush=True)
     if directory:
         with saving(directory, "the comparison"):
             directory.mkdir(parents=True, exist_ok=True)
@@ -142,13 +179,65 @@ def run(args: argparse.Namespace) -> None:
         print("wrote " + " and ".join(str(path) for path in written))
 
 
-def _write(found: dict[float, Comparison], directory: Path) -> Iterator[Path]:
+@dataclass(frozen=True)
+class Given:
+    """A start that is always the same."""
+
+    fast: Params
+
+    def __call__(self, slow: Params, support: Any) -> Params:
+        """Return it."""
+        return self.fast
+
+
+@dataclass(frozen=True)
+class Chats:
+    """An episode for each seed: other chats."""
+
+    batches: list[Batch]
+
+    def __call__(self, seed: int) -> Episode:
+        """Return the chats of a seed, as support and query."""
+        return Episode(self.batches[seed], self.batches[seed])
+
+
+def axes(texts: list[str], rates: list[float]) -> dict[str, list[Any]]:
+    """Return the axes that the options name, several inner rates among them.
+
+    Raises:
+        DataError: for an axis that is not written FIELD=VALUE,VALUE.
+
+    Example:
+        >>> axes(["solver.steps=1,2", "unrolled.last=1,None"], [0.1])
+        {'solver.steps': [1, 2], 'unrolled.last': [1, None]}
+    """
+    found: dict[str, list[Any]] = {"solver.lr": list(rates)} if len(rates) > 1 else {}
+    for text in texts:
+        field, _, values = text.partition("=")
+        words = options.words(values)
+        if not field or not words:
+            raise DataError(f"--over {text!r}: write FIELD=VALUE,VALUE, as in solver.steps=1,2,4")
+        if field.removeprefix("solver.") == "lr" and len(rates) > 1:
+            raise DataError("--over solver.lr and several values of --inner_lr: use one of both.")
+        found[field] = [_value(text, word) for word in words]
+    return found
+
+
+def _value(text: str, word: str) -> Any:
+    try:
+        return ast.literal_eval(word)
+    except (ValueError, SyntaxError) as error:
+        raise DataError(
+            f"--over {text!r}: {word!r} is no number, None, True or False. In Python, mf.compare "
+            "takes any value."
+        ) from error
+
+
+def _write(found: Comparison, directory: Path) -> Iterator[Path]:
+    found.plot(directory / "compare.png")
     yield directory / "compare.png"
-    if len(found) > 1:
-        plot_over(found, directory / "compare.png", "inner learning rate")
-    for rate, result in found.items():
-        name = f"compare-lr-{rate:g}.json" if len(found) > 1 else "compare.json"
-        if len(found) == 1:
-            result.plot(directory / "compare.png")
-        result.to_json(directory / name)
-        yield directory / name
+    if found.over:
+        found.pareto(directory / "pareto.png")
+        yield directory / "pareto.png"
+    found.to_json(directory / "compare.json")
+    yield directory / "compare.json"

@@ -13,6 +13,7 @@ import torch
 
 from metafocus.cli import answering, options, trials
 from metafocus.cli.answering import ANSWERS, DEPTHS, REPORT
+from metafocus.cli.shares import Ranks, ranks, refuse_ranks
 from metafocus.comparison.report import environment
 from metafocus.errors import DataError
 from metafocus.evals import babilong, harness, helmet, nolima, results, ruler
@@ -63,6 +64,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--n",
+        "--num_questions",
         type=options.whole(1),
         default=100,
         help="questions of each; default %(default)s, of gpqa and longbench all",
@@ -114,7 +116,13 @@ def run(args: argparse.Namespace) -> None:
     named("mask", args.mask, MASKS)
     tasks, lengths = _tasks(args), _lengths(args.lengths, args.suite)
     cells = [(task, length) for task in tasks for length in lengths]
-    answered = None if args.export else answering.journal(args, output)
+    group = ranks()
+    if args.export:
+        refuse_ranks("eval --export")
+    rank = group.rank
+    answered = None
+    if not args.export:
+        answered = group.after_first(lambda: answering.journal(args, output, rank))
     generate = _generator(args, max(lengths))
     asker, tokenizer, most = _asker(args)
     count = prompt_counter(tokenizer)
@@ -129,14 +137,19 @@ def run(args: argparse.Namespace) -> None:
         _export(args.export, [item for cell in cells for item in generate(count, *cell, args.n)])
         return
     start = time.perf_counter()
-    with answered, answering.progress(len(cells) * args.n, answered) as advance:
+    with answered, answering.progress(len(cells) * args.n, answered, group) as advance:
+        group.after_first(lambda: answering.take_over(answered, output, rank))
         items: list[Item] = []
         outputs: list[str] = []
         for task, length in cells:
             asked = generate(count, task, length, args.n)
-            outputs += _ask(asked, answered, asker, advance)
+            outputs += _ask(asked, answered, asker, advance, group)
             # The long prompts are let go of once answered.
             items += [replace(item, prompt="") for item in asked]
+        if not group.first:
+            # The first has all answers.
+            answered.discard()
+            return
         answered.finish([_key(items[i], i % args.n) for i in range(len(items))])
         seconds = time.perf_counter() - start
         found = results.cells(items, outputs, args.depth_bins)
@@ -197,25 +210,35 @@ def _asker(args: argparse.Namespace) -> tuple[Asker, Any, int | None]:
 
 
 def _ask(
-    items: list[Item], answered: Journal, asker: Asker, advance: Callable[[int], None]
+    items: list[Item],
+    answered: Journal,
+    asker: Asker,
+    advance: Callable[[int], None],
+    group: Ranks,
 ) -> list[str]:
-    """Ask what has no answer yet, keep each answer as it comes, and return all in order."""
+    """Ask what has no answer yet, keep each answer as it comes, and return all in order.
+
+    Several processes ask a share each, and each then has all answers.
+    """
     missing = [i for i, item in enumerate(items) if not answered.get(_key(item, i), item.prompt)]
     advance(len(items) - len(missing))
+    mine = group.mine(missing)
 
     def keep(texts: Mapping[int, str]) -> None:
         rows = []
         for at, text in texts.items():
-            i = missing[at]
+            i = mine[at]
             record = {**items[i].record(), "output": text, "scores": results.score(items[i], text)}
             rows.append((_key(items[i], i), items[i].prompt, record))
         answered.add(rows)
         advance(len(rows))
 
-    if missing:
-        asker([items[i] for i in missing], keep)
-    found = [answered.get(_key(item, i), item.prompt) for i, item in enumerate(items)]
-    return [record["output"] for record in found if record is not None]
+    if mine:
+        asker([items[i] for i in mine], keep)
+    for found in group.gathered(answered.records(_key(items[i], i) for i in mine)):
+        answered.merge(found)
+    records = [answered.get(_key(item, i), item.prompt) for i, item in enumerate(items)]
+    return [record["output"] for record in records if record is not None]
 
 
 def _key(item: Item, i: int) -> Key:

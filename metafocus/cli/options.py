@@ -195,15 +195,24 @@ def model_on_device(
     Raises:
         DataError: if the device cannot be used, too.
     """
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise DataError(f"--device {args.device!r} cannot be used: {first_line(error)}") from error
+    device(args)
     torch.manual_seed(args.seed)
     if args.model_name_or_path is not None:
         note_unused(args, OF_SMALL, "with --model_name_or_path")
     model, tokenizer = model_and_tokenizer(args, texts, max_length, base=base)
     return model.to(args.device), tokenizer
+
+
+def device(args: argparse.Namespace) -> torch.device:
+    """Return the device that `--device` names.
+
+    Raises:
+        DataError: if it cannot be used.
+    """
+    try:
+        return torch.empty(0, device=args.device).device
+    except (RuntimeError, AssertionError) as error:
+        raise DataError(f"--device {args.device!r} cannot be used: {first_line(error)}") from error
 
 
 def note_unused(args: Any, names: Iterable[str], why: str) -> None:

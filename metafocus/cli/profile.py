@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from metafocus.cli import chats, options
+from metafocus.cli.shares import Ranks, ranks
 from metafocus.comparison.inner_curve import shown
 from metafocus.comparison.report import environment
 from metafocus.data import Collator, encode_chats, stdlib_qa
@@ -93,6 +94,8 @@ def run(args: argparse.Namespace) -> None:
             f"show 1 to {MOST}: name fewer masks."
         )
     named("inner_tokens", args.inner_tokens, INNER_TOKENS)
+    group = ranks()
+    args.device = group.device(args.device)
     records = chats.read(args.train_file)
     asked = args.model_name_or_path is None or "max_length" in args.given
     longest = args.max_length if asked else 1
@@ -103,17 +106,20 @@ def run(args: argparse.Namespace) -> None:
     batch = _batch(args, records, tokenizer)
     _check_layer(args, model)
     real = batch["attention_mask"].sum(-1).tolist()
-    print(f"{described(model)}\n{len(real)} chats of {min(real)} to {max(real)} tokens")
+    if group.first:
+        print(f"{described(model)}\n{len(real)} chats of {min(real)} to {max(real)} tokens")
 
     profiles: dict[str, AttentionProfile] = {}
     losses: dict[str, list[float]] = {}
-    for name, profile, inner in _profiles(args, model, batch, chosen):
+    for name, profile, inner in _shared(args, model, batch, chosen, group):
         profiles[name] = profile
         note = ""
         if inner is not None:
             losses[name] = inner
             note = f" (inner {shown(inner)})"
         print(f"\n{name}, answer queries{note}\n{profile.table()}", flush=True)
+    if not group.first:
+        return
     if len(profiles) > 1:
         print(f"\nmeans over layers, answer queries\n{_means(profiles)}")
     report = {
@@ -158,6 +164,24 @@ def _check_layer(args: argparse.Namespace, model: Any) -> None:
             f"--layer {args.layer}: the model has {layers} layers, counted from 0; use at most "
             f"--layer {layers - 1}."
         )
+
+
+def _shared(
+    args: argparse.Namespace,
+    model: Any,
+    batch: Batch,
+    chosen: dict[str, MaskPolicy],
+    group: Ranks,
+) -> Iterator[tuple[str, AttentionProfile, list[float] | None]]:
+    """Yield what `_profiles` does, on the first process; each process profiles some masks."""
+    if group.count == 1:
+        yield from _profiles(args, model, batch, chosen)
+        return
+    names = list(chosen)
+    own = list(_profiles(args, model, batch, {name: chosen[name] for name in group.mine(names)}))
+    found = [one for part in group.gathered(own) for one in part]
+    if group.first:
+        yield from sorted(found, key=lambda one: names.index(one[0].removesuffix(", adapted")))
 
 
 def _profiles(

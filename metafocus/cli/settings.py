@@ -109,6 +109,9 @@ class DataArguments:
         False, "every message is a context turn of its own (default: neighbours are one turn)"
     )
     stdlib_turns: int = described(1, "questions in a chat of stdlib")
+    dry_run: bool = described(
+        False, "take three steps, print the memory and time that a step needs, and write nothing"
+    )
     overwrite_output_dir: bool = described(
         False, "replace the run in output_dir; its checkpoints are deleted"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from transformers import ProgressCallback
 
 from metafocus.adapters import LoRA
-from metafocus.cli import chats, options, splits
+from metafocus.cli import chats, dry_run, options, splits
 from metafocus.cli.callbacks import Bars, HeldOut, decisions_printed, key
 from metafocus.cli.settings import (
     ModelArguments,
@@ -50,6 +51,10 @@ def main(argv: list[str]) -> FocusTrainer:
     for name, value in [item for part in settings[:3] for item in vars(part).items()]:
         if isinstance(value, str):
             check_utf8(f"--{name}", value)
+    if data.dry_run:
+        with tempfile.TemporaryDirectory() as folder:
+            args.output_dir = folder
+            return _run(settings, Path(folder), None)
     output, resume = _output(args, data.overwrite_output_dir), _resume(args)
     with one_run(output), decisions_printed():
         return _run(settings, output, resume)
@@ -82,14 +87,19 @@ def _run(settings: Settings, output: Path, resume: str | bool | None) -> FocusTr
         train, heldout = splits.documentation(data, tokenizer, args.seed, heldout)
     samples = _encoded("train", train[: data.max_train_samples], tokenizer, settings)
     held = _encoded("held out", heldout[: data.max_eval_samples], tokenizer, settings)
+    rows = Packed(samples, data.max_length) if data.packing else samples
+    planned = dry_run.planned_steps(rows, args)
     trainer = FocusTrainer(
         _with_outer_lora(model, settings.model),
         args,
-        train_dataset=Packed(samples, data.max_length) if data.packing else samples,
+        train_dataset=dry_run.shortened(rows, args) if data.dry_run else rows,
         eval_dataset=held or None,
         processing_class=tokenizer,
     )
     trainer.remove_callback(ProgressCallback)
+    if data.dry_run:
+        _say(args, dry_run.measured(trainer, planned))
+        return trainer
     measure = HeldOut(trainer)
     if held:
         trainer.add_callback(measure)
@@ -144,7 +154,7 @@ def _resume(args: FocusArguments) -> str | bool | None:
     word = str(args.resume_from_checkpoint or "")
     if word.lower() in ("true", "false", ""):
         return True if word.lower() == "true" else None
-    return str(require_complete(word, ranks=args.world_size))
+    return str(require_complete(word))
 
 
 def _note_unused(settings: Settings) -> None:

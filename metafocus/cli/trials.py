@@ -15,6 +15,7 @@ import torch
 
 from metafocus.cli import answering, options
 from metafocus.cli.answering import ANSWERS, REPORT
+from metafocus.cli.shares import refuse_ranks
 from metafocus.comparison.report import environment
 from metafocus.errors import DataError
 from metafocus.evals import agentic
@@ -74,6 +75,10 @@ def note_unused(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace, output: Path) -> None:
     """Ask, score and report."""
+    refuse_ranks(
+        f"eval --suite {args.suite}",
+        "start it without torchrun, or serve the model and pass --endpoint with --concurrency",
+    )
     options.note_unused(args, _LONG, f"with --suite {args.suite}")
     ks = _ks(args.k, args.samples)
     if args.temperature == 0 and args.samples > 1:
@@ -171,7 +176,7 @@ def _questions(args: argparse.Namespace) -> list[agentic.Choice]:
         every = agentic.read_gpqa(args.gpqa_file, args.seed)
     else:
         every = agentic.read_longbench(args.longbench_file)
-    if "n" not in args.given or args.n >= len(every):
+    if not args.given & {"n", "num_questions"} or args.n >= len(every):
         return every
     return random.Random(f"{args.suite} order {args.seed}").sample(every, args.n)
 

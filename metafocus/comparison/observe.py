@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,25 +14,23 @@ from torch import Tensor
 
 from metafocus import params as pt
 from metafocus import streams
-from metafocus.comparison.agreement import Agreement, agreement, is_finite
+from metafocus.comparison.agreement import is_finite
+from metafocus.comparison.contenders import Gradient
 from metafocus.comparison.counting import Tally
 from metafocus.comparison.memory import peak_bytes, peak_rss
-from metafocus.engine import MetaLoss, adapt, bilevel, hypergrad
+from metafocus.engine import adapt, bilevel, hypergrad
 from metafocus.errors import NonFiniteError
 from metafocus.estimators import FixedPoint
 from metafocus.estimators.attached import Point, gradient_norm
 from metafocus.problem import Problem, constants
-from metafocus.rng import kept
 from metafocus.types import Episode, Params, Solver
 
 
-@dataclass
+@dataclass(frozen=True)
 class Report:
-    """What the runs of one estimator showed; None where a quantity does not apply.
+    """What one run of an estimator under observation showed; None where it does not apply.
 
     Attributes:
-        agreement: with the reference; None if a loss or a hypergradient was not finite.
-        peak: bytes.
         gradients: evaluations of the inner loss.
         products: products with its second derivatives.
         linear_residual: of the estimator's linear system.
@@ -40,8 +38,6 @@ class Report:
         implicit: whether the estimator needs a stationary solution.
     """
 
-    agreement: Agreement | None = None
-    peak: int | None = None
     gradients: int | None = None
     products: int | None = None
     linear_residual: float | None = None
@@ -82,48 +78,28 @@ def examine(
     )
 
 
-def observe(
-    report: Report,
-    meta_loss: MetaLoss,
-    outer: Params,
-    episode: Episode,
-    exact: Params,
-    *,
-    seeds: int = 1,
-    fresh_process: bool = False,
-) -> Report:
-    """Run any meta loss for its hypergradients and its memory; complete the report."""
-    gradient = hypergrad(meta_loss)
+def drawn(gradient: Gradient, outer: Params, episode: Any, seed: int) -> Params | None:
+    """Return the hypergradient under a torch seed; None if it or an inner loss is not finite."""
+    torch.manual_seed(seed)
+    try:
+        found = gradient(outer, episode)
+    except NonFiniteError:
+        return None
+    return found if is_finite(found) else None
 
-    def draws() -> Iterator[Params]:
-        for seed in range(seeds):
-            torch.manual_seed(seed)
-            found = gradient(outer, episode)[0]
-            if not is_finite(found):
-                raise NonFiniteError("the hypergradient is not finite.")
-            yield found
+
+def peak(gradient: Gradient, outer: Params, episode: Any, fresh_process: bool) -> int | None:
+    """Return the peak memory of one hypergradient, in bytes; None if it cannot be watched."""
 
     def run() -> Any:
         return gradient(outer, episode)
 
-    with kept(pt.tensors((outer, episode))):
-        try:
-            report.agreement = agreement(draws(), exact)
-            device = next(iter(outer.values())).device
-            report.peak = peak_rss(run) if fresh_process else peak_bytes(run, device)[1]
-        except NonFiniteError:
-            return report
-    return report
-
-
-def first_draw(meta_loss: MetaLoss, outer: Params, episode: Episode) -> Params | None:
-    """Return the hypergradient under seed 0; None if an inner loss is not finite."""
-    with kept(pt.tensors((outer, episode))):
-        torch.manual_seed(0)
-        try:
-            return hypergrad(meta_loss)(outer, episode)[0]
-        except NonFiniteError:
-            return None
+    device = next(iter(outer.values())).device
+    if fresh_process:
+        return peak_rss(run)
+    if device.type == "cpu" and not getattr(gradient, "watched", True):
+        return None
+    return peak_bytes(run, device)[1]
 
 
 def inner_residual(

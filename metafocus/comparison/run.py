@@ -2,79 +2,90 @@
 
 from __future__ import annotations
 
-import statistics
-import warnings
-from collections.abc import Mapping
+import dataclasses
+import itertools
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-import torch
-
-from metafocus import params as pt
+from metafocus.cells import sweep
 from metafocus.checks import whole
-from metafocus.comparison.agreement import is_finite
-from metafocus.comparison.inner_curve import inner_curve
-from metafocus.comparison.observe import Report, examine, first_draw, observe, timed
+from metafocus.comparison.averages import row
+from metafocus.comparison.axes import settings, touches_solver
+from metafocus.comparison.contenders import follows_solver
+from metafocus.comparison.jobs import Job, Work, at_seed
+from metafocus.comparison.reference import title
 from metafocus.comparison.report import Comparison, environment
-from metafocus.engine import MetaLoss, bilevel, hypergrad
-from metafocus.errors import NotStationaryWarning, ProblemError, RebuiltWarning
+from metafocus.engine import MetaLoss
+from metafocus.errors import ProblemError
 from metafocus.estimators import Estimator
-from metafocus.estimators.attached import STATIONARY
-from metafocus.problem import Problem, as_episode, constants, refuse_empty
+from metafocus.problem import Problem, refuse_empty
 from metafocus.types import Episode, Params, Solver
-
-DIVERGED = 10.0
-"""Relative error above which a hypergradient has nothing to do with the exact one."""
-CONVERGED = 1e-2
-"""Relative residual below which a linear system counts as solved."""
-CLOSE = 0.05
-"""Relative error up to which a hypergradient is close to the exact one."""
-ALIGNED = 0.95
-"""Cosine from which a hypergradient has the right direction."""
 
 
 def compare(
     problem: Problem,
-    outer: Params,
-    episode: Episode,
+    outer: Params | Callable[[int], Params],
+    episode: Episode | Callable[[int], Episode],
     *,
     solver: Solver,
     estimators: Mapping[str, Estimator],
-    reference: str | Estimator | Params,
-    others: Mapping[str, MetaLoss] | None = None,
-    repeats: int = 3,
+    reference: str | Estimator | Params | Callable[..., Any],
+    others: Mapping[str, MetaLoss | Any] | None = None,
+    over: Mapping[str, Sequence[Any]] | None = None,
     seeds: int = 1,
+    repeats: int = 3,
+    folder: str | Path | None = None,
+    executor: Any = None,
     fresh_process: bool = False,
 ) -> Comparison:
     """Compute one hypergradient by every estimator and report how they differ and what they cost.
 
-    `problem.init` should return the same start at every call. Timings are interleaved: each
-    repetition runs all estimators once.
+    `problem.init` should return the same start at every call under the same torch seed. Under each
+    seed the reference and every contender see the same random numbers.
 
     Args:
         problem: the bilevel problem.
-        outer: where to take the hypergradient.
-        episode: support and query.
+        outer: where to take the hypergradient, or a function of the seed that returns it.
+        episode: support and query, or a function of the seed that returns them.
         solver: the inner optimiser, the same for all.
         estimators: what to compare, by name.
-        reference: what to compare with: a name of `estimators`, another estimator, or the exact
-            hypergradient itself.
-        others: meta-losses of the same problem that are no estimators, such as
-            `mf.algorithms.Evolution(...)`, by name.
-        repeats: how often each is timed.
-        seeds: how many hypergradients to draw of each, under torch seeds 0, 1, ...; an estimator
-            with a generator of its own draws on from where it is. Error, cosine and norm are of
-            the first; more than one shows noise.
+        reference: what to compare with: a name of `estimators` or `others`, another estimator, the
+            exact hypergradient itself, "central differences", or a function `(outer, episode)` or
+            `(outer, episode, solver)` that returns the exact hypergradient. A named estimator
+            stays as it is, whatever `over` does to it.
+        others: contenders that are no estimators, by name: a meta loss of the same problem, such
+            as `mf.algorithms.Evolution(...)`; a hypergradient, such as `mf.compiled(...)`; a
+            single-loop algorithm, whose `step` is called `solver.steps` times while `outer` rests;
+            or a function of the solver that returns one of these, which `over` needs if it
+            changes the solver.
+        over: what to vary: lists of values by field, such as `{"solver.steps": [1, 2, 4]}`,
+            `{"estimator.solve.damping": [...]}` (of all estimators that have it), or
+            `{"truncated.last": [...]}` (of the one with that name). `{"tasks": [...]}` takes so
+            many of the tasks that are stacked in `episode`, drawn with the seed. Several axes
+            span a grid.
+        seeds: how many hypergradients to draw of each, under torch seeds 0, 1, ...; generators of
+            an estimator are seeded anew for each. More than one gives 95 % intervals.
+        repeats: how often each is timed. The timed runs of one seed take turns, unless `folder` or
+            `executor` makes each a cell of its own.
+        folder: where finished cells are kept by their content, as by `mf.sweep`: a comparison with
+            another estimator, value or seed computes only what is new.
+        executor: a `concurrent.futures.Executor`, as for `mf.sweep`. Times are then those of a
+            machine that does several things at once.
         fresh_process: measure the peak memory of the process instead of that of tensors, each in
             a process of its own (Linux, no CUDA).
 
     Returns:
-        A `Comparison` with `.table()`, `.plot(path)`, `.to_json(path)`, `.to_pandas()`, `.rows`.
+        A `Comparison` with `.table()`, `.plot(path)`, `.pareto(path)`, `.to_json(path)`,
+        `.to_pandas()`, `.to_latex()`, `.rows`.
 
     Raises:
-        ProblemError: for an unknown or non-finite reference.
+        ProblemError: for an unknown or non-finite reference, for an axis that nothing has, and if
+            a cell fails.
 
     Example:
-        >>> import metafocus as mf
+        >>> import torch, metafocus as mf
         >>> def loss(fast, slow, x):
         ...     return ((fast["w"] - x) ** 2).sum()
         >>> result = mf.compare(
@@ -82,126 +93,99 @@ def compare(
         ...     {"w": torch.ones(2)}, mf.Episode(torch.zeros(2), torch.ones(2)),
         ...     solver=mf.SGD(0.1, steps=3),
         ...     estimators={"full": mf.Unrolled(), "first-order": mf.FirstOrder()},
-        ...     reference="full")
-        >>> [row["verdict"] for row in result.rows]
-        ['exact', 'right direction, wrong length']
+        ...     reference="full", over={"solver.steps": [1, 3]})
+        >>> [(row["solver.steps"], row["name"], row["verdict"]) for row in result.rows[:2]]
+        [(1, 'full', 'exact'), (1, 'first-order', 'right direction, wrong length')]
     """
     for name, value in (("repeats", repeats), ("seeds", seeds)):
         whole(name, value, 1)
-    refuse_empty(outer, "compare")
+    start = at_seed(outer, 0)
+    refuse_empty(start, "compare")
+    others = dict(others or {})
+    _check_contenders(estimators, others)
+    heading = title(reference, estimators, others, start)
+    grid = settings(over, solver, estimators)
+    _check_others(others, over, solver)
+    groups = [
+        [Job(setting, name, seed) for name in (*estimators, *others)]
+        for setting in grid
+        for seed in range(seeds)
+    ]
+    work = Work(
+        *(problem, outer, episode, estimators, others),
+        *(reference, heading, repeats, fresh_process),
+        folder=None if folder is None else Path(folder),
+    )
+    if folder is None and executor is None:
+        records = [work.run(group) for group in groups]
+    else:
+        records = _swept(work, groups, executor)
+    dtype = next(iter(start.values())).dtype
+    measured = list(zip(itertools.chain(*groups), itertools.chain(*records), strict=True))
+    rows = []
+    for setting in grid:
+        here = [(job, record) for job, record in measured if job.setting is setting]
+        for name in (*estimators, *others):
+            mine = [record for job, record in here if job.name == name]
+            rows.append(row(name, setting.labels, mine, dtype))
+    return Comparison(
+        rows,
+        heading,
+        environment(dtype),
+        measured[0][1]["inner_losses"] if len(grid) == 1 else [],
+        {axis: list(dict.fromkeys(s.labels[axis] for s in grid)) for axis in grid[0].labels},
+        _setting(solver, over, seeds),
+    )
+
+
+def _swept(
+    work: Work, groups: Sequence[Sequence[Job]], executor: Any
+) -> list[list[dict[str, Any]]]:
+    """Run the jobs as cells of a sweep: those of equal content once."""
+    work = work.hashed()
+    cells = [[work.cell(job) for job in group] for group in groups]
+    flat = list(itertools.chain(*cells))
+    jobs = dict(zip([cell["content"] for cell in flat], itertools.chain(*groups), strict=True))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = work.folder or Path(scratch)
+        ready = dataclasses.replace(work, jobs=jobs, folder=folder)
+        # What failed may have been mended, and there is no result without it.
+        outcomes = sweep(ready, flat, folder=folder, executor=executor, retry=True)
+    failed = [outcome for outcome in outcomes if outcome.error]
+    if failed:
+        raise ProblemError(
+            f"{len(failed)} of {len(flat)} cells failed; the first is {failed[0].cell}:\n"
+            f"{failed[0].error}"
+        )
+    results = iter(outcome.result for outcome in outcomes)
+    return [[next(results) for _ in group] for group in groups]
+
+
+def _check_contenders(estimators: Any, others: Mapping[str, Any]) -> None:
     if not isinstance(estimators, Mapping) or not (estimators or others):
         raise ProblemError(
             f"estimators must be a dict of at least one, such as {{'full': mf.Unrolled()}}, got "
             f"{estimators!r}."
         )
-    outer, others = constants(outer), dict(others or {})
-    title = _title(reference, estimators, outer)
-    losses: dict[str, MetaLoss] = {
-        key: bilevel(problem, solver=solver, estimator=e) for key, e in estimators.items()
-    }
-    both = sorted(losses.keys() & others.keys())
+    both = sorted(estimators.keys() & others.keys())
     if both:
         raise ProblemError(f"{both[0]!r} names an estimator and one of others: rename one.")
-    with warnings.catch_warnings():
-        # The verdict reports this.
-        warnings.simplefilter("ignore", NotStationaryWarning)
-        # Each comparison builds its meta losses.
-        warnings.simplefilter("ignore", RebuiltWarning)
-        exact = _exact(reference, losses, problem, outer, episode, solver)
-        if exact is None or not is_finite(exact):
-            raise ProblemError(f"the reference hypergradient ({title}) is not finite.")
-        curve = inner_curve(problem, outer, as_episode(episode).support, solver)
-        reports = {
-            key: examine(problem, outer, episode, solver, estimator)
-            for key, estimator in estimators.items()
-        }
-        reports |= {key: Report() for key in others}
-        losses |= others
-        options: dict[str, Any] = {"seeds": seeds, "fresh_process": fresh_process}
-        for key, report in reports.items():
-            observe(report, losses[key], outer, episode, exact, **options)
-        gradients = {k: hypergrad(losses[k]) for k, r in reports.items() if r.agreement}
-        seconds: dict[str, list[float]] = {key: [] for key in gradients}
-        for _ in range(repeats):
-            for key, gradient in gradients.items():
-                seconds[key].append(timed(lambda run=gradient: run(outer, episode)))
-    dtype = next(iter(outer.values())).dtype
-    rows = [_row(key, report, dtype, seconds.get(key)) for key, report in reports.items()]
-    return Comparison(rows, title, environment(dtype), curve)
 
 
-def _exact(
-    reference: Any,
-    losses: dict[str, MetaLoss],
-    problem: Problem,
-    outer: Params,
-    episode: Episode,
-    solver: Solver,
-) -> Params | None:
-    if isinstance(reference, dict):
-        return pt.detach(reference)
-    if isinstance(reference, str):
-        return first_draw(losses[reference], outer, episode)
-    return first_draw(bilevel(problem, solver=solver, estimator=reference), outer, episode)
-
-
-def _title(reference: Any, estimators: Mapping[str, Estimator], outer: Params) -> str:
-    if isinstance(reference, str):
-        if reference not in estimators:
+def _check_others(
+    others: Mapping[str, Any], over: Mapping[str, Any] | None, solver: Solver
+) -> None:
+    axis = touches_solver(over, solver)
+    for name, other in others.items():
+        if axis and not follows_solver(other):
             raise ProblemError(
-                f"reference {reference!r} is not one of the estimators {sorted(estimators)}."
+                f"over changes {axis}, which others[{name!r}] would not follow: give a function of "
+                "the solver, such as lambda solver: mf.algorithms.Evolution(mf.bilevel(problem, "
+                "solver=solver, estimator=mf.FirstOrder()), ...)."
             )
-        return reference
-    if isinstance(reference, dict):
-        shapes, expected = pt.shapes(reference), pt.shapes(outer)
-        if shapes != expected:
-            raise ProblemError(
-                f"the reference hypergradient has the shapes {shapes}, outer has {expected}."
-            )
-        return "the given hypergradient"
-    return str(reference)
 
 
-def _row(
-    name: str, report: Report, dtype: torch.dtype, seconds: list[float] | None
-) -> dict[str, Any]:
-    found = report.agreement
-    spread = found and found.spread
-    return {
-        "name": name,
-        "relative_error": found and found.error,
-        "cosine": found and found.cosine,
-        "norm_ratio": found and found.norm_ratio,
-        "seconds": statistics.median(seconds) if seconds else None,
-        "peak_bytes": report.peak,
-        "gradient_evaluations": report.gradients,
-        "hvp_evaluations": report.products,
-        "inner_residual": report.residual,
-        "linear_residual": report.linear_residual,
-        **({} if spread is None else {"spread": spread}),
-        "verdict": _verdict(report, dtype),
-    }
-
-
-def _verdict(report: Report, dtype: torch.dtype) -> str:
-    """Return the first of the verdicts that holds."""
-    found = report.agreement
-    if found is None or not found.error <= DIVERGED:
-        return "diverged"
-    if found.norm_ratio == 0 and found.error > 0:
-        return "zero"
-    # The square root of the rounding unit: half of the digits agree.
-    if found.error <= torch.finfo(dtype).eps ** 0.5:
-        return "exact"
-    if found.bias is not None and found.spread is not None and found.spread > found.bias:
-        # The mean over seeds is nearer than the draws are to it: more of them would help.
-        return "noisy"
-    if report.implicit and report.residual is not None and not report.residual <= STATIONARY:
-        return "not stationary"
-    if report.linear_residual is not None and not report.linear_residual <= CONVERGED:
-        return "not converged"
-    if found.error <= CLOSE:
-        return "close"
-    if found.cosine >= ALIGNED:
-        return "right direction, wrong length"
-    return "biased"
+def _setting(solver: Solver, over: Mapping[str, Any] | None, seeds: int) -> str:
+    """Return what a figure says of the setting."""
+    axes = f" over {', '.join(over)}" if over else ""
+    return f"{solver}{axes}, {seeds} seed{'s' if seeds > 1 else ''}"

@@ -68,9 +68,8 @@ def collate(
     def stack(rows: list[Tensor], filler: int) -> Tensor:
         out = rows[0].new_full((len(rows), length), filler)
         for row, values in zip(out, rows, strict=True):
-            row[: len(values)] = values
-            if side == "left":
-                row.copy_(row.roll(length - len(values)))
+            first = length - len(values) if side == "left" else 0
+            row[first : first + len(values)] = values
         return out
 
     ids = [sample["input_ids"] for sample in samples]

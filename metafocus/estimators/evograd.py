@@ -12,9 +12,9 @@ from torch import Tensor
 from metafocus import params as pt
 from metafocus import streams
 from metafocus.autodiff.safe_operators.swapping import Swapped
+from metafocus.autodiff.tied import tied_to
 from metafocus.calls import draws_from
 from metafocus.checks import positive, whole
-from metafocus.estimators.unrolled import tied_to
 from metafocus.solvers.descent import count, solve_inner
 from metafocus.types import Estimator, InnerLoss, Params, Solution, Solver
 

@@ -37,13 +37,11 @@ class Kept:
     def __init__(self, place: Place):
         self.shelf = place.open()
         self.beside: dict[int, tuple[Any, Drawn]] = {}
-        self.drawn: Drawn | None = None
 
     def put(self, key: int, state: Any) -> None:
         """Keep a state, with the random numbers that are drawn from here on."""
         tensors, rebuild = pt.partition(state)
-        self.drawn = Drawn(tensors).or_same(self.drawn)
-        self.beside[key] = rebuild, self.drawn
+        self.beside[key] = rebuild, Drawn.shared(tensors)
         self.shelf.put(key, tensors)
 
     def get(self, key: int) -> tuple[Any, Drawn]:

@@ -17,6 +17,7 @@ from metafocus.autodiff.hvp import check_hvp, evaluated_for, hvp_reverse
 from metafocus.autodiff.purity import watched
 from metafocus.autodiff.recompute import recompute
 from metafocus.autodiff.stores import Store
+from metafocus.autodiff.tied import tied_to
 from metafocus.checks import whole
 from metafocus.errors import ProblemError
 from metafocus.estimators.segments import best_size, cut
@@ -66,11 +67,6 @@ class FirstOrder(Estimator):
         found = solve_inner(inner_loss, solver, start, outer, support, path)
         tied = tuple(tied_to(start, fast) for fast in found.path)
         return Solution(tied_to(start, found.params), found.losses, tied)
-
-
-def tied_to(start: Params, fast: Params) -> Params:
-    """Return the values of `fast` with the derivative of `start`: a straight-through tie."""
-    return {k: v + (start[k] - start[k].detach()) for k, v in fast.items()}
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,6 @@ class Journal:
         Raises:
             DataError: if they cannot be written. The file then ends with the answers before them.
         """
-        assert self._file is not None
         made = [
             {
                 **record,
@@ -166,6 +165,29 @@ class Journal:
             }
             for key, prompt, record in answers
         ]
+        self._append(made)
+
+    def records(self, keys: Iterable[Key]) -> list[dict[str, Any]]:
+        """Return the records of answered questions, as another process merges them."""
+        return [self._records[key] for key in keys]
+
+    def merge(self, records: Iterable[dict[str, Any]]) -> None:
+        """Append records that another process made with the same settings and that are new here.
+
+        Raises:
+            DataError: as `add` does.
+        """
+        own = [record for record in records if record.get("settings_digest") == self.mark]
+        self._append([record for record in own if _key(record["key"]) not in self._records])
+
+    def discard(self) -> None:
+        """Close the file and delete it, after another process has merged its answers."""
+        self.close()
+        self.path.unlink(missing_ok=True)
+        self.beside.unlink(missing_ok=True)
+
+    def _append(self, made: list[dict[str, Any]]) -> None:
+        assert self._file is not None
         lines = "".join(json.dumps(record) + "\n" for record in made).encode()
         before = os.fstat(self._file.fileno()).st_size
         try:
@@ -185,6 +207,15 @@ class Journal:
     def finish(self, keys: Sequence[Key]) -> None:
         """Write the file anew with these answers in this order, whole or not at all."""
         write_json_lines(self.path, (self._records[key] for key in keys))
+
+
+def records_in(path: Path) -> list[dict[str, Any]]:
+    """Return the records in a file of answers, of whatever settings.
+
+    Raises:
+        DataError: if a line is no answer of an evaluation.
+    """
+    return _read(path)[0]
 
 
 def _key(value: Sequence[Any]) -> Key:

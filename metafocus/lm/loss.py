@@ -23,11 +23,16 @@ from metafocus.lm.hf.inputs import check_ids, model_inputs, own_inputs
 from metafocus.lm.hf.last_layer import at_scored, last_mask, restriction
 from metafocus.lm.hf.logit_head import logit_head_of
 from metafocus.lm.hf.restricted import Restriction, restricted
+from metafocus.lm.hf.shared_sequence import check_shared_sequence
 from metafocus.lm.hf.side_runs import two_tokens
 from metafocus.lm.tokens import TokenPolicy, answer_tokens, predicted
 from metafocus.masks import Batch, MaskPolicy
 from metafocus.masks.spans import Spans
+from metafocus.parallel.collectives import Group, replicated, summed
+from metafocus.parallel.sequence import refuse_other_batches, share
 from metafocus.precision import wide
+from metafocus.problem import trainable
+from metafocus.sharding import HOOKED, is_parametrised, sharding_of
 from metafocus.types import Params
 
 
@@ -59,6 +64,7 @@ class LMLoss:
     adapter: Adapter
     mask: MaskPolicy
     tokens: TokenPolicy
+    sequence_group: Group = None
     checkpointing: Callable[[nn.Module, Batch], bool] | None = None
     """Whether a call honours `gradient_checkpointing_enable()`; None: it does."""
 
@@ -77,7 +83,9 @@ class LMLoss:
         logit_head_of(self.model)
         scored = self._scored(batch)
         mask = last_mask(self.model, inputs["attention_mask"])
-        if mask is not None and scored.rows is not None:
+        # Queries that this rank does not score may be scored by another rank of the sequence.
+        alone = self.sequence_group is None
+        if alone and mask is not None and scored.rows is not None:
             scored = scored._replace(mask=at_scored(mask, self._targets(batch) != IGNORED))
         read_spans(self.model, None if known else inputs["attention_mask"], scored.mask)
         return {**batch, "model_inputs": inputs, "scored": scored}
@@ -85,11 +93,14 @@ class LMLoss:
     def __call__(self, fast: Params, slow: Params, batch: Batch) -> Tensor:
         """Return the loss; with `slow={}` the model's own parameters are the slow weights."""
         batch = self.prepare(batch)
+        return summed(self._of_this_rank(self._entering(fast), slow, batch), self.sequence_group)
+
+    def _of_this_rank(self, fast: Params, slow: Params, batch: Batch) -> Tensor:
+        """Return what this rank's tokens add to the loss of a prepared batch."""
         logit_head = logit_head_of(self.model)
         with self._running(batch), self.adapter.bind(self.model, fast):
             if logit_head is None:
-                logits = self._run(slow, batch).logits
-                return self._mean(batch, lambda scored: _full_loss(logits, scored))
+                return self._mean(batch, self._own_logits(slow, batch))
 
             def reader(head: nn.Module, hidden: Tensor) -> Tensor:
                 def total(scored: Targets) -> Tensor:
@@ -101,6 +112,23 @@ class LMLoss:
             with restricted(self._restriction(batch)):
                 return self._read(slow, batch, reader)
 
+    def _own_logits(self, slow: Params, batch: Batch) -> Callable[[Targets], Tensor]:
+        """Return the summed loss of scored positions by logits that the model itself makes."""
+        rows = self._rows(batch)
+        sharded = not torch.compiler.is_compiling() and bool(sharding_of(self.model) & HOOKED)
+        if rows is None or not sharded or not heads.keeps_positions_apart(self.model):
+            logits = self._run(slow, batch).logits
+            return lambda scored: _full_loss(scored.select(logits), scored.targets)
+        head = heads.output_head(self.model)
+        few = heads.logits_of_rows(head, lambda: self._run(slow, batch).logits, rows)
+        place = rows.new_zeros(batch["model_inputs"]["input_ids"].numel())
+        place[rows] = torch.arange(len(rows), device=rows.device)
+        return lambda scored: _full_loss(few[place[scored.rows]], scored.targets)
+
+    def _rows(self, batch: Batch) -> Tensor | None:
+        """Return all scored positions of a prepared batch, where they can be asked."""
+        return batch["scored"].rows
+
     def _mean(self, batch: Batch, total: Callable[[Targets], Tensor]) -> Tensor:
         """Return the loss of a prepared batch, given the summed loss of scored positions."""
         scored = batch["scored"]
@@ -108,6 +136,8 @@ class LMLoss:
 
     def _restriction(self, batch: Batch) -> Restriction | None:
         """Return which positions of the last layer the loss of a prepared batch reads."""
+        if self.sequence_group is not None:
+            return None
         scored = batch["scored"]
         return restriction(self.model, scored.rows, scored.mask)
 
@@ -128,7 +158,10 @@ class LMLoss:
             return self._read({}, batch)
 
     def logits(self, fast: Params, batch: Batch) -> Tensor:
-        """Return all logits under the mask, `[B, S, V]`, of a prepared batch."""
+        """Return all logits under the mask, `[B, S, V]`, of a prepared batch.
+
+        With a `sequence_group` they are those of this rank's tokens.
+        """
         with self.adapter.bind(self.model, fast), self._running():
             return self._run({}, batch).logits
 
@@ -144,6 +177,19 @@ class LMLoss:
         with running(self.model), attending(self.model), exact_checkpointing(self.model, enabled):
             yield
 
+    def _entering(self, params: Params) -> Params:
+        """Return parameters as they enter the computation that the ranks of a sequence share."""
+        group = self.sequence_group
+        # Of parametrised weights it is the whole weight that enters, not this rank's part.
+        return {k: x if is_parametrised(k) else replicated(x, group) for k, x in params.items()}
+
+    def _slow(self, slow: Params) -> Params:
+        if self.sequence_group is None:
+            return slow
+        if not slow and not sharding_of(self.model):
+            slow = trainable(self.model)
+        return self._entering(slow)
+
     def _read(
         self, slow: Params, batch: Batch, reader: heads.Reader = lambda head, hidden: hidden
     ) -> Tensor:
@@ -155,7 +201,7 @@ class LMLoss:
         inputs = batch["model_inputs"]
         with (
             prefix.resumed(self.model, batch.get("hidden")),
-            holding(self.model, slow, tie_weights=True),
+            holding(self.model, self._slow(slow), tie_weights=True),
         ):
             return self.model(**inputs)
 
@@ -166,8 +212,9 @@ class LMLoss:
         return F.pad(targets, (0, 1), value=IGNORED)
 
     def _scored(self, batch: Batch) -> Targets:
-        targets = self._targets(batch).flatten()
-        count = (targets != IGNORED).sum().clamp(min=1)
+        whole = self._targets(batch)
+        count = (whole != IGNORED).sum().clamp(min=1)
+        targets = share(whole, self.sequence_group, IGNORED).flatten()
         rows = heads.scored_rows(targets)
         if rows is not None:
             targets = targets.index_select(0, rows)
@@ -176,16 +223,19 @@ class LMLoss:
     def _model_inputs(self, batch: Batch) -> dict[str, Any]:
         if "input_ids" not in batch:
             raise ProblemError(f"a batch needs input_ids [B, S]; this one has {sorted(batch)}.")
+        group = self.sequence_group
         check_ids(self.model, batch["input_ids"])
+        if group is not None:
+            check_shared_sequence(self.model, group)
+            refuse_other_batches(batch, group)
         if self.mask is masks.causal and "document_ids" not in batch and own_mask(self.model):
             return own_inputs(batch["input_ids"], batch.get("attention_mask"))
         positions, spans = masks.positions(batch), _checked(self.mask(batch))
-        return model_inputs(self.model, batch["input_ids"], positions, spans)
+        return model_inputs(self.model, batch["input_ids"], positions, spans, group)
 
 
-def _full_loss(logits: Tensor, scored: Targets) -> Tensor:
-    logits = wide(scored.select(logits))
-    return F.cross_entropy(logits, scored.targets, reduction="sum", ignore_index=IGNORED)
+def _full_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(wide(logits), targets, reduction="sum", ignore_index=IGNORED)
 
 
 def lm_loss(
@@ -194,6 +244,7 @@ def lm_loss(
     adapter: Adapter,
     mask: MaskPolicy,
     tokens: TokenPolicy = answer_tokens,
+    sequence_group: Group = None,
 ) -> LMLoss:
     """Return `loss(fast, slow, batch)`: mean cross entropy of the next token.
 
@@ -213,6 +264,10 @@ def lm_loss(
             windows of single layers are intersected with it.
         tokens: which tokens are scored: `answer_tokens`, `context_tokens`, `all_tokens` or any
             `batch -> [B, S]` boolean function.
+        sequence_group: the ranks that share each sequence (`mf.parallel.sequence_group`). Each is
+            given the whole batch and runs the model on its share of the tokens; the loss is that
+            of the whole batch on every rank, and so are its derivatives by `fast` and `slow`, of
+            any order. None: this rank runs all tokens.
 
     Returns:
         An `LMLoss`; its `prepare(batch)` computes masks and scored rows once for several calls.
@@ -239,7 +294,7 @@ def lm_loss(
         torch.Size([])
     """
     _check_parts(model, adapter, mask, tokens)
-    return LMLoss(model, adapter, mask, tokens)
+    return LMLoss(model, adapter, mask, tokens, sequence_group)
 
 
 def _check_parts(model: nn.Module, adapter: Any, mask: Any, tokens: Any) -> None:

@@ -90,7 +90,12 @@ class PerExampleLoss(LMLoss):
         inputs = batch.get("model_inputs") or self._model_inputs(batch)
         logit_head_of(self.model)
         read_spans(self.model, inputs["attention_mask"])
-        return {**batch, "model_inputs": inputs, "each": self._each(batch)}
+        batch = {**batch, "model_inputs": inputs}
+        return {**batch, "each": self._each(batch)}
+
+    def _rows(self, batch: Batch) -> Tensor | None:
+        found = [part.rows for part in batch["each"].parts]
+        return None if any(rows is None for rows in found) else torch.cat(found)  # pyright: ignore
 
     def _restriction(self, batch: Batch) -> None:
         return None
@@ -100,16 +105,15 @@ class PerExampleLoss(LMLoss):
 
     def _each(self, batch: Batch) -> Each:
         scored = self._scored(batch)
-        rows, length = len(batch["input_ids"]), batch["input_ids"].shape[1]
+        # Of the whole rows; what follows is this rank's share of them.
+        numbers = (self._targets(batch) != IGNORED).sum(1).clamp(min=1).unbind()
+        rows, length = batch["model_inputs"]["input_ids"].shape
         if scored.rows is None:
             index = torch.arange(rows * length, device=scored.targets.device).split(length)
             targets = scored.targets.split(length)
-            numbers = [(part != IGNORED).sum().clamp(min=1) for part in targets]
         else:
-            found = torch.bincount(scored.rows // length, minlength=rows)
-            sizes = found.tolist()
+            sizes = torch.bincount(scored.rows // length, minlength=rows).tolist()
             index, targets = scored.rows.split(sizes), scored.targets.split(sizes)
-            numbers = list(found.clamp(min=1))
         parts = [Targets(self.tokens, *part) for part in zip(index, targets, numbers, strict=True)]
         # A batch without any scored token keeps one, for a loss of 0 that has a graph.
         return Each(self.tokens, [part for part in parts if len(part.targets)] or parts[:1])

@@ -11,6 +11,7 @@ import warnings
 
 import torch
 
+from metafocus.calls import note
 from metafocus.lm.hf import prefix
 from metafocus.lm.hf.side_runs import side_run
 from metafocus.lm.loss import LMLoss
@@ -50,6 +51,8 @@ class SharedPrefix:
             self.cut, self.checked = self._find(), True
         if self.cut is None:
             return batch
+        path, layer = self.cut
+        note("shared layers", f"{path}.0 to {path}.{layer - 1} run once for all inner steps")
         return {**batch, "hidden": self.loss.hidden_before(self.cut, slow, batch)}
 
     def _find(self) -> tuple[str, int] | None:

@@ -14,6 +14,7 @@ from metafocus import params as pt
 from metafocus import streams
 from metafocus.autodiff.grad import refuse_inference_mode
 from metafocus.autodiff.safe_operators.swapping import Swapped, differentiable_once
+from metafocus.calls import note
 from metafocus.errors import ProblemError
 from metafocus.preflight.arguments import refuse_hidden, unused_by
 from metafocus.preflight.kernels import trust
@@ -71,7 +72,11 @@ def preflight(
             trial.in_transforms(*at)
         else:
             trial.on_tape(*at)
-    return differentiable_once(inner_loss) if trial.swapped.needed else inner_loss
+    note("preflight", "one evaluation, one gradient and one update on constants: nothing refused")
+    if trial.swapped.needed:
+        note("preflight", "the loss needs swapped operators even for first derivatives")
+        return differentiable_once(inner_loss)
+    return inner_loss
 
 
 def refuse_ignored_fast_weights(outer_loss: Any, fast: Params) -> None:

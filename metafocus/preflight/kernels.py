@@ -19,7 +19,7 @@ from metafocus import params as pt
 from metafocus.autodiff import recompute
 from metafocus.autodiff.hvp import evaluated_for, hvp_finite, hvp_reverse
 from metafocus.autodiff.tape import foreign_nodes
-from metafocus.calls import Scoped
+from metafocus.calls import Scoped, note
 from metafocus.errors import ProblemError
 from metafocus.rng import replayed
 from metafocus.types import InnerLoss, Params
@@ -72,6 +72,7 @@ def refuse_lost_second_derivatives(
         ProblemError: naming the kernel.
     """
     if _TRUSTED.get() or not fast:
+        note("custom kernels", "their second derivatives were not checked (mf.trust)")
         return
     inputs, rebuild = pt.partition((slow, data), pt.is_differentiable)
 
@@ -84,6 +85,7 @@ def refuse_lost_second_derivatives(
         return
     verdict = _compared(loss, fast, inputs)
     if verdict is None:
+        note("custom kernels", "their second derivatives agree with a central difference")
         return
     raise ProblemError(
         f"{who} runs a kernel whose second derivative {verdict}: {', '.join(names)}. Use a "

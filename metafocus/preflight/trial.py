@@ -10,6 +10,7 @@ from metafocus import params as pt
 from metafocus.autodiff import recompute
 from metafocus.autodiff.safe_operators.swapping import Swapped
 from metafocus.autodiff.tape import foreign_nodes
+from metafocus.calls import note
 from metafocus.errors import MetafocusError, ProblemError
 from metafocus.preflight.arguments import (
     evaluated,
@@ -64,6 +65,7 @@ class Trial:
             given += [("the solver's state", x) for x in pt.tensors(state)]
             with refused_writes("solver.update", given, self.solver):
                 self._update(state, fast, slow, data)
+        note("custom kernels", ", ".join(kernels) or "none in the graph of the inner loss")
         if self.twice and kernels:
             refuse_lost_second_derivatives("inner_loss", self.inner_loss, fast, slow, data, kernels)
 
@@ -102,6 +104,7 @@ class Trial:
             refuse_ignored(unused, fast)
         if self.explicit:
             refuse_closures("inner_loss", results, made)
+            note("preflight", "the inner loss closes over no tensor that requires grad")
 
     def _update(self, state: Any, fast: Params, slow: Params, data: Any) -> None:
         with new_tensors() as made:

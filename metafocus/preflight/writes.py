@@ -101,7 +101,9 @@ class Writes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for argument, value in _bound(func, args, kwargs):
+        # What FSDP2's hooks gather is no state: it is gathered anew, and its memory is freed.
+        gathers = getattr(func, "namespace", "") == "fsdp"
+        for argument, value in () if gathers else _bound(func, args, kwargs):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 for x in pytree.tree_leaves(value):
                     self._note(x)

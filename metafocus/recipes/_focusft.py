@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,12 +16,16 @@ from metafocus.calls import attempted, draws_from, holding, using
 from metafocus.engine import MetaLoss, bilevel
 from metafocus.errors import ProblemError
 from metafocus.estimators import Estimator, FirstOrder
+from metafocus.factories import picklable
 from metafocus.lm import Adapter, TokenPolicy, answer_tokens, lm_loss
 from metafocus.lm.hf.inner_memory import Fitting
 from metafocus.lm.per_example import PerExampleLoss, PerExampleSolver, mean_loss
 from metafocus.lm.shared_prefix import SharedPrefix
 from metafocus.masks import Batch, MaskPolicy
+from metafocus.parallel.collectives import Group
+from metafocus.parallel.sequence import refuse_other_starts
 from metafocus.problem import Problem, as_episode, trainable
+from metafocus.recipes._sharded import hooked, refuse_outer, refuse_sharded
 from metafocus.solvers import SGD, clip_per_tensor
 from metafocus.types import Aux, Episode, Params, Solver
 
@@ -38,6 +42,7 @@ def focusft_problem(
     outer_tokens: TokenPolicy = answer_tokens,
     generator: torch.Generator | None = None,
     examples: int | None = None,
+    sequence_group: Group = None,
     inner_checkpointing: bool | str = True,
 ) -> Problem:
     """Return FocuSFT's bilevel problem; see `focusft`.
@@ -52,35 +57,59 @@ def focusft_problem(
         generator: draws the start.
         examples: the number of rows in a batch, if each has fast weights of its own (to be solved
             by a `PerExampleSolver`). None: the batch shares its fast weights.
+        sequence_group: the ranks that share each sequence.
         inner_checkpointing: whether the inner loss checkpoints as the model does.
     """
     choice = _choice(inner_checkpointing)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    inner = replace(
-        lm_loss(model, adapter=adapter, mask=mask, tokens=inner_tokens), checkpointing=choice
-    )
-    outer = lm_loss(model, adapter=adapter, mask=mask, tokens=outer_tokens)
+    common: Any = {"adapter": adapter, "mask": mask, "sequence_group": sequence_group}
+    inner = lm_loss(model, tokens=inner_tokens, **common)
+    outer = lm_loss(model, tokens=outer_tokens, **common)
     if examples is not None:
-        inner = PerExampleLoss(model, adapter, mask, inner_tokens, choice)
+        inner = PerExampleLoss(model, tokens=inner_tokens, **common)
+    inner = replace(inner, checkpointing=choice)
     shared = SharedPrefix(inner)
 
-    def prepare(slow: Params, episode: Episode) -> Episode:
-        support = shared(slow, inner.prepare(episode.support))
+    start = _Start(model, adapter, generator, examples, sequence_group)
+    return Problem(inner, outer, start, _Prepare(inner, outer, shared))
+
+
+@dataclass(frozen=True)
+class _Prepare:
+    """Runs the layers below the first fast weight once, for both losses."""
+
+    inner: Any
+    outer: Any
+    shared: SharedPrefix
+
+    def __call__(self, slow: Params, episode: Episode) -> Episode:
+        support = self.shared(slow, self.inner.prepare(episode.support))
         if episode.query is episode.support:
             # Both losses share the masks, but they may score different tokens.
-            return Episode(support, outer.prepare(support))
-        return Episode(support, outer.prepare(episode.query))
+            return Episode(support, self.outer.prepare(support))
+        return Episode(support, self.outer.prepare(episode.query))
 
-    def start(slow: Params, support: Any) -> Params:
+
+@dataclass(frozen=True)
+class _Start:
+    """Draws the fast weights."""
+
+    model: nn.Module
+    adapter: Adapter
+    generator: torch.Generator
+    examples: int | None
+    sequence_group: Group
+
+    def __call__(self, slow: Params, support: Any) -> Params:
         # Fast weights that start as copies of slow weights must be copied from `slow`.
-        draws_from(generator)
-        with using(model), holding(model, slow, tie_weights=True):
-            fast = adapter.init(model, generator)
-        return fast if examples is None else for_each(fast, examples)
+        draws_from(self.generator)
+        with using(self.model), holding(self.model, slow, tie_weights=True):
+            fast = self.adapter.init(self.model, self.generator)
+        refuse_other_starts(fast, self.sequence_group)
+        return fast if self.examples is None else for_each(fast, self.examples)
 
-    return Problem(inner, outer, start, prepare)
 
-
+@picklable
 def focusft(
     model: nn.Module,
     *,
@@ -91,6 +120,7 @@ def focusft(
     inner_tokens: TokenPolicy = answer_tokens,
     generator: torch.Generator | None = None,
     per_example: bool = False,
+    sequence_group: Group = None,
     inner_checkpointing: bool | str = "auto",
 ) -> MetaLoss:
     """Return FocuSFT's training loss; the defaults are the paper's.
@@ -109,7 +139,9 @@ def focusft(
         solver: the inner optimiser. Default: two steps of SGD with learning rate 1, where the
             gradient of each tensor is clipped to norm 1.
         estimator: default `FirstOrder()`. For the exact hypergradient, pass
-            `mf.Unrolled(recompute=True)`.
+            `mf.Unrolled(recompute=True)`. Of a model that `fully_shard` has sharded, the weights
+            are read where its hooks gather them, which `FirstOrder()` allows; for the others,
+            `metafocus.trainer.distributed.parametrise(model, mesh)`.
         inner_tokens: the tokens that the inner loss scores. Default: the answers, as in the
             official code.
         generator: draws a new start of the fast weights at every call. Default: a generator
@@ -117,6 +149,9 @@ def focusft(
         per_example: gives each row of a batch fast weights of its own, which start equal and
             adapt to the tokens of this row, exactly as if it were alone. `Aux.inner_losses` are
             then means over the rows. Default: one set for the batch, as in the official code.
+        sequence_group: the ranks that share each sequence (`mf.parallel.sequence_group`). Each is
+            given the same batch, and computes the loss and the derivatives of all of it. Their
+            generators must have the same seed. Default: this rank runs all tokens.
         inner_checkpointing: whether the inner loop checkpoints its activations, if
             `gradient_checkpointing_enable()` was called. "auto": with `FirstOrder()` only if they
             do not fit into half of the free memory (in a distributed run, always), which saves a
@@ -127,7 +162,8 @@ def focusft(
         parameters are trained, and `loss.backward()` fills their `.grad`.
 
     Raises:
-        ProblemError: as for `lm_loss`; at the call, if no parameter requires grad.
+        ProblemError: as for `lm_loss`; for an estimator that cannot work with the hooks of a
+            sharded model; at the call, if no parameter requires grad.
         PlacementError: at the first call, if the adapter's placement matches nothing.
 
     Example:
@@ -151,6 +187,7 @@ def focusft(
         FocuSFT, arXiv 2605.09932.
     """
     chosen = estimator or FirstOrder()
+    refuse_sharded(model, chosen)
     # What wraps an estimator, as the trainer does, holds it.
     first_order = isinstance(getattr(chosen, "estimator", chosen), FirstOrder)
     if inner_checkpointing == "auto" and not first_order:
@@ -166,6 +203,7 @@ def focusft(
             inner_tokens=inner_tokens,
             generator=generator,
             examples=examples,
+            sequence_group=sequence_group,
             inner_checkpointing=inner_checkpointing,
         )
         inner = solver if examples is None else PerExampleSolver(solver)
@@ -178,10 +216,16 @@ def focusft(
 
     def evaluate(outer: Params, episode: Any) -> tuple[Tensor, Aux]:
         support = as_episode(episode).support
-        # Every estimator accepts explicit parameters, and with them a first-order inner loop
-        # builds no graph below its fast weights.
-        outer = outer or trainable(model)
-        if not outer and torch.is_grad_enabled():
+        trained = trainable(model)
+        if hooked(model):
+            # The model may have been sharded since.
+            refuse_sharded(model, chosen)
+            refuse_outer(outer)
+        else:
+            # Every estimator accepts explicit parameters, and with them a first-order inner loop
+            # builds no graph below its fast weights.
+            outer = outer or trained
+        if not (outer or trained) and torch.is_grad_enabled():
             raise ProblemError(
                 "no parameter of the model requires grad, so nothing would be trained: call "
                 "model.requires_grad_(True), or evaluate under torch.no_grad()."
@@ -198,9 +242,13 @@ def _choice(inner_checkpointing: bool | str) -> Callable[[nn.Module, Batch], boo
     if inner_checkpointing is True:
         return None
     if inner_checkpointing is False:
-        return lambda model, batch: False
+        return _never
     if inner_checkpointing != "auto":
         raise ProblemError(
             f"inner_checkpointing={inner_checkpointing!r} must be 'auto', True or False."
         )
     return Fitting()
+
+
+def _never(model: nn.Module, batch: Batch) -> bool:
+    return False

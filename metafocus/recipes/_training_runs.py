@@ -17,11 +17,12 @@ from metafocus import params as pt
 from metafocus.autodiff import stores
 from metafocus.engine import MetaLoss, bilevel
 from metafocus.estimators import Unrolled
+from metafocus.factories import picklable
 from metafocus.problem import Problem
-from metafocus.recipes.hpo import Loss, Losses, Start
+from metafocus.recipes._parts import Loss, Losses, Start, mean_of, started
 from metafocus.recipes.hpo import distill as distilled
 from metafocus.solvers import SGD, per_step
-from metafocus.types import Estimator, Params
+from metafocus.types import Estimator, InnerLoss, Params
 
 
 def weights(
@@ -55,14 +56,16 @@ def weights(
     References:
         Shu et al., Meta-Weight-Net, arXiv 1902.07379.
     """
+    return Problem(_weighted(losses, weigh), mean_of(losses), started(start))
 
+
+@picklable
+def _weighted(losses: Losses, weigh: Callable[[Params, Any, Tensor], Tensor]) -> InnerLoss:
     def weighted(fast: Params, slow: Params, batch: Any) -> Tensor:
         each = losses(fast, batch)
         return (weigh(slow, batch, each) * each).mean()
 
-    return Problem(
-        weighted, lambda fast, slow, batch: losses(fast, batch).mean(), lambda _, support: start()
-    )
+    return weighted
 
 
 def datarater(losses: Losses, start: Start, rate: Callable[[Params, Any], Tensor]) -> Problem:
@@ -91,13 +94,15 @@ def datarater(losses: Losses, start: Start, rate: Callable[[Params, Any], Tensor
     References:
         Calian et al., DataRater: meta-learned dataset curation, arXiv 2505.17895.
     """
+    return Problem(_rated(losses, rate), mean_of(losses), started(start))
 
+
+@picklable
+def _rated(losses: Losses, rate: Callable[[Params, Any], Tensor]) -> InnerLoss:
     def rated(fast: Params, slow: Params, batch: Any) -> Tensor:
         return (rate(slow, batch).softmax(0) * losses(fast, batch)).sum()
 
-    return Problem(
-        rated, lambda fast, slow, batch: losses(fast, batch).mean(), lambda _, support: start()
-    )
+    return rated
 
 
 def distill(
@@ -132,9 +137,13 @@ def distill(
     """
     return bilevel(
         distilled(loss, start, labels),
-        solver=SGD(per_step(lambda slow, step: slow["log_lr"][step].exp()), steps),
+        solver=SGD(per_step(_learned_rate), steps),
         estimator=Unrolled(store=stores.segments()) if estimator is None else estimator,
     )
+
+
+def _learned_rate(slow: Params, step: int) -> Tensor:
+    return slow["log_lr"][step].exp()
 
 
 def generated(
@@ -167,9 +176,16 @@ def generated(
     References:
         Charakorn et al., Text-to-LoRA, arXiv 2506.06105.
     """
+    start = _generated(generate, problem.init if on_top else None)
+    return dataclasses.replace(problem, init=start)
 
+
+@picklable
+def _generated(
+    generate: Callable[[Params, Any], Params], below: Callable[[Params, Any], Params] | None
+) -> Callable[[Params, Any], Params]:
     def start(slow: Params, support: Any) -> Params:
         made = generate(slow, support)
-        return pt.add(problem.init(slow, support), made) if on_top else made
+        return made if below is None else pt.add(below(slow, support), made)
 
-    return dataclasses.replace(problem, init=start)
+    return start

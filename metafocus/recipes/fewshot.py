@@ -27,11 +27,10 @@ from torch import Tensor
 from metafocus import params as pt
 from metafocus.checks import whole
 from metafocus.errors import ProblemError
+from metafocus.factories import picklable
 from metafocus.problem import Problem, from_slow, proximal
+from metafocus.recipes._parts import Loss, of_fast
 from metafocus.types import Aux, Episode, InnerLoss, Params
-
-Loss = Callable[[Params, Any], Tensor]
-"""`(params, data) -> scalar`."""
 
 RATE = "lr."
 """The prefix of the names of learned rates."""
@@ -96,7 +95,7 @@ def maml(loss: Loss) -> Problem:
         >>> aux.params["w"].shape
         torch.Size([25, 1])
     """
-    adapted = _adapted(loss)
+    adapted = of_fast(loss)
     return Problem(adapted, adapted)
 
 
@@ -114,16 +113,24 @@ def anil(loss: Loss, head: Sequence[str]) -> Problem:
     if not head or isinstance(head, str):
         raise ValueError(f"head must be a tuple of parameter names, got {head!r}.")
 
-    def whole(fast: Params, slow: Params, data: Any) -> Tensor:
-        return loss(slow | fast, data)
+    whole = _whole(loss)
+    return Problem(whole, whole, _head(head))
 
+
+@picklable
+def _whole(loss: Loss) -> InnerLoss:
+    return lambda fast, slow, data: loss(slow | fast, data)
+
+
+@picklable
+def _head(head: Sequence[str]) -> Callable[[Params, Any], Params]:
     def start(slow: Params, support: Any) -> Params:
         missing = sorted(set(head) - set(slow))
         if missing:
             raise ProblemError(f"head names {missing[0]!r}; outer holds {sorted(slow)}.")
         return {k: slow[k] for k in head}
 
-    return Problem(whole, whole, start)
+    return start
 
 
 def meta_sgd(loss: Loss) -> Problem:
@@ -141,14 +148,14 @@ def meta_sgd(loss: Loss) -> Problem:
         >>> mf.hypergrad(meta)(outer, mf.Episode(one, one))[0]
         {'w': tensor(-0.5000), 'lr.w': tensor(-2.)}
     """
-    adapted = _adapted(loss)
+    adapted = of_fast(loss)
+    return Problem(adapted, adapted, _without_rates)
 
-    def start(slow: Params, support: Any) -> Params:
-        if not any(k.startswith(RATE) for k in slow):
-            raise ProblemError("outer holds no rates. Pass with_rates(weights, lr).")
-        return {k: v for k, v in slow.items() if not k.startswith(RATE)}
 
-    return Problem(adapted, adapted, start)
+def _without_rates(slow: Params, support: Any) -> Params:
+    if not any(k.startswith(RATE) for k in slow):
+        raise ProblemError("outer holds no rates. Pass with_rates(weights, lr).")
+    return {k: v for k, v in slow.items() if not k.startswith(RATE)}
 
 
 def with_rates(weights: Params, lr: float) -> Params:
@@ -170,7 +177,7 @@ def imaml(loss: Loss, strength: float = 2.0) -> Problem:
     Raises:
         ValueError: if the strength is negative.
     """
-    adapted = _adapted(loss)
+    adapted = of_fast(loss)
     return Problem(proximal(adapted, strength), adapted)
 
 
@@ -197,14 +204,15 @@ def reptile(loss: Loss) -> Problem:
         >>> aux.params, grads
         ({'w': tensor(0.7500)}, {'w': tensor(-0.7500)})
     """
+    return Problem(of_fast(loss), _distance, _detached)
 
-    def distance(fast: Params, slow: Params, _: Any) -> Tensor:
-        return torch.stack([((slow[k] - v) ** 2).sum() for k, v in fast.items()]).sum() / 2
 
-    def start(slow: Params, support: Any) -> Params:
-        return pt.detach(from_slow(slow, support))
+def _distance(fast: Params, slow: Params, _: Any) -> Tensor:
+    return torch.stack([((slow[k] - v) ** 2).sum() for k, v in fast.items()]).sum() / 2
 
-    return Problem(_adapted(loss), distance, start)
+
+def _detached(slow: Params, support: Any) -> Params:
+    return pt.detach(from_slow(slow, support))
 
 
 def diverging(aux: Aux) -> Tensor:
@@ -226,7 +234,3 @@ def diverging(aux: Aux) -> Tensor:
     if not losses.shape[-1]:
         return torch.zeros(losses.shape[:-1], dtype=torch.bool, device=losses.device)
     return ~(losses[..., -1] <= losses[..., 0])
-
-
-def _adapted(loss: Loss) -> InnerLoss:
-    return lambda fast, slow, data: loss(fast, data)

@@ -11,7 +11,6 @@ others) take the same problems.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,16 +18,10 @@ from torch import Tensor
 
 from metafocus.checks import not_negative
 from metafocus.errors import ProblemError
+from metafocus.factories import picklable
 from metafocus.problem import Problem
-from metafocus.types import Params
-
-Loss = Callable[[Params, Any], Tensor]
-"""`(params, data) -> scalar`."""
-
-Losses = Callable[[Params, Any], Tensor]
-"""`(params, data) -> [n]`, the loss of each sample."""
-
-Start = Callable[[], Params]
+from metafocus.recipes._parts import Loss, Losses, Start, mean_of, of_fast, started
+from metafocus.types import InnerLoss, Params
 
 PREFIX = "log_l2."
 
@@ -63,14 +56,18 @@ def log_l2(loss: Loss, start: Start) -> Problem:
         >>> aux.params
         {'w': tensor([0.5000])}
     """
+    return Problem(_penalised(loss), of_fast(loss), started(start))
 
-    def penalised(fast: Params, slow: Params, data: Any) -> Tensor:
+
+@picklable
+def _penalised(loss: Loss) -> InnerLoss:
+    def inner_loss(fast: Params, slow: Params, data: Any) -> Tensor:
         value = loss(fast, data)
         for name, penalty in _penalties(fast, slow).items():
             value = value + (penalty.exp() * fast[name] ** 2).sum() / 2
         return value
 
-    return Problem(penalised, lambda fast, slow, data: loss(fast, data), lambda _, support: start())
+    return inner_loss
 
 
 def _penalties(fast: Params, slow: Params) -> Params:
@@ -125,7 +122,11 @@ def reweight(losses: Losses, start: Start, l2: float = 0.0) -> Problem:
         tensor([-1.,  1.])
     """
     not_negative("l2", l2)
+    return Problem(_reweighted(losses, l2), mean_of(losses), started(start))
 
+
+@picklable
+def _reweighted(losses: Losses, l2: float) -> InnerLoss:
     def weighted(fast: Params, slow: Params, support: Any) -> Tensor:
         if "weight" not in slow:
             raise ProblemError(f'outer must hold "weight", a logit for each group; {sorted(slow)}.')
@@ -141,9 +142,7 @@ def reweight(losses: Losses, start: Start, l2: float = 0.0) -> Problem:
             value = value + l2 / 2 * torch.stack([(v**2).sum() for v in fast.values()]).sum()
         return value
 
-    return Problem(
-        weighted, lambda fast, slow, data: losses(fast, data).mean(), lambda _, support: start()
-    )
+    return weighted
 
 
 def distill(loss: Loss, start: Start, labels: Any) -> Problem:
@@ -172,8 +171,9 @@ def distill(loss: Loss, start: Start, labels: Any) -> Problem:
         >>> grads["x"].sign()
         tensor([[-1.,  1.]])
     """
-    return Problem(
-        lambda fast, slow, _: loss(fast, (slow["x"], labels)),
-        lambda fast, slow, data: loss(fast, data),
-        lambda _, support: start(),
-    )
+    return Problem(_on_examples(loss, labels), of_fast(loss), started(start))
+
+
+@picklable
+def _on_examples(loss: Loss, labels: Any) -> InnerLoss:
+    return lambda fast, slow, _: loss(fast, (slow["x"], labels))

@@ -17,6 +17,7 @@ from metafocus.checks import check_finite, whole
 from metafocus.engine import MetaLoss
 from metafocus.errors import ProblemError
 from metafocus.estimators import Estimator
+from metafocus.factories import picklable
 from metafocus.lm import Batch, TokenPolicy
 from metafocus.lm.tokens import predicted
 from metafocus.preflight import preflight
@@ -83,6 +84,7 @@ class _From:
         return self.solver.update(params, grads, state, self.first + step, outer)
 
 
+@picklable
 def stream(
     problem: Problem, *, solver: Solver, estimator: Estimator, chunk: int, window: int
 ) -> MetaLoss:

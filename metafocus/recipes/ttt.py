@@ -13,6 +13,7 @@ from metafocus import masks
 from metafocus.adapters import FullWeights, LoRA, one_of, top_layers
 from metafocus.engine import MetaLoss
 from metafocus.estimators import Estimator, Unrolled
+from metafocus.factories import picklable
 from metafocus.lm import Adapter, TokenPolicy, all_tokens, context_tokens
 from metafocus.masks import MaskPolicy
 from metafocus.problem import trainable
@@ -78,6 +79,7 @@ def qttt(
     )
 
 
+@picklable
 def ttt_e2e(
     model: nn.Module,
     *,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
@@ -45,11 +47,51 @@ def without_function_modes() -> contextlib.AbstractContextManager[None]:
     return torch._C.DisableTorchFunction()  # pyright: ignore[reportReturnType]
 
 
-def fake_tensors() -> Any:
-    """Return a mode whose `from_tensor` makes tensors without values, for tracing.
+def without_values(
+    tensors: Sequence[Tensor], dims: Sequence[Sequence[bool]] | None = None
+) -> tuple[list[Tensor], Callable[[], Callable[[Sequence[Tensor]], bool]]]:
+    """Return tensors without values, for tracing.
 
-    Imported at the call: it loads much of the compiler.
+    Args:
+        tensors: what they are made of.
+        dims: which sizes are unknown while tracing; None: none of them.
+
+    Returns:
+        The tensors, and a function to be called after tracing, which returns
+        `fits(other tensors)`: whether what was traced is right for them as well.
     """
+    # Imported at the call: they load much of the compiler.
     from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental import symbolic_shapes as symbolic
 
-    return FakeTensorMode(allow_non_fake_inputs=True)
+    if dims is None:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        return [mode.from_tensor(x, static_shapes=True) for x in tensors], lambda: lambda _: False
+    # What depends on a value raises, as it does above.
+    env = symbolic.ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
+    mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
+    kinds = (symbolic.DimDynamic.STATIC, symbolic.DimDynamic.DYNAMIC)
+    unknown = [
+        mode.from_tensor(
+            x,
+            symbolic_context=symbolic.StatelessSymbolicContext(
+                dynamic_sizes=[kinds[d] for d in of_x]
+            ),
+        )
+        for x, of_x in zip(tensors, dims, strict=True)
+    ]
+
+    def guards() -> Callable[[Sequence[Tensor]], bool]:
+        code = env.produce_guards_expression(unknown, ignore_static=False)
+        return lambda others: code is None or env.evaluate_guards_expression(code, others)
+
+    return unknown, guards
+
+
+def compiled_for_unknown(tensors: Sequence[Tensor], dims: Sequence[Sequence[bool]]) -> None:
+    """Let `torch.compile`, called with these tensors first, take some of their sizes as unknown.
+
+    With `dynamic=True` it would also take sizes that happen to be equal for the same one.
+    """
+    for x, unknown in zip(tensors, dims, strict=True):
+        torch._dynamo.maybe_mark_dynamic(x, [i for i, u in enumerate(unknown) if u])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 
@@ -40,6 +42,38 @@ def forward_hooks(module: nn.Module) -> tuple[Any, ...]:
 def has_backward_hooks(module: nn.Module) -> bool:
     """Return whether a module has hooks on its gradients."""
     return bool(module._backward_hooks or module._backward_pre_hooks)
+
+
+def child_table(module: nn.Module) -> dict[str, nn.Module | None]:
+    """Return the module's own table of its children: a write changes the module."""
+    return module._modules
+
+
+def keeps_gathered(model: nn.Module) -> bool:
+    """Return whether FSDP2 leaves every weight of a model whole after forward and backward passes.
+
+    Only then may a backward pass be differentiated: it reads the weights once more.
+    """
+    states: Any = [m._get_fsdp_state() for m in model.modules() if hasattr(m, "_get_fsdp_state")]  # pyright: ignore[reportCallIssue]
+    groups = [group for state in states for group in state._fsdp_param_groups]
+    return not any(group.post_forward_mesh_info or group.reshard_after_backward for group in groups)
+
+
+def runs_beside_ddp(parameters: Sequence[nn.Parameter]) -> bool:
+    """Return whether a DDP wrapper would reduce these parameters, and its forward is not running.
+
+    Nothing in a module leads to its wrapper, so the garbage collector is asked: call it once.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return False
+    kind: Any = nn.parallel.DistributedDataParallel
+    wanted = {id(parameter) for parameter in parameters}
+    for wrapper in gc.get_objects():
+        if type(wrapper) is kind and wrapper.require_backward_grad_sync:
+            own = {id(parameter) for parameter in wrapper._module_parameters}
+            if own & wanted:
+                return kind._active_ddp_module is not wrapper
+    return False
 
 
 def is_compiled(module: nn.Module) -> bool:

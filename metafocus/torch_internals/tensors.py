@@ -64,7 +64,7 @@ def storage_key(storage: torch.UntypedStorage) -> int:
     return storage._cdata
 
 
-def is_wrapper(x: Tensor) -> bool:
+def is_wrapper(x: Any) -> bool:
     """Return whether a tensor has no values of its own but holds other tensors, as DTensor does."""
     return hasattr(x, "__tensor_flatten__")
 

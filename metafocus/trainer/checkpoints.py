@@ -27,16 +27,13 @@ _WEIGHTS = (
 )  # fmt: skip
 
 
-def resumable(
-    output_dir: str | Path, *, ranks: int = 1, misfit: Judge | None = None
-) -> Path | None:
+def resumable(output_dir: str | Path, *, misfit: Judge | None = None) -> Path | None:
     """Return the newest complete checkpoint in a directory; None to start from the beginning.
 
     Newer ones that are not complete are left where they are, with a warning.
 
     Args:
         output_dir: of the run.
-        ranks: how many processes train; each has its own file of random states.
         misfit: says why a complete checkpoint cannot be used all the same, or None.
 
     Raises:
@@ -51,7 +48,7 @@ def resumable(
     """
     faults: dict[Path, str] = {}
     for path in sorted(checkpoints(Path(output_dir)), key=step_of, reverse=True):
-        fault = damage(path, ranks=ranks) or (misfit(path) if misfit else None)
+        fault = damage(path) or (misfit(path) if misfit else None)
         if fault is None:
             _warn_passed_over(faults, f"resuming from {path.name}")
             return path
@@ -68,13 +65,13 @@ def resumable(
     return None
 
 
-def require_complete(path: str | Path, *, ranks: int = 1, misfit: Judge | None = None) -> Path:
+def require_complete(path: str | Path, *, misfit: Judge | None = None) -> Path:
     """Return the path of a checkpoint that is complete; the arguments are those of `resumable`.
 
     Raises:
         DataError: if it is not, with what is wrong.
     """
-    fault = damage(Path(path), ranks=ranks) or (misfit(Path(path)) if misfit else None)
+    fault = damage(Path(path)) or (misfit(Path(path)) if misfit else None)
     if fault is not None:
         raise DataError(
             f"resume_from_checkpoint={str(path)!r} cannot be resumed: {fault}. Pass True to use "
@@ -83,7 +80,7 @@ def require_complete(path: str | Path, *, ranks: int = 1, misfit: Judge | None =
     return Path(path)
 
 
-def damage(path: Path, *, ranks: int = 1) -> str | None:
+def damage(path: Path) -> str | None:
     """Say what is missing or cut off in a checkpoint directory; None if it is complete.
 
     Looks at headers and sizes, not at every byte.
@@ -120,17 +117,31 @@ def damage(path: Path, *, ranks: int = 1) -> str | None:
                 return f"{shard.name} is missing or cut off"
     if (path / "optimizer.bin").exists() or any(path.glob("global_step*")):
         return None
-    random = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{i}.pth" for i in range(ranks)]
+    random = sorted(file.name for file in path.glob("rng_state*.pth")) or ["rng_state.pth"]
     for name in ("optimizer.pt", "scheduler.pt", *random):
         if not (path / name).exists():
-            return f"{name} is missing (saved with save_only_model, or by {_other(path)} processes)"
+            return f"{name} is missing (saved with save_only_model)"
         if not _whole(path / name):
             return f"{name} is cut off"
     return None
 
 
-def _other(path: Path) -> str:
-    return str(len(list(path.glob("rng_state_*.pth"))) or 1)
+def other_ranks(path: Path, ranks: int) -> str | None:
+    """Say what differs if another number of processes saved a checkpoint; None if it is the same.
+
+    Example:
+        >>> other_ranks(Path("nowhere"), 1) is None
+        True
+    """
+    saved = len(list(path.glob("rng_state_*.pth"))) or 1
+    if saved == ranks:
+        return None
+    return (
+        f"{path.name} was saved by {saved} processes and is resumed by {ranks}: weights, optimiser "
+        "state, data and the starts of fast weights go on as they would have, if "
+        "gradient_accumulation_steps x processes is the same; random numbers of layers, such as "
+        "dropout, are drawn anew."
+    )
 
 
 def checkpoints(output_dir: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from metafocus.data import Collator
 from metafocus.errors import DataError, ProblemError
 from metafocus.files import check_utf8, unwritable
 from metafocus.trainer.batch import most_positions
-from metafocus.trainer.config import NO_DEEPSPEED
+from metafocus.trainer.config import refuse_parallel
 
 
 def check_supported(args: TrainingArguments, compute_loss_func: Any = None) -> None:
@@ -25,8 +26,7 @@ def check_supported(args: TrainingArguments, compute_loss_func: Any = None) -> N
     Raises:
         ProblemError: naming the argument and what to do.
     """
-    if args.deepspeed:
-        raise ProblemError(NO_DEEPSPEED.format(args.deepspeed))
+    refuse_parallel(args, os.environ)
     reasons = {
         "label_smoothing_factor": (
             args.label_smoothing_factor,

@@ -23,9 +23,39 @@ from metafocus.trainer.names import ESTIMATORS, MASKS, TOKENS, named
 from metafocus.trainer.peft import BelowPeft, is_peft
 
 NO_DEEPSPEED = (
-    "deepspeed={!r} is not supported by FocusTrainer: its engine must run the forward pass itself; "
-    "use DDP, or fsdp with version 2."
+    "{} is not supported by FocusTrainer: DeepSpeed's engine must run the forward pass itself; "
+    "use DDP, fsdp with version 2, or --sharding parametrised."
 )
+
+
+def refuse_parallel(args: Any, environment: Any) -> None:
+    """Raise for a way of spreading a model that would not train what it should.
+
+    Args:
+        args: `transformers.TrainingArguments`.
+        environment: such as `os.environ`, through which accelerate's launcher gives its settings.
+
+    Raises:
+        ProblemError: naming the setting and where it came from.
+    """
+    if environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        source = "ACCELERATE_USE_DEEPSPEED=true (accelerate's configuration file or launcher)"
+        raise ProblemError(NO_DEEPSPEED.format(source))
+    for given, name in ((args.deepspeed, "deepspeed"), (_plugin(args), "deepspeed_plugin")):
+        if given:
+            raise ProblemError(NO_DEEPSPEED.format(f"{name}={given!r}"))
+    parallelism = getattr(args, "parallelism_config", None)
+    size = getattr(parallelism, "cp_size", None) or environment.get("PARALLELISM_CONFIG_CP_SIZE", 1)
+    if int(size) > 1:
+        raise ProblemError(
+            f"accelerate's context parallelism (cp_size={size}) replaces every mask by a causal "
+            "one, so bidirectional context would be lost without an error: set cp_size=1 "
+            "(PARALLELISM_CONFIG_CP_SIZE)."
+        )
+
+
+def _plugin(args: Any) -> Any:
+    return getattr(args, "deepspeed_plugin", None)
 
 
 def described(default: Any, text: str) -> Any:
@@ -71,6 +101,9 @@ clip=clip_per_tensor(limit=1.0))
         "gate_proj,up_proj,down_proj", "modules with fast weights, separated by commas"
     )
     per_example: bool = described(False, "each sample of a batch has fast weights of its own")
+    sequence_parallel: int = described(
+        1, "how many processes share each sequence; it must divide their number and the query heads"
+    )
     inner_checkpointing: str = described(
         "auto",
         "with gradient_checkpointing, whether the inner loop checkpoints: true, false, or auto: "
@@ -92,6 +125,11 @@ clip=clip_per_tensor(limit=1.0))
     )
     max_nonfinite: int = described(5, "steps in a row that may be left out before training stops")
 
+    sharding: str | None = described(
+        None,
+        "parametrised: weights are sharded over the processes, and gathered in a way that every "
+        "estimator can differentiate; default: DDP, or what --fsdp says",
+    )
     allow_changed: bool = described(
         False, "resume although settings or data differ from those of the checkpoint"
     )
@@ -108,6 +146,8 @@ clip=clip_per_tensor(limit=1.0))
             "on_nonfinite": dict.fromkeys(("skip", "stop")),
         }.items():
             named(name, getattr(self, name), table)
+        if self.sharding not in (None, "parametrised"):
+            raise ProblemError(f"sharding must be 'parametrised' or None, got {self.sharding!r}.")
         self.policy()
         if not 0 <= self.adaptation_seed < 2**63:
             raise ProblemError(
@@ -122,6 +162,7 @@ clip=clip_per_tensor(limit=1.0))
             ("inner_lr", 0 <= self.inner_lr < math.inf, ">= 0"),
             ("inner_clip", 0 < self.inner_clip < math.inf, "> 0"),
             ("lora_rank", self.lora_rank >= 1, ">= 1"),
+            ("sequence_parallel", self.sequence_parallel >= 1, ">= 1"),
             ("lora_alpha", self.lora_alpha is None or 0 < self.lora_alpha < math.inf, "> 0"),
         ):
             if not good:
@@ -193,9 +234,11 @@ class FocusArguments(FocusOptions, TrainingArguments):
     logging_steps: float = described(10, "optimiser steps from one log entry to the next")
 
     def __post_init__(self) -> None:
-        if self.deepspeed:
-            # transformers would look for the package first.
-            raise ProblemError(NO_DEEPSPEED.format(self.deepspeed))
+        # Before transformers, which would look for the packages first.
+        refuse_parallel(self, os.environ)
+        # A file says `true` where a command line has the flag alone.
+        if str(self.fsdp).lower() in ("true", "false"):
+            self.fsdp = str(self.fsdp).lower() == "true" or None  # pyright: ignore
         for name in ("learning_rate", "weight_decay", "max_grad_norm"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ProblemError(

@@ -14,6 +14,7 @@ from transformers import TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
 from metafocus.lm.hf.saved import is_saved
+from metafocus.sharding import plain_name
 from metafocus.trainer.checkpoints import SEAL
 from metafocus.trainer.peft import is_peft
 
@@ -64,13 +65,14 @@ def _state(place: Path) -> str | None:
 
 
 def _weights(place: Path, model: nn.Module) -> str | None:
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    entries = model.state_dict().items()
+    expected = {plain_name(name): tuple(value.shape) for name, value in entries}
     seen = set()
-    for file in sorted([*place.glob("*model*.safetensors"), *place.glob("pytorch_model*.bin")]):
+    for file in weight_files(place):
         if file.name.startswith("pytorch_model_fsdp"):
             return None
         try:
-            for name, value in _tensors(file):
+            for name, value in tensors_of(file):
                 seen.add(name)
                 if value.is_floating_point() and not bool(value.isfinite().all()):
                     return f"{file.name} holds NaN or infinity in {name}"
@@ -90,12 +92,18 @@ def _weights(place: Path, model: nn.Module) -> str | None:
 
 def tied(model: nn.Module, names: set[str]) -> set[str]:
     """Return the names of weights that the named ones are, too."""
-    entries = model.state_dict(keep_vars=True)
+    entries = {plain_name(k): v for k, v in model.state_dict(keep_vars=True).items()}
     given = {id(value) for name, value in entries.items() if name in names}
     return {name for name, value in entries.items() if id(value) in given}
 
 
-def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+def weight_files(place: Path) -> list[Path]:
+    """Return the files of a checkpoint that hold weights of the model."""
+    return sorted([*place.glob("*model*.safetensors"), *place.glob("pytorch_model*.bin")])
+
+
+def tensors_of(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the name and the value of each tensor in a file of weights."""
     if file.suffix == ".safetensors":
         from safetensors import safe_open
 

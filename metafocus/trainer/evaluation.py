@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,9 @@ from metafocus.estimators import Estimator
 from metafocus.lm import Adapter, Batch, all_tokens, answer_tokens, lm_loss
 from metafocus.lm.tokens import predicted
 from metafocus.masks import MaskPolicy, positions
+from metafocus.parallel.collectives import Group
 from metafocus.problem import trainable
+from metafocus.sharding import HOOKED, local_parts, sharding_of
 from metafocus.trainer.batch import prompts, rows
 from metafocus.trainer.config import FocusOptions
 from metafocus.types import Params, Solver
@@ -76,6 +78,7 @@ def score(
     adapter: Adapter | None = None,
     fast: Params | None = None,
     logits: bool = False,
+    sequence_group: Group = None,
 ) -> AnswerLoss:
     """Return the answer loss of a batch, without fast weights or with given ones.
 
@@ -86,11 +89,13 @@ def score(
         adapter: what `fast` belongs to; None: no fast weights.
         fast: the fast weights.
         logits: return the logits too, which takes a forward pass of its own.
+        sequence_group: the ranks that share each sequence of the loss; each returns all of it.
     """
     adapter, fast = adapter or NoAdapter(), fast or {}
     count = predicted(answer_tokens, batch).sum()
     with torch.no_grad():
-        total = lm_loss(model, adapter=adapter, mask=mask)(fast, {}, batch) * count
+        loss = lm_loss(model, adapter=adapter, mask=mask, sequence_group=sequence_group)
+        total = loss(fast, {}, batch) * count
         if not logits:
             return AnswerLoss(total, count, None)
         if "document_ids" in batch:
@@ -118,6 +123,7 @@ def score_adapted(
     estimator: Estimator,
     seed: int,
     logits: bool = False,
+    sequence_group: Group = None,
 ) -> AnswerLoss:
     """Return the answer loss after adapting to each prompt: test-time training on context tokens.
 
@@ -134,19 +140,23 @@ def score_adapted(
         estimator: runs the inner loop; its derivatives are not used.
         seed: of the fast weights' start.
         logits: return the logits too.
+        sequence_group: the ranks that share each sequence, in both losses.
 
     Raises:
         DataError: for packed rows.
     """
-    inner = lm_loss(model, adapter=adapter, mask=mask, tokens=all_tokens)
+    shared: Any = {"adapter": adapter, "mask": mask, "sequence_group": sequence_group}
+    inner = lm_loss(model, tokens=all_tokens, **shared)
+    # Where hooks gather the weights, they are read and not passed.
+    slow = {} if sharding_of(model) & HOOKED else local_parts(trainable(model))
     found = []
     for row in rows(batch):
         generator = torch.Generator().manual_seed(seed)
         start = adapter.init(model, generator)
-        support, slow = inner.prepare(prompts(row)), trainable(model)
+        support = inner.prepare(prompts(row))
         with torch.no_grad():
             fast = estimator(inner, solver, start, slow, support).params
-        found.append(score(model, row, mask=mask, adapter=adapter, fast=fast, logits=logits))
+        found.append(score(model, row, fast=fast, logits=logits, **shared))
     return AnswerLoss(
         torch.stack([x.total for x in found]).sum(),
         torch.stack([x.tokens for x in found]).sum(),

@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 
 from metafocus.errors import DataError
 from metafocus.lm.hf.attention import attention_name
+from metafocus.sharding import class_of
 from metafocus.trainer.config import FocusOptions
 
 RUN = "metafocus_run.json"
@@ -30,7 +31,8 @@ _FREE = re.compile(
     "dataloader_(num_workers|pin_memory|persistent_workers|prefetch_factor|multiprocessing_context)|"
     "local_rank|ddp_.*|debug|skip_memory_metrics|enable_jit_checkpoint|auto_find_batch_size|"
     "torch_empty_cache_steps|.*checkpointing.*|fp16_full_eval|bf16_full_eval|"
-    "gradient_accumulation_steps|allow_changed|max_skipped|on_nonfinite|max_nonfinite"
+    "gradient_accumulation_steps|allow_changed|max_skipped|on_nonfinite|max_nonfinite|"
+    "sequence_parallel|sharding|fsdp.*"
 )
 """Settings that do not change what a step computes. Accumulation is compared with the ranks."""
 
@@ -54,11 +56,12 @@ def fingerprint(
     kept = {name: value for name, value in settings.items() if not _FREE.fullmatch(name)}
     attention = attention_name(model)
     sizes = [p.numel() for p in model.parameters() if p.requires_grad]
+    ranks = args.world_size // focus.sequence_parallel
     kept |= {
-        "micro_batches_per_step": args.gradient_accumulation_steps * args.world_size,
+        "micro_batches_per_step": args.gradient_accumulation_steps * ranks,
         # Where an object lies in memory differs from process to process.
         "recipe": re.sub(r" at 0x[0-9a-f]+", "", str(recipe)),
-        "model": f"{type(model).__name__} with {sum(sizes)} trained parameters, {attention}",
+        "model": f"{class_of(model).__name__} with {sum(sizes)} trained parameters, {attention}",
     }
     versions = {
         name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate")

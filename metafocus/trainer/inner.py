@@ -86,6 +86,11 @@ class Guarded(Estimator):
         """Whether the estimator differentiates explicit tensors only."""
         return getattr(self.estimator, "explicit", False)
 
+    @property
+    def twice(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the estimator differentiates the gradient of the inner loss."""
+        return getattr(self.estimator, "twice", True)
+
     def __call__(
         self, inner_loss: InnerLoss, solver: Solver, start: Params, outer: Params, support: Any
     ) -> Solution:

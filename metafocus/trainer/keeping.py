@@ -6,15 +6,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer
-
 from metafocus.trainer import staging
 from metafocus.trainer.checkpoints import SEAL, saving
 from metafocus.trainer.contents import tied
 from metafocus.trainer.ranks import from_first
+from metafocus.trainer.shards import ShardedMixin
 
 
-class KeepingMixin(Trainer):
+class KeepingMixin(ShardedMixin):
     """A Trainer whose checkpoints are whole, in whatever moment its process ends."""
 
     _staged = False

@@ -8,6 +8,7 @@ accumulation, mixed precision, DDP, FSDP, callbacks, logging, the hub.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,19 +17,23 @@ from transformers import TrainerCallback
 
 from metafocus import rng
 from metafocus.engine import MetaLoss
+from metafocus.errors import ProblemError
 from metafocus.estimators import FirstOrder
 from metafocus.lm import Batch, answer_tokens
 from metafocus.lm.tokens import predicted
+from metafocus.parallel import average_over_groups, sequence_group
 from metafocus.recipes._focusft import focusft
+from metafocus.sharding import Sharding, sharding_of
 from metafocus.trainer import checks
 from metafocus.trainer.batch import as_batch, check_length, labels_of, without_repeats
 from metafocus.trainer.compilation import compile_below
 from metafocus.trainer.config import FocusOptions
-from metafocus.trainer.distributed import focusft_sharded, is_sharded, through
+from metafocus.trainer.distributed import through
 from metafocus.trainer.evaluation import AnswerLoss, Way, configured, score, score_adapted, ways
 from metafocus.trainer.inner import Guarded, Stopwatch, start_seed
 from metafocus.trainer.journal import Journal
 from metafocus.trainer.reliable import ReliableMixin
+from metafocus.trainer.shared_batches import check_sequence_parallel, with_shared_batches
 from metafocus.types import Episode
 
 MetaLossFactory = Callable[[nn.Module, torch.Generator], MetaLoss]
@@ -76,6 +81,12 @@ class FocusMixin(ReliableMixin):
         own = args if isinstance(args, FocusOptions) else FocusOptions()
         self._recipe, self._factory = dict(recipe or {}), meta_loss_factory
         super().__init__(model, args, focus=focus or own, **kwargs)
+        self._sharers = self.focus.sequence_parallel
+        check_sequence_parallel(self._sharers, self.args, meta_loss_factory)
+        wait = timedelta(seconds=self.args.ddp_timeout)
+        self._group = sequence_group(self._sharers, timeout=wait)
+        if self.focus.sharding is not None:
+            self._parametrise(self._group)
         checks.check_dtypes(self._plain, self.args)
         checks.check_samples("train_dataset", self.train_dataset, self._plain)
         checks.check_samples("eval_dataset", self.eval_dataset, self._plain)
@@ -127,12 +138,15 @@ class FocusMixin(ReliableMixin):
             total = torch.as_tensor(num_items_in_batch, device=loss.device).clamp(min=1)
             loss = loss * count / total
             if self.args.average_tokens_across_devices:
+                # Ranks that share sequences all count their tokens, and have equal gradients.
                 loss = loss * self.accelerator.num_processes
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def _meta_loss(self) -> MetaLoss:
         if self._built is None or self._built[0] is not self._plain:
             checks.check_wrapper(self._plain)
+            if Sharding.FSDP2 in sharding_of(self._plain):
+                average_over_groups(self._plain, self._group)
             if self._factory is not None:
                 meta_loss = self._factory(self._plain, self._generator)
             else:
@@ -141,7 +155,7 @@ class FocusMixin(ReliableMixin):
         return self._built[1]
 
     def _focusft(self) -> MetaLoss:
-        settings = self._settings()
+        settings = {**self._settings(), "sequence_group": self._group}
         estimator = settings["estimator"] or FirstOrder()
         if self.args.torch_compile:
             options = {"backend": self.args.torch_compile_backend or "inductor"}
@@ -150,8 +164,7 @@ class FocusMixin(ReliableMixin):
             compile_below(self._plain, settings["adapter"], estimator, **options)
         each = bool(settings.get("per_example", False))
         settings["estimator"] = Guarded(estimator, self._journal.add, self._journal.inner, each)
-        build = focusft_sharded if is_sharded(self._plain) else focusft
-        return build(self._plain, generator=self._generator, **settings)
+        return focusft(self._plain, generator=self._generator, **settings)
 
     def _settings(self) -> dict[str, Any]:
         """The keywords of the recipe: names resolved, then what was given as objects."""
@@ -166,8 +179,12 @@ class FocusMixin(ReliableMixin):
         key = self.focus.adaptation_seed, self.state.global_step
         if self.focus.adaptation_start == "step":
             return start_seed(*key)
-        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
-        return start_seed(*key, self._micro_step * ranks + rank)
+        ranks = self.accelerator.num_processes // self._sharers
+        return start_seed(*key, self._micro_step * ranks + self._data_rank())
+
+    def _data_rank(self) -> int:
+        """Which of the groups of ranks that share sequences this one is in."""
+        return self.accelerator.process_index // self._sharers
 
     def _bad_losses(self) -> Tensor:
         return self._journal.take_bad_losses()
@@ -179,8 +196,29 @@ class FocusMixin(ReliableMixin):
         """Log, with the window's means of the inner loops beside the training loss."""
         if "loss" in logs:
             reduce = self.accelerator.reduce
-            logs.update(self._journal.drain(lambda x: reduce(x, "sum"), self.state.global_step))  # pyright: ignore
+            once = 1 / self._sharers
+            logs.update(
+                self._journal.drain(lambda x: once * reduce(x, "sum"), self.state.global_step)  # pyright: ignore
+            )
         super().log(logs, start_time)
+
+    # Data -----------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> Any:
+        """Return the training batches, the same for ranks that share sequences."""
+        return self._shared(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the evaluation batches, the same for ranks that share sequences."""
+        return self._shared(super().get_eval_dataloader(*args, **kwargs))
+
+    def _shared(self, loader: Any) -> Any:
+        state = self.accelerator
+        return with_shared_batches(loader, self._sharers, state.num_processes, state.process_index)
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """Return the samples of a step, each counted once."""
+        return super().get_total_train_batch_size(args) // self._sharers
 
     # Evaluation -----------------------------------------------------------------------------
 
@@ -211,7 +249,13 @@ class FocusMixin(ReliableMixin):
         """Return the answer loss of a batch as the model is deployed, or adapted on each prompt."""
         batch = as_batch(self._prepare_inputs(inputs))
         check_length(batch, self._plain)
-        state, rank = self.accelerator.gradient_state, self.accelerator.process_index
+        if self._sharers > 1 and not prediction_loss_only:
+            raise ProblemError(
+                f"sequence_parallel={self._sharers} evaluates losses only, not logits "
+                "(compute_metrics, predict): every rank of a group would return the same rows. Set "
+                "prediction_loss_only=True, or evaluate in another process."
+            )
+        state, rank = self.accelerator.gradient_state, self._data_rank()
         real = without_repeats(batch, state.remainder, rank) if state.end_of_dataloader else batch
         with self.accelerator.autocast():
             found = self._score(real, self._way, logits=not prediction_loss_only)
@@ -221,7 +265,9 @@ class FocusMixin(ReliableMixin):
 
     def _score(self, batch: Batch, way: Way, logits: bool) -> AnswerLoss:
         if not way.adapt:
-            return score(self._plain, batch, mask=way.mask, logits=logits)
+            return score(
+                self._plain, batch, mask=way.mask, logits=logits, sequence_group=self._group
+            )
         settings = self._settings()
         return score_adapted(
             self._plain,
@@ -232,6 +278,7 @@ class FocusMixin(ReliableMixin):
             estimator=Guarded(FirstOrder(), lambda _: None, Stopwatch(self.args.device)),
             seed=self.focus.adaptation_seed,
             logits=logits,
+            sequence_group=self._group,
         )
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:

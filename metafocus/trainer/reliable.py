@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from transformers.trainer_utils import TrainOutput
 from metafocus.errors import DataError, MetafocusError, NonFiniteError
 from metafocus.files import write_json
 from metafocus.trainer import staging
-from metafocus.trainer.checkpoints import require_complete, resumable
+from metafocus.trainer.checkpoints import other_ranks, require_complete, resumable
 from metafocus.trainer.config import FocusOptions
 from metafocus.trainer.contents import misfit
 from metafocus.trainer.fingerprint import RUN, compared, fingerprint, read_run
@@ -169,7 +170,7 @@ class ReliableMixin(KeepingMixin):
         def judge(place: Path) -> str | None:
             return misfit(place, self._plain, self.optimizer)
 
-        how: Any = {"ranks": self.args.world_size, "misfit": judge}
+        how: Any = {"misfit": judge}
         if wanted is True:
             found = resumable(folder, **how)
         else:
@@ -177,6 +178,9 @@ class ReliableMixin(KeepingMixin):
         if found is None:
             return None
         changes = compared(found, self._fingerprint(), allowed=self.focus.allow_changed)
+        others = other_ranks(found, self.args.world_size)
+        if others is not None:
+            warnings.warn(others, stacklevel=3)
         if changes:
             self._say(f"resuming from {found.name}; changed since: {'; '.join(changes)}")
         return str(found)

@@ -267,9 +267,10 @@ def page(rows: Iterable[tuple[str, Case]]) -> str:
 
 def _cell(text: str) -> str:
     """Return a text as it looks, between the bars of a table."""
-    for special in "\\`*_[]<>|{}#~":
+    for special in "\\`*_[]>|{}#":
         text = text.replace(special, f"\\{special}")
-    return text
+    # Not every reader of Markdown knows "\<".
+    return text.replace("<", "&lt;").replace("~~", "~\\~")
 
 
 if __name__ == "__main__":

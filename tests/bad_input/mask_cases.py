@@ -145,7 +145,7 @@ MASKS = [
         'mf.attention.span_attention(q, q, q, spans, backend="fast")',
         "ProblemError",
         "backend='fast'",
-        "must be one of dense, auto, tiled, flash, flex",
+        "must be one of dense, auto, tiled, flash, triton, flex",
     ),
     (
         "attention over a dense mask",

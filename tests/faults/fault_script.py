@@ -229,7 +229,7 @@ def ranks(folder: Path) -> dict:
     codes = pair(poison)
     stopped = pair(lambda rank: exits(lambda: stop(rank)))
     left = [path.name for path in sorted((folder / "stop").glob("*"))]
-    bad = [damage(path, ranks=2) for path in sorted((folder / "stop").glob("*"))]
+    bad = [damage(path) for path in sorted((folder / "stop").glob("*"))]
     return {"codes": codes, "stopped": stopped, "left": left, "damage": bad}
 
 
@@ -263,7 +263,7 @@ def stalled(folder: Path) -> dict:
         "codes": codes,
         "seconds": time.monotonic() - begin,
         "said": (folder / "said").read_text(),
-        "newest": resumable(folder / "run", ranks=2).name,
+        "newest": resumable(folder / "run").name,
     }
 
 

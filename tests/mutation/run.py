@@ -41,11 +41,11 @@ ROOT = HERE.parents[1]
 RESULTS, SUMMARY, NOTES = HERE / "results.jsonl", HERE / "result.json", HERE / "notes.json"
 TESTS = {
     "linear": ["linear"],
-    "solvers": ["solvers", "implicit_family"],
+    "solvers": ["solvers", "implicit_family", "path"],
     "masks": ["masks"],
     "autodiff": ["autodiff", "recompute", "over_tasks"],
     "autodiff/safe_operators": ["safe_operators", "batch_norm", "operators"],
-    "estimators": ["fixed_point", "penalty", "implicit_family", "estimators"],
+    "estimators": ["fixed_point", "penalty", "path", "implicit_family", "estimators"],
     "lm": ["token_loss", "likelihood", "per_example", "lm"],
     "lm/hf": ["heads", "sharing", "lm"],
 }

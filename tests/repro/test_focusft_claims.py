@@ -205,8 +205,8 @@ def test_t25_evaluation_without_labels(tmp_path, claim):
 
 
 def fault_table() -> dict[int, list[str]]:
-    """The table of docs/training.md: each fault and the tests that hold it down."""
-    page = (ROOT / "docs" / "training.md").read_text()
+    """The table of docs/training_faults.md: each fault and the tests that hold it down."""
+    page = (ROOT / "docs" / "training_faults.md").read_text()
     rows = re.findall(r"^\| (\d+) \|.*\| (.*?) \|$", page, re.MULTILINE)
     found: dict[int, list[str]] = {}
     for number, text in rows:
@@ -227,7 +227,7 @@ def fault_table() -> dict[int, list[str]]:
     note="checked is that the tests exist; they run with the other tests of the library",
 )
 def test_each_fault_of_the_official_code_has_its_test(claim):
-    """The official code at commit c924c48; docs/training.md lists faults and tests.
+    """The official code at commit c924c48; docs/training_faults.md lists faults and tests.
 
     Claim: every fault is held down by a test.
     Measured: faults in the table; tests that it names; which of them do not exist.

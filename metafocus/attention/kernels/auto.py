@@ -7,9 +7,12 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from metafocus.attention.kernels.complete import unfused
 from metafocus.attention.kernels.flash import Flash, prepare
 from metafocus.attention.kernels.kernel import QKV, Attended, Kernel, Scaling
 from metafocus.attention.kernels.tiled import Tiled
+from metafocus.attention.kernels.triton.launch import Triton
+from metafocus.calls import note
 from metafocus.masks.spans import Spans
 
 SMALL = 64
@@ -19,7 +22,7 @@ log: logging.Logger = logging.getLogger("metafocus.attention")
 
 
 class Auto:
-    """The fused kernel where it can serve the spans, tiles where it cannot; a `Kernel`.
+    """The fused kernel where it can serve the spans, `unfused` where it cannot; a `Kernel`.
 
     Made anew for each call, so that the gradient need not look at the spans again.
     """
@@ -42,14 +45,16 @@ class Auto:
     def _choose(self, inputs: QKV, spans: Spans, scaling: Scaling) -> Kernel:
         found = prepare(inputs, spans, scaling)
         served = isinstance(found, Flash)
-        log.debug(
-            "span_attention %s %s: %s",
-            tuple(inputs.q.shape),
-            inputs.q.dtype,
-            f"flash, {len(found.runs)} runs" if served else f"tiled, since {found}",
-        )
-        return found if served else Tiled()
+        what = f"flash, {len(found.runs)} runs" if served else f"not fused, since {found}"
+        log.debug("span_attention %s %s: %s", tuple(inputs.q.shape), inputs.q.dtype, what)
+        note("attention", f"over spans: {what}")
+        return found if served else unfused(inputs, scaling)
 
 
-KERNELS: dict[str, Callable[[], Kernel]] = {"auto": Auto, "tiled": Tiled, "flash": Flash}
+KERNELS: dict[str, Callable[[], Kernel]] = {
+    "auto": Auto,
+    "tiled": Tiled,
+    "flash": Flash,
+    "triton": Triton,
+}
 """The back ends whose derivatives `function.Attention` completes."""

@@ -1,4 +1,4 @@
-"""What an attention kernel is: the two raw computations that every derivative builds on."""
+"""What an attention kernel is: the raw computations that every derivative builds on."""
 
 from __future__ import annotations
 
@@ -48,4 +48,43 @@ class Kernel(Protocol):
         self, do: Tensor, inputs: QKV, found: Attended, spans: Spans, scaling: Scaling
     ) -> QKV:
         """Return the gradients of `<do, output>`, given what `forward` found."""
+        ...
+
+
+class TwiceKernel(Kernel, Protocol):
+    """A kernel with forward mode and second derivatives, which completes those without."""
+
+    def backward(
+        self,
+        do: Tensor,
+        inputs: QKV,
+        found: Attended,
+        spans: Spans,
+        scaling: Scaling,
+        dl: Tensor | None = None,
+    ) -> QKV:
+        """Return the gradients of `<do, output> + <dl, lse>`."""
+        ...
+
+    def forward_mode(
+        self, inputs: QKV, lse: Tensor, tangents: QKV, spans: Spans, scaling: Scaling
+    ) -> Attended:
+        """Return the tangents of the output and of the logsumexp for tangents of the inputs."""
+        ...
+
+    def double_backward(
+        self,
+        do: Tensor,
+        dl: Tensor | None,
+        inputs: QKV,
+        found: Attended,
+        tangents: QKV,
+        spans: Spans,
+        scaling: Scaling,
+    ) -> tuple[Tensor, ...]:
+        """Return the gradients of `<(dq, dk, dv), tangents>` with respect to `do, dl, q, k, v`.
+
+        The last three are also the derivative of `(dq, dk, dv)` along the tangents, since second
+        derivatives are symmetric.
+        """
         ...

@@ -19,10 +19,11 @@ class TiledInputs:
     """Inputs laid out for tiles, in the precision of the computation.
 
     Attributes:
-        q: `scale q`, `[B, Hkv, G, S, D]`.
+        q: `scale q`, `[B, Hkv, G, S, D]`; half precision is as it was, and products are scaled.
         k: `[B, Hkv, S, D]`.
         v: `[B, Hkv, S, Dv]`.
         spans: `[B, S]`.
+        scale: What is left to scale products with `q` by, or None.
         softcap: The soft cap of the logits, or None.
     """
 
@@ -30,6 +31,7 @@ class TiledInputs:
     k: Tensor
     v: Tensor
     spans: Spans
+    scale: float | None
     softcap: float | None
 
     @classmethod
@@ -37,7 +39,14 @@ class TiledInputs:
         """Lay inputs out: half precision is widened to float32, query heads are grouped."""
         q, k, v = (wide(x) for x in inputs)
         q = q.unflatten(1, (k.shape[1], -1))
-        return cls(q * scaling.scale, k, v, spans, scaling.softcap)
+        if inputs.q.dtype != q.dtype:
+            # Rounded to TF32, `scale q` would move large logits by more than half precision does.
+            return cls(q, k, v, spans, scaling.scale, scaling.softcap)
+        return cls(q * scaling.scale, k, v, spans, None, scaling.softcap)
+
+    def scaled(self, product: Tensor) -> Tensor:
+        """Scale a product with `q` in place, where `q` is not scaled itself."""
+        return product if self.scale is None else product.mul_(self.scale)
 
     def tiles(self) -> Iterator[Tile]:
         """Cut the attention matrix into tiles."""
@@ -53,7 +62,7 @@ class TiledInputs:
 
     def logits(self, tile: Tile) -> tuple[Tensor, Tensor | None]:
         """Return a tile's logits, -inf outside the spans, and the tanh of its soft cap."""
-        z = rows(self.q, tile) @ keys(self.k, tile).transpose(-1, -2)
+        z = self.scaled(rows(self.q, tile) @ keys(self.k, tile).transpose(-1, -2))
         capped = None
         if self.softcap is not None:
             capped = z.div_(self.softcap).tanh_()

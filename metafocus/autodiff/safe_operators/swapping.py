@@ -50,6 +50,7 @@ from metafocus.autodiff.safe_operators import (
     weight_norm,
 )
 from metafocus.autodiff.safe_operators.autocast import in_float32
+from metafocus.calls import note
 from metafocus.errors import TransformError
 from metafocus.torch_internals import forward_levels, function_modes, transforming
 
@@ -230,7 +231,10 @@ class Swapped(TorchFunctionMode):
                 func = _requires_grad
             else:
                 self.needed |= _needed(func, args, kwargs)
-                func = self._composite(func)
+                composite = self._composite(func)
+                if composite is not func:
+                    note("operators", _replaced(func, composite))
+                func = composite
         return func(*args, **kwargs) if kwargs else func(*args)
 
     def _composite(self, func: Any) -> Any:
@@ -243,6 +247,12 @@ class Swapped(TorchFunctionMode):
         if not self.once and func in _IN_FORWARD_MODE and forward_levels():
             return _IN_FORWARD_MODE[func]
         return _WITH_STATISTICS.get(func, func)
+
+
+def _replaced(func: Any, composite: Any) -> str:
+    statistics = composite is _WITH_STATISTICS.get(func)
+    what = "leaves its running statistics alone" if statistics else "replaced by an exact composite"
+    return f"{func.__name__}: {what}"
 
 
 def active() -> Swapped | None:

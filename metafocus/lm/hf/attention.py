@@ -14,7 +14,7 @@ from metafocus.attention.kernels.query_runs import remember
 from metafocus.calls import changed
 from metafocus.errors import ProblemError
 from metafocus.masks.spans import Spans, windowed
-from metafocus.torch_internals import is_batched, tracing
+from metafocus.torch_internals import transforming
 
 _MASKED = {"full_attention", "sliding_attention"}
 
@@ -151,10 +151,11 @@ def read_spans(model: nn.Module, *masks: Tensor | dict[str, Tensor] | None) -> N
     found = []
     for mask in masks:
         for kind, one in mask.items() if isinstance(mask, dict) else [("", mask)]:
-            if one is None or not is_stacked(one) or one.is_meta or is_batched(one):
+            if one is None or not is_stacked(one) or one.is_meta:
                 continue
             found.append((None if kind == "full_attention" else window, Spans.unstack(one)))
-    if found and not tracing():
+    # Inside transforms tensors hide their numbers; kernels read them there.
+    if found and not transforming():
         remember(*found)
 
 

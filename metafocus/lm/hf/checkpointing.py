@@ -8,6 +8,7 @@ its fast weights and its arguments as explicit tensors.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -36,6 +37,9 @@ def exact_checkpointing(model: nn.Module, enabled: bool = True) -> Iterator[None
     layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
     ours = partial(checkpoint_layer, model)
     places: list[Any] = [(layer, "_gradient_checkpointing_func", ours) for layer in layers]
+    # torch's wrappers around layers, as accelerate's fsdp_config.activation_checkpointing makes.
+    wrapped = partial(_checkpoint_wrapped, model)
+    places += [(m, "checkpoint_fn", wrapped) for m in model.modules() if _is_wrapper(m)]
     if not enabled:
         places = [(layer, "gradient_checkpointing", False) for layer in layers]
     for hook in getattr(model, "_require_grads_hooks", None) or []:
@@ -50,6 +54,16 @@ def exact_checkpointing(model: nn.Module, enabled: bool = True) -> Iterator[None
 def is_checkpointing(model: nn.Module) -> bool:
     """Return whether layers of a model checkpoint their activations."""
     return any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    # Importing it takes long; a model can hold one only if it is imported already.
+    home = sys.modules.get("torch.distributed.algorithms._checkpoint.checkpoint_wrapper")
+    return home is not None and isinstance(module, home.CheckpointWrapper)
+
+
+def _checkpoint_wrapped(model: nn.Module, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return checkpoint_layer(model, partial(layer.__call__, **kwargs), *args)
 
 
 def _nothing(*args: Any) -> None:
@@ -83,11 +97,14 @@ def _recomputed(model: nn.Module, layer: nn.Module, forward: Any, args: Any, kwa
     functions = slots.functions(layer)
     config = model.config.get_text_config()  # pyright: ignore
     implementation = config._attn_implementation
+    # A layer inside a wrapper may be asked to checkpoint as well: once is enough.
+    own = [(layer, "gradient_checkpointing", False)] * hasattr(layer, "gradient_checkpointing")
     rows = active()
 
     def run(parameters: dict[str, Tensor], fast: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
         with (
             using(model),
+            changed(*own),
             attention_as(config, implementation),
             restricted(rows),
             holding(layer, parameters),

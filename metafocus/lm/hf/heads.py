@@ -6,11 +6,13 @@ a hook takes the hidden states that its head is about to see and lets it see one
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from metafocus.adapters import slots
 from metafocus.autodiff.recompute import recompute
@@ -38,13 +40,13 @@ def output_head(model: nn.Module) -> nn.Module:
 
 
 class HeadHook:
-    """A hook before a head: hands its input to a reader, and one position of it to the head.
+    """A hook before a head: hands its input to a reader, which returns what the head gets to see.
 
     Installed once and then kept, as a slot is: a compiler does not see hooks that come and go. A
     copied or unpickled one is idle and empty.
 
     Attributes:
-        reader: what the next hidden states go to, or None.
+        reader: what the next hidden states go to, and what it returns goes to the head; or None.
         logit_heads: what was found to follow the head, by class of the model and what its
             configuration says; None where the head cannot be split off.
         last_layers: whether `last_layer` may restrict what it found.
@@ -53,7 +55,7 @@ class HeadHook:
     __slots__ = ("last_layers", "logit_heads", "reader")
 
     def __init__(self) -> None:
-        self.reader: Callable[[nn.Module, Tensor], object] | None = None
+        self.reader: Reader | None = None
         self.logit_heads: dict[tuple[type[nn.Module], LogitHead], LogitHead | None] = {}
         self.last_layers: dict[Any, bool] = {}
 
@@ -63,8 +65,7 @@ class HeadHook:
             return None
         # The reader may call the head.
         reader, self.reader = self.reader, None
-        reader(module, args[0])
-        return args[0][..., :1, :], *args[1:]
+        return reader(module, args[0]), *args[1:]
 
     def __reduce__(self) -> tuple[type[HeadHook], tuple[()]]:
         return HeadHook, ()
@@ -85,11 +86,49 @@ def read_hidden(head: nn.Module, run: Callable[[], Any], reader: Reader) -> Tens
         torch.Size([1, 4, 3])
     """
     results: list[Tensor] = []
-    with changed((install(head), "reader", lambda head, x: results.append(reader(head, x)))):
+
+    def read(head: nn.Module, hidden: Tensor) -> Tensor:
+        results.append(reader(head, hidden))
+        return hidden[..., :1, :]
+
+    with changed((install(head), "reader", read)):
         run()
     if not results:
         raise ProblemError(f"the model did not call its head, {type(head).__name__}.")
     return results[0]
+
+
+def logits_of_rows(head: nn.Module, run: Callable[[], Any], rows: Tensor) -> Tensor:
+    """Return the logits `[n, V]` of some positions, while `run()` runs the model.
+
+    The head itself runs, with the hooks that gather its weights if it is sharded, and sees nothing
+    but these positions, as with transformers' `logits_to_keep`.
+
+    Args:
+        head: the model's own.
+        run: calls the model and returns its logits.
+        rows: flat indices of the positions, `[n]`.
+
+    Example:
+        >>> head, x = nn.Linear(2, 9), torch.ones(1, 4, 2)
+        >>> logits_of_rows(head, lambda: head(x), torch.tensor([1, 3])).shape
+        torch.Size([2, 9])
+    """
+
+    def select(head: nn.Module, hidden: Tensor) -> Tensor:
+        return hidden.flatten(0, 1).index_select(0, rows)[None]
+
+    with changed((install(head), "reader", select)):
+        return run()[0]
+
+
+def keeps_positions_apart(model: nn.Module) -> bool:
+    """Return whether a model makes the logits of each position from its hidden state alone.
+
+    Those with transformers' `logits_to_keep` do.
+    """
+    whole = getattr(model, "get_base_model", lambda: model)()
+    return "logits_to_keep" in inspect.signature(whole.forward).parameters
 
 
 def install(head: nn.Module) -> HeadHook:
@@ -141,7 +180,7 @@ def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor, logit_head: Logi
 def is_plain(head: nn.Module) -> bool:
     """Return whether a head is no more than the product with its weight."""
     return (
-        type(head) is nn.Linear
+        type_before_parametrizations(head) is nn.Linear
         and type(head.weight) in (Tensor, nn.Parameter)
         and "forward" not in vars(head)
         and all(isinstance(hook, slots.Slot | HeadHook) for hook in forward_hooks(head))

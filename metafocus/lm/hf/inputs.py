@@ -11,22 +11,34 @@ from metafocus.errors import DataError
 from metafocus.lm.hf.attention import attention_mask
 from metafocus.masks.entries import refuse
 from metafocus.masks.spans import Spans
+from metafocus.parallel.collectives import Group
+from metafocus.parallel.sequence import share, whole_length
 
 
-def model_inputs(model: nn.Module, ids: Tensor, positions: Tensor, spans: Spans) -> dict[str, Any]:
+def model_inputs(
+    model: nn.Module, ids: Tensor, positions: Tensor, spans: Spans, group: Group = None
+) -> dict[str, Any]:
     """Return the keywords of a call: tokens, positions and the mask that the model takes.
+
+    If several ranks share the sequence, tokens and positions are those of this rank, and the mask
+    is that of the whole sequence.
 
     Args:
         model: a Hugging Face causal language model.
         ids: tokens, `[B, S]`.
         positions: the position of each token in its document, `[B, S]`.
         spans: the keys that each query may see.
+        group: the ranks that share the sequence.
     """
+    spans = Spans(*(whole_length(x, group, 0) for x in spans))
+    shared = {} if group is None else {"sequence_group": group}
     return {
-        "input_ids": ids,
-        "position_ids": positions,
+        # Padding at the end sees nothing, and nothing sees it.
+        "input_ids": share(ids, group, 0),
+        "position_ids": share(positions, group, 0),
         "attention_mask": attention_mask(model, spans),
         "use_cache": False,
+        **shared,
     }
 
 

@@ -14,6 +14,7 @@ from metafocus.lm.cross_entropy import LogitHead
 from metafocus.lm.hf import heads
 from metafocus.lm.hf.side_runs import side_run, two_tokens
 from metafocus.precision import wide
+from metafocus.sharding import HOOKED, sharding_of
 
 _SCALES = (("logit_scale", 1), ("lm_head_multiplier", 1), ("logits_scaling", -1))
 _CAPS = ("final_logit_softcapping", "logits_soft_cap")
@@ -48,8 +49,8 @@ def logit_head_of(model: nn.Module) -> LogitHead | None:
     if hook is not None and key in hook.logit_heads:
         return hook.logit_heads[key]
     weight = next(model.parameters())
-    # Sharded weights meet plain ones in the check.
-    if torch.compiler.is_compiling() or weight.is_meta or hasattr(weight, "full_tensor"):
+    # The hooks of a sharded head do not run where its weight alone is used.
+    if torch.compiler.is_compiling() or weight.is_meta or sharding_of(model) & HOOKED:
         return None
     found = measured(model, head, expected)
     logit_head = found if isinstance(found, LogitHead) else None

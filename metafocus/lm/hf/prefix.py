@@ -11,12 +11,14 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from metafocus.adapters.placement import layer_of
 from metafocus.calls import changed
 from metafocus.errors import ProblemError
-from metafocus.torch_internals import is_compiled
+from metafocus.sharding import Sharding, sharding_of
+from metafocus.torch_internals import child_table, is_compiled
 
 
 class Hidden(NamedTuple):
@@ -74,8 +76,8 @@ def hidden_before(model: nn.Module, home: str, first: int, run: Callable[[], Any
         seen.append(states)
         return states
 
-    layers = list(model.get_submodule(home).children())
-    with _instead(layers[first : first + 1], keep), _instead(layers[first + 1 :], _pass):
+    layers = model.get_submodule(home)
+    with _instead(layers, slice(first, first + 1), keep), _instead(layers, slice(first + 1, None)):
         run()
     if not seen:
         raise ProblemError(f"{type(model).__name__} did not call its layer {home}.{first}.")
@@ -93,8 +95,11 @@ def resumed(model: nn.Module, hidden: Hidden | None) -> Iterator[None]:
     if hidden is None:
         yield
         return
-    layers = list(model.get_submodule(hidden.home).children())[: hidden.first]
-    with _instead(layers[:-1], _pass), _instead(layers[-1:], lambda _: hidden.states):
+    layers, last = model.get_submodule(hidden.home), hidden.first - 1
+    with (
+        _instead(layers, slice(last)),
+        _instead(layers, slice(last, last + 1), lambda _: hidden.states),
+    ):
         yield
 
 
@@ -111,23 +116,48 @@ def draws_random_numbers(model: nn.Module) -> bool:
 
 
 def has_own_call(model: nn.Module) -> bool:
-    """Return whether layers are compiled or sharded: then their own call must stay."""
-    return any(is_compiled(m) for m in model.modules()) or any(
-        hasattr(p, "full_tensor") for p in model.parameters()
-    )
+    """Return whether layers are compiled: then their own call must stay."""
+    return any(is_compiled(m) for m in model.modules())
 
 
 def _pass(states: Tensor) -> Tensor:
     return states
 
 
+class _StandIn(nn.Module):
+    """Takes the place of a layer in its list; whatever else is asked of it, the layer answers."""
+
+    def __init__(self, layer: nn.Module, function: Callable[[Tensor], Tensor]):
+        super().__init__()
+        # In a tuple it is no child of this module.
+        self.layer = (layer,)
+        self.function = function
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.function(hidden_states)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["layer"][0], name)
+
+
 @contextlib.contextmanager
-def _instead(layers: list[nn.Module], function: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def _instead(
+    home: nn.Module, chosen: slice, function: Callable[[Tensor], Tensor] = _pass
+) -> Iterator[None]:
     """Let layers do this to their first argument, and nothing else, inside the block."""
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return function(hidden_states)
 
+    layers = list(home.children())[chosen]
+    if not torch.compiler.is_compiling() and Sharding.FSDP2 in sharding_of(home):
+        # The hooks of a sharded layer would gather weights that nobody uses.
+        table = child_table(home)
+        names = list(table)[chosen]
+        others = [_StandIn(layer, function) for layer in layers]
+        with changed(*((table, name, x) for name, x in zip(names, others, strict=True))):
+            yield
+        return
     places: list[Any] = [(layer, "forward", forward) for layer in layers]
     # There is nothing to recompute.
     flagged = [layer for layer in layers if getattr(layer, "gradient_checkpointing", False)]

@@ -1,0 +1,29 @@
+"""A hook of mkdocs: code in tables may break after a dot, a slash, an underscore or a bracket.
+
+Without it a narrow cell breaks code in the middle of a word, or a table is wider than a phone.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Return the page with places where code in cells may break."""
+    return re.sub(r"<td.*?</td>", lambda cell: _in_code(cell[0]), html, flags=re.S)
+
+
+def _in_code(cell: str) -> str:
+    return re.sub(r"<code>[^<]*</code>", lambda code: _broken(code[0]), cell)
+
+
+def _broken(code: str) -> str:
+    """Return code with `<wbr>` after what separates its words.
+
+    Example:
+        >>> _broken("<code>torch.func.grad(f)</code>")
+        '<code>torch.<wbr>func.<wbr>grad(<wbr>f)</code>'
+    """
+    inside = code.removeprefix("<code>").removesuffix("</code>")
+    return f"<code>{re.sub(r'(?<=[._/,=(:])(?=[^.<&])', '<wbr>', inside)}</code>"

@@ -1,0 +1,260 @@
+"""Sweeps: a function over many cells, each result a file, shared by every run on one folder."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from metafocus.errors import DataError, ProblemError
+from metafocus.files import finite, unwritable, write_json
+
+WAIT = 0.05
+"""Seconds between two looks at an executor."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one cell.
+
+    Attributes:
+        cell: the cell as it was given.
+        result: what the function returned, as JSON gives it back; None if the cell failed.
+        error: the traceback of a cell that failed, else None.
+        seconds: how long the cell took.
+        path: its file.
+    """
+
+    cell: Any
+    result: Any
+    error: str | None
+    seconds: float
+    path: Path
+
+
+def sweep(
+    fn: Callable[[Any], Any],
+    cells: Iterable[Any],
+    *,
+    folder: str | Path,
+    executor: Any = None,
+    retry: bool = False,
+) -> list[Outcome]:
+    """Return `fn(cell)` for every cell; each result is a file, and is never computed twice.
+
+    The file of a cell is `folder/HASH.json`, where the hash is that of the cell's content. It is
+    written whole when the cell ends. A sweep that was killed therefore goes on where it was, a
+    longer list of cells computes the new ones only, and several runs on one folder share the
+    cells: a lock keeps each cell to one of them. One folder is for one function; after a change
+    to the function name another folder.
+
+    Args:
+        fn: takes a cell and returns what JSON can hold: numbers, texts, lists and dicts. It should
+            set its own seeds. For another process it must be picklable: a function at the top of a
+            module, or an instance of a class there.
+        cells: what to call `fn` with: dicts, lists, numbers, texts, or dataclasses of these.
+        folder: where the files are; it is made.
+        executor: a `concurrent.futures.Executor`, or any object with `submit(fn, *args)` whose
+            answer has `done()` and `result()`: process pools, Dask's, submitit's. None: here, one
+            after another. Other machines must see the same folder.
+        retry: run the cells again that failed before. They are otherwise left as they are.
+
+    Returns:
+        One `Outcome` for each cell, in the order of the cells. A cell whose function raised has
+        its traceback in `error`; the others go on. Numbers that are not finite come back as None.
+
+    Raises:
+        ProblemError: if a cell cannot be written as JSON.
+        DataError: if the folder cannot be written to, or holds the results of another function.
+
+    Example:
+        >>> import tempfile
+        >>> def square(cell):
+        ...     return cell["x"] ** 2
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     found = sweep(square, [{"x": 2}, {"x": 3}], folder=folder)
+        >>> [outcome.result for outcome in found]
+        [4, 9]
+    """
+    if not callable(fn):
+        raise ProblemError(f"fn must be a function of a cell, got {type(fn).__name__}.")
+    folder, cells = Path(folder), list(cells)
+    paths = [folder / f"{name_of(cell)}.json" for cell in cells]
+    try:
+        (folder / ".locks").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable("folder", folder, error) from error
+    # A cell that is given twice is one cell.
+    todo = {
+        path: cell
+        for path, cell in zip(paths, cells, strict=True)
+        if not _settled(_read(path, fn), retry)
+    }
+    _run(fn, todo, len(set(paths)), executor, retry)
+    found = []
+    for cell, path in zip(cells, paths, strict=True):
+        record = _read(path, fn)
+        assert record is not None, path
+        known = (record["result"], record["error"], record["seconds"])
+        found.append(Outcome(cell, *known, path))
+    failed = [outcome for outcome in {o.path: o for o in found}.values() if outcome.error]
+    if failed:
+        last = (failed[0].error or "").strip().splitlines()[-1]
+        print(
+            f"{len(failed)} of {len(set(paths))} cells failed, the first with {last}. Their files "
+            "hold the tracebacks; sweep(..., retry=True) runs them again.",
+            file=sys.stderr,
+        )
+    return found
+
+
+def name_of(cell: Any) -> str:
+    """Return the hash of a cell's content, which names its file.
+
+    Example:
+        >>> name_of({"lr": 0.1, "steps": 2}) == name_of({"steps": 2, "lr": 0.1})
+        True
+    """
+    try:
+        text = json.dumps(_plain(cell), sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ProblemError(
+            f"the cell {cell!r} cannot be written as JSON ({error}): make it of finite numbers, "
+            "texts, lists and dicts."
+        ) from error
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _plain(cell: Any) -> Any:
+    if dataclasses.is_dataclass(cell) and not isinstance(cell, type):
+        return dataclasses.asdict(cell)
+    return cell
+
+
+def _run(
+    fn: Callable[[Any], Any], todo: dict[Path, Any], total: int, executor: Any, retry: bool
+) -> None:
+    """Run the cells that are left; those in the hands of another run come last."""
+    from tqdm import tqdm
+
+    busy: dict[Path, Any] = {}
+    with tqdm(total=total, initial=total - len(todo), unit="cell", disable=None) as bar:
+
+        def ended(path: Path, settled: bool) -> None:
+            if settled:
+                bar.update()
+            else:
+                busy[path] = todo[path]
+
+        _call(fn, todo, executor, (retry, False), ended)
+        # Their locks are free when the other run has finished them, or has died.
+        _call(fn, dict(busy), executor, (retry, True), ended)
+
+
+def _call(
+    fn: Callable[[Any], Any],
+    cells: dict[Path, Any],
+    executor: Any,
+    how: tuple[bool, bool],
+    ended: Callable[[Path, bool], None],
+) -> None:
+    if executor is None:
+        for path, cell in cells.items():
+            ended(path, one_cell(fn, cell, path, *how))
+        return
+    futures = {
+        path: executor.submit(one_cell, fn, cell, path, *how) for path, cell in cells.items()
+    }
+    try:
+        while futures:
+            for path in [path for path, future in futures.items() if future.done()]:
+                ended(path, futures.pop(path).result())
+            # Not concurrent.futures.wait: submitit's jobs are no futures of the standard library.
+            time.sleep(WAIT)
+    finally:
+        # After an error or an interrupt: what has not begun need not begin.
+        for future in futures.values():
+            future.cancel()
+
+
+def one_cell(fn: Callable[[Any], Any], cell: Any, path: Path, retry: bool, wait: bool) -> bool:
+    """Run one cell under its lock and write its file; return whether it has one.
+
+    Args:
+        fn: the function.
+        cell: what it takes.
+        path: of the cell's file.
+        retry: whether a failure that another run has written before counts as nothing.
+        wait: whether to wait while another run has the lock; otherwise the answer is False.
+    """
+    from filelock import FileLock, Timeout
+
+    before = _read(path, fn)
+    lock = FileLock(path.parent / ".locks" / f"{path.stem}.lock", timeout=-1 if wait else 0)
+    try:
+        with lock:
+            # It may have ended while we waited: then its file is another one than before.
+            now = _read(path, fn)
+            if not (_settled(now, retry) or now != before):
+                write_json(path, _record(fn, cell), indent=1)
+            # Whoever opens a new lock from here on finds the file, so the old one may go.
+            with contextlib.suppress(OSError):
+                Path(lock.lock_file).unlink(missing_ok=True)
+    except Timeout:
+        return False
+    return True
+
+
+def _record(fn: Callable[[Any], Any], cell: Any) -> dict[str, Any]:
+    start = time.perf_counter()
+    result, trace = None, None
+    try:
+        result = fn(cell)
+        json.dumps(finite(result))
+    except Exception:
+        result, trace = None, traceback.format_exc()
+    seconds = time.perf_counter() - start
+    return {
+        "function": _function(fn),
+        "cell": _plain(cell),
+        "result": result,
+        "error": trace,
+        "seconds": seconds,
+    }
+
+
+def _settled(record: dict[str, Any] | None, retry: bool) -> bool:
+    return record is not None and not (retry and record["error"])
+
+
+def _read(path: Path, fn: Callable[[Any], Any]) -> dict[str, Any] | None:
+    """Return the record of a cell, or None if it has none."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        theirs = record["function"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is no file of a sweep: remove it, or name another folder.") from (
+            error
+        )
+    if theirs != _function(fn):
+        raise DataError(
+            f"folder={str(path.parent)!r} holds results of {theirs}, not of {_function(fn)}: name "
+            "another folder."
+        )
+    return record
+
+
+def _function(fn: Any) -> str:
+    # A partial function is the one that it calls.
+    fn = getattr(fn, "func", fn)
+    return getattr(fn, "__qualname__", type(fn).__qualname__)

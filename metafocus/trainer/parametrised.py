@@ -1,0 +1,244 @@
+"""Weights sharded over processes and gathered by a parametrization, which has every derivative.
+
+FSDP2 gathers weights in hooks, whose backward pass cannot be differentiated. Here each weight is a
+DTensor shard, and `torch.nn.utils.parametrize` makes the whole weight of it by an all-gather that
+is an ordinary function: it can be differentiated any number of times, forwards and in reverse.
+(The construction is SimpleFSDP's, arXiv 2411.00284.)
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.nn.utils import parametrize
+
+from metafocus.errors import ProblemError
+from metafocus.parallel.collectives import Group, replicated
+from metafocus.sharding import plain_name, sharding_of
+
+
+class _Plan(NamedTuple):
+    """How one weight is spread over the processes of a group, along its first axis."""
+
+    shape: torch.Size
+    group: dist.ProcessGroup
+
+    @property
+    def ranks(self) -> int:
+        return dist.get_world_size(self.group)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a part; the last parts may have fewer, or none."""
+        return -(-self.shape[0] // self.ranks)
+
+    def gathered(self, part: Tensor) -> Tensor:
+        padded = part.new_zeros(self.rows, *self.shape[1:])
+        padded[: len(part)] = part
+        whole = part.new_empty(self.ranks * self.rows, *self.shape[1:])
+        dist.all_gather_into_tensor(whole, padded, group=self.group)
+        return whole[: self.shape[0]].clone()
+
+    def averaged(self, whole: Tensor) -> Tensor:
+        padded = whole.new_zeros(self.ranks * self.rows, *self.shape[1:])
+        padded[: self.shape[0]] = whole
+        part = whole.new_empty(self.rows, *self.shape[1:])
+        dist.reduce_scatter_tensor(part, padded, group=self.group)
+        start = min(dist.get_rank(self.group) * self.rows, self.shape[0])
+        return part[: min(self.rows, self.shape[0] - start)] / self.ranks
+
+
+class _Gather(torch.autograd.Function):
+    """From this process's part to the whole weight; back, to the mean over processes.
+
+    The cotangent of a whole weight belongs to the loss of one process, the cotangent of a part to
+    the mean of these losses. So each of the two functions is the transpose of the other.
+    """
+
+    @staticmethod
+    def forward(part: Tensor, plan: _Plan) -> Tensor:
+        return plan.gathered(part)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.plan = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        return _Average.apply(cotangents[0], ctx.plan), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return _Gather.apply(tangents[0], ctx.plan)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return _one_by_one(_Gather, in_dims[0], *args)
+
+
+class _Average(torch.autograd.Function):
+    """From a gradient of the whole weight to this process's part of the mean over processes."""
+
+    @staticmethod
+    def forward(whole: Tensor, plan: _Plan) -> Tensor:
+        return plan.averaged(whole)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.plan = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        return _Gather.apply(cotangents[0], ctx.plan), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return _Average.apply(tangents[0], ctx.plan)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return _one_by_one(_Average, in_dims[0], *args)
+
+
+def _one_by_one(function: Any, axis: int | None, x: Tensor, plan: _Plan) -> Any:
+    """Return what a `vmap` makes of a collective: of a batch, one after another."""
+    if axis is None:
+        return function.apply(x, plan), None
+    return torch.stack([function.apply(one, plan) for one in x.unbind(axis)]), 0
+
+
+class _Gathered(nn.Module):
+    """The parametrization: a part in, as DTensor or as plain tensor, the whole weight out."""
+
+    def __init__(self, plan: _Plan, sequence_group: Group):
+        super().__init__()
+        self.plan = plan
+        self.sequence_group = sequence_group
+
+    def forward(self, part: Tensor) -> Tensor:
+        if isinstance(part, DTensor):
+            part = part.to_local()
+        # Ranks that share a sequence add up their gradients; the mean is over what remains.
+        return replicated(_Gather.apply(part, self.plan), self.sequence_group)  # pyright: ignore
+
+
+def parametrise(model: nn.Module, mesh: DeviceMesh, *, sequence_group: Group = None) -> nn.Module:
+    """Shard all parameters of a model over a mesh, so that every estimator works on it.
+
+    Each parameter becomes a DTensor that holds a part of its rows on each process, and the module
+    sees `all_gather(part)`, a function with derivatives of every order. A gradient is the mean over
+    processes, as with DDP and FSDP2, so each process passes its own batch. Weights, gradients and
+    the states of an optimiser take `1 / processes` of the memory; a gathered weight lives as long
+    as the graph that needs it. With activation checkpointing that is one layer at a time.
+
+    Parameters keep their modules and get longer names (`...parametrizations.weight.original`);
+    `whole_state(model)` returns the plain ones. Tied parameters stay tied.
+
+    Args:
+        model: changed in place. All processes must have built it; the values of the first count.
+        mesh: of one axis, such as `init_device_mesh("cuda", (8,))`.
+        sequence_group: the processes of the mesh that share each sequence with this one, if losses
+            are given it too (`mf.parallel.sequence_group`).
+
+    Returns:
+        The model.
+
+    Raises:
+        ProblemError: for a mesh of several axes, a model that is sharded already, or a parameter
+            that is a scalar.
+
+    Example:
+        >>> from torch.distributed.device_mesh import init_device_mesh
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> layer = parametrise(nn.Linear(3, 2), init_device_mesh("cpu", (1,)))
+        >>> type(layer.parametrizations.weight.original).__name__, layer.weight.shape
+        ('Parameter', torch.Size([2, 3]))
+        >>> sorted(whole_state(layer))
+        ['bias', 'weight']
+        >>> dist.destroy_process_group()
+
+    References:
+        SimpleFSDP, arXiv 2411.00284.
+    """
+    if mesh.ndim != 1:
+        raise ProblemError(
+            f"mesh has {mesh.ndim} axes {mesh.mesh_dim_names or ''}: parametrise shards over one. "
+            "Pass mesh['name of the axis']."
+        )
+    found = sharding_of(model)
+    if found:
+        raise ProblemError(
+            f"the model is sharded already ({found}): parametrise takes the place of fully_shard "
+            "and of tp_plan."
+        )
+    made: dict[int, nn.Parameter] = {}
+    for path, module in list(model.named_modules()):
+        for name, weight in list(module.named_parameters(path, recurse=False)):
+            if weight.ndim == 0:
+                raise ProblemError(
+                    f"the parameter {name} is a scalar and has no rows to shard: make it a tensor "
+                    "of shape [1]."
+                )
+            if id(weight) not in made:
+                shards = distribute_tensor(weight.detach(), mesh, [Shard(0)])
+                made[id(weight)] = nn.Parameter(shards, requires_grad=weight.requires_grad)
+            own, plan = name.rpartition(".")[2], _Plan(weight.shape, mesh.get_group())
+            setattr(module, own, made[id(weight)])
+            parametrize.register_parametrization(
+                module, own, _Gathered(plan, sequence_group), unsafe=True
+            )
+    return model
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict of a parametrised model with plain names and whole tensors.
+
+    All processes must call it. It is what `model.save_pretrained(folder, state_dict=...)` takes.
+    """
+    found: dict[str, Tensor] = {}
+    whole: dict[int, Tensor] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        # Tied weights are one tensor here too, so that they are saved once.
+        if id(value) not in whole:
+            plain = value.detach()
+            whole[id(value)] = plain.full_tensor() if isinstance(plain, DTensor) else plain
+        found[plain_name(name)] = whole[id(value)]
+    return found
+
+
+@torch.no_grad()
+def load_whole(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Copy plain, whole tensors into a parametrised model; names that it lacks are ignored.
+
+    All processes must call it with the same values. Names are those of the model, or of a PEFT
+    adapter, which leaves the name of the adapter out.
+
+    Raises:
+        ProblemError: if a parameter that is trained is missing.
+    """
+    adapter = f".{getattr(model, 'active_adapter', None)}."
+
+    def found(name: str) -> Tensor | None:
+        plain = plain_name(name)
+        return state.get(plain, state.get(plain.replace(adapter, ".")))
+
+    missing = [k for k, p in model.named_parameters() if p.requires_grad and found(k) is None]
+    if missing:
+        raise ProblemError(f"the weights lack {plain_name(missing[0])}, which is trained.")
+    for name, value in model.state_dict(keep_vars=True).items():
+        new = found(name)
+        if new is not None and isinstance(value, DTensor):
+            value.copy_(like(value, new))
+        elif new is not None:
+            value.copy_(new)
+
+
+def like(shards: DTensor, whole: Tensor) -> DTensor:
+    """Return a whole tensor, which all processes have, as it is sharded elsewhere."""
+    whole = whole.to(shards.device, shards.dtype)
+    return distribute_tensor(whole, shards.device_mesh, shards.placements)

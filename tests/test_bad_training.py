@@ -23,6 +23,7 @@ from transformers import Qwen2ForCausalLM
 
 import metafocus as mf
 from metafocus.__main__ import main
+from metafocus.cli.settings import parse
 from metafocus.errors import DataError, NonFiniteError, ProblemError
 from metafocus.masks import context_bidirectional
 from metafocus.sharding import Sharding, sharding_of
@@ -387,3 +388,11 @@ def test_a_tensor_parallel_model_is_refused_by_name():
     assert Sharding.TP in sharding_of(model)
     with pytest.raises(ProblemError, match="Qwen2ForCausalLM is tensor parallel"):
         mf.recipes.focusft(model)
+
+
+@pytest.mark.parametrize(("word", "means"), [("true", True), ("false", None)])
+def test_fsdp_is_a_truth_value_in_a_file(tmp_path, word, means):
+    """transformers takes the flag alone, or options that it no longer likes."""
+    config = tmp_path / "run.yaml"
+    config.write_text(f"train_file: stdlib\noutput_dir: out\nuse_cpu: true\nfsdp: {word}\n")
+    assert parse([str(config)]).args.fsdp is means

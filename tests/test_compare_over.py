@@ -228,16 +228,27 @@ def test_tasks():
         run({"tasks": [2]}, data=tasks(), others={"soba": comparing.soba})
 
 
-def test_single_loop_algorithms_and_compiled_forms():
-    meta = mf.bilevel(PROBLEM, solver=mf.SGD(RATE, 300), estimator=mf.Unrolled())
+def test_single_loop_algorithms():
+    # After 150 steps of rate 0.1 at curvatures from 0.5 on, both unknowns of SOBA are at rest:
+    # 0.95^150 is 5e-4. It is then the hypergradient of the whole inner loop.
+    (row,) = run(
+        others={"soba": comparing.soba}, estimators={}, reference=mf.Implicit(mf.Dense()), steps=150
+    ).rows
+    assert row["relative_error"] < 1e-2 and row["verdict"] == "close"
+
+
+def test_compiled_forms():
+    meta = mf.bilevel(PROBLEM, solver=mf.SGD(RATE, 2), estimator=mf.Unrolled())
     compiled = mf.compiled(mf.hypergrad(meta), backend="eager")
-    found = run(others={"soba": comparing.soba, "compiled": compiled}, steps=300)
-    rows = {row["name"]: row for row in found.rows}
-    # After 300 steps both unknowns of SOBA are at rest: it is the implicit hypergradient.
-    assert rows["soba"]["verdict"] == "exact"
-    assert rows["compiled"]["verdict"] == "exact" and rows["compiled"]["peak_bytes"] is None
+    row = run(others={"compiled": compiled}).rows[-1]
+    assert row["verdict"] == "exact" and row["peak_bytes"] is None
+
+
+def test_contenders_that_are_nothing():
     with pytest.raises(mf.errors.ProblemError, match="'odd' must be a meta loss"):
         run(others={"odd": lambda solver: 3})
+    with pytest.raises(mf.errors.ProblemError, match="'odd' must be a meta loss"):
+        run(others={"odd": 3})
 
 
 # --- cells -----------------------------------------------------------------------------------
@@ -308,6 +319,7 @@ def test_digests():
     assert digest(meta[0]) != digest(meta[1])
     one, two = (torch.nn.Linear(2, 2) for _ in range(2))
     assert digest(one) == digest(one) != digest(two)
+    assert digest(one.weight) != digest(one.weight.requires_grad_(False))
     with pytest.raises(mf.errors.ProblemError, match="generator cannot be hashed"):
         digest(x for x in "a")
 

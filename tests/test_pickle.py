@@ -147,7 +147,7 @@ OUTER = {"w": torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)}
 EPISODE = mf.Episode(torch.tensor([0.3, 0.1, 2.0]).double(), torch.tensor([1.0, 0.2, 0.4]).double())
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", LOSSES, ids=lambda name: name.split(" at 0x")[0])
 @pytest.mark.filterwarnings("ignore::metafocus.errors.NotStationaryWarning")
 def test_the_copy_has_the_same_hypergradient(name):
     meta = LOSSES[name]()

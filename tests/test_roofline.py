@@ -7,11 +7,16 @@ import json
 import pytest
 import torch
 
+from benchmarks.focusft_step import data
 from benchmarks.roofline import __main__ as roofline
 from benchmarks.roofline import official, steps
 from benchmarks.roofline.machine import H200, Machine
 from benchmarks.roofline.record import KERNEL, SYNC, Op, Recorder
-from benchmarks.roofline.scale import Scale
+from benchmarks.roofline.scale import RECORDED, Scale
+from metafocus.attention.kernels import flash_cuda
+from metafocus.attention.kernels.kernel import QKV, Scaling
+from metafocus.attention.kernels.query_runs import find_query_runs
+from metafocus.masks import context_bidirectional
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
 SIMPLE = Machine(products=10.0, memory=100.0, gap=0, least=0, issue=1, view=0, latency=0, wait=2)
@@ -81,3 +86,37 @@ def test_the_head_takes_as_many_rows_at_once_as_the_model_is_wide(step):
     # The model itself sees its head at one position.
     logits = [op.shapes[0] for op in step.ops if op.name == "mm" and op.shapes[1][-1] == 152064]
     assert [shape for shape in logits if shape[0] > 1] == [(1024, 3584)] * 3
+
+
+@pytest.mark.parametrize(("backward", "most"), [(False, 20), (True, 32)])
+def test_attention_of_two_turns_has_few_kernels_beside_the_fused_ones(backward, most):
+    # Two context turns and two answers: two fused calls, of which each gathers its tokens.
+    recorder = Recorder(Scale(4096))
+    kernels, scaling = steps._Varlen(recorder), Scaling(0.1)
+    q, k = torch.zeros(1, 28, 1024, 10), torch.zeros(1, 4, 1024, 10)
+    inputs, runs = QKV(q, k, k), find_query_runs(context_bidirectional(data(RECORDED)))
+    found = flash_cuda.forward(inputs, runs, scaling, kernels)
+    recorder.ops.clear()
+    with recorder:
+        if backward:
+            flash_cuda.backward(q, inputs, found, runs, scaling, kernels)
+        else:
+            flash_cuda.forward(inputs, runs, scaling, kernels)
+    launched = [op.name for op in recorder.ops if op.kind == KERNEL]
+    fused = [name for name in launched if name.startswith("flash")]
+    assert len(fused) == 2
+    assert len(launched) - 2 <= most, launched
+
+
+def test_the_step_is_as_fast_as_promised():
+    rows = [row for entry in json.loads(roofline.CHANGES.read_text()) for row in entry["rows"]]
+    now = {(row["name"], row["length"]): row["seconds"] for row in rows}
+    assert now[steps.OURS, 4096] <= 0.235
+    assert now[steps.OURS, 32768] <= 2.4
+
+
+def test_what_is_recorded_now_is_what_is_committed(step):
+    rows = [row for entry in json.loads(roofline.CHANGES.read_text()) for row in entry["rows"]]
+    committed = [r for r in rows if (r["name"], r["length"]) == (steps.OURS, 4096)][-1]
+    # Another version of torch or transformers may add a few operations.
+    assert H200.seconds(step.ops) == pytest.approx(committed["seconds"], rel=0.05)

@@ -724,6 +724,21 @@ def test_flash_attention_of_variable_length():
     assert {"scale", "window_size_left", "window_size_right"} <= set(names)
 
 
+def test_cudnn_attention():
+    """`_scaled_dot_product_cudnn_attention`, `_scaled_dot_product_cudnn_attention_backward`: cuDNN.
+
+    They run on a GPU only; here their arguments are looked at, there `flash.fault`.
+    """
+    assert names_of(ti.cudnn) == [
+        "query", "key", "value", "attn_bias", "compute_log_sumexp", "dropout_p", "is_causal",
+        "return_debug_mask", "scale",
+    ]  # fmt: skip
+    assert names_of(ti.cudnn_backward) == [
+        "grad_out", "query", "key", "value", "out", "logsumexp", "philox_seed", "philox_offset",
+        "attn_bias", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal", "scale",
+    ]  # fmt: skip
+
+
 def test_assert_async():
     """`_assert_async`: a batch that cannot be right stops a run on CUDA, which does not wait."""
     ti.assert_later(torch.tensor(True), "fine")

@@ -60,6 +60,7 @@ class Machine:
             ("sdpa_mask", self.masked),
             ("sdpa_causal", self.causal),
             ("flash", self.varlen),
+            ("cudnn", self.causal),
         ):
             if op.name.startswith(name):
                 rate = attention

@@ -17,7 +17,7 @@ import metafocus as mf
 from benchmarks import focusft_step
 from benchmarks.roofline.record import Recorder
 from benchmarks.roofline.scale import FEATURES, RANK, RECORDED, Scale
-from metafocus.attention.kernels import flash, flash_cuda, query_runs
+from metafocus.attention.kernels import flash, flash_cpu, flash_cuda, query_runs
 from metafocus.attention.kernels.kernel import QKV, Attended
 from metafocus.lm import token_loss
 
@@ -25,19 +25,20 @@ OURS, PLAIN, TRANSFORMERS, OFFICIAL = "metafocus", "plain", "transformers", "off
 NAMES = (OFFICIAL, OURS, PLAIN, TRANSFORMERS)
 
 
-def record(name: str, length: int, checkout: str = "") -> Recorder:
+def record(name: str, length: int, checkout: str = "", slices: bool = False) -> Recorder:
     """Return what one step does after a first one.
 
     Args:
         name: One of `NAMES`.
         length: Tokens of the row that the step stands for.
         checkout: The official code; for `OFFICIAL` only.
+        slices: Whether cuDNN serves slices, and not variable-length kernels all turns together.
     """
     recorder = Recorder(Scale(length))
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        with _as_on_a_gpu(recorder) if name in (OURS, PLAIN) else contextlib.nullcontext():
+        with _as_on_a_gpu(recorder, slices) if name in (OURS, PLAIN) else contextlib.nullcontext():
             step = _step(name, checkout)
             step()
             recorder.ops.clear()
@@ -63,14 +64,18 @@ def _step(name: str, checkout: str) -> Callable[[], Tensor]:
 
 
 @contextlib.contextmanager
-def _as_on_a_gpu(recorder: Recorder) -> Iterator[None]:
+def _as_on_a_gpu(recorder: Recorder, slices: bool) -> Iterator[None]:
     """Let attention and head take the path of a GPU."""
-    kernels = _Varlen(recorder)
+    kernels, dense = _Varlen(recorder), _Dense(recorder)
 
     def forward(inputs: QKV, runs: Any, scaling: Any) -> Attended:
+        if slices:
+            return flash_cpu.forward(inputs, runs, scaling.scale, dense)
         return flash_cuda.forward(inputs, runs, scaling, kernels)
 
     def backward(do: Tensor, inputs: QKV, found: Attended, runs: Any, scaling: Any) -> QKV:
+        if slices:
+            return flash_cpu.backward(do, inputs, found, runs, scaling.scale, dense)
         return flash_cuda.backward(do, inputs, found, runs, scaling, kernels)
 
     read, rows = query_runs._content, token_loss._rows
@@ -118,3 +123,33 @@ class _Varlen:
             n, m = queries * scale.tokens, keys * scale.tokens
             pairs += n * (m - n) + n * n / 2 if lengths.causal else n * m
         return pairs * scale.size(q.shape[1]) * scale.size(q.shape[2])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Dense:
+    """Stands for cuDNN's kernels in the same way."""
+
+    recorder: Recorder
+
+    def forward(self, inputs: QKV, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        """Return zeros of the right shapes."""
+        q = inputs.q
+        with _disable_current_modes():
+            o, lse = torch.zeros_like(q), q.new_zeros(q.shape[:-1], dtype=torch.float32)
+        self.recorder.kernel("cudnn", (*inputs, o), 4 * self._products(inputs, causal))
+        return o, lse
+
+    def backward(
+        self, do: Tensor, inputs: QKV, o: Tensor, lse: Tensor, causal: bool, scale: float
+    ) -> QKV:
+        """Return zeros of the right shapes."""
+        with _disable_current_modes():
+            grads = QKV(*map(torch.zeros_like, inputs))
+        flops = 10 * self._products(inputs, causal)
+        self.recorder.kernel("cudnn_backward", (do, *inputs, o, *grads), flops)
+        return grads
+
+    def _products(self, inputs: QKV, causal: bool) -> float:
+        batch, heads, queries, width = self.recorder.scale.shape(inputs.q)
+        keys = self.recorder.scale.size(inputs.k.shape[2])
+        return batch * heads * queries * keys * width / (2 if causal else 1)

@@ -30,7 +30,9 @@ def of_estimator(problem: Problem, solver: Solver, estimator: Any, tasks: bool) 
 
 def follows_solver(other: Any) -> bool:
     """Return whether a contender is a function of the solver, which returns the contender."""
-    return not _is_algorithm(other) and not isinstance(other, Made) and not takes(other, 2)
+    if not callable(other) or _is_algorithm(other) or isinstance(other, Made):
+        return False
+    return not takes(other, 2)
 
 
 def of_other(name: str, other: Any, solver: Solver, tasks: bool, seed: int) -> Gradient:

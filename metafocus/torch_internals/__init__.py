@@ -35,6 +35,8 @@ from metafocus.torch_internals.modules import (
 from metafocus.torch_internals.tensors import (
     assert_later,
     constant_when_compiled,
+    cudnn,
+    cudnn_backward,
     flash_cpu,
     flash_cpu_backward,
     flash_varlen,
@@ -80,6 +82,8 @@ __all__ = [
     "child_table",
     "compiled_for_unknown",
     "constant_when_compiled",
+    "cudnn",
+    "cudnn_backward",
     "differentiated_again",
     "flash_cpu",
     "flash_cpu_backward",

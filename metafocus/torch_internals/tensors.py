@@ -15,6 +15,8 @@ weight_norm = torch._weight_norm  # pyright: ignore[reportPrivateImportUsage]
 _ATEN = torch.ops.aten
 flash_cpu = _ATEN._scaled_dot_product_flash_attention_for_cpu.default
 flash_cpu_backward = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default
+cudnn = _ATEN._scaled_dot_product_cudnn_attention.default
+cudnn_backward = _ATEN._scaled_dot_product_cudnn_attention_backward.default
 flash_varlen = _ATEN._flash_attention_forward
 flash_varlen_backward = _ATEN._flash_attention_backward
 

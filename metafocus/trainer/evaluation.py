@@ -15,6 +15,7 @@ from metafocus.lm.tokens import predicted
 from metafocus.masks import MaskPolicy, positions
 from metafocus.parallel.collectives import Group
 from metafocus.problem import trainable
+from metafocus.sharding import HOOKED, local_parts, sharding_of
 from metafocus.trainer.batch import prompts, rows
 from metafocus.trainer.config import FocusOptions
 from metafocus.types import Params, Solver
@@ -146,11 +147,13 @@ def score_adapted(
     """
     shared: Any = {"adapter": adapter, "mask": mask, "sequence_group": sequence_group}
     inner = lm_loss(model, tokens=all_tokens, **shared)
+    # Where hooks gather the weights, they are read and not passed.
+    slow = {} if sharding_of(model) & HOOKED else local_parts(trainable(model))
     found = []
     for row in rows(batch):
         generator = torch.Generator().manual_seed(seed)
         start = adapter.init(model, generator)
-        support, slow = inner.prepare(prompts(row)), trainable(model)
+        support = inner.prepare(prompts(row))
         with torch.no_grad():
             fast = estimator(inner, solver, start, slow, support).params
         found.append(score(model, row, fast=fast, logits=logits, **shared))

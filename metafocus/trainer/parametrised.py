@@ -69,16 +69,16 @@ class _Gather(torch.autograd.Function):
         ctx.plan = inputs[1]
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> Any:
-        return _Average.apply(cotangent, ctx.plan), None
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        return _Average.apply(cotangents[0], ctx.plan), None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Any:
-        return _Gather.apply(tangent, ctx.plan)
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return _Gather.apply(tangents[0], ctx.plan)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, part: Tensor, plan: _Plan) -> Any:
-        return _one_by_one(_Gather, in_dims[0], part, plan)
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return _one_by_one(_Gather, in_dims[0], *args)
 
 
 class _Average(torch.autograd.Function):
@@ -93,16 +93,16 @@ class _Average(torch.autograd.Function):
         ctx.plan = inputs[1]
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> Any:
-        return _Gather.apply(cotangent, ctx.plan), None
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        return _Gather.apply(cotangents[0], ctx.plan), None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Any:
-        return _Average.apply(tangent, ctx.plan)
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return _Average.apply(tangents[0], ctx.plan)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, whole: Tensor, plan: _Plan) -> Any:
-        return _one_by_one(_Average, in_dims[0], whole, plan)
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return _one_by_one(_Average, in_dims[0], *args)
 
 
 def _one_by_one(function: Any, axis: int | None, x: Tensor, plan: _Plan) -> Any:
@@ -215,10 +215,23 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
 def load_whole(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Copy plain, whole tensors into a parametrised model; names that it lacks are ignored.
 
-    All processes must call it with the same values.
+    All processes must call it with the same values. Names are those of the model, or of a PEFT
+    adapter, which leaves the name of the adapter out.
+
+    Raises:
+        ProblemError: if a parameter that is trained is missing.
     """
+    adapter = f".{getattr(model, 'active_adapter', None)}."
+
+    def found(name: str) -> Tensor | None:
+        plain = plain_name(name)
+        return state.get(plain, state.get(plain.replace(adapter, ".")))
+
+    missing = [k for k, p in model.named_parameters() if p.requires_grad and found(k) is None]
+    if missing:
+        raise ProblemError(f"the weights lack {plain_name(missing[0])}, which is trained.")
     for name, value in model.state_dict(keep_vars=True).items():
-        new = state.get(plain_name(name))
+        new = found(name)
         if new is not None and isinstance(value, DTensor):
             value.copy_(like(value, new))
         elif new is not None:

@@ -1,8 +1,8 @@
-"""Two processes of one group that work through many cases, and are replaced if one kills them.
+"""Processes of one group that work through many cases, and are replaced if one kills them.
 
 A case is a function of the rank. What it returns is saved; an error is saved by type and text. A
-pair that crashes, or that is silent for too long, is noted for the case it was at, and a new pair
-goes on with the next one.
+group that crashes, or that is silent for too long, is noted for the case it was at, and a new one
+goes on with the next case.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-RANKS = 2
 
-
-def run(cases: dict[str, Callable[[int], Any]], folder: Path, *, limit: float = 120) -> None:
-    """Run every case in two processes; `folder` receives `NAME.rank.pt` of each rank."""
+def run(
+    cases: dict[str, Callable[[int], Any]], folder: Path, *, ranks: int = 2, limit: float = 120
+) -> None:
+    """Run every case in some processes; `folder` receives `NAME.rank.pt` of each rank."""
     left = list(cases)
     while left:
-        work = partial(_work, cases, left, _free_port(), folder)
-        pids = [_forked(partial(work, rank)) for rank in range(RANKS)]
+        work = partial(_work, cases, left, _free_port(), folder, ranks)
+        pids = [_forked(partial(work, rank)) for rank in range(ranks)]
         fate = _watch(pids, left, folder, limit)
         if fate is None:
             return
-        at = next(name for name in left if not _done(name, folder))
-        for rank in range(RANKS):
+        at = next(name for name in left if not _done(name, folder, ranks))
+        for rank in range(ranks):
             torch.save({"error": "Crash", "text": fate}, _path(at, rank, folder))
         left = left[left.index(at) + 1 :]
 
@@ -58,13 +58,13 @@ def _path(name: str, rank: int | str, folder: Path) -> Path:
     return folder / f"{name}.{rank}.pt"
 
 
-def _done(name: str, folder: Path) -> bool:
-    return all(_path(name, rank, folder).exists() for rank in range(RANKS))
+def _done(name: str, folder: Path, ranks: int) -> bool:
+    return all(_path(name, rank, folder).exists() for rank in range(ranks))
 
 
-def _work(cases: dict, left: list[str], port: str, folder: Path, rank: int) -> None:
+def _work(cases: dict, left: list[str], port: str, folder: Path, ranks: int, rank: int) -> None:
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), MASTER_ADDR="127.0.0.1",
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1",
         MASTER_PORT=port,
     )  # fmt: skip
     dist.init_process_group("gloo")
@@ -98,7 +98,7 @@ def _watch(pids: list[int], left: list[str], folder: Path, limit: float) -> str 
                 if code:
                     _stop(running)
                     return f"a process ended with {code}"
-        now = sum(_done(name, folder) for name in left)
+        now = sum(_done(name, folder, len(pids)) for name in left)
         if now > count:
             since, count = time.monotonic(), now
         if time.monotonic() - since > limit:

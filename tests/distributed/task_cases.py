@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -17,8 +18,9 @@ import rank_pool as pool
 
 import metafocus as mf
 from metafocus.recipes import fewshot
+from metafocus.sharding import plain_name
 from metafocus.torch_internals import pytree
-from metafocus.trainer.distributed import through
+from metafocus.trainer.distributed import parametrise, through
 
 ESTIMATORS = {
     "unrolled": mf.Unrolled(),
@@ -96,6 +98,69 @@ def beside_ddp(estimator: str, rank: int):
     meta(mf.trainable(ddp.module), part(SIZES["even"], rank))[0].backward()
 
 
+def heads_on(net: nn.Module, estimator: str):
+    """ANIL's problem: features of the slow weights, a head of fast weights that starts at zero."""
+
+    def loss(fast, slow, data):
+        features = torch.func.functional_call(net, slow, (data[0],))
+        error = ((features @ fast["head"] - data[1]) ** 2).mean()
+        return error + 0.1 * (fast["head"] ** 2).sum()
+
+    def start(slow, support):
+        return {"head": torch.zeros(20, 1, dtype=torch.float64)}
+
+    solver = mf.SGD(0.05, steps=3)
+    problem = mf.Problem(loss, loss, start)
+    return mf.bilevel(problem, solver=solver, estimator=(ESTIMATORS | MORE)[estimator])
+
+
+MORE = {"penalty": mf.Penalty(1e-2), "evograd": mf.EvoGrad(0.1), "truncated": mf.Unrolled(last=1)}
+
+
+def features() -> nn.Module:
+    torch.manual_seed(1)
+    # Five rows do not divide by two processes, and one row is for one of them alone.
+    return nn.Sequential(nn.Linear(1, 5), nn.Tanh(), nn.Linear(5, 1), nn.Linear(1, 20)).double()
+
+
+def one_episode(rank: int):
+    return pytree.tree_map(lambda x: x[rank], episodes())
+
+
+def own_loop_alone(estimator: str):
+    """The mean of the gradients of both processes' episodes."""
+    net = features()
+    meta, outer = heads_on(net, estimator), mf.trainable(net)
+    found = []
+    for rank in (0, 1):
+        torch.manual_seed(rank)
+        found.append(mf.hypergrad(meta)(outer, one_episode(rank))[0])
+    return {"grads": {k: (found[0][k] + found[1][k]).detach() / 2 for k in outer}}
+
+
+def own_loop(estimator: str, rank: int):
+    """A loop of one's own over parametrised weights, by `hypergrad` and by `backward`."""
+    net = parametrise(features(), init_device_mesh("cpu", (dist.get_world_size(),)))
+    meta, outer = heads_on(net, estimator), mf.trainable(net)
+    torch.manual_seed(rank)
+    grads, _ = mf.hypergrad(meta)(outer, one_episode(rank))
+    torch.manual_seed(rank)
+    meta(outer, one_episode(rank))[0].backward()
+    assert all(torch.equal(grads[k].to_local(), p.grad.to_local()) for k, p in outer.items())
+    return {"grads": {plain_name(k): g.full_tensor() for k, g in grads.items()}}
+
+
+def copies_of_shards(rank: int):
+    """MAML's start would be this process's part of each weight."""
+    net = parametrise(network(), init_device_mesh("cpu", (dist.get_world_size(),)))
+
+    def loss(fast, slow, data):
+        return ((torch.func.functional_call(net, fast, (data[0],)) - data[1]) ** 2).mean()
+
+    meta = mf.bilevel(mf.Problem(loss, loss), solver=mf.SGD(0.1, 1), estimator=mf.FirstOrder())
+    meta(mf.trainable(net), one_episode(rank))
+
+
 def without_tasks(rank: int):
     net = network()
     meta = meta_of(net, "first order", group=dist.group.WORLD)
@@ -114,7 +179,11 @@ CASES = {
     for name, case in (("backward", by_backward), ("ddp", under_ddp), ("beside", beside_ddp))
 }
 
+OWN = [*ESTIMATORS, *MORE]
+
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     pool.alone({f"{name}": partial(alone, name) for name in ESTIMATORS}, folder)
-    pool.run({**CASES, "without tasks": without_tasks}, folder)
+    pool.alone({f"own, {name}": partial(own_loop_alone, name) for name in OWN}, folder)
+    last = {"without tasks": without_tasks, "copies": copies_of_shards}
+    pool.run({**CASES, **last, **{f"own, {name}": partial(own_loop, name) for name in OWN}}, folder)

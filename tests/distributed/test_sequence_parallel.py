@@ -40,7 +40,7 @@ def run(tmp_path_factory):
         if (part, ranks) not in kept:
             folder = tmp_path_factory.mktemp(part)
             command = [sys.executable, "-W", "ignore", str(SCRIPT), str(ranks), str(folder), part]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
             assert done.returncode == 0, done.stderr
             names = ["alone", *(f"rank{r}" for r in range(ranks))]
             kept[part, ranks] = [torch.load(folder / f"{name}.pt") for name in names]

@@ -25,7 +25,7 @@ def facts(request, tmp_path_factory):
     ranks, size = request.param
     folder = tmp_path_factory.mktemp("trainers")
     command = [sys.executable, "-W", "ignore", str(SCRIPT), str(ranks), str(size), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
     names = ["alone", *(f"rank{r}" for r in range(ranks))]
     return [torch.load(folder / f"{name}.pt", weights_only=False) for name in names]

@@ -64,6 +64,7 @@ METHODS = {
     "sft": {"method": "sft"},
     "second order": {"estimator": "unrolled-recompute"},
     "bf16": {"bf16": True},
+    "prompts": {"evaluate_on": "prompt"},
 }
 
 
@@ -126,6 +127,18 @@ def resumed_alone(folder: Path, way: str):
     )  # fmt: skip
 
 
+def resumed_by_four(folder: Path, way: str, rank: int):
+    """Resume in four processes what two have saved; each takes one sample of a step."""
+    place = folder / f"{way}, saved"
+    return run(
+        folder / f"{way}, resumed by four", way, "first order", True, 1,
+        resume=str(place / "checkpoint-1"),
+    )  # fmt: skip
+
+
+MORE = ("fsdp", "fsdp, sharded state", "parametrised")
+
+
 def cases(folder: Path) -> dict:
     found = {
         f"{way}, {method}, {'tied' if tied else 'untied'}": partial(pair, folder, way, method, tied)
@@ -157,3 +170,9 @@ if __name__ == "__main__":
         if f"{way}, resumed" in chosen
     }
     pool.alone(later, place)
+    more = {
+        f"{way}, resumed by four": partial(resumed_by_four, place, way)
+        for way in MORE
+        if f"{way}, resumed" in chosen
+    }
+    pool.run(more, place, ranks=4)

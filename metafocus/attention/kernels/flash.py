@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from metafocus.attention.kernels import flash_cpu, flash_cuda
+from metafocus.attention.kernels.flash_dense import CuDNN, Fastest, device_seconds
 from metafocus.attention.kernels.kernel import QKV, Attended, Scaling
 from metafocus.attention.kernels.query_runs import QueryRun, find_query_runs, same, versions
 from metafocus.attention.kernels.tiled import Tiled
@@ -19,6 +20,8 @@ from metafocus.masks.spans import Spans
 
 CPU_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CUDA_TYPES = (torch.bfloat16, torch.float16)
+LONG = 1024
+"""Tokens for each slice, below which slices are not tried."""
 LITTLE_SHARED_MEMORY = {(8, 6), (8, 9), (12, 0), (12, 1)}
 """Devices whose shared memory does not hold the gradient of a head larger than 192."""
 
@@ -84,17 +87,52 @@ class Flash:
 
 
 def _forward(inputs: QKV, runs: tuple[QueryRun, ...], scaling: Scaling) -> Attended:
-    if inputs.q.is_cuda:
-        return flash_cuda.forward(inputs, runs, scaling, installed())
-    return flash_cpu.forward(inputs, runs, scaling.scale)
+    if not inputs.q.is_cuda:
+        return flash_cpu.forward(inputs, runs, scaling.scale)
+    if by_slices(inputs, runs, scaling):
+        return flash_cpu.forward(inputs, runs, scaling.scale, CuDNN())
+    return flash_cuda.forward(inputs, runs, scaling, installed())
 
 
 def _backward(
     do: Tensor, inputs: QKV, found: Attended, runs: tuple[QueryRun, ...], scaling: Scaling
 ) -> QKV:
-    if do.is_cuda:
-        return flash_cuda.backward(do, inputs, found, runs, scaling, installed())
-    return flash_cpu.backward(do, inputs, found, runs, scaling.scale)
+    if not do.is_cuda:
+        return flash_cpu.backward(do, inputs, found, runs, scaling.scale)
+    if by_slices(inputs, runs, scaling):
+        return flash_cpu.backward(do, inputs, found, runs, scaling.scale, CuDNN())
+    return flash_cuda.backward(do, inputs, found, runs, scaling, installed())
+
+
+_FASTEST = Fastest(device_seconds)
+
+
+def by_slices(inputs: QKV, runs: tuple[QueryRun, ...], scaling: Scaling) -> bool:
+    """Return whether cuDNN on slices of a batch serves it faster than variable-length kernels.
+
+    That pays for few long turns: each slice costs a call, but no keys are copied. Measured by
+    forward passes at the first use of each size, on this device; at most one slice per 1,024
+    tokens is tried.
+
+    Args:
+        inputs: Queries, keys and values, on a GPU.
+        runs: The runs of the batch.
+        scaling: The scale and the soft cap of the logits.
+    """
+    q, k, _ = inputs
+    calls = sum(len(group.pieces) for group in flash_cpu.groups(runs))
+    tokens = q.shape[0] * q.shape[2]
+    if scaling.softcap is not None or calls * LONG > tokens:
+        return False
+    if torch.cuda.is_current_stream_capturing() or fault(q.device, q.dtype, q.shape[-1], True):
+        return False
+    heads = q.shape[1], k.shape[1], q.shape[3]
+    key = q.device, q.dtype, heads, tokens.bit_length(), calls.bit_length()
+    ways = (
+        lambda: flash_cuda.forward(inputs, runs, scaling, installed()),
+        lambda: flash_cpu.forward(inputs, runs, scaling.scale, CuDNN()),
+    )
+    return _FASTEST(key, ways) == 1
 
 
 def prepare(inputs: QKV, spans: Spans, scaling: Scaling) -> Flash | str:
@@ -143,7 +181,7 @@ def prepare(inputs: QKV, spans: Spans, scaling: Scaling) -> Flash | str:
 
 
 @functools.cache
-def fault(device: torch.device, dtype: torch.dtype, size: int) -> str | None:
+def fault(device: torch.device, dtype: torch.dtype, size: int, slices: bool = False) -> str | None:
     """Return what is wrong with the fused kernels of a device, or None; looked at once.
 
     Kernels come with the installation. So the first use of one is a small attention of runs,
@@ -153,6 +191,7 @@ def fault(device: torch.device, dtype: torch.dtype, size: int) -> str | None:
         device: The device of the tensors.
         dtype: The type of the tensors.
         size: The size of a head.
+        slices: Whether cuDNN's kernels are looked at instead of the variable-length ones.
     """
     length = 40
     stop = torch.arange(1, length + 1)
@@ -171,8 +210,12 @@ def fault(device: torch.device, dtype: torch.dtype, size: int) -> str | None:
     expected = Tiled().forward(inputs, spans, scaling)
     exact = Tiled().backward(do, inputs, expected, spans, scaling)
     try:
-        found = _forward(inputs, runs, scaling)
-        grads = _backward(do, inputs, found, runs, scaling)
+        if slices:
+            found = flash_cpu.forward(inputs, runs, scaling.scale, CuDNN())
+            grads = flash_cpu.backward(do, inputs, found, runs, scaling.scale, CuDNN())
+        else:
+            found = _forward(inputs, runs, scaling)
+            grads = _backward(do, inputs, found, runs, scaling)
     except (RuntimeError, TypeError, ValueError) as error:
         return f"the fused kernels of {device} failed on a small example: {error}"
     for got, want in zip((*found, *grads), (*expected, *exact), strict=True):

@@ -1,11 +1,14 @@
-"""Turns served by torch's fused CPU kernel, without any mask: blocks and square triangles."""
+"""Turns served by fused kernels without any mask: blocks and square triangles of whole tensors.
+
+On a CPU by torch's own kernel; on a GPU by any that `Dense` describes.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -38,6 +41,37 @@ class Group(NamedTuple):
     query: int
     query_end: int
     pieces: tuple[Piece, ...]
+
+
+class Dense(Protocol):
+    """Attention to all keys, or causal where there are as many keys as queries; its gradient."""
+
+    def forward(self, inputs: QKV, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        """Return the output and the logsumexp of each row, `[B, H, S]`."""
+        ...
+
+    def backward(
+        self, do: Tensor, inputs: QKV, o: Tensor, lse: Tensor, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of `<do, output>`."""
+        ...
+
+
+class OnCPU:
+    """Torch's fused kernel for CPUs."""
+
+    def forward(self, inputs: QKV, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        """Return the output and the logsumexp of each row."""
+        return flash_cpu(*inputs, 0.0, causal, scale=scale)
+
+    def backward(
+        self, do: Tensor, inputs: QKV, o: Tensor, lse: Tensor, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients."""
+        return flash_cpu_backward(do, *inputs, o, lse, 0.0, causal, scale=scale)
+
+
+ON_CPU = OnCPU()
 
 
 @functools.lru_cache(maxsize=8)
@@ -102,7 +136,9 @@ def _some(pieces: Sequence[Piece]) -> tuple[Piece, ...]:
     return tuple(piece for piece in pieces if piece.key < piece.key_end)
 
 
-def forward(inputs: QKV, runs: tuple[QueryRun, ...], scale: float) -> Attended:
+def forward(
+    inputs: QKV, runs: tuple[QueryRun, ...], scale: float, kernel: Dense = ON_CPU
+) -> Attended:
     """Return the output and the logsumexp of each row, 0 where no run is.
 
     The pieces of a group are merged by `l = log sum exp l_i`, `o = sum_i exp(l_i - l) o_i`, in
@@ -112,6 +148,7 @@ def forward(inputs: QKV, runs: tuple[QueryRun, ...], scale: float) -> Attended:
         inputs: Queries, keys and values, with heads of one size.
         runs: The runs of the batch.
         scale: Factor of the logits.
+        kernel: What serves a piece.
     """
     inputs = QKV(*map(_dense_rows, inputs))
     q = inputs.q
@@ -121,7 +158,7 @@ def forward(inputs: QKV, runs: tuple[QueryRun, ...], scale: float) -> Attended:
     lse = q.new_zeros(batch, heads, length, dtype=wide_type(q.dtype))
     for group in groups(runs):
         parts = [
-            tuple(_turn_around(x, piece) for x in flash_cpu(*tensors, 0.0, causal, scale=scale))
+            tuple(_turn_around(x, piece) for x in kernel.forward(tensors, causal, scale))
             for piece in group.pieces
             for tensors, causal in [_arguments(group, piece, inputs)]
         ]
@@ -132,7 +169,12 @@ def forward(inputs: QKV, runs: tuple[QueryRun, ...], scale: float) -> Attended:
 
 
 def backward(
-    do: Tensor, inputs: QKV, found: Attended, runs: tuple[QueryRun, ...], scale: float
+    do: Tensor,
+    inputs: QKV,
+    found: Attended,
+    runs: tuple[QueryRun, ...],
+    scale: float,
+    kernel: Dense = ON_CPU,
 ) -> QKV:
     """Return the gradients of `<do, output>`.
 
@@ -146,15 +188,16 @@ def backward(
         found: What `forward` found.
         runs: The runs of the batch.
         scale: Factor of the logits.
+        kernel: What serves a piece.
     """
     inputs = QKV(*map(_dense_rows, inputs))
     rows = _dense_rows(do), _dense_rows(found.o), found.lse
-    dq, dk, dv = (torch.zeros(x.shape, dtype=wide_type(x.dtype)) for x in inputs)
+    dq, dk, dv = (torch.zeros(x.shape, dtype=wide_type(x.dtype), device=x.device) for x in inputs)
     for group in groups(runs):
         for piece in group.pieces:
             tensors, causal = _arguments(group, piece, inputs)
             do, o, lse = (_turn_around(_queries(x, group), piece) for x in rows)
-            shares = flash_cpu_backward(do, *tensors, o, lse, 0.0, causal, scale=scale)
+            shares = kernel.backward(do, tensors, o, lse, causal, scale)
             gq, gk, gv = (_turn_around(x, piece) for x in shares)
             _queries(dq, group).add_(gq)
             _keys(dk, group, piece).add_(gk)
@@ -184,7 +227,7 @@ def _turn_around(x: Tensor, piece: Piece) -> Tensor:
 
 def _merge(parts: Sequence[tuple[Tensor, ...]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     total = torch.stack([lse for _, lse in parts]).logsumexp(0)
-    out = torch.zeros(parts[0][0].shape, dtype=dtype)
+    out = torch.zeros_like(parts[0][0], dtype=dtype)
     for o, lse in parts:
         out.addcmul_(o.to(dtype), (lse - total).exp().unsqueeze(-1))
     return out, total

@@ -12,7 +12,13 @@ from torch import Tensor
 
 from metafocus.errors import ProblemError
 from metafocus.masks.spans import Spans, windowed
-from metafocus.torch_internals import version
+from metafocus.torch_internals import (
+    is_batched,
+    outside_transforms,
+    plain,
+    tracing,
+    version,
+)
 
 
 class _Read(NamedTuple):
@@ -121,8 +127,8 @@ def remember(*several: tuple[int | None, Spans]) -> None:
     reads them again if they were written to.
 
     Args:
-        several: Spans of one shape, each with the sliding window that has narrowed it; None: no
-            window. Nothing may write to them behind the back of autograd.
+        several: Spans of one shape that no `vmap` maps over, each with the sliding window that has
+            narrowed it; None: no window. Nothing may write to them behind the back of autograd.
 
     Example:
         >>> causal = Spans(torch.zeros(1, 3).long(), torch.tensor([[1, 2, 3]]))
@@ -130,8 +136,10 @@ def remember(*several: tuple[int | None, Spans]) -> None:
         >>> len(find_query_runs(causal))
         1
     """
-    contents = _content([spans for _, spans in several])
-    for (window, spans), content in zip(several, contents, strict=True):
+    windows, found = [w for w, _ in several], [Spans(*map(plain, spans)) for _, spans in several]
+    with outside_transforms():
+        contents = _content(found)
+    for window, spans, content in zip(windows, found, contents, strict=True):
         # Whether inference tensors were written to cannot be seen.
         if None not in versions(spans):
             _READ.append(_Read(spans, versions(spans), content, window))
@@ -150,6 +158,9 @@ def narrowed(spans: Spans, window: int) -> Spans:
 
 
 def _known(spans: Spans) -> _Read | None:
+    if tracing() or any(map(is_batched, spans)):
+        return None
+    spans = Spans(*map(plain, spans))
     found = (read for read in reversed(_READ) if same(spans, read.spans, read.versions))
     return next(found, None)
 

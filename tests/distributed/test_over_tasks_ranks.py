@@ -50,3 +50,22 @@ def test_a_process_without_tasks_is_refused_on_all(results):
     for rank in (0, 1):
         found = pool.load("without tasks", results, rank)
         assert found["error"] == "ProblemError" and "the ranks have [8, 0] tasks" in found["text"]
+
+
+@pytest.mark.parametrize("estimator", cases.OWN)
+def test_an_own_loop_over_parametrised_weights(results, estimator):
+    """Rows that the processes do not divide, and a process without any row of a weight."""
+    want = pool.load(f"own, {estimator}", results, "alone")
+    assert "error" not in want, want
+    for rank in (0, 1):
+        found = pool.load(f"own, {estimator}", results, rank)
+        assert "error" not in found, found
+        for key, value in want["grads"].items():
+            assert (found["grads"][key] - value).norm() <= 1e-12 * value.norm(), key
+
+
+def test_fast_weights_that_are_parts_are_refused(results):
+    for rank in (0, 1):
+        found = pool.load("copies", results, rank)
+        assert found["error"] == "ProblemError"
+        assert "a part of a weight that parametrise has sharded" in found["text"]

@@ -77,6 +77,14 @@ def test_resumed_it_reaches_the_same(results, name):
         found = pool.load(name, results, rank)
         assert "error" not in found, found
     way = name.removesuffix(", resumed")
+    if way in cases.MORE:
+        for rank in range(4):
+            found = pool.load(f"{way}, resumed by four", results, rank)
+            assert "error" not in found, found
+        first = pool.load(f"{way}, resumed by four", results, 0)
+        assert "saved by 2 processes and is resumed by 4" in first["warned"]
+        want = final(results, "alone, first order, True")
+        same(final(results, f"{way}, resumed by four"), want, 1e-11)
     want = final(results, "alone, first order, True")
     same(final(results, f"{way}, saved"), want, 1e-11)
     if way in ("ddp", "parametrised"):

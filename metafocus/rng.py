@@ -21,9 +21,9 @@ class Drawn:
     """
 
     def __init__(self, near: Iterable[Tensor]):
-        self.devices = _devices(near) if near else []
-        self.cpu = torch.default_generator.get_state()
-        self.cuda = [torch.cuda.get_rng_state(d) for d in self.devices]
+        self.devices: list[int] = _devices(near) if near else []
+        self.cpu: Tensor = torch.default_generator.get_state()
+        self.cuda: list[Tensor] = [torch.cuda.get_rng_state(d) for d in self.devices]
 
     @classmethod
     def shared(cls, near: Iterable[Tensor]) -> Drawn:

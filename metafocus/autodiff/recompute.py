@@ -18,7 +18,7 @@ from metafocus import params as pt
 from metafocus.autodiff import grad as derivatives
 from metafocus.autodiff.safe_operators import swapping
 from metafocus.autodiff.tape import foreign_nodes
-from metafocus.calls import Scoped, attempt, current
+from metafocus.calls import Call, Scoped, attempt, current
 from metafocus.rng import Drawn
 from metafocus.torch_internals import (
     pytree,
@@ -43,10 +43,10 @@ class Ambient:
     """What the forward pass ran in: to run the same code again in the same surroundings."""
 
     def __init__(self, tensors: Sequence[Tensor]):
-        self.call = current()
-        self.swapped = swapping.active()
+        self.call: Call | None = current()
+        self.swapped: swapping.Swapped | None = swapping.active()
         kinds = {"cpu", *(x.device.type for x in tensors)}
-        self.autocast = [
+        self.autocast: list[tuple[str, torch.dtype, bool]] = [
             (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
             for kind in sorted(kinds)
             if torch.amp.is_autocast_available(kind)

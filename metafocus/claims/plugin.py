@@ -69,7 +69,7 @@ class Recorder:
                 self.config.workeroutput["claims_error"] = str(error)  # type: ignore[attr-defined]
             raise
         self.config.hook.pytest_deselected(items=rest)
-        self.selected = True
+        self.selected: bool = True
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
@@ -121,11 +121,11 @@ class Reporter:
 
     def __init__(self, config: pytest.Config):
         option = config.option
-        self.path = config.invocation_params.dir / option.claims
+        self.path: Any = config.invocation_params.dir / option.claims
         self.form = "full" if option.claims_full else "quick"
-        self.command = shlex.join(["pytest", *config.invocation_params.args])
-        self.only = sorted(_ids(option.claims_only or ""))
-        self.begun = time.perf_counter()
+        self.command: str = shlex.join(["pytest", *config.invocation_params.args])
+        self.only: list[str] = sorted(_ids(option.claims_only or ""))
+        self.begun: float = time.perf_counter()
         self.cases: dict[str, Case] | None = None
         self.environment: dict[str, Any] = {}
         self.scratch: tempfile.TemporaryDirectory[str] | None = None

@@ -120,8 +120,9 @@ class Renderer:
             raise DataError(
                 f"chat_template_kwargs={variables!r:.80} is no dict: pass names and values"
             )
-        self.tokenizer, self._own = tokenizer, template
-        self.variables = dict(variables or {})
+        self.tokenizer: Any = tokenizer
+        self._own = template
+        self.variables: dict[str, Any] = dict(variables or {})
         taken = [name for name in self.variables if name in _TAKEN]
         if taken:
             raise DataError(

@@ -18,6 +18,7 @@ from metafocus.doctor.findings import Finding
 from metafocus.engine import bilevel, hypergrad
 from metafocus.errors import PlacementError
 from metafocus.estimators import FirstOrder, Unrolled
+from metafocus.lm.hf.attention import attention_as
 from metafocus.problem import trainable
 from metafocus.recipes._focusft import PAPER_ADAPTER, focusft_problem
 from metafocus.rng import kept
@@ -68,13 +69,15 @@ class Exactness:
 
     def __init__(self, model: Any):
         self.model = model
-        self.outer = trainable(model)
+        self.outer: Params = trainable(model)
+        self.adapter: LoRA
+        self.start: Params
         self.adapter, self.start = _start(model)
         device = next(model.parameters()).device
         vocabulary = model.config.get_text_config().vocab_size
         ids = torch.arange(TOKENS).mul(7919).remainder(vocabulary)[None]
         batch = {**turns(device, TOKENS), "input_ids": ids.to(device)}
-        self.episode = Episode(batch, batch)
+        self.episode: Episode = Episode(batch, batch)
         self.exact: Params | None = None
 
     def rebuilt(self) -> Finding:
@@ -107,14 +110,10 @@ class Exactness:
 
     def over_spans(self) -> Finding:
         """Compare the second order of attention over spans with that of the model's own."""
-        own = self.model.config._attn_implementation
         exact = self._exact()
         attention.register()
-        self.model.set_attn_implementation("metafocus")
-        try:
+        with attention_as(self.model.config.get_text_config(), "metafocus"):
             return _compared(self.gradient(Unrolled(recompute=True)), exact)
-        finally:
-            self.model.set_attn_implementation(own)
 
     def gradient(self, estimator: Estimator) -> Params:
         """Return the hypergradient, with the same dropout each time."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from metafocus import params as pt
 from metafocus.autodiff.grad import value_and_grad
-from metafocus.calls import attempt, current
+from metafocus.calls import Call, attempt, current
 from metafocus.errors import NotStationaryWarning, ProblemError, TransformError
 from metafocus.solvers.descent import solve_inner
 from metafocus.streams import is_stream
@@ -86,7 +86,7 @@ class System:
         if data is not None and is_stream(support):
             self.at_solution = lambda fast, slow, stream: inner_loss(fast, slow, data(stream))
         self.solver = solver
-        self.call = current()
+        self.call: Call | None = current()
         self.names: tuple[str, ...] = tuple(start)
         self.inputs: list[Tensor]
         self.rebuild: Callable[[Any], Any]

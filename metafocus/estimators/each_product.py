@@ -28,7 +28,7 @@ class EachProduct(System):
         self.name = name
         self.solve = solve
         self.hvp = hvp
-        self.first = count(inner.solver, inner.start)
+        self.first: int = count(inner.solver, inner.start)
 
     def pull(self, point: Point, right: Params, wanted: Sequence[bool]) -> list[Tensor]:
         """Return `-M' H^-1 v`, each product on the data of its own step."""

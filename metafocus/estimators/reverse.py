@@ -65,16 +65,16 @@ class Reverse:
         self.loop = loop
         self.inputs = inputs
         params, state, *_ = loop.rebuild(inputs)
-        self.first = params, state
+        self.first: tuple[Any, Any] = params, state
         leaves = [
             x.detach().requires_grad_(w and pt.is_differentiable(x))
             for x, w in zip(inputs, wanted, strict=True)
         ]
         *_, self.outer, self.support = loop.rebuild(leaves)
-        self.outside = pt.tensors(self.outer)
+        self.outside: list[Tensor] = pt.tensors(self.outer)
         self.carried: list[Tensor | None] = []
         self.sums: list[Tensor | None] = [None] * len(self.outside)
-        self.own = [False] * len(self.outside)
+        self.own: list[bool] = [False] * len(self.outside)
         self.data: list[list[Tensor | None]] = []
 
     def meet(self, cotangents: Sequence[Tensor | None]) -> None:

@@ -54,7 +54,7 @@ class StoredLoop:
         self.loss = loss
         self.solver = solver
         self.steps = steps
-        self.path = sorted({step for step in path if step in steps})
+        self.path: list[int] = sorted({step for step in path if step in steps})
         self.plan = store.plan_for(len(steps))
         self.place = store.place
 
@@ -81,7 +81,7 @@ class StoredLoop:
         params, state, outer, support = self.rebuild([x.detach() for x in inputs])
         self.kept = Kept(self.place) if keep else None
         starts = [0, *kept_ahead(self.plan, 0, len(self.steps), 1)] if keep else [0]
-        self.first = set(starts)
+        self.first: set[int] = set(starts)
         losses, ends = [], []
         for begin, end in zip(starts, [*starts[1:], len(self.steps)], strict=True):
             # The first state are the inputs, which the graph keeps.

@@ -42,9 +42,9 @@ class Watched:
         inner = solve
         while isinstance(inner, WarmStart):
             inner = inner.solve
-        self.series = isinstance(inner, Neumann)
+        self.series: bool = isinstance(inner, Neumann)
         # The last term of a series of one is the first, and says nothing.
-        self.silent = isinstance(inner, Neumann) and inner.steps == 1
+        self.silent: bool = isinstance(inner, Neumann) and inner.steps == 1
 
     def __call__(self, matvec: MatVec, b: Params) -> Params:
         """Solve."""

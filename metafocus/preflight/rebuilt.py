@@ -23,7 +23,7 @@ class Uses:
     """
 
     def __init__(self, *parts: Any):
-        self.kind = hash(tuple(_kind(part) for part in parts))
+        self.kind: int = hash(tuple(_kind(part) for part in parts))
         self.count = 0
 
     def add(self) -> None:

@@ -46,8 +46,8 @@ class Trial:
         self.solver = solver
         self.explicit = explicit
         self.twice = twice
-        self.own_rule = getattr(solver, "direction", None)
-        self.swapped = Swapped(once=True)
+        self.own_rule: Any = getattr(solver, "direction", None)
+        self.swapped: Swapped = Swapped(once=True)
 
     def on_tape(self, fast: Params, slow: Params, data: Any) -> None:
         """Try outside transforms: one evaluation for all checks."""

@@ -9,34 +9,32 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction
 
-weight_norm = torch._weight_norm  # pyright: ignore[reportPrivateImportUsage]
+weight_norm: Any = torch._weight_norm  # pyright: ignore[reportPrivateImportUsage]
 """What `torch.nn.utils.weight_norm` calls: `v g / |v|`."""
 
 _ATEN = torch.ops.aten
-flash_cpu = _ATEN._scaled_dot_product_flash_attention_for_cpu.default
-flash_cpu_backward = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default
-cudnn = _ATEN._scaled_dot_product_cudnn_attention.default
-cudnn_backward = _ATEN._scaled_dot_product_cudnn_attention_backward.default
-flash_varlen = _ATEN._flash_attention_forward
-flash_varlen_backward = _ATEN._flash_attention_backward
-
-_MANY: Any = torch
-"""Its kernels for many tensors are typed for lists alone."""
+_FOREACH: Any = torch  # without stubs for what works on lists
+flash_cpu: Any = _ATEN._scaled_dot_product_flash_attention_for_cpu.default
+flash_cpu_backward: Any = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default
+cudnn: Any = _ATEN._scaled_dot_product_cudnn_attention.default
+cudnn_backward: Any = _ATEN._scaled_dot_product_cudnn_attention_backward.default
+flash_varlen: Any = _ATEN._flash_attention_forward
+flash_varlen_backward: Any = _ATEN._flash_attention_backward
 
 
 def norms(tensors: Sequence[Tensor]) -> Tensor:
     """Return the norm of each tensor, in one vector, by few kernels; constants only."""
-    return torch.stack(_MANY._foreach_norm(tensors))
+    return torch.stack(_FOREACH._foreach_norm(tensors))
 
 
 def scaled(tensors: Sequence[Tensor], factors: Tensor) -> Sequence[Tensor]:
     """Return each tensor times its entry of `factors`; constants only."""
-    return _MANY._foreach_mul(tensors, factors.unbind())
+    return _FOREACH._foreach_mul(tensors, factors.unbind())
 
 
 def moved_by(tensors: Sequence[Tensor], by: float, others: Sequence[Tensor]) -> Sequence[Tensor]:
     """Return `tensor + by * other` of each pair, by few kernels; constants only."""
-    return _MANY._foreach_add(tensors, others, alpha=by)
+    return _FOREACH._foreach_add(tensors, others, alpha=by)
 
 
 def forward_class(node: Any) -> type | None:

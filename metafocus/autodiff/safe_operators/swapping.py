@@ -216,7 +216,7 @@ class Swapped(TorchFunctionMode):
     def __init__(self, once: bool = False):
         super().__init__()
         self.once = once
-        self.needed = False
+        self.needed: bool = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # Every access to a tensor comes here: what is in no table must pass quickly.

@@ -10,12 +10,13 @@ SmolLM2-135M this takes most of an hour on one core.
 
 import argparse
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
 
 import metafocus as mf
-from metafocus.__main__ import main as metafocus
 from metafocus.data import Collator, encode_chats, stdlib_qa
 from metafocus.files import write_json
 
@@ -90,7 +91,8 @@ def main(argv=None):
         "query_file": folder / "query.jsonl", "output_dir": folder, "max_steps": 16,
         "max_train_samples": 64, "leave_one_out": 8,
     }  # fmt: skip
-    metafocus(["attribute", *(word for k, v in flags.items() for word in (f"--{k}", str(v)))])
+    words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
+    subprocess.run([sys.executable, "-m", "metafocus", "attribute", *words], check=True)
 
 
 if __name__ == "__main__":

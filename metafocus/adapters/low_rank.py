@@ -74,6 +74,16 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+def of_examples(tensors: Mapping[str, Tensor]) -> bool:
+    """Return whether fast weights of a module are there for each example, not shared.
+
+    Example:
+        >>> of_examples({"lora_A": torch.zeros(5, 4, 2)}), of_examples({})
+        (True, False)
+    """
+    return any(x.ndim > 2 for name, x in tensors.items() if name.endswith("lora_A"))
+
+
 def examples(fast: Mapping[str, Tensor], names: Mapping[str, tuple[int, ...]]) -> int | None:
     """Return the number of examples that fast weights belong to; None if they are shared.
 

@@ -21,6 +21,10 @@ from metafocus.errors import ProblemError
 from metafocus.parallel.collectives import Group, replicated
 from metafocus.sharding import plain_name, sharding_of
 
+# The second names are those before torch 2.13, which deprecates them.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class _Plan(NamedTuple):
     """How one weight is spread over the processes of a group, along its first axis."""
@@ -41,14 +45,14 @@ class _Plan(NamedTuple):
         padded = part.new_zeros(self.rows, *self.shape[1:])
         padded[: len(part)] = part
         whole = part.new_empty(self.ranks * self.rows, *self.shape[1:])
-        dist.all_gather_into_tensor(whole, padded, group=self.group)
+        _all_gather(whole, padded, group=self.group)
         return whole[: self.shape[0]].clone()
 
     def averaged(self, whole: Tensor) -> Tensor:
         padded = whole.new_zeros(self.ranks * self.rows, *self.shape[1:])
         padded[: self.shape[0]] = whole
         part = whole.new_empty(self.rows, *self.shape[1:])
-        dist.reduce_scatter_tensor(part, padded, group=self.group)
+        _reduce_scatter(part, padded, group=self.group)
         start = min(dist.get_rank(self.group) * self.rows, self.shape[0])
         return part[: min(self.rows, self.shape[0] - start)] / self.ranks
 
@@ -156,8 +160,8 @@ def parametrise(model: nn.Module, mesh: DeviceMesh, *, sequence_group: Group = N
         >>> from torch.distributed.device_mesh import init_device_mesh
         >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         >>> layer = parametrise(nn.Linear(3, 2), init_device_mesh("cpu", (1,)))
-        >>> type(layer.parametrizations.weight.original).__name__, layer.weight.shape
-        ('Parameter', torch.Size([2, 3]))
+        >>> isinstance(layer.parametrizations.weight.original, DTensor), layer.weight.shape
+        (True, torch.Size([2, 3]))
         >>> sorted(whole_state(layer))
         ['bias', 'weight']
         >>> dist.destroy_process_group()

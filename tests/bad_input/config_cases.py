@@ -302,7 +302,7 @@ CONFIGURATION = [
         'config("deepspeed: zero.json")',
         "ProblemError",
         "deepspeed='zero.json' is not supported",
-        "use DDP, or fsdp with version 2",
+        "use DDP, fsdp with version 2, or --sharding parametrised",
     ),
     (
         "a flag cut short",

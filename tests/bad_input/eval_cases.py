@@ -71,7 +71,7 @@ EVALUATION = [
             '--output_dir {folder}/run")'
         ),
         "Refused",
-        "argument --n: … got 0",
+        "argument --n/--num_questions: … got 0",
         "must be a whole number >= 1",
     ),
 ]

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from metafocus.adapters import slots
+from metafocus.adapters.low_rank import of_examples
 from metafocus.calls import changed
 from metafocus.calls.blocks import Scoped
 
@@ -61,7 +63,7 @@ def restricted(to: Restriction | None) -> Iterator[None]:
         yield
         return
     places: list[Any] = [
-        (module, "forward", _at_rows(module.forward, to.rows)) for module in to.layer.by_position
+        (module, "forward", _at_rows(module, to.rows)) for module in to.layer.by_position
     ]
     if to.mask is not None:
         attention = to.layer.attention
@@ -70,10 +72,13 @@ def restricted(to: Restriction | None) -> Iterator[None]:
         yield
 
 
-def _at_rows(forward: Callable[..., Tensor], rows: Tensor) -> Callable[..., Tensor]:
+def _at_rows(module: nn.Module, rows: Tensor) -> Callable[..., Tensor]:
+    forward = module.forward
+
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         flat = x.flatten(0, -2)
-        if len(rows) > _MOST * len(flat):
+        # Fast weights of each example's own need to know whose position is whose.
+        if len(rows) > _MOST * len(flat) or of_examples(slots.bound(module)):
             return forward(x, *args, **kwargs)
         chosen = forward(flat.index_select(0, rows).unsqueeze(0), *args, **kwargs).squeeze(0)
         whole = chosen.new_zeros(len(flat), chosen.shape[-1]).index_copy(0, rows, chosen)

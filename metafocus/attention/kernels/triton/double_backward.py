@@ -8,6 +8,9 @@ is forward mode: `mu` is the tangent of the logsumexp, `Pt` that of `P`, and `Pt
 the output. The second derivative is derived in `tiled.py`.
 """
 
+# What runs on a device has types of Triton's own.
+# pyright: reportGeneralTypeIssues=false
+
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 

@@ -4,6 +4,9 @@ References:
     Dao, "FlashAttention-2", ICLR 2024.
 """
 
+# What runs on a device has types of Triton's own.
+# pyright: reportGeneralTypeIssues=false
+
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 

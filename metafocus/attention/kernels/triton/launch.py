@@ -139,9 +139,9 @@ def unserved(inputs: QKV) -> str | None:
         return f"a head has size {largest}, and Triton's kernels take at most {LARGEST}"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    import triton  # pyright: ignore[reportMissingImports]
+    from triton import knobs  # pyright: ignore[reportMissingImports]
 
-    if inputs.q.device.type != "cuda" and not triton.knobs.runtime.interpret:
+    if inputs.q.device.type != "cuda" and not knobs.runtime.interpret:
         return f"the tensors are on {inputs.q.device.type}, and Triton's kernels need cuda"
     return None
 
@@ -177,6 +177,7 @@ def constants_of(kernel: Triton, inputs: QKV, scaling: Scaling) -> dict[str, Any
     """
     import triton  # pyright: ignore[reportMissingImports]
     import triton.language as tl  # pyright: ignore[reportMissingImports]
+    from triton import knobs  # pyright: ignore[reportMissingImports]
 
     q, k, v = inputs
     width, values = q.shape[-1], v.shape[-1]
@@ -188,7 +189,7 @@ def constants_of(kernel: Triton, inputs: QKV, scaling: Scaling) -> dict[str, Any
         torch.bfloat16: tl.bfloat16,
     }[q.dtype]
     # The interpreter multiplies the bits of bfloat16 as integers.
-    interpreted = triton.knobs.runtime.interpret and low == tl.bfloat16
+    interpreted = knobs.runtime.interpret and low == tl.bfloat16
     return {
         "G": q.shape[1] // k.shape[1],
         "D": width,

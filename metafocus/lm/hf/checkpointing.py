@@ -20,6 +20,7 @@ from metafocus.autodiff.recompute import recompute
 from metafocus.calls import changed, holding, using
 from metafocus.lm.hf.attention import attention_as
 from metafocus.lm.hf.restricted import active, restricted
+from metafocus.params import is_differentiable
 
 
 @contextlib.contextmanager
@@ -112,4 +113,6 @@ def _recomputed(model: nn.Module, layer: nn.Module, forward: Any, args: Any, kwa
         ):
             return forward(*args, **kwargs)
 
-    return recompute(run, dict(layer.named_parameters()), slots.bound(layer), args, kwargs)
+    # Quantised weights are of classes of their own, and constants: they stay where they are.
+    parameters = {k: p for k, p in layer.named_parameters() if is_differentiable(p)}
+    return recompute(run, parameters, slots.bound(layer), args, kwargs)

@@ -115,3 +115,30 @@ def test_quantised_weights_are_checkpointed_as_they_are(estimator):
         found.append(grads(model))
     # Rounding of float64 in another order.
     assert relative(found[1], found[0]) < 1e-12
+
+
+def test_bitsandbytes_layers_of_8_bits():
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="optional; it runs on a CPU too")
+    found = []
+    for checkpointing_on in (False, True):
+        model = build_exact(checkpointing=checkpointing_on, dtype=torch.float32)
+        with torch.no_grad():
+            # A feature above the threshold, which these layers multiply apart from the others.
+            model.model.embed_tokens.weight[:, 3] *= 400
+        for layer in model.model.layers:
+            old = layer.mlp.up_proj
+            new = bitsandbytes.nn.Linear8bitLt(
+                old.in_features, old.out_features, bias=False, has_fp16_weights=False, threshold=6.0
+            )
+            new.load_state_dict(old.state_dict())
+            layer.mlp.up_proj = new.to("cpu")
+        meta = mf.recipes.focusft(
+            model,
+            adapter=mf.LoRA(mf.top_layers(1.0, ("up_proj",)), 4),
+            solver=mf.SGD(0.1, 2, clip=mf.clip_per_tensor(1.0)),
+            inner_checkpointing=True,
+        )
+        batch = chat_batch()
+        meta({}, mf.Episode(batch, batch))[0].backward()
+        found.append(grads(model))
+    assert torch.equal(found[0], found[1])

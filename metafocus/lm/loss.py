@@ -166,7 +166,7 @@ class LMLoss:
     def _entering(self, params: Params) -> Params:
         """Return parameters as they enter the computation that the ranks of a sequence share."""
         group = self.sequence_group
-        # Of parametrised weights it is the whole weight that enters, not this rank's part.
+        # A parametrised weight enters as a whole, not as this rank's part of it.
         return {k: x if is_parametrised(k) else replicated(x, group) for k, x in params.items()}
 
     def _slow(self, slow: Params) -> Params:

@@ -107,7 +107,7 @@ class PerExampleLoss(LMLoss):
 
     def _each(self, batch: Batch) -> Each:
         scored = targets_of(self.tokens, batch, self.sequence_group)
-        # Of the whole rows; what follows is this rank's share of them.
+        # These are numbers of whole rows; what follows is this rank's share of the rows.
         numbers = (next_tokens(self.tokens, batch) != IGNORED).sum(1).clamp(min=1).unbind()
         rows, length = batch["model_inputs"]["input_ids"].shape
         if scored.rows is None:

@@ -16,7 +16,8 @@ from metafocus.autodiff.grad import leaf_alias, reaches_another_leaf
 from metafocus.autodiff.known import with_gradient
 from metafocus.calls import note
 from metafocus.checks import check_finite, function, whole
-from metafocus.engine import META_LOSS, MetaLoss, outermost
+from metafocus.engine import META_LOSS, MetaLoss
+from metafocus.engine.outer_call import outermost
 from metafocus.errors import NonFiniteError, ProblemError, TransformError
 from metafocus.parallel.collectives import Group, replicated, share_of_tasks, summed
 from metafocus.problem import is_frozen

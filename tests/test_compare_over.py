@@ -146,25 +146,41 @@ def test_generators_are_seeded_anew_for_each_seed():
     assert run(others=others, seeds=2).rows[-1]["relative_error"] == few["relative_error"]
 
 
-def test_a_seed_that_diverges_is_counted():
-    def at(seed):
-        return {"w": outer(seed)["w"] * (1e200 if seed == 1 else 1.0)}
+def diverging(*seeds):
+    return lambda seed: {"w": outer(seed)["w"] * (1e200 if seed in seeds else 1.0)}
 
+
+def test_a_seed_that_diverges_is_counted():
     # The reference is given, so that one seed has no hypergradient and the others do.
-    found = run(at=at, seeds=3, reference={"w": torch.ones(4)})
+    found = run(at=diverging(1), seeds=3, reference={"w": torch.ones(4)})
     row = found.rows[-1]
     assert row["diverged"] == 1 and row["verdict"] == "diverged"
-    assert row["relative_error"] is not None
+    assert row["relative_error_low"] <= row["relative_error"] <= row["relative_error_high"]
+    assert "(2 of 3 seeds)" in found.table() and "(2 of 3 seeds)" in found.to_latex()
+
+
+def test_one_finite_seed_has_no_interval(tmp_path):
+    over = {"steps": [1, 2]}
+    found = run(over, at=diverging(1, 2), seeds=3, reference={"w": torch.ones(4)})
+    for row in found.rows:
+        assert row["relative_error"] is not None and row["diverged"] == 2
+        for key in ("relative_error", "cosine", "norm_ratio", "seconds"):
+            assert row[f"{key}_low"] is None and row[f"{key}_high"] is None
+    assert "±" not in found.table() and "(1 of 3 seeds)" in found.table()
+    assert "[" not in found.to_latex()
+    found.plot(tmp_path / "curves.png")
+    found.pareto(tmp_path / "pareto.png")
 
 
 def test_intervals():
-    assert interval([2.0]) == (2.0, 2.0)
+    assert interval([2.0]) == interval([]) == (None, None)
     low, high = interval([1.0, 2.0, 3.0, 4.0, 5.0])
     # Mean 3, standard error sqrt(1/2), t of four degrees of freedom 2.776.
     assert (low, high) == pytest.approx((3 - 2.776 / 2**0.5, 3 + 2.776 / 2**0.5))
     many = [float(i % 2) for i in range(1000)]
     low, high = interval(many)
     # Nearly normal: 1.96 standard errors of a half each way.
+    assert low is not None and high is not None
     assert high - 0.5 == pytest.approx(1.962 * statistics.stdev(many) / 1000**0.5, rel=1e-3)
 
 
@@ -207,7 +223,7 @@ def test_a_hypergradient_function_is_a_reference():
 
 
 def test_central_differences_of_many_parameters_are_refused():
-    with pytest.raises(mf.errors.ProblemError, match="two inner loops for each of the 10,001"):
+    with pytest.raises(mf.errors.ProblemError, match="six inner loops for each of the 10,001"):
         run(at={"w": torch.zeros(10_001)}, reference="central differences")
 
 

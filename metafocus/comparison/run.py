@@ -52,7 +52,8 @@ def compare(
         solver: the inner optimiser, the same for all.
         estimators: what to compare, by name.
         reference: what to compare with: a name of `estimators` or `others`, another estimator, the
-            exact hypergradient itself, "central differences", or a function `(outer, episode)` or
+            exact hypergradient itself, "central differences" (the step is chosen for each
+            tensor, and the error told), or a function `(outer, episode)` or
             `(outer, episode, solver)` that returns the exact hypergradient. A named estimator
             stays as it is, whatever `over` does to it.
         others: contenders that are no estimators, by name: a meta loss of the same problem, such

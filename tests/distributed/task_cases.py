@@ -18,7 +18,7 @@ import rank_pool as pool
 
 import metafocus as mf
 from metafocus.recipes import fewshot
-from metafocus.sharding import plain_name
+from metafocus.sharding import plain_names
 from metafocus.torch_internals import pytree
 from metafocus.trainer.distributed import parametrise, through
 
@@ -147,7 +147,8 @@ def own_loop(estimator: str, rank: int):
     torch.manual_seed(rank)
     meta(outer, one_episode(rank))[0].backward()
     assert all(torch.equal(grads[k].to_local(), p.grad.to_local()) for k, p in outer.items())
-    return {"grads": {plain_name(k): g.full_tensor() for k, g in grads.items()}}
+    plain = plain_names(net)
+    return {"grads": {plain[k]: g.full_tensor() for k, g in grads.items()}}
 
 
 def copies_of_shards(rank: int):

@@ -81,7 +81,8 @@ class _Moved(torch.autograd.Function):
         return _Moved.apply(tangents[0], ctx.plan, ctx.back)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, x: Tensor, plan: _Plan, back: bool) -> Any:
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        x, plan, back = args
         if in_dims[0] is None:
             return _Moved.apply(x, plan, back), None
         # One collective after another.

@@ -36,12 +36,13 @@ class Drawn:
             # A compiler would take the comparison into its graph.
             return now
         with outside_transforms():
-            if latest is not None and now._equals(latest):
+            if latest is not None and now.equals(latest):
                 return latest
         _remember(now)
         return now
 
-    def _equals(self, other: Drawn) -> bool:
+    def equals(self, other: Drawn) -> bool:
+        """Return whether nothing was drawn between two moments; outside of transforms."""
         # Random states lie on the host, those of a GPU too; arrays, since no mode need see it.
         mine, others = [self.cpu, *self.cuda], [other.cpu, *other.cuda]
         return self.devices == other.devices and all(

@@ -207,15 +207,15 @@ def test_wrong_configuration_is_found_out():
 def test_checked_once_for_a_model():
     model = build()
     calls = []
-    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    model.model.embed_tokens.register_forward_pre_hook(lambda *_: calls.append(1))
     loss_of(model)({}, {}, chat_batch())
-    # One check of the head, two passes for that of the last layer.
-    assert len(calls) == 4
-    loss_of(model, mf.all_tokens)({}, {}, chat_batch())
+    # One check of the head, three passes for that of the last layer.
     assert len(calls) == 5
+    loss_of(model, mf.all_tokens)({}, {}, chat_batch())
+    assert len(calls) == 6
     model.set_output_embeddings(nn.Linear(32, 64, bias=False).double())
     loss_of(model)({}, {}, chat_batch())
-    assert len(calls) == 9
+    assert len(calls) == 11
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])

@@ -62,37 +62,36 @@ def gradient(model, problem, estimator, batch):
 
 @contextlib.contextmanager
 def counted(layers):
-    """How often each layer really runs: its attention is called."""
+    """How often each layer really runs: its attention is called. A hook would stop the sharing."""
     calls = [0] * len(layers)
+    attentions = [layer.self_attn for layer in layers]
+    kind = type(attentions[0])
+    forward = kind.forward
 
-    def hook(index):
-        def count(*args):
-            calls[index] += 1
+    def count(self, *args, **kwargs):
+        calls[attentions.index(self)] += 1
+        return forward(self, *args, **kwargs)
 
-        return count
-
-    handles = [layer.self_attn.register_forward_hook(hook(i)) for i, layer in enumerate(layers)]
+    kind.forward = count
     yield calls
-    for handle in handles:
-        handle.remove()
+    kind.forward = forward
 
 
 def with_more(forward, layer, *args, **kwargs):
     return forward(layer, *args, **kwargs), None
 
 
-def unpacking(decoder, input_ids, attention_mask=None, position_ids=None, **others):
-    """A decoder whose layers return their states and something more."""
-    states = decoder.embed_tokens(input_ids)
-    where = decoder.rotary_emb(states, position_ids)
-    for layer in decoder.layers:
-        states, _ = layer(
-            states,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            position_embeddings=where,
-        )
-    return BaseModelOutputWithPast(last_hidden_state=decoder.norm(states))
+def decoded(decoder, layer_of, input_ids, attention_mask=None, position_ids=None, **others):
+    """A decoder that runs its layers by `layer_of(index, states so far, keywords)`."""
+    states = [decoder.embed_tokens(input_ids)]
+    keywords = {
+        "attention_mask": attention_mask,
+        "position_ids": position_ids,
+        "position_embeddings": decoder.rotary_emb(states[0], position_ids),
+    }
+    for index in range(len(decoder.layers)):
+        states.append(layer_of(index, states, keywords))
+    return BaseModelOutputWithPast(last_hidden_state=decoder.norm(states[-1]))
 
 
 @pytest.mark.parametrize("checkpointing", (False, True), ids=("plain", "checkpointing"))
@@ -220,12 +219,14 @@ def test_not_where_layers_have_a_call_of_their_own(layer):
 
 def test_not_where_the_parts_do_not_make_the_whole():
     """A model whose upper layers look below: a warning with its name, and the plain path."""
-    model = build("qwen2")
-    decoder, layers = model.model, model.model.layers
-    ran = []
-    decoder.register_forward_pre_hook(lambda module, args: ran.clear())
-    layers[0].self_attn.register_forward_hook(lambda module, args, out: ran.append(1.0))
-    layers[3].register_forward_hook(lambda module, args, out: out + sum(ran))
+    model = build("qwen2", dtype=torch.bfloat16)
+
+    def looking_below(index, states, keywords):
+        # A hundredth of what the first layer returned: less than a few roundings of bfloat16.
+        below = states[1] / 100 if index == 3 else 0
+        return model.model.layers[index](states[-1], **keywords) + below
+
+    model.model.forward = functools.partial(decoded, model.model, looking_below)
     shared = SharedPrefix(lm_loss(model, adapter=adapter_for("qwen2"), mask=masks.causal))
     batch = shared.loss.prepare(chat_batch())
     with pytest.warns(UserWarning, match=r"Qwen2ForCausalLM: the layers below the fast weights"):
@@ -236,7 +237,12 @@ def test_not_where_the_parts_do_not_make_the_whole():
 def test_not_where_layers_return_more_than_states():
     """The model unpacks what a layer returns: the check fails with a ValueError of its own."""
     model = build("qwen2")
-    model.model.forward = lambda input_ids, **others: unpacking(model.model, input_ids, **others)
+
+    def first_of(index, states, keywords):
+        states, _ = model.model.layers[index](states[-1], **keywords)
+        return states
+
+    model.model.forward = functools.partial(decoded, model.model, first_of)
     for layer in model.model.layers:
         layer.forward = functools.partial(with_more, type(layer).forward, layer)
     shared = SharedPrefix(lm_loss(model, adapter=adapter_for("qwen2"), mask=masks.causal))
@@ -244,6 +250,54 @@ def test_not_where_layers_return_more_than_states():
     with pytest.warns(UserWarning, match="cannot run in two parts"):
         assert "hidden" not in shared({}, batch)
     assert shared.loss(shared.loss.adapter.init(model), {}, batch).isfinite()
+
+
+def test_not_where_hooks_look_on():
+    """A hook would see what skipped layers let pass, and one that adds would add twice."""
+    model, batch = build_exact(), chat_batch()
+    draw = torch.Generator().manual_seed(0)
+    shared, plain = problems(model, adapter_for("qwen2"), generator=draw)
+    # The checks of the model, before there is a hook.
+    without = gradient(model, shared, mf.FirstOrder(), batch)
+    draw.manual_seed(0)
+    seen = []
+
+    def shift(module, args, output):
+        seen.append(output.detach())
+        return output + 0.1
+
+    model.model.layers[1].register_forward_hook(shift)
+    got, saw = gradient(model, shared, mf.FirstOrder(), batch), seen[:]
+    seen.clear()
+    expected = gradient(model, plain, mf.FirstOrder(), batch)
+    for a, b, c in zip(got, expected, without, strict=True):
+        assert relative(a, b) < ONCE < 1e-3 < relative(c, b)
+    assert len(saw) == len(seen)
+    assert all(torch.equal(a, b) for a, b in zip(saw, seen, strict=True))
+
+
+def test_not_where_a_layer_draws_random_numbers_by_itself():
+    model = build("qwen2")
+    layer = model.model.layers[0]
+    layer.forward = lambda x, **kwargs: type(layer).forward(layer, x + torch.rand(()), **kwargs)
+    shared = SharedPrefix(lm_loss(model, adapter=adapter_for("qwen2"), mask=masks.causal))
+    with pytest.warns(UserWarning, match="it draws random numbers"):
+        assert "hidden" not in shared({}, shared.loss.prepare(chat_batch()))
+
+
+def test_a_replaced_module_is_checked_anew():
+    model = build("qwen2")
+    shared = SharedPrefix(lm_loss(model, adapter=adapter_for("qwen2"), mask=masks.causal))
+    batch = shared.loss.prepare(chat_batch())
+    assert "hidden" in shared({}, batch)
+    model.model.layers[0].mlp.act_fn = Noise()
+    with pytest.warns(UserWarning, match="it draws random numbers"):
+        assert "hidden" not in shared({}, batch)
+
+
+class Noise(nn.Module):
+    def forward(self, x):
+        return x + torch.rand_like(x)
 
 
 def test_where_fast_weights_lie():

@@ -24,7 +24,7 @@ from metafocus.lm.hf.last_layer import at_scored, last_mask, restriction
 from metafocus.lm.hf.logit_head import logit_head_of
 from metafocus.lm.hf.restricted import Restriction, restricted
 from metafocus.lm.hf.shared_sequence import check_shared_sequence
-from metafocus.lm.hf.side_runs import two_tokens
+from metafocus.lm.hf.side_runs import few_tokens
 from metafocus.lm.tokens import TokenPolicy, answer_tokens, predicted
 from metafocus.masks import Batch, MaskPolicy
 from metafocus.masks.spans import Spans
@@ -167,7 +167,7 @@ class LMLoss:
 
     def trial_batch(self) -> Batch:
         """Return two tokens as a prepared batch, for a check of the model."""
-        return {"model_inputs": two_tokens(self.model)}
+        return {"model_inputs": few_tokens(self.model)}
 
     @contextlib.contextmanager
     def _running(self, batch: Batch | None = None) -> Iterator[None]:

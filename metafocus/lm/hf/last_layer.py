@@ -2,7 +2,9 @@
 
 Above the last layer nothing mixes positions. So its MLP, its queries and its output projection
 matter only where the next token is scored, and the other queries need not attend. That is exact:
-the loss reads none of what is left out.
+the loss reads none of what is left out. The layer runs as a whole where that does not hold or
+cannot be known: where positions are mixed, where random numbers are drawn, where experts may count
+their tokens, and where hooks of a user look on.
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ from torch import Tensor, nn
 
 from metafocus.lm.hf import heads, prefix
 from metafocus.lm.hf.attention import is_stacked
+from metafocus.lm.hf.observers import observed, structure
 from metafocus.lm.hf.restricted import LastLayer, Restriction, restricted
-from metafocus.lm.hf.side_runs import side_run, two_tokens
+from metafocus.lm.hf.side_runs import few_tokens, side_run
+from metafocus.rng import Drawn
 from metafocus.torch_internals import transforming
 
 _ATTENTION = ("self_attn", "attn", "attention")
@@ -45,8 +49,8 @@ def at_scored(mask: Tensor, scored: Tensor) -> Tensor:
 def last_layer(model: nn.Module) -> LastLayer | None:
     """Return the parts of a model's last layer, if restricting them changes no scored position.
 
-    Found and checked by two forward passes of two tokens, once per model; a model that is
-    compiled, sharded, or without values runs as a whole.
+    Checked by three forward passes of a few tokens, again if a module of the model is replaced; a
+    model that is compiled, sharded, or without values runs as a whole.
 
     Args:
         model: A Hugging Face causal language model.
@@ -55,40 +59,52 @@ def last_layer(model: nn.Module) -> LastLayer | None:
     if head is None or torch.compiler.is_compiling():
         return None
     found = _found(model)
-    if found is None:
+    if found is None or observed(model):
         return None
-    known = heads.install(head).last_layers
-    if found not in known:
-        known[found] = _agrees(model, found)
-    return found if known[found] else None
+    hook, now = heads.install(head), structure(model)
+    if hook.last_layer is None or hook.last_layer[0] != now:
+        hook.last_layer = (now, _agrees(model, found))
+    return found if hook.last_layer[1] else None
 
 
 def _agrees(model: nn.Module, found: LastLayer) -> bool:
+    """Return whether one position comes out the same, whatever the other positions are.
+
+    First the others are not a number, which reaches whatever depends on them. That is a check in
+    any type, while the roundings of bfloat16 could hide a difference of numbers.
+    """
     weight = next(model.parameters())
     if weight.is_meta or prefix.has_own_call(model):
         return False
     with side_run(model):
-        inputs = two_tokens(model)
+        inputs = few_tokens(model, 2, 6)
+        read = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+        read[0, 3] = True
         mask = last_mask(model, inputs["attention_mask"])
-        last = torch.tensor([[False, True]], device=weight.device)
-        narrow = None if mask is None else at_scored(mask, last)
-        to = Restriction(found, last.flatten().nonzero().squeeze(-1), narrow)
+        rows = read.flatten().nonzero().squeeze(-1)
+        narrow = None if mask is None else at_scored(mask, read)
         try:
-            whole = _final(model, inputs)
-            with restricted(to):
-                part = _final(model, inputs)
+            before = Drawn(model.parameters())
+            whole = _final(model, inputs)[read]
+            if not before.equals(Drawn(model.parameters())):
+                return False
+            parts = []
+            for others in (torch.nan, None):
+                with restricted(Restriction(found, rows, narrow, others)):
+                    parts.append(_final(model, inputs)[read])
         except (RuntimeError, TypeError, AttributeError, ValueError, LookupError):
             return False
         size = whole.abs().amax()
-        eps = 64 * torch.finfo(whole.dtype).eps
-        same = torch.allclose(part / size, whole / size, rtol=0, atol=eps)
+        # Products of fewer rows may be summed in another order; each of a layer's dozen rounds.
+        eps = 16 * torch.finfo(whole.dtype).eps
+        same = all(torch.allclose(x / size, whole / size, rtol=0, atol=eps) for x in parts)
         return bool(same and size > 0)
 
 
 def _final(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    """Return the last position of what the head sees."""
+    """Return what the head sees."""
     head = heads.output_head(model)
-    return heads.read_hidden(head, lambda: model(**inputs), lambda head, hidden: hidden)[:, -1]
+    return heads.read_hidden(head, lambda: model(**inputs), lambda head, hidden: hidden)
 
 
 def _found(model: nn.Module) -> LastLayer | None:
@@ -98,10 +114,23 @@ def _found(model: nn.Module) -> LastLayer | None:
         attention = next((children[name] for name in _ATTENTION if name in children), None)
         mlp = next((children[name] for name in _MLP if name in children), None)
         if attention is not None and mlp is not None:
+            if _routes(mlp):
+                return None
             inside = dict(attention.named_children())
             parts = [inside[name] for name in _BY_POSITION if name in inside]
             return LastLayer(attention, (mlp, *parts))
     return None
+
+
+def _routes(mlp: nn.Module) -> bool:
+    """Return whether an MLP sends tokens to experts.
+
+    Experts may have room for so many tokens only, and statistics or losses that count them.
+    """
+    return any(
+        isinstance(module, nn.ModuleList) or "expert" in name or "router" in name
+        for name, module in mlp.named_modules()
+    )
 
 
 def last_mask(model: nn.Module, mask: Any) -> Tensor | None:

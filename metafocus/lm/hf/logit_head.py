@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from metafocus.calls import undone
 from metafocus.lm.cross_entropy import LogitHead
 from metafocus.lm.hf import heads
-from metafocus.lm.hf.side_runs import side_run, two_tokens
+from metafocus.lm.hf.side_runs import few_tokens, side_run
 from metafocus.precision import wide
 from metafocus.sharding import HOOKED, sharding_of
 
@@ -88,7 +88,7 @@ def measured(model: nn.Module, head: nn.Module | None, expected: LogitHead) -> L
         return replaced[-1]
 
     with side_run(model):
-        inputs = two_tokens(model)
+        inputs = few_tokens(model)
         logits: list[Tensor] = []
         try:
             with undone(head.register_forward_hook(replace).remove):

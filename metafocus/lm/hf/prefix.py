@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,15 @@ from metafocus.errors import ProblemError
 from metafocus.sharding import Sharding, sharding_of
 from metafocus.torch_internals import child_table, is_compiled
 
+_DROPOUT = (
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
+
 
 class Hidden(NamedTuple):
     """The hidden states between two layers.
@@ -28,11 +38,13 @@ class Hidden(NamedTuple):
         states: The input of the layer, `[B, S, D]`.
         home: Path of the list of layers.
         first: Index of the layer.
+        others: For a check: what the skipped layers return; None: their input.
     """
 
     states: Tensor
     home: str
     first: int
+    others: float | None = None
 
 
 def fast_layers(model: nn.Module, names: Iterable[str]) -> tuple[str, int] | None:
@@ -95,9 +107,10 @@ def resumed(model: nn.Module, hidden: Hidden | None) -> Iterator[None]:
     if hidden is None:
         yield
         return
-    layers, last = model.get_submodule(hidden.home), hidden.first - 1
+    layers, last, others = model.get_submodule(hidden.home), hidden.first - 1, hidden.others
+    skip = _pass if others is None else partial(torch.full_like, fill_value=others)
     with (
-        _instead(layers, slice(last)),
+        _instead(layers, slice(last), skip),
         _instead(layers, slice(last, last + 1), lambda _: hidden.states),
     ):
         yield
@@ -105,10 +118,11 @@ def resumed(model: nn.Module, hidden: Hidden | None) -> Iterator[None]:
 
 def draws_random_numbers(model: nn.Module) -> bool:
     """Return whether layers draw random numbers, of which each pass must have its own."""
-    if not model.training:
-        return False
-    if any(m.p for m in model.modules() if isinstance(m, nn.Dropout)):
+    training = [m for m in model.modules() if m.training]
+    if any(m.p for m in training if isinstance(m, _DROPOUT)):  # pyright: ignore
         return True
+    if not training:
+        return False
     # Some layers call the function and keep its rate in the configuration.
     config = vars(model.config.get_text_config())  # pyright: ignore
     rates = [v for k, v in config.items() if "drop" in k or "jitter" in k]

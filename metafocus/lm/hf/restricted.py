@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from metafocus.adapters import slots
@@ -37,11 +38,14 @@ class Restriction(NamedTuple):
         rows: Flat indices of positions, `[n]`.
         mask: Stacked spans in which the queries of other positions see nothing; None where the
             model takes no spans.
+        others: For a check: what all positions are run with, in place of the other positions'
+            inputs; None: the other positions are left out.
     """
 
     layer: LastLayer
     rows: Tensor
     mask: Tensor | None
+    others: float | None = None
 
 
 _ACTIVE: Scoped[Restriction | None] = Scoped(None)
@@ -63,7 +67,7 @@ def restricted(to: Restriction | None) -> Iterator[None]:
         yield
         return
     places: list[Any] = [
-        (module, "forward", _at_rows(module, to.rows)) for module in to.layer.by_position
+        (module, "forward", _at_rows(module, to)) for module in to.layer.by_position
     ]
     if to.mask is not None:
         attention = to.layer.attention
@@ -72,11 +76,14 @@ def restricted(to: Restriction | None) -> Iterator[None]:
         yield
 
 
-def _at_rows(module: nn.Module, rows: Tensor) -> Callable[..., Tensor]:
-    forward = module.forward
+def _at_rows(module: nn.Module, to: Restriction) -> Callable[..., Tensor]:
+    forward, rows = module.forward, to.rows
 
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         flat = x.flatten(0, -2)
+        if to.others is not None:
+            filled = torch.full_like(flat, to.others).index_copy(0, rows, flat[rows])
+            return forward(filled.view_as(x), *args, **kwargs)
         # Fast weights of each example's own need to know whose position is whose.
         if len(rows) > _MOST * len(flat) or of_examples(slots.bound(module)):
             return forward(x, *args, **kwargs)

@@ -34,11 +34,19 @@ def side_run(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def two_tokens(model: nn.Module) -> dict[str, Any]:
-    """Return the inputs of a model for one row of two tokens."""
-    index = torch.arange(2, device=next(model.parameters()).device)[None]
+def few_tokens(model: nn.Module, rows: int = 1, length: int = 2) -> dict[str, Any]:
+    """Return the inputs of a model for a few tokens under its causal mask.
+
+    Args:
+        model: A Hugging Face causal language model.
+        rows: The number of rows.
+        length: The number of tokens in a row.
+    """
+    place = torch.arange(length, device=next(model.parameters()).device).expand(rows, -1)
+    number = model.config.get_text_config().vocab_size  # pyright: ignore
     # Not the first ids: the embedding of a padding token is zero.
-    ids = index + model.config.get_text_config().vocab_size // 2  # pyright: ignore
+    other = torch.arange(rows, device=place.device)[:, None] * length + place
+    ids = number // 2 + other % max(number - number // 2, 1)
     if own_mask(model) is not None:
         return own_inputs(ids, None)
-    return model_inputs(model, ids, index, Spans(torch.zeros_like(index), index + 1))
+    return model_inputs(model, ids, place, Spans(torch.zeros_like(place), place + 1))

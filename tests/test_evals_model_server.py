@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -12,6 +18,7 @@ from model_server import model_replies
 from openai_server import serving
 from test_eval_cli import build
 from transformers import AutoTokenizer, GenerationConfig
+from transformers.utils.import_utils import is_serve_available
 
 import metafocus as mf
 from metafocus.data.tokenizer import train_tokenizer
@@ -118,6 +125,63 @@ def test_a_prompt_that_the_server_refuses(small, tmp_path):
     (here, _), (there, _) = here_and_there(small, tmp_path, **settings)
     assert [line["output"] != "" for line in there] == [True, True, False, False]
     assert here[:2] == there[:2] and all(line["output"] for line in here)
+
+
+@contextlib.contextmanager
+def transformers_serve(folder: str, log: Path):
+    """The server of transformers, a process of its own; yields its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", folder]
+    place = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    with log.open("wb") as output, subprocess.Popen([*command, *place], stderr=output) as process:
+        try:
+            address = f"http://127.0.0.1:{port}"
+            while process.poll() is None:
+                with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/health"):
+                    break
+                time.sleep(0.2)
+            assert process.poll() is None, log.read_text()
+            yield f"{address}/v1"
+        finally:
+            process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not is_serve_available(), reason="needs transformers[serving]")
+@pytest.mark.parametrize("suite", ["babilong", "ruler", "science", "gpqa"])
+def test_transformers_serve(small, tmp_path, monkeypatch, suite):
+    """A server that is not ours. It cuts off the white space around an answer."""
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    name = small[-1]
+    if suite in LONG:
+        settings = {**LONG[suite], "n": 2, "model_name_or_path": name}
+    else:
+        more = {"n": 3} if suite == "science" else {"gpqa_file": gpqa(tmp_path)}
+        settings = {**more, "samples": 1, "temperature": 0, "max_new_tokens": 30}
+    with transformers_serve(name, tmp_path / "log") as url:
+        words = flags(
+            suite=suite, **settings, endpoint=url, endpoint_model=name, concurrency=3,
+            output_dir=tmp_path / "out",
+        )  # fmt: skip
+        ran = run("eval", *words)
+    assert ran.code == 0, ran.err
+    lines = answers(tmp_path / "out")
+    if suite == "babilong":
+        words = flags(
+            suite=suite, **settings, output_dir=tmp_path / "here", per_device_eval_batch_size=1
+        )
+        assert run("eval", *words).code == 0
+        here = [line["output"].strip() for line in answers(tmp_path / "here")]
+        assert [line["output"].strip() for line in lines] == here
+    elif suite == "ruler":
+        assert len(lines) == 4 and all(line["output"] for line in lines)
+    else:
+        # It may also cut off the first word, where that begins with white space.
+        assert len(lines) == (3 if suite == "science" else 2)
+        assert all(len(line["messages"]) > 1 for line in lines)
 
 
 def gpqa(tmp_path) -> Path:

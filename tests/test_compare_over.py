@@ -10,13 +10,13 @@ import comparing
 import pytest
 import torch
 from comparing import PROBLEM, RATE, STEPS, episode, outer, tasks
+from hashed import Loss
 from sweeping import pool
 
 import metafocus as mf
 from metafocus.comparison.agreement import agreement, bias_and_spread
 from metafocus.comparison.averages import T_95, interval
 from metafocus.comparison.verdicts import ADVICE, advice
-from metafocus.digests import digest
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -295,6 +295,30 @@ def test_another_problem_is_another_cell(tmp_path):
     assert len(list(tmp_path.glob("*.json"))) == 4 * count
 
 
+def test_a_class_that_changes_is_another_cell(tmp_path, monkeypatch):
+    """The object is the same, the code of its class is not: a kept result would be of the old."""
+    loss = Loss(1.0)
+    problem = mf.Problem(loss, loss)
+
+    def error():
+        return mf.compare(
+            problem,
+            outer(),
+            episode(),
+            solver=mf.SGD(RATE, steps=2),
+            estimators={"first-order": mf.FirstOrder()},
+            reference=mf.Unrolled(),
+            repeats=1,
+            folder=tmp_path,
+        ).rows[0]["relative_error"]
+
+    before = error()
+    assert error() == before and len(list(tmp_path.glob("*.json"))) == 1
+    monkeypatch.setattr(Loss, "__call__", lambda self, fast, slow, x: (fast["w"] ** 4 * x).sum())
+    assert error() != before
+    assert len(list(tmp_path.glob("*.json"))) == 2
+
+
 def test_cells_of_equal_content_run_once(tmp_path):
     # First order has no such field: it is one cell for both values.
     run({"estimator.last": [1, 2]}, folder=tmp_path)
@@ -319,25 +343,6 @@ def test_an_executor_gives_the_same(tmp_path):
         there = run({"steps": [1, 2]}, executor=executor, **options)
     here = run({"steps": [1, 2]}, **options)
     assert [plain(r) for r in there.rows] == [plain(r) for r in here.rows]
-
-
-def scaled(factor):
-    return lambda x: factor * x
-
-
-def test_digests():
-    assert digest(scaled(2.0)) == digest(scaled(2.0)) != digest(scaled(3.0))
-    assert digest(mf.CG(5)) != digest(mf.CG(6))
-    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
-    assert digest(torch.zeros(3)) != digest(torch.zeros(3, 1)) != digest(torch.zeros(3).double())
-    assert digest(["ab", "c"]) != digest(["a", "bc"])
-    meta = [mf.bilevel(PROBLEM, solver=mf.SGD(r, 2), estimator=mf.Unrolled()) for r in (0.1, 0.2)]
-    assert digest(meta[0]) != digest(meta[1])
-    one, two = (torch.nn.Linear(2, 2) for _ in range(2))
-    assert digest(one) == digest(one) != digest(two)
-    assert digest(one.weight) != digest(one.weight.requires_grad_(False))
-    with pytest.raises(mf.errors.ProblemError, match="generator cannot be hashed"):
-        digest(x for x in "a")
 
 
 # --- what is shown ---------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from metafocus.cells import sweep
+from metafocus.cells import run_cells
 from metafocus.checks import whole
 from metafocus.comparison.averages import row
 from metafocus.comparison.axes import settings, touches_solver
@@ -151,7 +151,7 @@ def _swept(
         folder = work.folder or Path(scratch)
         ready = dataclasses.replace(work, jobs=jobs, folder=folder)
         # What failed may have been mended, and there is no result without it.
-        outcomes = sweep(ready, flat, folder=folder, executor=executor, retry=True)
+        outcomes = run_cells(ready, flat, folder=folder, executor=executor, retry=True, code=None)
     failed = [outcome for outcome in outcomes if outcome.error]
     if failed:
         raise ProblemError(

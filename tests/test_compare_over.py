@@ -240,8 +240,43 @@ def test_tasks():
     assert row["relative_error"] == pytest.approx(error, rel=1e-12)
     with pytest.raises(mf.errors.ProblemError, match="6 tasks, and the episode holds 5"):
         run({"tasks": [6]}, data=tasks())
-    with pytest.raises(mf.errors.ProblemError, match="'soba' cannot run over tasks"):
-        run({"tasks": [2]}, data=tasks(), others={"soba": comparing.soba})
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        mf.algorithms.SOBA(PROBLEM, inner_lr=RATE, v_lr=RATE),
+        mf.algorithms.AmIGO(PROBLEM, inner_lr=RATE, v_lr=RATE, inner_steps=2, v_steps=3),
+        mf.algorithms.F2SA(PROBLEM, inner_lr=RATE, strength=5.0),
+        mf.algorithms.BOME(PROBLEM, inner_lr=RATE, fast_lr=RATE, inner_steps=2),
+    ],
+)
+def test_single_loop_algorithms_over_tasks(algorithm):
+    """The mean over tasks of what each says alone, in the order in which tasks are drawn."""
+    exact = mf.over_tasks(mf.bilevel(PROBLEM, solver=mf.SGD(RATE, 2), estimator=mf.Unrolled()))
+    truth = mf.hypergrad(exact)(outer(), tasks())[0]["w"]
+    found = []
+    for i in range(5):
+        state, grads = algorithm.init(outer(), episode(i).support), {}
+        for _ in range(2):
+            grads, state, _ = algorithm.step(outer(), state, episode(i))
+        found.append(grads["w"])
+    error = float((torch.stack(found).mean(0) - truth).norm() / truth.norm())
+    rows = run({"tasks": [5]}, data=tasks(), others={"single": algorithm}).rows
+    assert rows[-1]["relative_error"] == pytest.approx(error, rel=1e-9)
+
+
+def test_compiled_forms_over_tasks():
+    meta = mf.bilevel(PROBLEM, solver=mf.SGD(RATE, 2), estimator=mf.Unrolled())
+    others = {
+        "hypergrad": mf.hypergrad(meta),
+        "compiled": mf.compiled(hypergradient=mf.hypergrad(meta), backend="eager"),
+    }
+    found = run({"tasks": [1, 5]}, data=tasks(), others=others)
+    assert [r["verdict"] for r in found.rows if r["name"] in others] == ["exact"] * 4
+    own = mf.compiled(lambda outer, episode: mf.hypergrad(meta)(outer, episode), backend="eager")
+    with pytest.raises(mf.errors.ProblemError, match="'own' compiles a function of its own"):
+        run({"tasks": [2]}, data=tasks(), others={"own": own})
 
 
 def test_single_loop_algorithms():

@@ -64,8 +64,8 @@ def compare(
         over: what to vary: lists of values by field, such as `{"solver.steps": [1, 2, 4]}`,
             `{"estimator.solve.damping": [...]}` (of all estimators that have it), or
             `{"truncated.last": [...]}` (of the one with that name). `{"tasks": [...]}` takes so
-            many of the tasks that are stacked in `episode`, drawn with the seed. Several axes
-            span a grid.
+            many of the tasks that are stacked in `episode`, drawn with the seed; contenders are
+            those of one task, and their mean is taken. Several axes span a grid.
         seeds: how many hypergradients to draw of each, under torch seeds 0, 1, ...; generators of
             an estimator are seeded anew for each. More than one gives 95 % intervals.
         repeats: how often each is timed. The timed runs of one seed take turns, unless `folder` or

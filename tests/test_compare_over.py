@@ -10,13 +10,13 @@ import comparing
 import pytest
 import torch
 from comparing import PROBLEM, RATE, STEPS, episode, outer, tasks
+from hashed import Loss
 from sweeping import pool
 
 import metafocus as mf
 from metafocus.comparison.agreement import agreement, bias_and_spread
 from metafocus.comparison.averages import T_95, interval
 from metafocus.comparison.verdicts import ADVICE, advice
-from metafocus.digests import digest
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -240,8 +240,43 @@ def test_tasks():
     assert row["relative_error"] == pytest.approx(error, rel=1e-12)
     with pytest.raises(mf.errors.ProblemError, match="6 tasks, and the episode holds 5"):
         run({"tasks": [6]}, data=tasks())
-    with pytest.raises(mf.errors.ProblemError, match="'soba' cannot run over tasks"):
-        run({"tasks": [2]}, data=tasks(), others={"soba": comparing.soba})
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        mf.algorithms.SOBA(PROBLEM, inner_lr=RATE, v_lr=RATE),
+        mf.algorithms.AmIGO(PROBLEM, inner_lr=RATE, v_lr=RATE, inner_steps=2, v_steps=3),
+        mf.algorithms.F2SA(PROBLEM, inner_lr=RATE, strength=5.0),
+        mf.algorithms.BOME(PROBLEM, inner_lr=RATE, fast_lr=RATE, inner_steps=2),
+    ],
+)
+def test_single_loop_algorithms_over_tasks(algorithm):
+    """The mean over tasks of what each says alone, in the order in which tasks are drawn."""
+    exact = mf.over_tasks(mf.bilevel(PROBLEM, solver=mf.SGD(RATE, 2), estimator=mf.Unrolled()))
+    truth = mf.hypergrad(exact)(outer(), tasks())[0]["w"]
+    found = []
+    for i in range(5):
+        state, grads = algorithm.init(outer(), episode(i).support), {}
+        for _ in range(2):
+            grads, state, _ = algorithm.step(outer(), state, episode(i))
+        found.append(grads["w"])
+    error = float((torch.stack(found).mean(0) - truth).norm() / truth.norm())
+    rows = run({"tasks": [5]}, data=tasks(), others={"single": algorithm}).rows
+    assert rows[-1]["relative_error"] == pytest.approx(error, rel=1e-9)
+
+
+def test_compiled_forms_over_tasks():
+    meta = mf.bilevel(PROBLEM, solver=mf.SGD(RATE, 2), estimator=mf.Unrolled())
+    others = {
+        "hypergrad": mf.hypergrad(meta),
+        "compiled": mf.compiled(hypergradient=mf.hypergrad(meta), backend="eager"),
+    }
+    found = run({"tasks": [1, 5]}, data=tasks(), others=others)
+    assert [r["verdict"] for r in found.rows if r["name"] in others] == ["exact"] * 4
+    own = mf.compiled(lambda outer, episode: mf.hypergrad(meta)(outer, episode), backend="eager")
+    with pytest.raises(mf.errors.ProblemError, match="'own' compiles a function of its own"):
+        run({"tasks": [2]}, data=tasks(), others={"own": own})
 
 
 def test_single_loop_algorithms():
@@ -295,6 +330,30 @@ def test_another_problem_is_another_cell(tmp_path):
     assert len(list(tmp_path.glob("*.json"))) == 4 * count
 
 
+def test_a_class_that_changes_is_another_cell(tmp_path, monkeypatch):
+    """The object is the same, the code of its class is not: a kept result would be of the old."""
+    loss = Loss(1.0)
+    problem = mf.Problem(loss, loss)
+
+    def error():
+        return mf.compare(
+            problem,
+            outer(),
+            episode(),
+            solver=mf.SGD(RATE, steps=2),
+            estimators={"first-order": mf.FirstOrder()},
+            reference=mf.Unrolled(),
+            repeats=1,
+            folder=tmp_path,
+        ).rows[0]["relative_error"]
+
+    before = error()
+    assert error() == before and len(list(tmp_path.glob("*.json"))) == 1
+    monkeypatch.setattr(Loss, "__call__", lambda self, fast, slow, x: (fast["w"] ** 4 * x).sum())
+    assert error() != before
+    assert len(list(tmp_path.glob("*.json"))) == 2
+
+
 def test_cells_of_equal_content_run_once(tmp_path):
     # First order has no such field: it is one cell for both values.
     run({"estimator.last": [1, 2]}, folder=tmp_path)
@@ -319,25 +378,6 @@ def test_an_executor_gives_the_same(tmp_path):
         there = run({"steps": [1, 2]}, executor=executor, **options)
     here = run({"steps": [1, 2]}, **options)
     assert [plain(r) for r in there.rows] == [plain(r) for r in here.rows]
-
-
-def scaled(factor):
-    return lambda x: factor * x
-
-
-def test_digests():
-    assert digest(scaled(2.0)) == digest(scaled(2.0)) != digest(scaled(3.0))
-    assert digest(mf.CG(5)) != digest(mf.CG(6))
-    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
-    assert digest(torch.zeros(3)) != digest(torch.zeros(3, 1)) != digest(torch.zeros(3).double())
-    assert digest(["ab", "c"]) != digest(["a", "bc"])
-    meta = [mf.bilevel(PROBLEM, solver=mf.SGD(r, 2), estimator=mf.Unrolled()) for r in (0.1, 0.2)]
-    assert digest(meta[0]) != digest(meta[1])
-    one, two = (torch.nn.Linear(2, 2) for _ in range(2))
-    assert digest(one) == digest(one) != digest(two)
-    assert digest(one.weight) != digest(one.weight.requires_grad_(False))
-    with pytest.raises(mf.errors.ProblemError, match="generator cannot be hashed"):
-        digest(x for x in "a")
 
 
 # --- what is shown ---------------------------------------------------------------------------

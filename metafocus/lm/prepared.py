@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from metafocus.masks import Batch, MaskPolicy
-from metafocus.torch_internals import plain, tracing, version
+from metafocus.torch_internals import outside_transforms, plain, tracing, version
 
 ADDED = ("model_inputs", "scored", "each", "hidden", "source")
 """The entries that `prepare` adds to a batch."""
@@ -31,19 +31,24 @@ class Source:
     @classmethod
     def of(cls, mask: MaskPolicy, batch: Batch) -> Source:
         """Return the source of a batch that is being prepared."""
-        tensors = {
-            k: plain(v) for k, v in batch.items() if k not in ADDED and isinstance(v, Tensor)
-        }
-        return cls(mask, tensors, {} if tracing() else {k: _state(v) for k, v in tensors.items()})
+        own = {k: v for k, v in batch.items() if k not in ADDED and isinstance(v, Tensor)}
+        if tracing():
+            return cls(mask, own, {})
+        with outside_transforms():
+            tensors = {k: plain(v) for k, v in own.items()}
+            return cls(mask, tensors, {k: _state(v) for k, v in tensors.items()})
 
     def fits(self, mask: MaskPolicy, batch: Batch) -> bool:
         """Return whether a batch still consists of these tensors, not written to since."""
         if self.mask is not mask and self.mask != mask:
             return False
-        return tracing() or all(
-            isinstance(batch.get(k), Tensor) and _state(plain(batch[k])) == state
-            for k, state in self.states.items()
-        )
+        if tracing():
+            return True
+        with outside_transforms():
+            return all(
+                isinstance(batch.get(k), Tensor) and _state(plain(batch[k])) == state
+                for k, state in self.states.items()
+            )
 
 
 def current(mask: MaskPolicy, batch: Batch) -> Batch:

@@ -3,19 +3,22 @@
 1,000 outer steps with each estimator and each algorithm, on ridge regression whose penalties are
 learned, and 300 steps of FocuSFT in `FocusTrainer`. Every fifth of the steps: the resident memory
 of the process, and how many tensors are alive. After the first fifth neither may grow: tensors not
-by one, memory not by more than `--slack` MiB, which the allocator takes for fragments.
+by one, memory not by more than `--slack` MiB, which the allocator takes for fragments. The file of
+`--output` is written after each run; the same command, given again, takes the runs that it lacks.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +180,18 @@ def readings(take: Step, steps: int) -> list[soak.Reading]:
     return found
 
 
+def kept(output: Path | None, steps: int, focusft: int) -> dict[str, Any]:
+    """Return the runs of a report that have these numbers of steps."""
+    if output is None or not output.exists():
+        return {}
+    runs = json.loads(output.read_text())["runs"]
+    return {
+        name: run
+        for name, run in runs.items()
+        if run["steps"] == (focusft if name == "FocuSFT" else steps)
+    }
+
+
 def focusft(steps: int, folder: str) -> list[soak.Reading]:
     """FocuSFT in the Trainer, with evaluations."""
     parser = soak.parser()
@@ -195,12 +210,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     # Six steps of an inner loop are no solution; this measures memory and not accuracy.
     warnings.simplefilter("ignore", mf.errors.NotStationaryWarning)
-    report: dict[str, Any] = {}
+    report = kept(args.output, args.steps, args.focusft)
     part, parts = map(int, args.part.split("/"))
     number = itertools.count()
 
     def measured(name: str, steps: int, run: Callable[[], list[soak.Reading]]) -> None:
-        if next(number) % parts != part - 1:
+        if next(number) % parts != part - 1 or name in report:
             return
         begin = time.perf_counter()
         found = run()
@@ -208,6 +223,7 @@ def main(argv: list[str] | None = None) -> int:
         seconds = time.perf_counter() - begin
         report[name] = {
             "steps": steps,
+            "date": date.today().isoformat(),
             "seconds": round(seconds, 1),
             "grown": grown,
             "readings": [asdict(reading) for reading in found],

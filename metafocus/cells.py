@@ -9,12 +9,14 @@ import json
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from metafocus.errors import DataError, ProblemError
+from metafocus.digests import digest
+from metafocus.errors import ChangedWarning, DataError, ProblemError
 from metafocus.files import finite, unwritable, write_json
 
 WAIT = 0.05
@@ -54,7 +56,7 @@ def sweep(
     written whole when the cell ends. A sweep that was killed therefore goes on where it was, a
     longer list of cells computes the new ones only, and several runs on one folder share the
     cells: a lock keeps each cell to one of them. One folder is for one function; after a change
-    to the function name another folder.
+    to the function name another folder: results of other code are returned with a warning.
 
     Args:
         fn: takes a cell and returns what JSON can hold: numbers, texts, lists and dicts. It should
@@ -74,6 +76,8 @@ def sweep(
     Raises:
         ProblemError: if a cell cannot be written as JSON.
         DataError: if the folder cannot be written to, or holds the results of another function.
+        ChangedWarning: if finished cells are of other code: of the function or what it reads, of
+            torch or of metafocus.
 
     Example:
         >>> import tempfile
@@ -86,6 +90,29 @@ def sweep(
     """
     if not callable(fn):
         raise ProblemError(f"fn must be a function of a cell, got {type(fn).__name__}.")
+    return run_cells(fn, cells, folder=folder, executor=executor, retry=retry, code=_code(fn))
+
+
+def run_cells(
+    fn: Callable[[Any], Any],
+    cells: Iterable[Any],
+    *,
+    folder: str | Path,
+    executor: Any,
+    retry: bool,
+    code: str | None,
+) -> list[Outcome]:
+    """Do what `sweep` does.
+
+    Args:
+        fn: as in `sweep`.
+        cells: as in `sweep`.
+        folder: as in `sweep`.
+        executor: as in `sweep`.
+        retry: as in `sweep`.
+        code: what finished cells must name, so that no warning is given; None: the cells
+            themselves say by which code they are.
+    """
     folder, cells = Path(folder), list(cells)
     paths = [folder / f"{name_of(cell)}.json" for cell in cells]
     try:
@@ -93,18 +120,19 @@ def sweep(
     except OSError as error:
         raise unwritable("folder", folder, error) from error
     # A cell that is given twice is one cell.
+    known = {path: _read(path, fn) for path in paths}
     todo = {
         path: cell
         for path, cell in zip(paths, cells, strict=True)
-        if not _settled(_read(path, fn), retry)
+        if not _settled(known[path], retry)
     }
-    _run(fn, todo, len(set(paths)), executor, retry)
+    _warn_of_changes([r for path, r in known.items() if r and path not in todo], code, folder)
+    _run(fn, todo, len(known), executor, (code, retry))
     found = []
     for cell, path in zip(cells, paths, strict=True):
         record = _read(path, fn)
         assert record is not None, path
-        known = (record["result"], record["error"], record["seconds"])
-        found.append(Outcome(cell, *known, path))
+        found.append(Outcome(cell, record["result"], record["error"], record["seconds"], path))
     failed = [outcome for outcome in {o.path: o for o in found}.values() if outcome.error]
     if failed:
         last = (failed[0].error or "").strip().splitlines()[-1]
@@ -140,7 +168,11 @@ def _plain(cell: Any) -> Any:
 
 
 def _run(
-    fn: Callable[[Any], Any], todo: dict[Path, Any], total: int, executor: Any, retry: bool
+    fn: Callable[[Any], Any],
+    todo: dict[Path, Any],
+    total: int,
+    executor: Any,
+    how: tuple[str | None, bool],
 ) -> None:
     """Run the cells that are left; those in the hands of another run come last."""
     from tqdm import tqdm
@@ -154,16 +186,16 @@ def _run(
             else:
                 busy[path] = todo[path]
 
-        _call(fn, todo, executor, (retry, False), ended)
+        _call(fn, todo, executor, (*how, False), ended)
         # Their locks are free when the other run has finished them, or has died.
-        _call(fn, dict(busy), executor, (retry, True), ended)
+        _call(fn, dict(busy), executor, (*how, True), ended)
 
 
 def _call(
     fn: Callable[[Any], Any],
     cells: dict[Path, Any],
     executor: Any,
-    how: tuple[bool, bool],
+    how: tuple[str | None, bool, bool],
     ended: Callable[[Path, bool], None],
 ) -> None:
     if executor is None:
@@ -185,13 +217,16 @@ def _call(
             future.cancel()
 
 
-def one_cell(fn: Callable[[Any], Any], cell: Any, path: Path, retry: bool, wait: bool) -> bool:
+def one_cell(
+    fn: Callable[[Any], Any], cell: Any, path: Path, code: str | None, retry: bool, wait: bool
+) -> bool:
     """Run one cell under its lock and write its file; return whether it has one.
 
     Args:
         fn: the function.
         cell: what it takes.
         path: of the cell's file.
+        code: the hash of the function, for the file.
         retry: whether a failure that another run has written before counts as nothing.
         wait: whether to wait while another run has the lock; otherwise the answer is False.
     """
@@ -204,7 +239,7 @@ def one_cell(fn: Callable[[Any], Any], cell: Any, path: Path, retry: bool, wait:
             # It may have ended while we waited: then its file is another one than before.
             now = _read(path, fn)
             if not (_settled(now, retry) or now != before):
-                write_json(path, _record(fn, cell), indent=1)
+                write_json(path, _record(fn, cell, code), indent=1)
             # Whoever opens a new lock from here on finds the file, so the old one may go.
             with contextlib.suppress(OSError):
                 Path(lock.lock_file).unlink(missing_ok=True)
@@ -213,7 +248,7 @@ def one_cell(fn: Callable[[Any], Any], cell: Any, path: Path, retry: bool, wait:
     return True
 
 
-def _record(fn: Callable[[Any], Any], cell: Any) -> dict[str, Any]:
+def _record(fn: Callable[[Any], Any], cell: Any, code: str | None) -> dict[str, Any]:
     start = time.perf_counter()
     result, trace = None, None
     try:
@@ -224,6 +259,7 @@ def _record(fn: Callable[[Any], Any], cell: Any) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     return {
         "function": _function(fn),
+        "code": code,
         "cell": _plain(cell),
         "result": result,
         "error": trace,
@@ -252,6 +288,28 @@ def _read(path: Path, fn: Callable[[Any], Any]) -> dict[str, Any] | None:
             "another folder."
         )
     return record
+
+
+def _code(fn: Any) -> str | None:
+    try:
+        return digest(fn)
+    except ProblemError:
+        # It hides what it holds, such as a lock: a change cannot be seen.
+        return None
+
+
+def _warn_of_changes(records: list[dict[str, Any]], code: str | None, folder: Path) -> None:
+    if code is None:
+        return
+    others = [r for r in records if r.get("code") not in (None, code)]
+    if others:
+        warnings.warn(
+            f"{len(others)} of {len(records)} finished cells in {str(folder)!r} are of other code: "
+            f"{others[0]['function']}, something that it reads, torch or metafocus has changed. "
+            "Name another folder, or remove their files to run them again.",
+            ChangedWarning,
+            stacklevel=4,
+        )
 
 
 def _function(fn: Any) -> str:

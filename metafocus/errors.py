@@ -51,6 +51,10 @@ class RebuiltWarning(UserWarning):
     """The same meta loss is built again and again, and its checks run each time."""
 
 
+class ChangedWarning(UserWarning):
+    """A result that was kept is of other code than the function has now."""
+
+
 class RecompiledWarning(UserWarning):
     """A compiled hypergradient is compiled again and again, for ever new shapes or constants."""
 

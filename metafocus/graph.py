@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metafocus import params as pt
-from metafocus.closures import closures_of
+from metafocus.closures import Unseen, closures_of
 from metafocus.errors import MetafocusError, ProblemError, TransformError
 from metafocus.factories import picklable
-from metafocus.problem import check_params, refuse_empty
+from metafocus.problem import check_params, is_frozen, refuse_empty
 from metafocus.torch_internals import (
     compiled_for_unknown,
     operator_arguments,
@@ -52,9 +52,9 @@ def compiled(
     Inputs may change: other types or devices are compiled anew. Shapes of the episode may too: the
     second set of shapes is compiled with the sizes that changed as unknowns, and serves all further
     sets where the code allows that; where it does not, each set is compiled. The graphs of the 16
-    sets used last are kept. A number, a tensor that
-    is replaced, a module's mode, when closed over and changed, are noticed and compiled anew too;
-    what installed packages keep to themselves is not, nor are Python's own random numbers.
+    sets used last are kept. A number, a tensor that is replaced, a module's mode, what is frozen:
+    where the losses read one of these and it has changed, the function is compiled anew too. What
+    installed packages keep to themselves is not noticed, nor are Python's own random numbers.
 
     Args:
         hypergradient: `mf.hypergrad(meta_loss)`, of any estimator, also over tasks.
@@ -75,7 +75,8 @@ def compiled(
             the eager call raises.
         TransformError: at the first call, for what cannot be compiled: a branch on a value, a
             shape that depends on values, random numbers; inside `vmap`, `torch.func.grad` or
-            `torch.compile`; if the back end fails; if what is closed over changes at every call.
+            `torch.compile`; if the back end fails; if what is closed over changes at every call or
+            cannot be watched, as an iterator.
 
     Example:
         >>> import metafocus as mf
@@ -99,32 +100,36 @@ def compiled(
         _refuse_transforms()
         check_params(outer, "outer", "outer parameters")
         refuse_empty(outer, "compiled")
+        frozen = frozenset(k for k, v in outer.items() if is_frozen(v))
+        at = _with_frozen(hypergradient, frozen)
         outer, episode = pt.detach((outer, episode))
         leaves, spec = pytree.tree_flatten((outer, episode))
         tensors = pt.tensors(leaves)
-        around = (spec, *_ambient(leaves))
+        around = (spec, frozen, *_ambient(leaves))
         family = (*around, *_family(leaves, len(outer))) if dynamic else None
         key = (*around, *map(_kind, leaves))
         found, trace = traces.find((key, family), tensors)
         now, count = closures_of(hypergradient), 0
+        _refuse_unseen(now)
         if trace is not None and trace.closures != now:
             count = trace.retraces + 1
             if count > RETRACES:
                 raise TransformError(
                     f"compiled: {_changed(trace.closures, now)} changes from call to call, and "
-                    "each change is compiled anew. Pass it in outer or in the episode, as a tensor."
+                    "each change is compiled anew. Pass it in outer or in the episode, as a "
+                    "tensor; or write a loss that does not reach it."
                 )
             traces.drop(found)
             trace = None
         if trace is None:
             with torch.no_grad():
-                eager = _checked(hypergradient(outer, episode))
+                eager = _checked(at(outer, episode))
             graph, fits = None, None
             dims = traces.changing(family, tensors) if dynamic and not count else None
             if dims is not None:
-                graph, fits = _for_many(hypergradient, outer, episode, dims)
+                graph, fits = _for_many(at, outer, episode, dims)
             if graph is None:
-                graph, _ = _graph(hypergradient, outer, episode)
+                graph, _ = _graph(at, outer, episode)
             _refuse_random(graph)
             run = _compile(graph, tensors, None if fits is None else dims, settings)
             # The eager call may change what is closed over: it keeps what a preflight found.
@@ -136,6 +141,16 @@ def compiled(
         return pytree.tree_unflatten(outputs, trace.out_spec)
 
     return run
+
+
+def _with_frozen(hypergradient: Hypergrad, names: frozenset[str]) -> Hypergrad:
+    """Return a hypergradient that takes some of its outer parameters for frozen ones."""
+
+    def at(outer: Params, episode: Any) -> tuple[Params, tuple[Tensor, Aux]]:
+        frozen = {k: nn.Parameter(outer[k], requires_grad=False) for k in names}
+        return hypergradient({k: frozen.get(k, v) for k, v in outer.items()}, episode)
+
+    return at
 
 
 def _checked(result: Any) -> Any:
@@ -214,6 +229,17 @@ def _refuse_transforms() -> None:
         )
 
 
+def _refuse_unseen(closures: dict[str, Any]) -> None:
+    for name, value in closures.items():
+        if isinstance(value, Unseen):
+            raise TransformError(
+                f"compiled: {name} is a {type(value.value).__name__} that may change without "
+                "notice: an iterator, or a large container or array. Pass what the losses read of "
+                "it in outer or in the episode, as tensors, and write a loss that reaches nothing "
+                "else: a function of its arguments, not a method of an object that holds all data."
+            )
+
+
 def _refuse_random(graph: torch.fx.GraphModule) -> None:
     for node in graph.graph.nodes:
         if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
@@ -233,9 +259,10 @@ def _refuse_random(graph: torch.fx.GraphModule) -> None:
 
 def _kind(x: Any) -> Any:
     if isinstance(x, Tensor):
-        return x.shape, x.stride(), x.dtype, x.device
+        return x.shape, x.stride(), x.dtype, x.device, x.is_conj(), x.is_neg()
     if isinstance(x, bool | int | float | str | bytes | type(None)):
-        return type(x), x
+        # 0.0 equals -0.0, and NaN differs from itself.
+        return type(x), repr(x) if isinstance(x, float) else x
     raise ProblemError(
         f"compiled: outer and episode must hold tensors and constants, got {type(x).__name__}."
     )
@@ -244,7 +271,7 @@ def _kind(x: Any) -> Any:
 def _family(leaves: list[Any], outer: int) -> list[Any]:
     """Return what sets of inputs have in common that one graph may serve."""
     return [
-        (x.ndim, x.dtype, x.device)
+        (x.ndim, x.dtype, x.device, x.is_conj(), x.is_neg())
         if i >= outer and isinstance(x, Tensor) and x.is_contiguous()
         else _kind(x)
         for i, x in enumerate(leaves)

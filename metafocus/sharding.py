@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from metafocus.errors import ProblemError
 from metafocus.torch_internals import is_wrapper, runs_beside_ddp
@@ -39,6 +40,13 @@ HOOKED = Sharding.FSDP2 | Sharding.TP | Sharding.DTENSOR
 """Weights that are whole, if ever, only while the hooks of their modules let them be."""
 
 
+class Gathers(nn.Module):
+    """The base of the parametrization that `parametrise` registers, by which it is recognised.
+
+    A model may have parametrizations of its own, such as `weight_norm`.
+    """
+
+
 def sharding_of(model: nn.Module) -> Sharding:
     """Return how a model is sharded, from the types of its modules, its meshes and its settings.
 
@@ -55,7 +63,7 @@ def sharding_of(model: nn.Module) -> Sharding:
     if any(_is_fsdp2(module) for module in model.modules()):
         found |= Sharding.FSDP2
     wrapped = {name: p for name, p in model.named_parameters() if hasattr(p, "device_mesh")}
-    gathered = {name for name in wrapped if is_parametrised(name)}
+    gathered = plain_names(model).keys()
     if gathered:
         found |= Sharding.PARAMETRISED
     if _tensor_parallel(model) or any(_names_tp(p) for p in wrapped.values()):
@@ -74,21 +82,24 @@ def class_of(model: nn.Module) -> type[nn.Module]:
     return next(k for k in kinds if fsdp is None or not issubclass(k, fsdp.FSDPModule))
 
 
-def is_parametrised(name: str) -> bool:
-    """Return whether a parameter of this name goes through `torch.nn.utils.parametrize`."""
-    return "parametrizations." in name and name.rpartition(".")[2].startswith("original")
-
-
-def plain_name(name: str) -> str:
-    """Return the name that a parameter had before it was parametrised.
+def plain_names(model: nn.Module) -> dict[str, str]:
+    """Return, by its present name, the name that each parameter had before `parametrise`.
 
     Example:
-        >>> plain_name("mlp.up_proj.parametrizations.weight.original")
-        'mlp.up_proj.weight'
+        >>> plain_names(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
+        {}
     """
-    if not is_parametrised(name):
-        return name
-    return name.replace("parametrizations.", "").rpartition(".")[0]
+    return {
+        f"{path}.original": "".join(path.rsplit("parametrizations.", 1))
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, ParametrizationList) and isinstance(module[0], Gathers)
+    }
+
+
+def _is_part(name: str, value: Any) -> bool:
+    """Return whether an outer parameter is this process's part of a parametrised weight."""
+    ours = "parametrizations." in name and name.endswith(".original")
+    return ours and is_wrapper(value)
 
 
 def refuse_parts(fast: dict[str, Any], outer: dict[str, Any]) -> None:
@@ -100,7 +111,7 @@ def refuse_parts(fast: dict[str, Any], outer: dict[str, Any]) -> None:
         ProblemError: naming the fast weight.
     """
     for name in fast:
-        if is_parametrised(name) and is_wrapper(outer.get(name)):
+        if _is_part(name, outer.get(name)):
             raise ProblemError(
                 f"the fast weight {name!r} is a part of a weight that parametrise has sharded: its "
                 "gradient would mix the tasks of all processes. Use fast weights of their own "
@@ -153,8 +164,7 @@ def local_parts(outer: dict[str, Any]) -> dict[str, Any]:
         outer: outer parameters by name.
     """
     return {
-        name: value.to_local() if is_parametrised(name) and is_wrapper(value) else value
-        for name, value in outer.items()
+        name: value.to_local() if _is_part(name, value) else value for name, value in outer.items()
     }
 
 

@@ -251,6 +251,48 @@ def test_files_are_bounded_together(way):
     assert ran.code != 0 and "File too large" in ran.output
 
 
+REMOVED = """\
+import mmap, os, time
+kept = []
+for i in range(20):
+    file = open('f', 'w+b')
+    file.write(bytes(1 << 20)); file.flush()
+    kept.append(KEPT)
+    os.unlink('f')
+    del file
+    time.sleep(0.05)
+print(len(kept))
+"""
+
+
+@pytest.mark.parametrize("kept", ["file", "mmap.mmap(file.fileno(), 4096)"])
+def test_files_without_a_name_are_counted_too(way, kept):
+    """Removed, but open or mapped: the disk has them until the program ends."""
+    code = REMOVED.replace("KEPT", kept)
+    ran = run_python(code, Limits(disk=1 << 23, file=1 << 20, seconds=30))
+    assert ran.stopped == "files" or "No space left" in ran.output
+    ran = run_python(code, Limits(disk=1 << 25, file=1 << 20, seconds=30))
+    assert ran.output == "20\n"
+
+
+def test_the_program_is_the_first_to_end_where_memory_runs_out(way, tmp_path, monkeypatch):
+    monkeypatch.setattr(sandbox.folders.tempfile, "tempdir", str(tmp_path))
+    thread = threading.Thread(target=run_python, args=("import time; time.sleep(2)",))
+    thread.start()
+    scores = set()
+    while thread.is_alive():
+        for process in running(tmp_path):
+            try:
+                scores.add((process, Path(f"/proc/{process}/oom_score_adj").read_text()))
+            except OSError:
+                continue
+        time.sleep(0.02)
+    last_of_each = dict(sorted(scores, key=lambda found: int(found[1])))
+    assert set(last_of_each.values()) == {"1000\n"}
+    lower = run_python("open('/proc/self/oom_score_adj', 'w').write('0')")
+    assert refused(lower)
+
+
 def test_a_flood_of_output(way):
     limits = Limits(output=1000, seconds=30)
     for code in (
@@ -285,6 +327,19 @@ REFUSED = {
     "namespaces": "import os\nos.unshare(os.CLONE_NEWUSER)"
     if sys.version_info >= (3, 12)
     else LIBC + "if libc.unshare(1 << 28): raise PermissionError",
+    "signal of a pipe": "import fcntl, os\nfcntl.fcntl(os.pipe()[0], fcntl.F_SETOWN, {pid})",
+    "signal of a pipe, as a structure": "import fcntl, os, struct\n"
+    "fcntl.fcntl(os.pipe()[0], 15, struct.pack('ii', 1, {pid}))",
+    "signal of a pipe, by ioctl": "import fcntl, os, struct\n"
+    "fcntl.ioctl(os.pipe()[0], 0x8901, struct.pack('i', {pid}))",
+    "lease": "import fcntl, os, sys\n"
+    "fcntl.fcntl(os.open(sys.executable, os.O_RDONLY), fcntl.F_SETLEASE, fcntl.F_RDLCK)",
+    "attributes": "import fcntl, sys\nfcntl.ioctl(open(sys.executable), 0x40086602, bytes(8))",
+    "file in a message": "import os, socket\n"
+    "socket.send_fds(socket.socketpair()[0], [b'x'], [os.pipe()[0]])",
+    "table of open files": LIBC + "import platform\n"
+    "number = 56 if platform.machine() == 'x86_64' else 220\n"
+    "if libc.syscall(number, 0x10900, 0, 0, 0, 0) < 0: raise PermissionError",
     "death signal": LIBC + "if libc.prctl(1, 0, 0, 0, 0): raise PermissionError",
     "capabilities": LIBC + "if libc.sethostname(b'x', 1): raise PermissionError",
 }
@@ -369,6 +424,42 @@ def test_a_killed_evaluation_leaves_no_program_running(way, tmp_path):
     (left,) = tmp_path.iterdir()
     folders.remove_left.__wrapped__(str(tmp_path))
     assert not left.exists()
+
+
+KILLED = """\
+import os, signal, time
+from metafocus.evals.agentic import Limits, Walls, run_python, sandbox, walls
+if LANDLOCK: sandbox.walls = lambda: Walls(False, walls().landlock, True)
+else: walls()
+for i in range(20):
+    pid = os.fork()
+    if not pid:
+        run_python('import time; time.sleep(300)', Limits(seconds=300, cpu_seconds=300))
+    time.sleep(0.01 * i)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+"""
+
+
+def test_an_evaluation_that_is_killed_at_any_moment_leaves_no_program(way, tmp_path):
+    """While the program starts, too: every 10 ms of the first 200."""
+    code = KILLED.replace("LANDLOCK", str(way == "landlock"))
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
+    assert gone(tmp_path)
+
+
+def test_a_program_whose_evaluation_is_gone_already_does_not_begin(way, tmp_path):
+    """Killed before the signal is set: nobody reads the output any more."""
+    (tmp_path / "program.py").write_text("import sys; sys.exit(7)")
+    command = sandbox._command(str(tmp_path), Limits(), way)
+    reader, writer = os.pipe()
+    for code in (7, 1):
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=writer, stderr=writer)
+        assert process.wait(30) == code
+        if code == 7:
+            os.close(reader)
+    os.close(writer)
 
 
 def test_only_directories_that_nobody_uses_are_removed(tmp_path, monkeypatch):

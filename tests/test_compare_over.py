@@ -10,13 +10,13 @@ import comparing
 import pytest
 import torch
 from comparing import PROBLEM, RATE, STEPS, episode, outer, tasks
+from hashed import Loss
 from sweeping import pool
 
 import metafocus as mf
 from metafocus.comparison.agreement import agreement, bias_and_spread
 from metafocus.comparison.averages import T_95, interval
 from metafocus.comparison.verdicts import ADVICE, advice
-from metafocus.digests import digest
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -146,25 +146,41 @@ def test_generators_are_seeded_anew_for_each_seed():
     assert run(others=others, seeds=2).rows[-1]["relative_error"] == few["relative_error"]
 
 
-def test_a_seed_that_diverges_is_counted():
-    def at(seed):
-        return {"w": outer(seed)["w"] * (1e200 if seed == 1 else 1.0)}
+def diverging(*seeds):
+    return lambda seed: {"w": outer(seed)["w"] * (1e200 if seed in seeds else 1.0)}
 
+
+def test_a_seed_that_diverges_is_counted():
     # The reference is given, so that one seed has no hypergradient and the others do.
-    found = run(at=at, seeds=3, reference={"w": torch.ones(4)})
+    found = run(at=diverging(1), seeds=3, reference={"w": torch.ones(4)})
     row = found.rows[-1]
     assert row["diverged"] == 1 and row["verdict"] == "diverged"
-    assert row["relative_error"] is not None
+    assert row["relative_error_low"] <= row["relative_error"] <= row["relative_error_high"]
+    assert "(2 of 3 seeds)" in found.table() and "(2 of 3 seeds)" in found.to_latex()
+
+
+def test_one_finite_seed_has_no_interval(tmp_path):
+    over = {"steps": [1, 2]}
+    found = run(over, at=diverging(1, 2), seeds=3, reference={"w": torch.ones(4)})
+    for row in found.rows:
+        assert row["relative_error"] is not None and row["diverged"] == 2
+        for key in ("relative_error", "cosine", "norm_ratio", "seconds"):
+            assert row[f"{key}_low"] is None and row[f"{key}_high"] is None
+    assert "±" not in found.table() and "(1 of 3 seeds)" in found.table()
+    assert "[" not in found.to_latex()
+    found.plot(tmp_path / "curves.png")
+    found.pareto(tmp_path / "pareto.png")
 
 
 def test_intervals():
-    assert interval([2.0]) == (2.0, 2.0)
+    assert interval([2.0]) == interval([]) == (None, None)
     low, high = interval([1.0, 2.0, 3.0, 4.0, 5.0])
     # Mean 3, standard error sqrt(1/2), t of four degrees of freedom 2.776.
     assert (low, high) == pytest.approx((3 - 2.776 / 2**0.5, 3 + 2.776 / 2**0.5))
     many = [float(i % 2) for i in range(1000)]
     low, high = interval(many)
     # Nearly normal: 1.96 standard errors of a half each way.
+    assert low is not None and high is not None
     assert high - 0.5 == pytest.approx(1.962 * statistics.stdev(many) / 1000**0.5, rel=1e-3)
 
 
@@ -207,7 +223,7 @@ def test_a_hypergradient_function_is_a_reference():
 
 
 def test_central_differences_of_many_parameters_are_refused():
-    with pytest.raises(mf.errors.ProblemError, match="two inner loops for each of the 10,001"):
+    with pytest.raises(mf.errors.ProblemError, match="six inner loops for each of the 10,001"):
         run(at={"w": torch.zeros(10_001)}, reference="central differences")
 
 
@@ -224,8 +240,43 @@ def test_tasks():
     assert row["relative_error"] == pytest.approx(error, rel=1e-12)
     with pytest.raises(mf.errors.ProblemError, match="6 tasks, and the episode holds 5"):
         run({"tasks": [6]}, data=tasks())
-    with pytest.raises(mf.errors.ProblemError, match="'soba' cannot run over tasks"):
-        run({"tasks": [2]}, data=tasks(), others={"soba": comparing.soba})
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        mf.algorithms.SOBA(PROBLEM, inner_lr=RATE, v_lr=RATE),
+        mf.algorithms.AmIGO(PROBLEM, inner_lr=RATE, v_lr=RATE, inner_steps=2, v_steps=3),
+        mf.algorithms.F2SA(PROBLEM, inner_lr=RATE, strength=5.0),
+        mf.algorithms.BOME(PROBLEM, inner_lr=RATE, fast_lr=RATE, inner_steps=2),
+    ],
+)
+def test_single_loop_algorithms_over_tasks(algorithm):
+    """The mean over tasks of what each says alone, in the order in which tasks are drawn."""
+    exact = mf.over_tasks(mf.bilevel(PROBLEM, solver=mf.SGD(RATE, 2), estimator=mf.Unrolled()))
+    truth = mf.hypergrad(exact)(outer(), tasks())[0]["w"]
+    found = []
+    for i in range(5):
+        state, grads = algorithm.init(outer(), episode(i).support), {}
+        for _ in range(2):
+            grads, state, _ = algorithm.step(outer(), state, episode(i))
+        found.append(grads["w"])
+    error = float((torch.stack(found).mean(0) - truth).norm() / truth.norm())
+    rows = run({"tasks": [5]}, data=tasks(), others={"single": algorithm}).rows
+    assert rows[-1]["relative_error"] == pytest.approx(error, rel=1e-9)
+
+
+def test_compiled_forms_over_tasks():
+    meta = mf.bilevel(PROBLEM, solver=mf.SGD(RATE, 2), estimator=mf.Unrolled())
+    others = {
+        "hypergrad": mf.hypergrad(meta),
+        "compiled": mf.compiled(hypergradient=mf.hypergrad(meta), backend="eager"),
+    }
+    found = run({"tasks": [1, 5]}, data=tasks(), others=others)
+    assert [r["verdict"] for r in found.rows if r["name"] in others] == ["exact"] * 4
+    own = mf.compiled(lambda outer, episode: mf.hypergrad(meta)(outer, episode), backend="eager")
+    with pytest.raises(mf.errors.ProblemError, match="'own' compiles a function of its own"):
+        run({"tasks": [2]}, data=tasks(), others={"own": own})
 
 
 def test_single_loop_algorithms():
@@ -279,6 +330,30 @@ def test_another_problem_is_another_cell(tmp_path):
     assert len(list(tmp_path.glob("*.json"))) == 4 * count
 
 
+def test_a_class_that_changes_is_another_cell(tmp_path, monkeypatch):
+    """The object is the same, the code of its class is not: a kept result would be of the old."""
+    loss = Loss(1.0)
+    problem = mf.Problem(loss, loss)
+
+    def error():
+        return mf.compare(
+            problem,
+            outer(),
+            episode(),
+            solver=mf.SGD(RATE, steps=2),
+            estimators={"first-order": mf.FirstOrder()},
+            reference=mf.Unrolled(),
+            repeats=1,
+            folder=tmp_path,
+        ).rows[0]["relative_error"]
+
+    before = error()
+    assert error() == before and len(list(tmp_path.glob("*.json"))) == 1
+    monkeypatch.setattr(Loss, "__call__", lambda self, fast, slow, x: (fast["w"] ** 4 * x).sum())
+    assert error() != before
+    assert len(list(tmp_path.glob("*.json"))) == 2
+
+
 def test_cells_of_equal_content_run_once(tmp_path):
     # First order has no such field: it is one cell for both values.
     run({"estimator.last": [1, 2]}, folder=tmp_path)
@@ -303,25 +378,6 @@ def test_an_executor_gives_the_same(tmp_path):
         there = run({"steps": [1, 2]}, executor=executor, **options)
     here = run({"steps": [1, 2]}, **options)
     assert [plain(r) for r in there.rows] == [plain(r) for r in here.rows]
-
-
-def scaled(factor):
-    return lambda x: factor * x
-
-
-def test_digests():
-    assert digest(scaled(2.0)) == digest(scaled(2.0)) != digest(scaled(3.0))
-    assert digest(mf.CG(5)) != digest(mf.CG(6))
-    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
-    assert digest(torch.zeros(3)) != digest(torch.zeros(3, 1)) != digest(torch.zeros(3).double())
-    assert digest(["ab", "c"]) != digest(["a", "bc"])
-    meta = [mf.bilevel(PROBLEM, solver=mf.SGD(r, 2), estimator=mf.Unrolled()) for r in (0.1, 0.2)]
-    assert digest(meta[0]) != digest(meta[1])
-    one, two = (torch.nn.Linear(2, 2) for _ in range(2))
-    assert digest(one) == digest(one) != digest(two)
-    assert digest(one.weight) != digest(one.weight.requires_grad_(False))
-    with pytest.raises(mf.errors.ProblemError, match="generator cannot be hashed"):
-        digest(x for x in "a")
 
 
 # --- what is shown ---------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from commands import chat, run, training, tree, write
 
 from metafocus.cli.dry_run import _duration, planned_steps, shortened
 from metafocus.cli.settings import parse
+from metafocus.trainer import FocusTrainer
 
 
 @pytest.fixture
@@ -36,6 +37,19 @@ def test_it_prints_time_and_memory_and_writes_nothing(chats, tmp_path):
     assert state == pytest.approx(2 * weights, abs=0.2)
     (peak,) = re.findall(r"^peak +([\d,]+) MB in this process", out, re.M)
     assert float(peak.replace(",", "")) > weights + gradients + state
+
+
+def test_nothing_is_evaluated(chats, tmp_path, monkeypatch):
+    """Whatever asks for it; held-out chats are not even encoded."""
+
+    def evaluates(self, *args, **kwargs):
+        raise AssertionError("evaluated")
+
+    monkeypatch.setattr(FocusTrainer, "evaluate", evaluates)
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
+    best = {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 1}
+    out = dry(chats, tmp_path, validation_file=chats, **settings, **best)
+    assert "held out" not in out
 
 
 def test_a_directory_with_a_run_in_it_is_left_alone(chats, tmp_path):

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent / "metafocus"
 
 # From bottom to top: a file knows its own row's folder and the rows before it.
 ORDER = """
-errors types torch_internals params precision checks files cells factories digests
+errors types torch_internals params precision checks files factories digests cells
 rng parallel calls closures sharding
 streams problem autodiff linear solvers estimators
 preflight path engine tasks explaining algorithms traces graph comparison

@@ -496,7 +496,7 @@ def test_different_numbers_for_each_task(how):
 
 def test_auto_is_one_chunk_where_numbers_differ(monkeypatch):
     """The numbers of a task do not depend on a size that nobody asked for."""
-    monkeypatch.setattr("metafocus.tasks.CHUNK", 2)
+    monkeypatch.setattr("metafocus.tasks.chunks.CHUNK", 2)
     got = seeded(noisy_meta(randomness="different"))
     want = seeded(noisy_meta(randomness="different", **WHOLE))
     assert_close(got[0], want[0], 0.0)

@@ -71,9 +71,12 @@ def test_a_failure_is_kept_and_the_others_go_on(tmp_path, capsys, executor):
         assert "2 of 8 cells failed, the first with ArithmeticError" in capsys.readouterr().err
         # They stay as they are until they are asked for.
         mended = Noted(str(noted))
-        assert [o.error for o in mf.sweep(mended, CELLS, **options)] == [o.error for o in found]
+        with pytest.warns(mf.errors.ChangedWarning, match="8 of 8 finished cells"):
+            again = mf.sweep(mended, CELLS, **options)
+        assert [o.error for o in again] == [o.error for o in found]
         assert len(calls(noted)) == 8
-        assert values(mf.sweep(mended, CELLS, retry=True, **options)) == VALUES
+        with pytest.warns(mf.errors.ChangedWarning, match="6 of 6 finished cells"):
+            assert values(mf.sweep(mended, CELLS, retry=True, **options)) == VALUES
         assert len(calls(noted)) == 10
 
 
@@ -135,9 +138,27 @@ def test_another_function_in_the_same_folder_is_refused(tmp_path):
     mf.sweep(Noted(str(tmp_path / "calls")), CELLS[:1], folder=tmp_path / "out")
     with pytest.raises(mf.errors.DataError, match="holds results of Noted, not of str"):
         mf.sweep(str, CELLS[:1], folder=tmp_path / "out")
-    # A partial function is the one that it calls.
+    # A partial function has the name of the one that it calls.
     mf.sweep(functools.partial(str), [0], folder=tmp_path / "text")
-    assert mf.sweep(str, [0], folder=tmp_path / "text")[0].result == "0"
+    with pytest.warns(mf.errors.ChangedWarning):
+        assert mf.sweep(str, [0], folder=tmp_path / "text")[0].result == "0"
+
+
+def test_a_function_that_has_changed_is_told(tmp_path):
+    def times(factor):
+        return lambda cell: factor * cell
+
+    mf.sweep(times(2), [1, 2], folder=tmp_path)
+    # Another object of the same content is the same function.
+    assert [o.result for o in mf.sweep(times(2), [1, 2], folder=tmp_path)] == [2, 4]
+    with pytest.warns(mf.errors.ChangedWarning, match="2 of 2 finished cells .* are of other code"):
+        found = mf.sweep(times(3), [1, 2, 3], folder=tmp_path)
+    assert [o.result for o in found] == [2, 4, 9]
+    # Files of before, and functions that hide what they hold, say nothing of their code.
+    lock = threading.Lock()
+    mf.sweep(lambda cell: lock.locked(), [1], folder=tmp_path / "lock")
+    mf.sweep(lambda cell: lock.acquire(), [1], folder=tmp_path / "lock")
+    assert not lock.locked()
 
 
 def test_an_interrupt_ends_the_sweep_and_leaves_no_file(tmp_path):
@@ -214,7 +235,8 @@ def test_killed_twice_equals_uninterrupted(tmp_path, how):
             # The whole session: the workers of a pool too.
             os.killpg(process.pid, signal.SIGKILL)
     stopped = len(calls(noted)) - len(files(folder))
-    found = mf.sweep(Noted(str(noted)), CELLS, folder=folder)
+    # Of the same content as the script's.
+    found = mf.sweep(Noted(str(noted), seconds=0.15), CELLS, folder=folder)
     whole = mf.sweep(Noted(str(tmp_path / "other")), CELLS, folder=tmp_path / "whole")
     assert values(found) == values(whole) == VALUES
     assert files(folder) == files(tmp_path / "whole")
@@ -257,7 +279,8 @@ def test_submitit(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_dask(tmp_path, monkeypatch):
-    distributed = pytest.importorskip("distributed")
+    # By its other name: a folder of the tests is called distributed.
+    distributed = pytest.importorskip("dask.distributed")
     importable(monkeypatch)
     fn = Noted(str(tmp_path / "calls"))
     with (

@@ -516,6 +516,17 @@ def test_hooks():
     assert len(ti.forward_hooks(layer)) == 1
 
 
+def test_plain_attributes():
+    """`closures` watches what a module holds besides weights and children."""
+    layer = nn.BatchNorm1d(2)
+    layer.inner, layer.rates = nn.Linear(2, 2), [1.0]
+    found = ti.plain_attributes(layer)
+    assert found["eps"] == layer.eps and found["rates"] is layer.rates and found["training"]
+    assert not {"weight", "running_mean", "inner"} & set(found)
+    tables = (ti.parameter_table(layer), ti.child_table(layer), *ti.weight_tables(layer))
+    assert not any(x is table for x in found.values() for table in tables)
+
+
 def test_backward_hooks():
     """`_backward_hooks`, `_backward_pre_hooks`: a head that has some is called, not multiplied."""
     for register in ("register_full_backward_hook", "register_full_backward_pre_hook"):

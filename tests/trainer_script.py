@@ -11,14 +11,13 @@ import json
 import os
 import random
 import signal
-import socket
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from processes import environments, forked, wait
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 
@@ -202,14 +201,7 @@ def ranks(folder: Path) -> None:
 
 def pair(work) -> list[int]:
     """Run `work(rank)` in two processes of one group."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    pids = []
-    for rank in range(2):
-        env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
-        pids.append(forked(lambda r=rank: work(r), env))
+    pids = [forked(lambda r=r: work(r), env) for r, env in enumerate(environments(2))]
     return [wait(pid) for pid in pids]
 
 
@@ -328,35 +320,6 @@ def sharded(estimator, rank: int, *, checkpointing: bool = False) -> torch.Tenso
         for module in (*model.model.layers, model):
             module.reshard()
     return torch.cat([p.grad.full_tensor().flatten() for p in model.parameters()])
-
-
-# --- processes -------------------------------------------------------------------------------
-
-
-def forked(work, env: dict[str, str] | None = None) -> int:
-    with warnings.catch_warnings():
-        # Python 3.12 warns that other threads may hold locks; torch's pool is left alone here.
-        warnings.filterwarnings("ignore", ".*multi-threaded", DeprecationWarning)
-        pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        os.environ.update(env or {})
-        work()
-        code = 0
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def wait(pid: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 if __name__ == "__main__":

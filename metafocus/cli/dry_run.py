@@ -41,7 +41,7 @@ def shortened(samples: Sequence[Sample], args: FocusArguments) -> list[Sample]:
     args.save_strategy = SaveStrategy.NO
     args.eval_strategy = args.logging_strategy = IntervalStrategy.NO
     args.report_to = []
-    args.push_to_hub = args.load_best_model_at_end = False
+    args.push_to_hub = args.load_best_model_at_end = args.eval_on_start = False
     return [*heavy, *heavy, *(samples[i] for i in typical)]
 
 

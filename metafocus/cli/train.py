@@ -86,7 +86,9 @@ def _run(settings: Settings, output: Path, resume: str | bool | None) -> FocusTr
     if train is None:
         train, heldout = splits.documentation(data, tokenizer, args.seed, heldout)
     samples = _encoded("train", train[: data.max_train_samples], tokenizer, settings)
-    held = _encoded("held out", heldout[: data.max_eval_samples], tokenizer, settings)
+    # A dry run evaluates nothing.
+    heldout = [] if data.dry_run else heldout[: data.max_eval_samples]
+    held = _encoded("held out", heldout, tokenizer, settings)
     rows = Packed(samples, data.max_length) if data.packing else samples
     planned = dry_run.planned_steps(rows, args)
     trainer = FocusTrainer(

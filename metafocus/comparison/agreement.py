@@ -43,19 +43,19 @@ def agreement(draw: Params, exact: Params) -> Agreement:
         draw: the hypergradient.
         exact: of the same names and shapes.
     """
-    size, length = _norm(exact), _norm(draw)
+    size, length = norm(exact), norm(draw)
     gap = pt.sub(draw, exact)
     inner = _dot(draw, exact)
     # Rounding may leave the interval.
     cosine = inner / (size * length) if length > 0 and size > 0 else 0.0
     cosine = min(max(cosine, -1.0), 1.0)
     sketch = [x / size if size else x for x in _sketch(gap)]
-    return Agreement(_over(_norm(gap), size), cosine, _over(length, size), sketch)
+    return Agreement(_over(norm(gap), size), cosine, _over(length, size), sketch)
 
 
 def distance(a: Params, b: Params, exact: Params) -> float:
     """Return `|a - b| / |exact|`."""
-    return _over(_norm(pt.sub(a, b)), _norm(exact))
+    return _over(norm(pt.sub(a, b)), norm(exact))
 
 
 def bias_and_spread(found: Sequence[Agreement]) -> tuple[float, float] | None:
@@ -99,7 +99,8 @@ def _dot(a: Params, b: Params) -> float:
     return sum(float((x.double() * y.double()).sum()) for x, y in pairs)
 
 
-def _norm(a: Params) -> float:
+def norm(a: Params) -> float:
+    """Return the norm of all entries together, computed in float64."""
     return math.sqrt(_dot(a, a))
 
 

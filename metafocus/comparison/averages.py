@@ -27,20 +27,36 @@ BOUNDS = {"relative_error": (0.0, math.inf), "cosine": (-1.0, 1.0), "norm_ratio"
 
 def interval(
     values: Sequence[float], low: float = 0.0, high: float = math.inf
-) -> tuple[float, float]:
+) -> tuple[float, float] | tuple[None, None]:
     """Return the 95 % interval of a mean (Student's t), cut at what is possible.
+
+    One value says nothing about how much others would differ: there is no interval.
 
     Example:
         >>> [round(x, 3) for x in interval([1.0, 2.0, 3.0])]
         [0.0, 4.484]
+        >>> interval([1.0])
+        (None, None)
     """
-    n, mean = len(values), statistics.fmean(values)
+    n = len(values)
     if n < 2:
-        return mean, mean
+        return None, None
+    mean = statistics.fmean(values)
     # Beyond 30, to three digits: the first terms of the expansion about the normal quantile.
     quantile = T_95[n - 2] if n - 1 <= len(T_95) else 1.96 + 2.4 / (n - 1)
     reach = quantile * statistics.stdev(values) / math.sqrt(n)
     return max(mean - reach, low), min(mean + reach, high)
+
+
+def of_seeds(row: Mapping[str, Any]) -> str:
+    """Return how many seeds a mean is over, if some had no finite hypergradient.
+
+    Example:
+        >>> of_seeds({"seeds": 5, "diverged": 4}), of_seeds({"seeds": 5, "diverged": 0})
+        (' (1 of 5 seeds)', '')
+    """
+    left = row.get("diverged")
+    return f" ({row['seeds'] - left} of {row['seeds']} seeds)" if left else ""
 
 
 def _around(first: Mapping[str, Any]) -> tuple[float, float] | None:
@@ -88,10 +104,12 @@ def row(
         found |= {"seeds": len(records), "diverged": len(records) - len(finite)}
         found["spread"] = both and both[1]
         for key, field in zip(BOUNDS, ("error", "cosine", "norm_ratio"), strict=True):
-            ends = interval([r[field] for r in finite], *BOUNDS[key]) if finite else (None, None)
+            ends = interval([r[field] for r in finite], *BOUNDS[key])
             found[f"{key}_low"], found[f"{key}_high"] = ends
-        ends = interval(seconds) if finite else (None, None)
-        found["seconds_low"], found["seconds_high"] = ends
+        found["seconds_low"], found["seconds_high"] = interval(seconds)
+    known = [r["reference_error"] for r in records if r["reference_error"] is not None]
+    if known:
+        found["reference_error"] = max(known)
     if labels:
         found["last_step_rose"] = diverges(first["inner_losses"])
     evidence = Evidence(

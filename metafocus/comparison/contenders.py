@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -46,17 +47,16 @@ def of_other(name: str, other: Any, solver: Solver, tasks: bool, seed: int) -> G
         seed: for the generators of the contender.
 
     Raises:
-        ProblemError: if it is nothing of the kind, or knows no tasks.
+        ProblemError: if it is nothing of the kind, or no mean over tasks can be made of it.
     """
     if follows_solver(other):
         other = other(solver)
     other = seeded_again(other, seed)
     if isinstance(other, Made) and other.make in (hypergrad, compiled):
-        _refuse_tasks(name, tasks)
-        return _First(other, watched=other.make is not compiled)
+        each = _of_mean(name, other) if tasks else other
+        return _First(each, watched=other.make is not compiled)
     if _is_algorithm(other) and not callable(other):
-        _refuse_tasks(name, tasks)
-        return _of_algorithm(other, max(solver.steps, 1))
+        return _of_algorithm(other, max(solver.steps, 1), tasks)
     if not callable(other):
         raise ProblemError(
             f"others: {name!r} must be a meta loss, a hypergradient of mf.hypergrad or "
@@ -105,8 +105,29 @@ def _is_algorithm(other: Any) -> bool:
     return hasattr(other, "init") and hasattr(other, "step")
 
 
-def _of_algorithm(algorithm: Any, steps: int) -> Gradient:
-    """Return what an algorithm says after some of its steps, while the outer parameters rest."""
+def _of_mean(name: str, gradient: Any) -> Any:
+    """Return the hypergradient of a meta loss as that of its mean over tasks, compiled if it was.
+
+    Raises:
+        ProblemError: if it was made of anything else: its meta loss is then unknown.
+    """
+    if not isinstance(gradient, Made) or gradient.make not in (hypergrad, compiled):
+        raise ProblemError(
+            f"others: {name!r} compiles a function of its own, of which no mean over tasks can be "
+            "made: compile mf.hypergrad(meta_loss), or leave tasks out of over."
+        )
+    given = inspect.signature(gradient.make).bind(*gradient.args, **gradient.kwargs).arguments
+    inner = given.pop(next(iter(given)))
+    if gradient.make is compiled:
+        return compiled(_of_mean(name, inner), **given)
+    return hypergrad(over_tasks(inner, aux="losses"))
+
+
+def _of_algorithm(algorithm: Any, steps: int, tasks: bool) -> Gradient:
+    """Return what an algorithm says after some of its steps, while the outer parameters rest.
+
+    Over tasks: the mean of what it says of each, with a state of its own.
+    """
 
     def run(outer: Params, episode: Any) -> Params:
         state, grads = algorithm.init(outer, episode[0]), {}
@@ -114,11 +135,8 @@ def _of_algorithm(algorithm: Any, steps: int) -> Gradient:
             grads, state, _ = algorithm.step(outer, state, episode)
         return grads
 
-    return run
+    def mean(outer: Params, episodes: Any) -> Params:
+        each = torch.func.vmap(run, in_dims=(None, 0), randomness="different")(outer, episodes)
+        return {k: v.mean(0) for k, v in each.items()}
 
-
-def _refuse_tasks(name: str, tasks: bool) -> None:
-    if tasks:
-        raise ProblemError(
-            f"others: {name!r} cannot run over tasks; give a meta loss, or leave tasks out of over."
-        )
+    return mean if tasks else run

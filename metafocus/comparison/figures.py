@@ -81,6 +81,8 @@ def curves(found: Comparison, path: str | Path) -> None:
     if any(row["norm_ratio"] and not 0.1 < row["norm_ratio"] < 10 for row in found.rows):
         norm.set_yscale("log")
     notes = ["bands: 95 % intervals of the mean"] if _several(found.rows) else []
+    if any(row.get("diverged") for row in found.rows):
+        notes.append("some seeds have no finite hypergradient and are in no mean")
     notes += _exact_note(found.rows, floor)
     if any(row.get("last_step_rose") for row in found.rows):
         notes.append("hollow: the last inner step raised the inner loss")
@@ -187,7 +189,9 @@ def _curve(
     style = LINES[numbers[1] % len(LINES)]
     panel.plot(x, [lifted(r[key]) for r in rows], style, color=colour, label=label, marker=marker)
     if rows and f"{key}_low" in rows[0]:
-        low, high = ([lifted(r[f"{key}_{end}"]) for r in rows] for end in ("low", "high"))
+        # One finite seed has no interval: the band has a gap there.
+        ends = ([r[f"{key}_{end}"] for r in rows] for end in ("low", "high"))
+        low, high = ([math.nan if x is None else lifted(x) for x in side] for side in ends)
         panel.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
     hollow = [r for r in rows if r.get("last_step_rose")]
     panel.plot(

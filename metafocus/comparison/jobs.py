@@ -20,9 +20,10 @@ from metafocus.comparison.contenders import (
     of_other,
     seeded_again,
 )
+from metafocus.comparison.differences import DIFFERENCES, Exact
 from metafocus.comparison.inner_curve import inner_curve
-from metafocus.comparison.observe import Report, drawn, examine, peak, timed
-from metafocus.comparison.reference import DIFFERENCES, exact
+from metafocus.comparison.observe import Report, drawn, drawn_exact, examine, peak, timed
+from metafocus.comparison.reference import exact
 from metafocus.digests import digest
 from metafocus.errors import NotStationaryWarning, ProblemError, RebuiltWarning
 from metafocus.files import read_tensors, write_tensors
@@ -34,6 +35,7 @@ ANOTHER = 1_000_003
 """A seed that no comparison counts up to."""
 KEPT = 10**6
 """References of up to so many entries are kept in files: central differences take long."""
+_OF = "outer."
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Work:
     folder: Path | None = None
     shared: str = ""
     jobs: Mapping[str, Job] = field(default_factory=dict)
-    last: dict[Any, Params] = field(default_factory=dict, repr=False, compare=False)
+    last: dict[Any, Exact] = field(default_factory=dict, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "last": {}}
@@ -114,7 +116,8 @@ class Work:
             truth = self._truth(jobs[0], outer, episode)
             for job in jobs:
                 gradient = self._gradient(job, job.seed)
-                found.append(self._measured(job, gradient, outer, episode, truth))
+                record = self._measured(job, gradient, outer, episode, truth.grads)
+                found.append(record | {"reference_error": truth.error})
                 gradients.append(gradient)
             for _ in range(self.repeats):
                 for record, gradient in zip(found, gradients, strict=True):
@@ -180,7 +183,7 @@ class Work:
             return of_estimator(self.problem, solver, seeded_again(part, seed), tasks)
         return of_other(job.name, part, solver, tasks, seed)
 
-    def _truth(self, job: Job, outer: Params, episode: Episode) -> Params:
+    def _truth(self, job: Job, outer: Params, episode: Episode) -> Exact:
         key = (id(job.setting), job.seed)
         if key not in self.last:
             # One at a time: each may be as large as the model.
@@ -188,14 +191,14 @@ class Work:
             self.last[key] = self._kept(job, outer, episode)
         return self.last[key]
 
-    def _kept(self, job: Job, outer: Params, episode: Episode) -> Params:
+    def _kept(self, job: Job, outer: Params, episode: Episode) -> Exact:
         small = sum(v.numel() for v in outer.values()) <= KEPT
         path = None
         if self.folder is not None and small and not isinstance(self.reference, dict):
             name = digest(self.shared, job.setting.solver, job.setting.tasks, job.seed)
             path = self.folder / "references" / f"{name}.safetensors"
             if path.exists():
-                return {k: v.to(outer[k].device) for k, v in read_tensors(path).items()}
+                return _read(path, outer)
         gradient = exact(
             self.reference,
             self.problem,
@@ -204,15 +207,29 @@ class Work:
             job.setting.tasks is not None,
             job.seed,
         )
-        found = drawn(gradient, outer, episode, job.seed)
+        found = drawn_exact(gradient, outer, episode, job.seed)
         if found is None:
             at = "".join(f" at {k} = {v}" for k, v in job.setting.labels.items())
             raise ProblemError(
                 f"the reference hypergradient ({self.title}) is not finite{at}, seed {job.seed}."
             )
         if path is not None:
-            write_tensors(path, {k: v.contiguous() for k, v in found.items()})
+            _write(path, found)
         return found
+
+
+def _write(path: Path, found: Exact) -> None:
+    tensors = {f"{_OF}{k}": v.contiguous() for k, v in found.grads.items()}
+    if found.error is not None:
+        tensors["error"] = torch.tensor(found.error, dtype=torch.float64)
+    write_tensors(path, tensors)
+
+
+def _read(path: Path, outer: Params) -> Exact:
+    tensors = read_tensors(path)
+    error = tensors.pop("error", None)
+    grads = {k: tensors[f"{_OF}{k}"].to(v.device) for k, v in outer.items()}
+    return Exact(grads, None if error is None else float(error))
 
 
 def at_seed(value: Any, seed: int) -> Any:

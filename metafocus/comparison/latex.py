@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from metafocus.comparison.averages import of_seeds
+
 _KEYS = ("relative_error", "cosine", "norm_ratio", "seconds")
 _SPECIAL = {"\\": r"\textbackslash{}", **{c: f"\\{c}" for c in "&%$#_{}"}}
 
@@ -30,7 +32,8 @@ def latex(rows: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> str:
         before = here
         peak = row["peak_bytes"]
         memory = "--" if peak is None else _digits(peak / 2**20, 2)
-        numbers = [_number(row, key) for key in _KEYS]
+        error, *numbers = [_number(row, key) for key in _KEYS]
+        numbers = [error + of_seeds(row), *numbers]
         lines.append(_line([*shown, text(row["name"]), *numbers, memory, text(row["verdict"])]))
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 

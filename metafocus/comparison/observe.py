@@ -17,6 +17,7 @@ from metafocus import streams
 from metafocus.comparison.agreement import is_finite
 from metafocus.comparison.contenders import Gradient
 from metafocus.comparison.counting import Tally
+from metafocus.comparison.differences import Exact
 from metafocus.comparison.memory import peak_bytes, peak_rss
 from metafocus.engine import adapt, bilevel, hypergrad
 from metafocus.errors import NonFiniteError
@@ -80,12 +81,20 @@ def examine(
 
 def drawn(gradient: Gradient, outer: Params, episode: Any, seed: int) -> Params | None:
     """Return the hypergradient under a torch seed; None if it or an inner loss is not finite."""
+    found = drawn_exact(lambda *point: Exact(gradient(*point)), outer, episode, seed)
+    return found and found.grads
+
+
+def drawn_exact(
+    exact: Callable[[Params, Any], Exact], outer: Params, episode: Any, seed: int
+) -> Exact | None:
+    """Return what a reference finds under a torch seed, as `drawn` does."""
     torch.manual_seed(seed)
     try:
-        found = gradient(outer, episode)
+        found = exact(outer, episode)
     except NonFiniteError:
         return None
-    return found if is_finite(found) else None
+    return found if is_finite(found.grads) else None
 
 
 def peak(gradient: Gradient, outer: Params, episode: Any, fresh_process: bool) -> int | None:

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
-
-import torch
 
 from metafocus import params as pt
 from metafocus.checks import takes
 from metafocus.comparison.contenders import Gradient, of_estimator, of_other, seeded_again
-from metafocus.engine import MetaLoss, bilevel
+from metafocus.comparison.differences import DIFFERENCES, Exact, check_size, differences
+from metafocus.engine import bilevel
 from metafocus.errors import ProblemError
 from metafocus.estimators import FirstOrder
-from metafocus.problem import Problem, moving
-from metafocus.rng import Drawn
+from metafocus.problem import Problem
 from metafocus.tasks import over_tasks
 from metafocus.types import Params, Solver
-
-DIFFERENCES = "central differences"
-MOST = 10_000
-"""The largest number of outer parameters for central differences: each takes two inner loops."""
 
 
 def title(
@@ -39,7 +33,7 @@ def title(
                 f"{DIFFERENCES!r}."
             )
         if reference == DIFFERENCES:
-            _check_size(outer)
+            check_size(outer)
         return reference
     if isinstance(reference, dict):
         shapes, expected = pt.shapes(reference), pt.shapes(outer)
@@ -60,7 +54,7 @@ def exact(
     parts: tuple[Mapping[str, Any], Mapping[str, Any]],
     tasks: bool,
     seed: int,
-) -> Gradient:
+) -> Callable[[Params, Any], Exact]:
     """Return the reference hypergradient as a function of outer parameters and episode.
 
     Args:
@@ -71,13 +65,26 @@ def exact(
         tasks: whether the episode holds several.
         seed: for generators of the reference.
     """
+    if isinstance(reference, str) and reference == DIFFERENCES:
+        meta = bilevel(problem, solver=solver, estimator=FirstOrder())
+        meta = over_tasks(meta, aux="losses") if tasks else meta
+        return lambda outer, episode: differences(meta, outer, episode)
+    gradient = _gradient(reference, problem, solver, parts, tasks, seed)
+    return lambda outer, episode: Exact(gradient(outer, episode))
+
+
+def _gradient(
+    reference: Any,
+    problem: Problem,
+    solver: Solver,
+    parts: tuple[Mapping[str, Any], Mapping[str, Any]],
+    tasks: bool,
+    seed: int,
+) -> Gradient:
     estimators, others = parts
     if isinstance(reference, dict):
         given = pt.detach(reference)
         return lambda outer, episode: given
-    if reference == DIFFERENCES:
-        meta = bilevel(problem, solver=solver, estimator=FirstOrder())
-        return _differences(over_tasks(meta, aux="losses") if tasks else meta)
     if isinstance(reference, str):
         if reference in others:
             return of_other(reference, others[reference], solver, tasks, seed)
@@ -107,41 +114,3 @@ def _given(function: Any, solver: Solver) -> Gradient:
         return pt.detach(found)
 
     return run
-
-
-def _differences(meta_loss: MetaLoss) -> Gradient:
-    """Return central differences of a meta loss, with the same random numbers at every point."""
-
-    def run(outer: Params, episode: Any) -> Params:
-        _check_size(outer)
-        drawn = Drawn(pt.tensors((outer, episode)))
-        found = {k: v.new_zeros(v.shape) for k, v in outer.items()}
-
-        def value(at: Params) -> float:
-            with drawn.again(), torch.no_grad():
-                return float(meta_loss(at, episode)[0])
-
-        for k, v in moving(outer).items():
-            # The cube root of the rounding unit balances rounding and the third derivative.
-            step = torch.finfo(v.dtype).eps ** (1 / 3) * (1 + v.abs())
-            for i in range(v.numel()):
-                ends = []
-                for sign in (1.0, -1.0):
-                    moved = v.detach().clone(memory_format=torch.contiguous_format)
-                    moved.view(-1)[i] += sign * step.reshape(-1)[i]
-                    ends.append((value({**outer, k: moved}), moved.view(-1)[i]))
-                (up, high), (down, low) = ends
-                found[k].view(-1)[i] = (up - down) / (high - low)
-        return found
-
-    return run
-
-
-def _check_size(outer: Params) -> None:
-    total = sum(v.numel() for v in outer.values())
-    if total > MOST:
-        raise ProblemError(
-            f"reference={DIFFERENCES!r} takes two inner loops for each of the {total:,} outer "
-            f"parameters; it is offered up to {MOST:,}. Use an estimator such as mf.Unrolled(), "
-            "and mf.smoothness to check it along a few directions."
-        )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from metafocus.comparison.averages import of_seeds
 from metafocus.comparison.inner_curve import shown
 from metafocus.comparison.latex import latex
 from metafocus.comparison.verdicts import advice
@@ -57,7 +58,9 @@ class Comparison:
             With several seeds, error, cosine, norm and seconds are means over them, with the ends
             of 95 % intervals in `..._low` and `..._high`; `spread` is the standard deviation of the
             hypergradient relative to the norm of the reference, `diverged` counts the seeds
-            without a finite one. Over axes `last_step_rose` says whether the last inner step
+            without a finite one, over which no mean is taken; one seed that is left has no
+            interval. `reference_error` is how well central differences are known, if they are
+            the reference. Over axes `last_step_rose` says whether the last inner step
             raised the inner loss.
         reference: the name of the reference.
         environment: versions and machine.
@@ -97,7 +100,7 @@ class Comparison:
             table.add_row(
                 *here,
                 row["name"],
-                _mean(row, "relative_error", ".1e"),
+                _mean(row, "relative_error", ".1e") + of_seeds(row),
                 _mean(row, "cosine", ".3f" if several else ".4f"),
                 _mean(row, "norm_ratio", ".3f"),
                 _short(row["seconds"], ".4f"),
@@ -124,6 +127,9 @@ class Comparison:
         if rose:
             where = "; ".join(rose)
             found.append(f"warning: the last inner step raised the inner loss at {where}")
+        known = [row["reference_error"] for row in self.rows if "reference_error" in row]
+        if known:
+            found.append(f"{self.reference} are known to a relative error of {max(known):.1e}")
         verdicts = dict.fromkeys(row["verdict"] for row in self.rows)
         return [*found, *(advice(name) for name in verdicts if name != "exact")]
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from metafocus.cells import sweep
+from metafocus.cells import run_cells
 from metafocus.checks import whole
 from metafocus.comparison.averages import row
 from metafocus.comparison.axes import settings, touches_solver
@@ -52,7 +52,8 @@ def compare(
         solver: the inner optimiser, the same for all.
         estimators: what to compare, by name.
         reference: what to compare with: a name of `estimators` or `others`, another estimator, the
-            exact hypergradient itself, "central differences", or a function `(outer, episode)` or
+            exact hypergradient itself, "central differences" (the step is chosen for each
+            tensor, and the error told), or a function `(outer, episode)` or
             `(outer, episode, solver)` that returns the exact hypergradient. A named estimator
             stays as it is, whatever `over` does to it.
         others: contenders that are no estimators, by name: a meta loss of the same problem, such
@@ -63,8 +64,8 @@ def compare(
         over: what to vary: lists of values by field, such as `{"solver.steps": [1, 2, 4]}`,
             `{"estimator.solve.damping": [...]}` (of all estimators that have it), or
             `{"truncated.last": [...]}` (of the one with that name). `{"tasks": [...]}` takes so
-            many of the tasks that are stacked in `episode`, drawn with the seed. Several axes
-            span a grid.
+            many of the tasks that are stacked in `episode`, drawn with the seed; contenders are
+            those of one task, and their mean is taken. Several axes span a grid.
         seeds: how many hypergradients to draw of each, under torch seeds 0, 1, ...; generators of
             an estimator are seeded anew for each. More than one gives 95 % intervals.
         repeats: how often each is timed. The timed runs of one seed take turns, unless `folder` or
@@ -150,7 +151,7 @@ def _swept(
         folder = work.folder or Path(scratch)
         ready = dataclasses.replace(work, jobs=jobs, folder=folder)
         # What failed may have been mended, and there is no result without it.
-        outcomes = sweep(ready, flat, folder=folder, executor=executor, retry=True)
+        outcomes = run_cells(ready, flat, folder=folder, executor=executor, retry=True, code=None)
     failed = [outcome for outcome in outcomes if outcome.error]
     if failed:
         raise ProblemError(

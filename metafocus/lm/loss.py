@@ -34,7 +34,7 @@ from metafocus.parallel.collectives import Group, replicated, summed
 from metafocus.parallel.sequence import refuse_other_batches
 from metafocus.precision import wide
 from metafocus.problem import trainable
-from metafocus.sharding import HOOKED, is_parametrised, sharding_of
+from metafocus.sharding import HOOKED, plain_names, sharding_of
 from metafocus.types import Params
 
 
@@ -167,7 +167,8 @@ class LMLoss:
         """Return parameters as they enter the computation that the ranks of a sequence share."""
         group = self.sequence_group
         # A parametrised weight enters as a whole, not as this rank's part of it.
-        return {k: x if is_parametrised(k) else replicated(x, group) for k, x in params.items()}
+        parts = plain_names(self.model)
+        return {k: x if k in parts else replicated(x, group) for k, x in params.items()}
 
     def _slow(self, slow: Params) -> Params:
         if self.sequence_group is None:

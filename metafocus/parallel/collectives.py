@@ -12,11 +12,13 @@ hidden states, and what a rank computes from replicated weights and its share of
 | `exchanged` | divided | divided | `exchanged`, the other way round |
 
 All ranks of a group must call them in the same order. Backward passes keep that order, because
-torch differentiates the same graph in the same order on every rank.
+torch differentiates the same graph in the same order on every rank. Where graphs may differ,
+`replicated_together` keeps it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -64,6 +66,31 @@ def summed(x: Tensor, group: Group) -> Tensor:
         tensor([1., 1.])
     """
     return x if group is None else _Summed.apply(x, group)  # pyright: ignore
+
+
+def replicated_together(xs: Sequence[Tensor], group: Group) -> tuple[list[Tensor], Tensor]:
+    """Return `replicated` of several tensors, and a zero for the loss that is made of them.
+
+    Ranks may need different ones of the tensors, and collectives that they call in different
+    orders would mix up the tensors. Here the sums are taken in one node of the graph, all of them
+    in order. The zero, added to the loss, leads every rank to this node.
+
+    Args:
+        xs: the same on every rank; differentiable.
+        group: the ranks; None: this one alone.
+
+    Raises:
+        TransformError: under `vmap` and in forward mode, here and in the derivatives.
+
+    Example:
+        >>> replicated_together([torch.ones(2)], None)
+        ([tensor([1., 1.])], tensor(0.))
+    """
+    if group is None or not xs:
+        return list(xs), torch.zeros(())
+    zero = torch.zeros((), device=xs[0].device)
+    *found, zero = _Together.apply(group, False, *xs, zero)  # pyright: ignore
+    return found, zero
 
 
 def exchanged(x: Tensor, group: Group, *, scatter: int, gather: int) -> Tensor:
@@ -124,7 +151,7 @@ def share_of_tasks(count: int, group: Group) -> float:
 
 
 class _Collective(torch.autograd.Function):
-    """What all three have in common: no rule for `vmap`, and none for forward mode."""
+    """What all have in common: no rule for `vmap`, and none for forward mode."""
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
@@ -169,6 +196,22 @@ class _Summed(_Collective):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
         return replicated(cotangents[0], ctx.group), None
+
+
+class _Together(_Collective):
+    """Many tensors at once: `summed` of each, or `replicated`."""
+
+    @staticmethod
+    def forward(group: dist.ProcessGroup, total: bool, *xs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(_Summed.forward(x, group) if total else x.view_as(x) for x in xs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.group, ctx.total, *_ = inputs
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        return None, None, *_Together.apply(ctx.group, not ctx.total, *cotangents)  # pyright: ignore
 
 
 class _Exchanged(_Collective):

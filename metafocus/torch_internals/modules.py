@@ -39,6 +39,12 @@ def forward_hooks(module: nn.Module) -> tuple[Any, ...]:
     return (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
 
 
+def plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """Return what a module holds besides parameters, buffers and children: hooks, too."""
+    tables = ("_parameters", "_buffers", "_modules")
+    return {k: v for k, v in vars(module).items() if k not in tables}
+
+
 def has_backward_hooks(module: nn.Module) -> bool:
     """Return whether a module has hooks on its gradients."""
     return bool(module._backward_hooks or module._backward_pre_hooks)

@@ -14,7 +14,7 @@ from transformers import TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
 from metafocus.lm.hf.saved import is_saved
-from metafocus.sharding import plain_name
+from metafocus.sharding import plain_names
 from metafocus.trainer.checkpoints import SEAL
 from metafocus.trainer.peft import is_peft
 
@@ -65,8 +65,8 @@ def _state(place: Path) -> str | None:
 
 
 def _weights(place: Path, model: nn.Module) -> str | None:
-    entries = model.state_dict().items()
-    expected = {plain_name(name): tuple(value.shape) for name, value in entries}
+    plain, entries = plain_names(model), model.state_dict().items()
+    expected = {plain.get(name, name): tuple(value.shape) for name, value in entries}
     seen = set()
     for file in weight_files(place):
         if file.name.startswith("pytorch_model_fsdp"):
@@ -92,7 +92,8 @@ def _weights(place: Path, model: nn.Module) -> str | None:
 
 def tied(model: nn.Module, names: set[str]) -> set[str]:
     """Return the names of weights that the named ones are, too."""
-    entries = {plain_name(k): v for k, v in model.state_dict(keep_vars=True).items()}
+    plain, state = plain_names(model), model.state_dict(keep_vars=True)
+    entries = {plain.get(k, k): v for k, v in state.items()}
     given = {id(value) for name, value in entries.items() if name in names}
     return {name for name, value in entries.items() if id(value) in given}
 

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 
 from metafocus.errors import ProblemError
 from metafocus.parallel.collectives import Group, replicated
-from metafocus.sharding import plain_name, sharding_of
+from metafocus.sharding import Gathers, plain_names, sharding_of
 
 # The second names are those before torch 2.13, which deprecates them.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -57,66 +57,39 @@ class _Plan(NamedTuple):
         return part[: min(self.rows, self.shape[0] - start)] / self.ranks
 
 
-class _Gather(torch.autograd.Function):
+class _Moved(torch.autograd.Function):
     """From this process's part to the whole weight; back, to the mean over processes.
 
     The cotangent of a whole weight belongs to the loss of one process, the cotangent of a part to
-    the mean of these losses. So each of the two functions is the transpose of the other.
+    the mean of these losses. So each of the two directions is the transpose of the other.
     """
 
     @staticmethod
-    def forward(part: Tensor, plan: _Plan) -> Tensor:
-        return plan.gathered(part)
+    def forward(x: Tensor, plan: _Plan, back: bool) -> Tensor:
+        return plan.averaged(x) if back else plan.gathered(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.plan = inputs[1]
+        _, ctx.plan, ctx.back = inputs
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
-        return _Average.apply(cotangents[0], ctx.plan), None
+        return _Moved.apply(cotangents[0], ctx.plan, not ctx.back), None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        return _Gather.apply(tangents[0], ctx.plan)
+        return _Moved.apply(tangents[0], ctx.plan, ctx.back)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return _one_by_one(_Gather, in_dims[0], *args)
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        x, plan, back = args
+        if in_dims[0] is None:
+            return _Moved.apply(x, plan, back), None
+        # One collective after another.
+        return torch.stack([_Moved.apply(y, plan, back) for y in x.unbind(in_dims[0])]), 0  # pyright: ignore
 
 
-class _Average(torch.autograd.Function):
-    """From a gradient of the whole weight to this process's part of the mean over processes."""
-
-    @staticmethod
-    def forward(whole: Tensor, plan: _Plan) -> Tensor:
-        return plan.averaged(whole)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.plan = inputs[1]
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> Any:
-        return _Gather.apply(cotangents[0], ctx.plan), None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        return _Average.apply(tangents[0], ctx.plan)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return _one_by_one(_Average, in_dims[0], *args)
-
-
-def _one_by_one(function: Any, axis: int | None, x: Tensor, plan: _Plan) -> Any:
-    """Return what a `vmap` makes of a collective: of a batch, one after another."""
-    if axis is None:
-        return function.apply(x, plan), None
-    return torch.stack([function.apply(one, plan) for one in x.unbind(axis)]), 0
-
-
-class _Gathered(nn.Module):
+class _Gathered(Gathers):
     """The parametrization: a part in, as DTensor or as plain tensor, the whole weight out."""
 
     def __init__(self, plan: _Plan, sequence_group: Group):
@@ -128,7 +101,7 @@ class _Gathered(nn.Module):
         if isinstance(part, DTensor):
             part = part.to_local()
         # Ranks that share a sequence add up their gradients; the mean is over what remains.
-        return replicated(_Gather.apply(part, self.plan), self.sequence_group)  # pyright: ignore
+        return replicated(_Moved.apply(part, self.plan, False), self.sequence_group)  # pyright: ignore
 
 
 def parametrise(model: nn.Module, mesh: DeviceMesh, *, sequence_group: Group = None) -> nn.Module:
@@ -153,8 +126,8 @@ def parametrise(model: nn.Module, mesh: DeviceMesh, *, sequence_group: Group = N
         The model.
 
     Raises:
-        ProblemError: for a mesh of several axes, a model that is sharded already, or a parameter
-            that is a scalar.
+        ProblemError: for a mesh of several axes, a model that is sharded already, a parameter that
+            is a scalar, or one that has a parametrization of its own.
 
     Example:
         >>> from torch.distributed.device_mesh import init_device_mesh
@@ -180,9 +153,12 @@ def parametrise(model: nn.Module, mesh: DeviceMesh, *, sequence_group: Group = N
             f"the model is sharded already ({found}): parametrise takes the place of fully_shard "
             "and of tp_plan."
         )
+    _refuse_own(model)
     made: dict[int, nn.Parameter] = {}
     for path, module in list(model.named_modules()):
-        for name, weight in list(module.named_parameters(path, recurse=False)):
+        for name, weight in list(
+            module.named_parameters(path, recurse=False, remove_duplicate=False)
+        ):
             if weight.ndim == 0:
                 raise ProblemError(
                     f"the parameter {name} is a scalar and has no rows to shard: make it a tensor "
@@ -196,7 +172,26 @@ def parametrise(model: nn.Module, mesh: DeviceMesh, *, sequence_group: Group = N
             parametrize.register_parametrization(
                 module, own, _Gathered(plan, sequence_group), unsafe=True
             )
+        # A module's own parameters come before those of its children, as they did: the states of an
+        # optimiser are saved in the order of the parameters.
+        children = dict(module._modules)
+        if "parametrizations" in children:
+            first = {"parametrizations": children.pop("parametrizations")}
+            module._modules.clear()
+            module._modules.update(first | children)
     return model
+
+
+def _refuse_own(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        for name, found in (getattr(module, "parametrizations", None) or {}).items():
+            weight = f"{path}.{name}".removeprefix(".")
+            raise ProblemError(
+                f"the weight {weight!r} has a parametrization of its own "
+                f"({type(found[0]).__name__}), which would see a part of what it parametrizes. "
+                "Remove it with torch.nn.utils.parametrize.remove_parametrizations, or do not "
+                "shard this model."
+            )
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
@@ -205,13 +200,14 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
     All processes must call it. It is what `model.save_pretrained(folder, state_dict=...)` takes.
     """
     found: dict[str, Tensor] = {}
+    plain = plain_names(model)
     whole: dict[int, Tensor] = {}
     for name, value in model.state_dict(keep_vars=True).items():
         # Tied weights are one tensor here too, so that they are saved once.
         if id(value) not in whole:
-            plain = value.detach()
-            whole[id(value)] = plain.full_tensor() if isinstance(plain, DTensor) else plain
-        found[plain_name(name)] = whole[id(value)]
+            part = value.detach()
+            whole[id(value)] = part.full_tensor() if isinstance(part, DTensor) else part
+        found[plain.get(name, name)] = whole[id(value)]
     return found
 
 
@@ -226,14 +222,17 @@ def load_whole(model: nn.Module, state: dict[str, Tensor]) -> None:
         ProblemError: if a parameter that is trained is missing.
     """
     adapter = f".{getattr(model, 'active_adapter', None)}."
+    names = plain_names(model)
 
     def found(name: str) -> Tensor | None:
-        plain = plain_name(name)
+        plain = names.get(name, name)
         return state.get(plain, state.get(plain.replace(adapter, ".")))
 
     missing = [k for k, p in model.named_parameters() if p.requires_grad and found(k) is None]
     if missing:
-        raise ProblemError(f"the weights lack {plain_name(missing[0])}, which is trained.")
+        raise ProblemError(
+            f"the weights lack {names.get(missing[0], missing[0])}, which is trained."
+        )
     for name, value in model.state_dict(keep_vars=True).items():
         new = found(name)
         if new is not None and isinstance(value, DTensor):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import sys
 import time
 import warnings
@@ -21,6 +20,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from processes import environments, failed, forked
+
 
 def run(
     cases: dict[str, Callable[[int], Any]], folder: Path, *, ranks: int = 2, limit: float = 120
@@ -28,8 +31,9 @@ def run(
     """Run every case in some processes; `folder` receives `NAME.rank.pt` of each rank."""
     left = list(cases)
     while left:
-        work = partial(_work, cases, left, _free_port(), folder, ranks)
-        pids = [_forked(partial(work, rank)) for rank in range(ranks)]
+        work = partial(_work, cases, left, folder)
+        every = enumerate(environments(ranks))
+        pids = [forked(partial(work, rank), env) for rank, env in every]
         fate = _watch(pids, left, folder, limit)
         if fate is None:
             return
@@ -46,7 +50,7 @@ def alone(cases: dict[str, Callable[[], Any]], folder: Path) -> None:
         for name, case in cases.items():
             torch.save(_outcome(case), folder / f"{name}.alone.pt")
 
-    os.waitpid(_forked(work), 0)
+    assert not failed([forked(work)])
 
 
 def load(name: str, folder: Path, rank: int | str) -> Any:
@@ -62,11 +66,7 @@ def _done(name: str, folder: Path, ranks: int) -> bool:
     return all(_path(name, rank, folder).exists() for rank in range(ranks))
 
 
-def _work(cases: dict, left: list[str], port: str, folder: Path, ranks: int, rank: int) -> None:
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=port,
-    )  # fmt: skip
+def _work(cases: dict, left: list[str], folder: Path, rank: int) -> None:
     dist.init_process_group("gloo")
     for name in left:
         found = _outcome(partial(cases[name], rank))
@@ -112,31 +112,3 @@ def _stop(pids: set[int]) -> None:
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-
-
-def _forked(work: Callable[[], None]) -> int:
-    with warnings.catch_warnings():
-        # Python 3.12 warns that other threads may hold locks; torch's pool is left alone here.
-        warnings.filterwarnings("ignore", ".*multi-threaded", DeprecationWarning)
-        pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        torch.set_num_threads(1)
-        work()
-        code = 0
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def _free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])

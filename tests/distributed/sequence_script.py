@@ -7,10 +7,7 @@ writes what it found to DIR: `alone.pt`, `rank0.pt`, and so on.
 from __future__ import annotations
 
 import datetime
-import os
-import socket
 import sys
-import traceback
 from pathlib import Path
 
 import torch
@@ -22,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import architectures
 from models import build_exact, chat_batch, grads
+from processes import environments, failed, forked
 
 import metafocus as mf
 from metafocus.attention import register, ulysses_attention
@@ -81,6 +79,17 @@ def late_answer():
     answers = torch.zeros_like(batch["answer_mask"])
     answers[:, -2:] = True
     return {**batch, "answer_mask": answers}
+
+
+def own_parametrization(group):
+    """Weights that a parametrization of the model's own makes of others."""
+    network = build_exact(layers=2)
+    for layer in network.model.layers:
+        torch.nn.utils.parametrizations.weight_norm(layer.self_attn.o_proj)
+    loss = mf.recipes.focusft(network, adapter=LORA, estimator=SECOND, sequence_group=group)
+    value, _ = loss({}, mf.Episode(chat_batch(), chat_batch()))
+    value.backward()
+    return {"loss": value.detach(), "gradient": grads(network)}
 
 
 def gradient_of(group, loss_of):
@@ -185,6 +194,7 @@ WHOLE = {
 } | {
     "own weights": lambda group: gradient_of(group, lambda loss, f, batch: loss(f, {}, batch)),
     "evaluation": lambda group: gradient_of(group, evaluated),
+    "own parametrization": own_parametrization,
     "torch.func": lambda group: transformed(group, LORA, SECOND),
     "torch.func, full weights": lambda group: transformed(group, FULL, SECOND),
     "bfloat16, first order": lambda group: half(group, None),
@@ -386,18 +396,14 @@ PARTS = {
 
 
 def main(ranks: int, folder: Path, part: str) -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     pids = [forked(lambda: torch.save(found(part, None), folder / "alone.pt"))]
-    for rank in range(ranks):
-        pids.append(forked(lambda rank=rank: together(rank, ranks, port, folder, part)))
-    return max(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids)
+    for rank, env in enumerate(environments(ranks)):
+        pids.append(forked(lambda rank=rank: together(rank, ranks, folder, part), env))
+    return int(failed(pids))
 
 
-def together(rank: int, ranks: int, port: str, folder: Path, part: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    dist.init_process_group("gloo", rank=rank, world_size=ranks, timeout=WAIT)
+def together(rank: int, ranks: int, folder: Path, part: str) -> None:
+    dist.init_process_group("gloo", timeout=WAIT)
     # As a part of two groups, or all ranks together.
     group = sequence_group(ranks // 2 if part == "groups" else ranks, timeout=WAIT)
     torch.save(found(part, group), folder / f"rank{rank}.pt")
@@ -407,22 +413,6 @@ def together(rank: int, ranks: int, port: str, folder: Path, part: str) -> None:
 def found(part: str, group) -> dict:
     """What each case found."""
     return {name: case(group) for name, case in PARTS[part].items()}
-
-
-def forked(work) -> int:
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        work()
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
 
 
 if __name__ == "__main__":

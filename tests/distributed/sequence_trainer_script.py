@@ -7,7 +7,6 @@ each sequence.
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from pathlib import Path
 
@@ -16,7 +15,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from models import replace_norms
-from trainer_script import SAMPLES, forked, tiny, trainer, wait
+from processes import environments, failed, forked
+from trainer_script import SAMPLES, tiny, trainer
 
 import metafocus as mf
 
@@ -133,20 +133,15 @@ def facts(folder: Path, groups: int, size: int) -> dict:
 
 
 def main(ranks: int, size: int, folder: Path) -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     pids = [forked(lambda: torch.save(facts(folder / "alone", 1, 1), folder / "alone.pt"))]
-    for r in range(ranks):
-        env = {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(ranks),
-               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
+    for r, env in enumerate(environments(ranks)):
 
         def work(r: int = r) -> None:
             torch.save(facts(folder, ranks // size, size), folder / f"rank{r}.pt")
             torch.distributed.barrier()
 
         pids.append(forked(work, env))
-    return max(wait(pid) for pid in pids)
+    return int(failed(pids))
 
 
 if __name__ == "__main__":

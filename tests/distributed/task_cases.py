@@ -18,7 +18,7 @@ import rank_pool as pool
 
 import metafocus as mf
 from metafocus.recipes import fewshot
-from metafocus.sharding import plain_name
+from metafocus.sharding import plain_names
 from metafocus.torch_internals import pytree
 from metafocus.trainer.distributed import parametrise, through
 
@@ -147,7 +147,8 @@ def own_loop(estimator: str, rank: int):
     torch.manual_seed(rank)
     meta(outer, one_episode(rank))[0].backward()
     assert all(torch.equal(grads[k].to_local(), p.grad.to_local()) for k, p in outer.items())
-    return {"grads": {plain_name(k): g.full_tensor() for k, g in grads.items()}}
+    plain = plain_names(net)
+    return {"grads": {plain[k]: g.full_tensor() for k, g in grads.items()}}
 
 
 def copies_of_shards(rank: int):
@@ -159,6 +160,63 @@ def copies_of_shards(rank: int):
 
     meta = mf.bilevel(mf.Problem(loss, loss), solver=mf.SGD(0.1, 1), estimator=mf.FirstOrder())
     meta(mf.trainable(net), one_episode(rank))
+
+
+# --- what only some ranks need -----------------------------------------------------------------
+
+
+def own_gains(rank: int | None):
+    """Each rank's tasks have a gain of their own; alone, all tasks of both ranks have them."""
+    start = torch.tensor([0.5, -1.0], dtype=torch.float64)
+    outer = {"w": start, "0": torch.tensor(0.7).double(), "1": torch.tensor([1.3]).double()}
+    outer = {name: value.requires_grad_() for name, value in outer.items()}
+    whole = torch.arange(14.0).double().sin().reshape(7, 2)
+    # Whose task it is, as a number and not a choice, where one process has the tasks of both.
+    whose = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0]).double()
+
+    def loss(fast, slow, data):
+        x, at = data
+        gain = slow[str(rank)] if rank is not None else (1 - at) * slow["0"] + at * slow["1"]
+        return ((fast["w"] * gain - x) ** 2).sum() + (gain**3).sum()
+
+    problem = mf.Problem(loss, loss, lambda slow, support: {"w": slow["w"]})
+    part = slice(None) if rank is None else slice(4) if rank == 0 else slice(4, None)
+    data = (whole[part].clone().requires_grad_(), whose[part])
+    return problem, outer, mf.Episode(data, data)
+
+
+def first_and_second(settings, group, rank: int | None):
+    """Gradients by outer, of their squares by outer, and by the data, for this rank's tasks."""
+    problem, outer, episodes = own_gains(rank)
+    meta = mf.bilevel(problem, solver=mf.SGD(0.1, steps=2), estimator=mf.Unrolled())
+    over = mf.over_tasks(meta, group=group, **settings)
+    free = pytree.tree_map(torch.Tensor.detach, episodes)
+    grads = torch.autograd.grad(over(outer, free)[0], list(outer.values()), create_graph=True)
+    second = torch.autograd.grad(sum((g**2).sum() for g in grads), list(outer.values()))
+    third, _ = mf.hypergrad(over)(outer, free)
+    data = torch.autograd.grad(over(outer, episodes)[0], episodes.support[0])[0]
+    found = {"first": grads, "second": second, "hypergrad": list(third.values())}
+    return {k: [x.detach() for x in v] for k, v in found.items()} | {"data": data}
+
+
+def own_gains_alone():
+    return first_and_second({}, None, None)
+
+
+def own_gains_shared(how: str, rank: int):
+    return first_and_second(HOW[how], dist.group.WORLD, rank)
+
+
+def outside_of_outer(rank: int):
+    """The model's own parameters, which the loss closes over: outer is empty."""
+    net = network()
+
+    def loss(fast, slow, data):
+        return ((net(data[0]) * fast["gain"] - data[1]) ** 2).mean()
+
+    problem = mf.Problem(loss, loss, lambda slow, support: {"gain": torch.ones(1).double()})
+    meta = mf.bilevel(problem, solver=mf.SGD(0.1, steps=1), estimator=mf.Unrolled())
+    mf.over_tasks(meta, group=dist.group.WORLD)({}, part(SIZES["uneven"], rank))
 
 
 def without_tasks(rank: int):
@@ -185,5 +243,10 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     pool.alone({f"{name}": partial(alone, name) for name in ESTIMATORS}, folder)
     pool.alone({f"own, {name}": partial(own_loop_alone, name) for name in OWN}, folder)
-    last = {"without tasks": without_tasks, "copies": copies_of_shards}
-    pool.run({**CASES, **last, **{f"own, {name}": partial(own_loop, name) for name in OWN}}, folder)
+    pool.alone({"own gains": own_gains_alone}, folder)
+    gains = {f"own gains, {how}": partial(own_gains_shared, how) for how in HOW}
+    last = {"without tasks": without_tasks, "copies": copies_of_shards, "outside": outside_of_outer}
+    pool.run(
+        {**CASES, **gains, **last, **{f"own, {name}": partial(own_loop, name) for name in OWN}},
+        folder,
+    )

@@ -39,6 +39,26 @@ def test_the_gradient_is_that_of_all_tasks(results, name):
             assert (found["grads"][key] - value).norm() <= tolerance * value.norm(), key
 
 
+@pytest.mark.parametrize("how", cases.HOW)
+def test_what_only_some_ranks_need(results, how):
+    """Ranks whose tasks use different entries of outer; and a gradient by a rank's own data."""
+    want = pool.load("own gains", results, "alone")
+    assert "error" not in want, want
+    for rank, own in ((0, slice(4)), (1, slice(4, None))):
+        found = pool.load(f"own gains, {how}", results, rank)
+        assert "error" not in found, found
+        for key in ("first", "second", "hypergrad"):
+            for a, b in zip(found[key], want[key], strict=True):
+                assert (a - b).norm() <= 1e-13 * b.norm(), key
+        assert (found["data"] - want["data"][own]).norm() <= 1e-13 * want["data"].norm()
+
+
+def test_a_gradient_that_no_rank_would_sum_is_refused(results):
+    for rank in (0, 1):
+        found = pool.load("outside", results, rank)
+        assert found["error"] == "ProblemError" and "neither in outer nor" in found["text"]
+
+
 @pytest.mark.parametrize("estimator", cases.ESTIMATORS)
 def test_the_module_of_a_ddp_wrapper_is_refused(results, estimator):
     for rank in (0, 1):

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 from injected import Seen, moved, nan_gradient, poisoned
-from trainer_script import forked, pair, tiny, trainer, wait, weights
+from processes import forked, wait
+from trainer_script import pair, tiny, trainer, weights
 
 from metafocus.errors import MetafocusError
 from metafocus.trainer.checkpoints import damage, resumable

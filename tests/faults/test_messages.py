@@ -160,6 +160,22 @@ def test_a_tied_head_is_not_missed(saved, caplog):
     assert "missing keys" not in caplog.text
 
 
+def test_a_model_with_parametrizations_of_its_own_resumes(tmp_path):
+    """Their tensors have names of their own, which are no names of shards."""
+
+    def run(resume):
+        model = tiny(torch.float32, tie_word_embeddings=False)
+        torch.nn.utils.parametrizations.weight_norm(model.lm_head)
+        made = trainer(model, tmp_path, max_steps=2, **SAVING)
+        made.train(resume_from_checkpoint=resume)
+        return {name: value.clone() for name, value in model.state_dict().items()}
+
+    whole = run(None)
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    resumed = run(str(tmp_path / "checkpoint-1"))
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+
+
 # --- full disks --------------------------------------------------------------------------------
 
 

@@ -113,6 +113,27 @@ def too_much(folder: str, size: int, files: int) -> bool:
     return False
 
 
+def removed(pid: int, most: int) -> int:
+    """Return how many bytes of files a process keeps that have no name any more.
+
+    Of a file that is open the size is known. One that is only mapped counts as `most`, the limit of
+    a file: its size cannot be seen, and a mapping of one page keeps all of it.
+    """
+    held: dict[int, int] = {}
+    with contextlib.suppress(OSError), os.scandir(f"/proc/{pid}/fd") as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):
+                found = entry.stat()
+                if stat.S_ISREG(found.st_mode) and not found.st_nlink:
+                    held[found.st_ino] = 512 * found.st_blocks
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/maps", "rb") as lines:
+        for line in lines:
+            # Shared memory without a file has this name; the limit of the address space counts it.
+            if line.endswith(b" (deleted)\n") and b" /dev/zero " not in line:
+                held.setdefault(int(line.split()[4]), most)
+    return sum(held.values())
+
+
 def seen_from_outside(pid: int, folder: str) -> str | None:
     """Return where a directory in the file system of bubblewrap's child is seen from here."""
     with contextlib.suppress(OSError, IndexError):

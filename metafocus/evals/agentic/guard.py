@@ -4,8 +4,9 @@
 library only. Under bubblewrap the limits and the filter are enough. Without it Landlock takes the
 place of the missing mounts: the program can read the system and the Python environment, and write
 its own directory only. The filter (x86-64 and arm64) refuses processes, sockets, signals to other
-processes, changes of their limits, and memory that no limit counts. With Landlock it also refuses
-changes of modes and owners, which Landlock does not judge.
+processes, changes of their limits, memory that no limit counts, and what would hide an open file
+from `folders.removed`. With Landlock it also refuses changes of modes and owners, which Landlock
+does not judge.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import ctypes
 import os
 import platform
 import resource
+import select
 import signal
 import struct
 import sys
@@ -41,6 +43,8 @@ _REFUSED: dict[str, tuple[int | None, int | None]] = {
     "msgget": (68, 186), "semget": (64, 190), "mq_open": (240, 180), "add_key": (248, 217),
     "request_key": (249, 218), "keyctl": (250, 219), "io_uring_setup": (425, 425),
     "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282),
+    # A message can carry an open file, which no table of open files shows meanwhile.
+    "sendmsg": (46, 211), "sendmmsg": (307, 269),
 }  # fmt: skip
 _METADATA: dict[str, tuple[int | None, int | None]] = {
     "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452),
@@ -53,7 +57,19 @@ _METADATA: dict[str, tuple[int | None, int | None]] = {
 # Allowed for this process only, which is 0 or its own number in the first argument.
 _OWN = {"kill": (62, 129), "tgkill": (234, 131), "prlimit64": (302, 261),
         "sched_setaffinity": (203, 122)}  # fmt: skip
-_CLONE, _PRCTL, _CLONE3, _OTHER_ABI, _THREAD = (56, 220), (157, 167), 435, 0x40000000, 0x10000
+# Refused where an argument, counted from 0, has one of these values.
+_SOME: tuple[tuple[tuple[int, int], int, tuple[int, ...]], ...] = (
+    ((157, 167), 0, (1,)),  # prctl: what ends this process with the evaluation must stay
+    ((72, 25), 1, (8, 15, 1024)),  # fcntl: a signal to the owner of a file; leases
+    # ioctl: the owner again (2), and attributes of a file, for which it need not be writable.
+    ((16, 29), 1, (0x8901, 0x8902, 0x40086602, 0x40046602, 0x401C5820, 0x40087602)),
+)
+# clone3, whose flags the filter cannot read; close_range, which can give a thread a table of open
+# files of its own. The C library and Python then use clone and close.
+_ABSENT = (435, 436)
+# A new thread, which shares the table of open files.
+_CLONE, _THREAD, _SAME_FILES = (56, 220), 0x10000, 0x400
+_OTHER_ABI = 0x40000000
 _EPERM, _ENOSYS = 1, 38
 _ALLOW, _ERROR = 0x7FFF0000, 0x00050000
 # Codes of BPF: load a word at an offset; jump if equal, if greater or equal, if a bit is set;
@@ -139,9 +155,7 @@ def refuse_system_calls(metadata: bool) -> bool:
         (_LOAD, 0, 0, _NUMBER),
         (_AT_LEAST, 0, 1, _OTHER_ABI),
         refuse,
-        # The C library then uses clone, whose flags the filter can read.
-        (_EQUAL, 0, 1, _CLONE3),
-        (_RETURN, 0, 0, _ERROR | _ENOSYS),
+        *(line for n in _ABSENT for line in ((_EQUAL, 0, 1, n), (_RETURN, 0, 0, _ERROR | _ENOSYS))),
     ]
     for numbers in {**_REFUSED, **(_METADATA if metadata else {})}.values():
         if numbers[at] is not None:
@@ -155,16 +169,18 @@ def refuse_system_calls(metadata: bool) -> bool:
             refuse,
             (_RETURN, 0, 0, _ALLOW),
         ]
+    for numbers, argument, values in _SOME:
+        code += [
+            (_EQUAL, 0, 2 + 2 * len(values), numbers[at]),
+            (_LOAD, 0, 0, _FIRST_ARGUMENT + 8 * argument),
+            *(line for value in values for line in ((_EQUAL, 0, 1, value), refuse)),
+            (_RETURN, 0, 0, _ALLOW),
+        ]
     code += [
-        # What ends this process with the evaluation must stay.
-        (_EQUAL, 0, 4, _PRCTL[at]),
+        (_EQUAL, 0, 4, _CLONE[at]),
         (_LOAD, 0, 0, _FIRST_ARGUMENT),
-        (_EQUAL, 0, 1, _DEATH_SIGNAL),
-        refuse,
-        (_RETURN, 0, 0, _ALLOW),
-        (_EQUAL, 0, 3, _CLONE[at]),
-        (_LOAD, 0, 0, _FIRST_ARGUMENT),
-        (_BIT, 1, 0, _THREAD),  # threads are allowed: the memory limit bounds their number
+        (_BIT, 0, 1, _THREAD),  # threads are allowed: the memory limit bounds their number
+        (_BIT, 1, 0, _SAME_FILES),
         refuse,
         (_RETURN, 0, 0, _ALLOW),
     ]
@@ -191,6 +207,13 @@ def _limit(cpu: int, memory: int, file: int) -> None:
             resource.setrlimit(what, (most[0], most[1]))
 
 
+def _is_read(pipe: int) -> bool:
+    """Return whether somebody can still read what is written to a pipe."""
+    ready = select.poll()
+    ready.register(pipe, 0)
+    return not ready.poll(0)
+
+
 def _main(path: str) -> None:
     def show(kind: type[BaseException], value: BaseException, where: Any) -> None:
         report = traceback.TracebackException(kind, value, where)
@@ -211,12 +234,12 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["--check"]:
         print(landlock_version(), int(refuse_system_calls(True)))
     else:
-        way, parent, cpu, most, size, name, *system = sys.argv[1:]
+        way, cpu, most, size, name, *system = sys.argv[1:]
         if way != "bubblewrap":
             # Bubblewrap does this itself, from outside of the namespaces.
             ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
-            if os.getppid() != int(parent):
-                sys.exit(1)  # the evaluation ended before
+        if not _is_read(1):
+            sys.exit(1)  # the evaluation ended before it could take this process with it
         _limit(int(cpu), int(most), int(size))
         drop_privileges()
         if way == "landlock":

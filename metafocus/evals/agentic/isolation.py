@@ -47,7 +47,8 @@ def walls() -> Walls:
     found = _printed([*PYTHON, GUARD, "--check"]).split()
     landlock, filtered = (int(found[0]), found[1] == "1") if len(found) == 2 else (0, False)
     trial = bubblewrap("/tmp/metafocus-tool-trial", 1 << 20)
-    inside = trial and _printed([*trial, *PYTHON, "-c", "print('inside')"]) == "inside\n"
+    command = [*trial, *SEALED, *PYTHON, "-c", "print('inside')"]
+    inside = trial and _printed(command) == "inside\n"
     return Walls(bool(inside), landlock, filtered)
 
 
@@ -103,8 +104,12 @@ def bubblewrap(folder: str, size: int) -> list[str]:
     ]
 
 
-SEALED = ("--remount-ro", "/")
+SEALED = ("--remount-ro", "/proc", "--remount-ro", "/")
 """The last options of bubblewrap: its root is in memory, and would have no limit."""
+
+_FIRST = '{ echo 1000 >/proc/self/oom_score_adj; } 2>/dev/null; exec "$@"'
+FIRST_TO_END = ("/bin/sh", "-c", _FIRST, "sh")
+"""The start of a command that the kernel ends before all others where memory runs out."""
 
 
 def _inside(path: str, other: str) -> bool:

@@ -22,7 +22,15 @@ from typing import Any
 from metafocus.checks import positive, whole
 from metafocus.errors import DataError
 from metafocus.evals.agentic import folders
-from metafocus.evals.agentic.isolation import GUARD, PYTHON, SEALED, bubblewrap, readable, walls
+from metafocus.evals.agentic.isolation import (
+    FIRST_TO_END,
+    GUARD,
+    PYTHON,
+    SEALED,
+    bubblewrap,
+    readable,
+    walls,
+)
 
 _LOOK = 0.1  # seconds between two looks at the files of a program
 _SIGNALLED = 128  # bubblewrap ends with this plus the number of the signal
@@ -159,12 +167,12 @@ def check_walls(unsafe: bool) -> None:
 
 
 def _command(folder: str, limits: Limits, way: str) -> list[str]:
-    numbers = map(str, (os.getpid(), limits.cpu_seconds, limits.memory, limits.file))
+    numbers = map(str, (limits.cpu_seconds, limits.memory, limits.file))
     guarded = [*PYTHON, GUARD, way, *numbers, "program.py"]
     if way == "bubblewrap":
         shown = ["--ro-bind", f"{folder}/program.py", f"{folder}/program.py"]
-        return [*bubblewrap(folder, limits.disk), *shown, *SEALED, *guarded]
-    return [*guarded, *readable()] if way == "landlock" else guarded
+        return [*FIRST_TO_END, *bubblewrap(folder, limits.disk), *shown, *SEALED, *guarded]
+    return [*FIRST_TO_END, *guarded, *(readable() if way == "landlock" else ())]
 
 
 def _environment(folder: str) -> dict[str, str]:
@@ -189,10 +197,7 @@ def _read(
             return bytes(kept), "wall time"
         if now >= look:
             look = now + _LOOK
-            place: str | None = folder
-            if way == "bubblewrap":
-                place = folders.seen_from_outside(process.pid, folder)
-            if place is not None and folders.too_much(place, limits.disk, limits.files):
+            if _too_many_files(process.pid, limits, folder, way):
                 return bytes(kept), "files"
         if not open_:
             time.sleep(0.002)
@@ -204,6 +209,15 @@ def _read(
                 return bytes(kept), "output"
             open_ = bool(chunk)
     return bytes(kept), ""
+
+
+def _too_many_files(pid: int, limits: Limits, folder: str, way: str) -> bool:
+    if way == "bubblewrap":
+        # Its file system bounds the bytes, those of removed files too.
+        place = folders.seen_from_outside(pid, folder)
+        return place is not None and folders.too_much(place, limits.disk, limits.files)
+    removed = folders.removed(pid, limits.file)
+    return folders.too_much(folder, limits.disk - removed, limits.files)
 
 
 def _ended(process: subprocess.Popen[bytes]) -> bool:

@@ -1,0 +1,58 @@
+"""What a meta loss is made of, and what its estimator returns: checked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from metafocus.errors import ProblemError
+from metafocus.path import name_of
+from metafocus.problem import Problem
+from metafocus.types import Params, Solution
+
+
+def check_parts(problem: Any, solver: Any, estimator: Any) -> None:
+    """Raise unless the three parts are what they should be."""
+    if not isinstance(problem, Problem):
+        raise ProblemError(
+            f"problem must be an mf.Problem(inner_loss, outer_loss), got {type(problem).__name__}."
+        )
+    check_solver(solver)
+    _refuse_class("estimator", estimator, "mf.Unrolled()")
+    if not callable(estimator):
+        raise ProblemError(
+            "estimator must be a function (inner_loss, solver, start, outer, support) -> "
+            f"mf.Solution, such as mf.Unrolled(), got {estimator!r}."
+        )
+
+
+def _refuse_class(name: str, part: Any, example: str) -> None:
+    if isinstance(part, type):
+        raise ProblemError(
+            f"{name} must be an object, got the class {part.__name__}: write {example}."
+        )
+
+
+def check_solver(solver: Any) -> None:
+    """Raise unless a solver has what the inner loop calls."""
+    _refuse_class("solver", solver, "mf.SGD(0.1, steps=5)")
+    if not all(hasattr(solver, name) for name in ("steps", "init", "update")):
+        raise ProblemError(
+            "solver must have steps, init and update, as mf.SGD(0.1, steps=5) has, got "
+            f"{type(solver).__name__}. Optimisers of torch.optim work in place and cannot be "
+            "differentiated; mf.SGD, mf.Adam, mf.AdamW, mf.Muon have their formulas."
+        )
+
+
+def check_solution(solution: Any, start: Params, estimator: Any) -> None:
+    """Raise unless an estimator returned a solution with every fast weight."""
+    name = name_of(estimator)
+    if not isinstance(solution, Solution):
+        raise ProblemError(
+            f"{name} must return mf.Solution(params, losses), got {type(solution).__name__}."
+        )
+    if not isinstance(solution.params, dict) or set(solution.params) != set(start):
+        got = sorted(solution.params) if isinstance(solution.params, dict) else solution.params
+        raise ProblemError(
+            f"{name} must return every fast weight that the start holds, {sorted(start)}, got "
+            f"{got}."
+        )

@@ -1,0 +1,135 @@
+"""One evaluation of a meta loss: start, estimator, outer loss; the checks of the first one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metafocus import params as pt
+from metafocus import streams
+from metafocus.autodiff.safe_operators.swapping import Swapped
+from metafocus.calls import noting
+from metafocus.checks import check_finite
+from metafocus.engine.checked_parts import check_solution
+from metafocus.errors import ProblemError
+from metafocus.estimators import Estimator
+from metafocus.path import Path, name_of, path_weights, weighted
+from metafocus.preflight import preflight, refuse_ignored_fast_weights
+from metafocus.preflight.described import note_parts
+from metafocus.preflight.rebuilt import Uses
+from metafocus.problem import Problem, check_params, refuse_empty
+from metafocus.sharding import local_parts, refuse_bare_ddp, refuse_parts
+from metafocus.torch_internals import transforming
+from metafocus.types import Aux, InnerLoss, Params, Solution, Solver
+
+End = tuple[Any, Params, Any]
+"""A term of the outer loss: its weight (None: one), the fast weights and the query."""
+
+
+class Evaluation:
+    """`(outer, episode) -> (loss, Aux)`, and what earlier evaluations have found.
+
+    Args:
+        problem: the losses of both levels and the start.
+        solver: the inner optimiser.
+        estimator: how the adapted fast weights depend on the outer parameters.
+        path: weights of the outer loss after each inner step, as for `mf.bilevel`.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        solver: Solver,
+        estimator: Estimator | Callable[..., Solution],
+        path: Path | None,
+    ):
+        self.problem = problem
+        self.solver = solver
+        self.estimator: Any = estimator
+        self.path = path
+        self.explicit: bool = getattr(estimator, "explicit", False)
+        self.twice: bool = getattr(estimator, "twice", True)
+        self.uses = Uses(problem.inner_loss, problem.outer_loss, problem.init, solver, estimator)
+        self.inner_loss: InnerLoss | None = None
+        self.outer_tried = False
+        self.outer_needs_swaps = True
+
+    def __call__(self, outer: Params, episode: Any) -> tuple[Tensor, Aux]:
+        """Evaluate the outer loss after adaptation."""
+        problem, compiling = self.problem, torch.compiler.is_compiling()
+        check_params(outer, "outer", "outer parameters")
+        if self.explicit:
+            refuse_empty(outer, str(self.estimator), "or use Unrolled() or FirstOrder()")
+        given, outer = outer, local_parts(outer)
+        support, query = problem.prepared(outer, episode)
+        start = problem.start(outer, support)
+        refuse_parts(start, given)
+        explaining = noting()
+        if explaining:
+            note_parts(self.solver, self.estimator, self.path, start, outer, support, query)
+        inner_loss = self.inner_loss or problem.inner_loss
+        first = (self.inner_loss is None or explaining) and not compiling
+        if first:
+            if torch.is_grad_enabled():
+                refuse_bare_ddp(given)
+            inner_loss = preflight(
+                problem.inner_loss,
+                self.solver,
+                start,
+                outer,
+                support,
+                explicit=self.explicit,
+                twice=self.twice,
+            )
+        solution, ends = self._adapted(inner_loss, start, outer, support, query)
+        if not transforming():
+            check_finite(solution.losses)
+        if first:
+            self.inner_loss = inner_loss
+        # Under no_grad an outer loss may be a metric without a derivative.
+        if not self.outer_tried and torch.is_grad_enabled() and not compiling:
+            self._try_outer(ends[-1], outer)
+            self.outer_tried = True
+        if self.uses.count < 2 and not compiling:
+            self.uses.add()
+        loss, metrics = self._outer_loss(ends, outer)
+        return loss, Aux(pt.detach(solution.params), solution.losses.detach(), metrics)
+
+    def _adapted(
+        self, inner_loss: InnerLoss, start: Params, outer: Params, support: Any, query: Any
+    ) -> tuple[Solution, list[End]]:
+        """Return the solution, and what the outer loss is evaluated at."""
+        args, steps = (inner_loss, self.solver, start, outer, support), self.solver.steps
+        if self.path is None:
+            solution = self.estimator(*args)
+            check_solution(solution, start, self.estimator)
+            return solution, [(None, solution.params, streams.at(query, max(steps - 1, 0)))]
+        weights = path_weights(self.path, outer, steps)
+        solution = self.estimator(*args, path=tuple(range(steps)))
+        check_solution(solution, start, self.estimator)
+        data = [streams.at(query, step) for step in range(steps)]
+        if len(solution.path) != steps:
+            raise ProblemError(
+                f"{name_of(self.estimator)} was asked for the fast weights after {steps} steps "
+                f"and returned a path of {len(solution.path)}."
+            )
+        return solution, list(zip(weights, solution.path, data, strict=True))
+
+    def _try_outer(self, end: End, outer: Params) -> None:
+        _, fast, query = end
+        constants = pt.detach(outer)
+        refuse_ignored_fast_weights(lambda f: self.problem.evaluate(f, constants, query)[0], fast)
+
+    def _outer_loss(self, ends: list[End], outer: Params) -> tuple[Tensor, dict[str, Tensor]]:
+        # A mode costs at every operator: outside transforms only a loss that needs it has one.
+        plain = not self.outer_needs_swaps and not transforming()
+        swapped = Swapped(once=True)
+        with nullcontext() if plain else swapped:
+            found = weighted(self.problem, ends, outer)
+        if not plain and not transforming():
+            self.outer_needs_swaps = swapped.needed
+        return found

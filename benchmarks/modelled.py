@@ -22,6 +22,19 @@ on a GPU yet; the model gives them the rate of transformers' own causal attentio
 """
 
 
+REST = [
+    "",
+    "The check that inner losses are finite is one synchronisation for all inner steps, after the "
+    "last of them; there is no other check of values in a step.",
+    "",
+    "FA3 and FA4: torch (2.11 or later) has a registry for them, and "
+    '`torch.nn.attention.activate_flash_attention_impl("FA3")` replaces the operators that the '
+    "variable-length kernels here call. After this call, which torch leaves to the user, they are "
+    "used, once they have agreed with tiles on a small attention (`flash.fault`). A test on a CPU "
+    "shows that an activated implementation is called; neither has run on a GPU from here.",
+]
+
+
 def section(step: dict[str, Any], changes: list[dict[str, Any]]) -> list[str]:
     """Return the lines: the rows before and after, then one line for each change."""
     measured = {(row["name"], row["length"]): row["seconds"] for row in step["rows"]}
@@ -62,4 +75,4 @@ def section(step: dict[str, Any], changes: list[dict[str, Any]]) -> list[str]:
             )
     waits = after["metafocus", 4096]["synchronisations"]
     listed = "; ".join(f"{name} ({number})" for name, number in waits.items())
-    return [*lines, "", f"The synchronisations of a FocuSFT step now: {listed}."]
+    return [*lines, "", f"The synchronisations of a FocuSFT step now: {listed}.", *REST]

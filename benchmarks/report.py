@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from benchmarks import gpu, modelled
+from benchmarks import gpu, half_precision, modelled
 from benchmarks.rivals import context, report
 from benchmarks.rivals.w8 import report as w8
 
@@ -16,8 +16,8 @@ LINK = "figures/benchmarks"
 INTRODUCTION = """
 Written by `make benchmarks` from `benchmarks/results/`: `python -m benchmarks.rivals.install`, then
 `python -m benchmarks.rivals`, `python -m benchmarks.rivals.w8` and the scripts named below make
-these files. All figures but those of the last two sections are of a CPU; those of the last one are
-modelled. `make benchmarks-quick` compares ratios with the committed ones.
+these files. All figures are of a CPU but those of two sections: one on a GPU, and one that models
+it. `make benchmarks-quick` compares ratios with the committed ones.
 """
 
 
@@ -34,6 +34,7 @@ def page() -> str:
         lines += w8.section(read("w8"), FIGURES, LINK)
     lines += gpu.section(read("focusft_gpu"), read("attention_gpu"))
     lines += modelled.section(read("focusft_gpu"), read("roofline"))
+    lines += half_precision.section(read("half_precision"))
     return "\n".join(lines) + "\n"
 
 

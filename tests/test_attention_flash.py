@@ -443,6 +443,56 @@ def test_torch_where_flash_attn_is_not_installed(monkeypatch):
         flash_varlen._has_flash_attn.cache_clear()
 
 
+def test_kernels_that_are_activated_in_torch_are_used_and_looked_at(monkeypatch):
+    """Torch's registry replaces the operators that `TorchVarlen` calls, as for FA3 on CUDA."""
+    from torch.nn import attention
+
+    assert {"FA3", "FA4"} <= set(attention.list_flash_attention_impls())
+    q, k, do = tensors(1, 9)[:3]
+    q, k, do = (x[0, :2].mT.transpose(1, 2).transpose(0, 1) for x in (q, k, do))
+    called, seen = [], []
+
+    class Handle:
+        def __init__(self):
+            self.library = torch.library.Library("aten", "IMPL", "CPU")
+            self.library.impl("_flash_attention_forward", self.forward)
+            self.library.impl("_flash_attention_backward", self.backward)
+
+        def forward(self, q, k, v, *rest, **options):
+            called.append("forward")
+            none = torch.empty(0)
+            return q + 1, q.new_zeros(q.shape[1], len(q)), none, none, none
+
+        def backward(self, do, q, k, v, *rest, **options):
+            called.append("backward")
+            return do, k, v
+
+        def remove(self):
+            self.library._destroy()
+
+    monkeypatch.setattr(flash_varlen, "_has_flash_attn", lambda: True)
+    assert isinstance(flash_varlen.installed(), FlashAttn)
+    monkeypatch.setattr(flash, "_fault", lambda *args: seen.append(args[-1]))
+    attention.register_flash_attention_impl("ours", register_fn=Handle)
+    attention.activate_flash_attention_impl("ours")
+    try:
+        varlen = flash_varlen.installed()
+        assert isinstance(varlen, TorchVarlen)
+        bounds = torch.tensor([0, len(q)], dtype=torch.int32)
+        call = Lengths(bounds, bounds, len(q), len(q), -1, 0)
+        found = varlen.forward(QKV(q, k, k), call, SHAPE)
+        assert torch.equal(found.o, q + 1)
+        assert torch.equal(varlen.backward(do, QKV(q, k, k), found, call, SHAPE).q, do)
+        flash.fault(torch.device("cuda"), torch.bfloat16, 64)
+    finally:
+        attention.restore_flash_attention_impl()
+        attention._registry._FLASH_ATTENTION_IMPLS.pop("ours")
+    assert called == ["forward", "backward"]
+    flash.fault(torch.device("cuda"), torch.bfloat16, 64)
+    # Another library is another kernel, which is compared with tiles by itself.
+    assert seen == ["ours", None]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -491,7 +541,11 @@ def test_cuda_does_not_wait_when_turns_are_known():
 def test_a_kernel_is_looked_at_before_it_is_used(dtype, monkeypatch):
     """Right kernels pass the check of a device; of others it says what is wrong."""
     cpu = torch.device("cpu")
-    look = flash.fault.__wrapped__
+
+    def look(*args):
+        flash._fault.cache_clear()
+        return flash.fault(*args)
+
     assert look(cpu, dtype, 16) is None
     right = flash.flash_cpu.backward
     monkeypatch.setattr(flash.flash_cpu, "backward", lambda *a: tuple(2 * x for x in right(*a)))

@@ -55,7 +55,7 @@ def update(
     inputs, a, b = (x.to(output.dtype) for x in (args[0], tensors["lora_A"], tensors["lora_B"]))
     if a.ndim == 2:
         low = functional.linear(inputs, a)
-        # One product that adds to the output, and rounds the sum once.
+        # addmm adds the product to the output and rounds the sum once.
         added = torch.addmm(_rows(output), _rows(low), b.mT, alpha=scale)
         return added.view(output.shape)
     # A row of a matrix may be a token or an example, so only batches of sequences are accepted.
@@ -126,7 +126,7 @@ def for_each(fast: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
         >>> for_each({"w": torch.zeros(2)}, 5)["w"].shape
         torch.Size([5, 2])
     """
-    # Contiguous, because forward mode refuses tensors whose elements share memory.
+    # The result is contiguous, because forward mode refuses tensors whose elements share memory.
     return {k: v.expand(number, *v.shape).contiguous() for k, v in fast.items()}
 
 

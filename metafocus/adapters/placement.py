@@ -85,7 +85,7 @@ def _weights_read_by(kind: type) -> frozenset[str]:
     return frozenset(found)
 
 
-# Not where only a property of the weight is read.
+# This leaves out code that reads only a property of the weight.
 _WEIGHT = re.compile(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|size|ndim|is_\w+))")
 
 

@@ -110,7 +110,7 @@ def slot(module: nn.Module) -> Slot:
     found = _find(module)
     if found is None:
         found = Slot()
-        # Both at once, because compiled code would not see a hook that is added later.
+        # Both are added at once, because compiled code would not see a hook that is added later.
         module.register_forward_pre_hook(found)
         module.register_forward_hook(found)
     return found

@@ -95,7 +95,7 @@ def _span_attention(
     spans = _checked(inputs, spans, softcap, sinks, backend)
     scaling = Scaling(q.shape[-1] ** -0.5 if scale is None else float(scale), softcap)
     if backend == "flex":
-        # Imported here: it loads much of the compiler.
+        # The import is here because it loads much of the compiler.
         from metafocus.attention.kernels.flex import flex
 
         return flex(inputs, spans, scaling)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from metafocus.attention.kernels.auto import KERNELS
-from metafocus.attention.kernels.complete import complete
+from metafocus.attention.kernels.complete import gradient
 from metafocus.attention.kernels.dense import dense
 from metafocus.attention.kernels.kernel import QKV, Attended, Scaling
 from metafocus.errors import TransformError
@@ -64,16 +64,7 @@ def _attention(
 
 
 @_attention.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    start: Tensor,
-    stop: Tensor,
-    scale: float,
-    softcap: float | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(
         q.shape[:-1], dtype=wide_type(q.dtype)
     )
@@ -94,13 +85,8 @@ def _gradient(
     softcap: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    inputs, scaling, kernel = QKV(q, k, v), Scaling(scale, softcap), KERNELS[backend]()
-    rest = inputs, Attended(o, lse), Spans(start, stop), scaling
-    if dl is None:
-        grads = kernel.backward(do, *rest)
-    else:
-        grads = complete(kernel, inputs, scaling).backward(do, *rest, dl)
-    dq, dk, dv = (x.contiguous() for x in grads)
+    rest = QKV(q, k, v), Attended(o, lse), Spans(start, stop), Scaling(scale, softcap)
+    dq, dk, dv = (x.contiguous() for x in gradient(KERNELS[backend](), do, dl, *rest))
     return dq, dk, dv
 
 

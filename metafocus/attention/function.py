@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metafocus.attention.kernels.complete import complete
+from metafocus.attention.kernels.complete import complete, gradient
 from metafocus.attention.kernels.kernel import QKV, Attended, Kernel, Scaling
 from metafocus.errors import TransformError
 from metafocus.masks.spans import Spans
@@ -53,7 +53,7 @@ def _folded(cls: Any, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]
 def _save(ctx: Any, call: Call, tensors: tuple[Any, ...]) -> None:
     ctx.call = call
     ctx.set_materialize_grads(False)
-    # One tuple for both, or grad(vmap) fails.
+    # Both share one tuple, because grad(vmap) fails otherwise.
     ctx.save_for_backward(*tensors)
     ctx.save_for_forward(*tensors)
 
@@ -127,13 +127,9 @@ class _Backward(torch.autograd.Function):
         do: Tensor,
         dl: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        inputs = QKV(q, k, v)
-        rest = inputs, Attended(o, lse), Spans(start, stop), call.scaling
+        rest = QKV(q, k, v), Attended(o, lse), Spans(start, stop), call.scaling
         with no_autocast(q.device):
-            if dl is None:
-                grads = call.kernel.backward(do, *rest)
-            else:
-                grads = complete(call.kernel, inputs, call.scaling).backward(do, *rest, dl)
+            grads = gradient(call.kernel, do, dl, *rest)
         dq, dk, dv = (_own(x) for x in grads)
         return dq, dk, dv
 

@@ -24,7 +24,7 @@ IMPLEMENTATIONS = {
     # A name with "flash" in it would make transformers look for a package.
     "metafocus_fused": "flash",
     "metafocus_flex": "flex",
-    # As "metafocus"; the name says that the sequence may be divided among ranks.
+    # This is the same as "metafocus"; the name says that ranks may share the sequence.
     "metafocus_ulysses": "auto",
 }
 """The names that transformers knows after `register()`, and the back end of each."""

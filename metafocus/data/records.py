@@ -52,7 +52,7 @@ class Encoders:
         self._variables, self._arrow, self._turns = variables, arrow, turns
         self._made: dict[str, Encoder] = {}
         if not hasattr(tokenizer, "apply_chat_template") or tokenizer.chat_template:
-            # Raises for what cannot be used. Texts need no template.
+            # This raises for what cannot be used. Texts need no template.
             self._of({})
 
     def _of(self, record: Mapping[str, Any]) -> Encoder:
@@ -143,7 +143,7 @@ def _start(encoders: Encoders) -> None:
 
 def _work(chunk: list[tuple[int, Any]]) -> list[tuple[int, Any]]:
     assert _worker is not None, "_start ran first"
-    # As arrays: each tensor would travel as a file descriptor, and there are few of these.
+    # Arrays are sent, because each tensor would need a file descriptor, and there are few of these.
     return [
         (i, made if isinstance(made, DataError) else [_arrays(one) for one in made])
         for i, made in _worker.encode(chunk)

@@ -38,7 +38,7 @@ class Spool(Sequence[Item], Generic[Item]):
         folder: str | Path | None = None,
     ):
         self._dump, self._load = dump, load
-        # Without a buffer, which a forked process would write a second time.
+        # The file has no buffer, because a forked process would write the buffer a second time.
         self._file = tempfile.TemporaryFile(dir=folder, buffering=0)
         self._ends = array("Q", [0])
         self._hash = hashlib.blake2b(digest_size=16)
@@ -67,7 +67,7 @@ class Spool(Sequence[Item], Generic[Item]):
         return self._hash.hexdigest()
 
     def __getstate__(self) -> dict[str, Any]:
-        # For workers of a data loader that are not forked: they open the file of their parent.
+        # Workers of a data loader that are not forked open the file of their parent.
         path = f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
         return {**self.__dict__, "_file": path, "_hash": None}
 

@@ -122,7 +122,7 @@ def entries(split: str) -> tuple[Entry, ...]:
 
 
 def _split_of(module: str) -> str:
-    # By the top-level name, because submodules of one package document the same functions.
+    # Modules are grouped by their top-level name, because submodules document the same functions.
     name = "metafocus:" + module.partition(".")[0]
     held_out = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % 5 == 0
     return "heldout" if held_out else "train"

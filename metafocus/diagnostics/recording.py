@@ -20,12 +20,12 @@ from metafocus.errors import ProblemError
 from metafocus.lm import Adapter, Batch, all_tokens, lm_loss
 from metafocus.lm.hf import heads
 from metafocus.lm.hf.attention import attention_as, replaceable
+from metafocus.lm.prepared import ADDED
 from metafocus.masks import MaskPolicy
 from metafocus.masks.spans import Spans, windowed
 from metafocus.precision import no_autocast
 
 NAME = "metafocus_recorded"
-_PREPARED = ("model_inputs", "scored", "hidden")
 
 
 def attention_profile(
@@ -84,7 +84,7 @@ def attention_profile(
     adapter, fast = adapter or NoAdapter(), dict(fast or {})
     device = next(model.parameters()).device
     raw = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    raw = {k: v for k, v in raw.items() if k not in _PREPARED}
+    raw = {k: v for k, v in raw.items() if k not in ADDED}
     tokens = Tokens.of(raw)
     recorder = Recorder(tokens)
     _register()

@@ -59,7 +59,7 @@ def _residual(logits: Tensor, y: Tensor) -> Tensor:
     """Return the gradient by the logits: softmax minus one-hot, 0 where not scored."""
     kept = (y != IGNORED).unsqueeze(-1)
     index = torch.where(kept, y.unsqueeze(-1), 0)
-    # Not scatter_add: its in-place form cannot take a batch into a tensor without one.
+    # The in-place form of scatter_add cannot take a batched source into a tensor without a batch.
     hit = index == torch.arange(logits.shape[-1], device=y.device)
     return torch.where(kept, logits.softmax(-1) - hit.to(logits.dtype), 0)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from metafocus import masks
 from metafocus.adapters.protocol import Adapter
 from metafocus.calls import holding, running
 from metafocus.errors import ProblemError
+from metafocus.lm.accepted import check_parts, checked_spans
 from metafocus.lm.cross_entropy import IGNORED
 from metafocus.lm.hf import heads, prefix
 from metafocus.lm.hf.attention import attending, own_mask, read_spans
@@ -25,35 +26,16 @@ from metafocus.lm.hf.logit_head import logit_head_of
 from metafocus.lm.hf.restricted import Restriction, restricted
 from metafocus.lm.hf.shared_sequence import check_shared_sequence
 from metafocus.lm.hf.side_runs import few_tokens
-from metafocus.lm.tokens import TokenPolicy, answer_tokens, predicted
+from metafocus.lm.prepared import Source, current
+from metafocus.lm.targets import Targets, next_tokens, targets_of
+from metafocus.lm.tokens import TokenPolicy, answer_tokens
 from metafocus.masks import Batch, MaskPolicy
-from metafocus.masks.spans import Spans
 from metafocus.parallel.collectives import Group, replicated, summed
-from metafocus.parallel.sequence import refuse_other_batches, share
+from metafocus.parallel.sequence import refuse_other_batches
 from metafocus.precision import wide
 from metafocus.problem import trainable
 from metafocus.sharding import HOOKED, plain_names, sharding_of
 from metafocus.types import Params
-
-
-class Targets(NamedTuple):
-    """What a loss needs to know of a batch besides the model's inputs."""
-
-    policy: TokenPolicy
-    """Which tokens are scored."""
-    rows: Tensor | None
-    """Flat indices of the positions from which they are predicted, `[n]`; None: all of them."""
-    targets: Tensor
-    """What is predicted there, `[n]`; or `[B * S]`, -100 where nothing is."""
-    number: Tensor
-    """Number of scored tokens, at least 1."""
-    mask: Tensor | None = None
-    """The spans of the last layer, in which only the rows' queries attend; None: those of all."""
-
-    def select(self, hidden: Tensor) -> Tensor:
-        """Return the rows of `[B, S, D]` hidden states to which the targets belong."""
-        flat = hidden.flatten(0, 1)
-        return flat if self.rows is None else flat.index_select(0, self.rows)
 
 
 @dataclass(frozen=True)
@@ -73,22 +55,26 @@ class LMLoss:
 
         Optional: a batch that is not prepared is prepared on the fly, at every call (on a GPU
         with one host synchronisation, to count the scored tokens). A batch that a loss with
-        other `tokens` prepared keeps its masks and gets its own rows.
+        other `tokens` prepared keeps its masks and gets its own rows. One that was prepared for
+        another mask, or whose tensors were replaced or written to since, is prepared anew.
         """
+        batch = current(self.mask, batch)
         scored = batch.get("scored")
-        if "model_inputs" in batch and scored is not None and scored.policy == self.tokens:
+        if scored is not None and scored.policy == self.tokens:
             return batch
         known = batch.get("model_inputs")
-        inputs = known or self._model_inputs(batch)
+        batch = self._with_inputs(batch)
         logit_head_of(self.model)
-        scored = self._scored(batch)
-        mask = last_mask(self.model, inputs["attention_mask"])
+        scored = targets_of(self.tokens, batch, self.sequence_group)
+        mask = last_mask(self.model, batch["model_inputs"]["attention_mask"])
         # Queries that this rank does not score may be scored by another rank of the sequence.
         alone = self.sequence_group is None
         if alone and mask is not None and scored.rows is not None:
-            scored = scored._replace(mask=at_scored(mask, self._targets(batch) != IGNORED))
-        read_spans(self.model, None if known else inputs["attention_mask"], scored.mask)
-        return {**batch, "model_inputs": inputs, "scored": scored}
+            read = next_tokens(self.tokens, batch) != IGNORED
+            scored = scored._replace(mask=at_scored(mask, read))
+        masks_of_all = None if known else batch["model_inputs"]["attention_mask"]
+        read_spans(self.model, masks_of_all, scored.mask)
+        return {**batch, "scored": scored}
 
     def __call__(self, fast: Params, slow: Params, batch: Batch) -> Tensor:
         """Return the loss; with `slow={}` the model's own parameters are the slow weights."""
@@ -180,7 +166,7 @@ class LMLoss:
     def _entering(self, params: Params) -> Params:
         """Return parameters as they enter the computation that the ranks of a sequence share."""
         group = self.sequence_group
-        # Of parametrised weights it is the whole weight that enters, not this rank's part.
+        # A parametrised weight enters as a whole, not as this rank's part of it.
         parts = plain_names(self.model)
         return {k: x if k in parts else replicated(x, group) for k, x in params.items()}
 
@@ -206,20 +192,12 @@ class LMLoss:
         ):
             return self.model(**inputs)
 
-    def _targets(self, batch: Batch) -> Tensor:
-        """Return what is predicted at each position, `[B, S]`: the next token, where scored."""
-        scored = predicted(self.tokens, batch)[:, 1:]
-        targets = torch.where(scored, batch["input_ids"][:, 1:], IGNORED)
-        return F.pad(targets, (0, 1), value=IGNORED)
-
-    def _scored(self, batch: Batch) -> Targets:
-        whole = self._targets(batch)
-        count = (whole != IGNORED).sum().clamp(min=1)
-        targets = share(whole, self.sequence_group, IGNORED).flatten()
-        rows = heads.scored_rows(targets)
-        if rows is not None:
-            targets = targets.index_select(0, rows)
-        return Targets(self.tokens, rows, targets, count)
+    def _with_inputs(self, batch: Batch) -> Batch:
+        """Return the batch with what the model is called with."""
+        if "model_inputs" in batch:
+            return batch
+        inputs = self._model_inputs(batch)
+        return {**batch, "model_inputs": inputs, "source": Source.of(self.mask, batch)}
 
     def _model_inputs(self, batch: Batch) -> dict[str, Any]:
         if "input_ids" not in batch:
@@ -231,7 +209,7 @@ class LMLoss:
             refuse_other_batches(batch, group)
         if self.mask is masks.causal and "document_ids" not in batch and own_mask(self.model):
             return own_inputs(batch["input_ids"], batch.get("attention_mask"))
-        positions, spans = masks.positions(batch), _checked(self.mask(batch))
+        positions, spans = masks.positions(batch), checked_spans(self.mask(batch))
         return model_inputs(self.model, batch["input_ids"], positions, spans, group)
 
 
@@ -294,44 +272,5 @@ def lm_loss(
         >>> loss(lora.init(model), {}, batch).shape
         torch.Size([])
     """
-    _check_parts(model, adapter, mask, tokens)
+    check_parts(model, adapter, mask, tokens)
     return LMLoss(model, adapter, mask, tokens, sequence_group)
-
-
-def _check_parts(model: nn.Module, adapter: Any, mask: Any, tokens: Any) -> None:
-    if not hasattr(model, "config") or not hasattr(model.config, "get_text_config"):
-        raise ProblemError(
-            f"model must be a Hugging Face model, got {type(model).__name__} without a config."
-        )
-    if isinstance(adapter, type) or not (hasattr(adapter, "init") and hasattr(adapter, "bind")):
-        raise ProblemError(
-            f"adapter must be an adapter such as mf.LoRA(mf.all_linear), got {adapter!r}."
-        )
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ProblemError(
-            f"model is {type(model).__name__}, an encoder with a decoder: losses, masks and chats "
-            "here are those of causal language models, such as AutoModelForCausalLM loads."
-        )
-    learned = getattr(model, "active_peft_config", None)
-    if getattr(learned, "is_prompt_learning", False):
-        raise ProblemError(
-            f"model has a PEFT adapter of type {learned.peft_type.value}, which puts virtual "  # pyright: ignore
-            "tokens before the batch: masks and answers would be off by them. Use LoRA."
-        )
-    for name, policy, example in (
-        ("mask", mask, "mf.masks.context_bidirectional"),
-        ("tokens", tokens, "mf.answer_tokens"),
-    ):
-        if not callable(policy):
-            raise ProblemError(
-                f"{name} must be a function of the batch such as {example}, got {policy!r}."
-            )
-
-
-def _checked(spans: Any) -> Spans:
-    if not isinstance(spans, Spans):
-        raise ProblemError(
-            "a mask policy returns mf.Spans, one interval of keys per query; this one returned "
-            f"{type(spans).__name__}."
-        )
-    return spans

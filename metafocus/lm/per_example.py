@@ -18,7 +18,9 @@ from torch import Tensor
 from metafocus.lm.cross_entropy import IGNORED
 from metafocus.lm.hf.attention import read_spans
 from metafocus.lm.hf.logit_head import logit_head_of
-from metafocus.lm.loss import LMLoss, Targets
+from metafocus.lm.loss import LMLoss
+from metafocus.lm.prepared import current
+from metafocus.lm.targets import Targets, next_tokens, targets_of
 from metafocus.lm.tokens import TokenPolicy, predicted
 from metafocus.masks import Batch
 from metafocus.types import Params, Solver, State
@@ -84,13 +86,13 @@ class PerExampleLoss(LMLoss):
 
     def prepare(self, batch: Batch) -> Batch:
         """Return the batch with masks, positions and the scored rows of each example."""
+        batch = current(self.mask, batch)
         each = batch.get("each")
-        if "model_inputs" in batch and each is not None and each.policy == self.tokens:
+        if each is not None and each.policy == self.tokens:
             return batch
-        inputs = batch.get("model_inputs") or self._model_inputs(batch)
+        batch = self._with_inputs(batch)
         logit_head_of(self.model)
-        read_spans(self.model, inputs["attention_mask"])
-        batch = {**batch, "model_inputs": inputs}
+        read_spans(self.model, batch["model_inputs"]["attention_mask"])
         return {**batch, "each": self._each(batch)}
 
     def _rows(self, batch: Batch) -> Tensor | None:
@@ -104,9 +106,9 @@ class PerExampleLoss(LMLoss):
         return torch.stack([total(part) / part.number for part in batch["each"].parts]).sum()
 
     def _each(self, batch: Batch) -> Each:
-        scored = self._scored(batch)
-        # Of the whole rows; what follows is this rank's share of them.
-        numbers = (self._targets(batch) != IGNORED).sum(1).clamp(min=1).unbind()
+        scored = targets_of(self.tokens, batch, self.sequence_group)
+        # These are numbers of whole rows; what follows is this rank's share of the rows.
+        numbers = (next_tokens(self.tokens, batch) != IGNORED).sum(1).clamp(min=1).unbind()
         rows, length = batch["model_inputs"]["input_ids"].shape
         if scored.rows is None:
             index = torch.arange(rows * length, device=scored.targets.device).split(length)

@@ -83,7 +83,7 @@ class SharedPrefix:
         fast = {name: (torch.rand(x.shape, generator=draw) - 0.5).to(x) for name, x in fast.items()}
         batch = loss.trial_batch()
         try:
-            # A layer above that reads what one below made gives no number.
+            # If an upper layer reads what a lower one returned, the result is not a number.
             hidden = loss.hidden_before(cut, {}, batch)._replace(others=torch.nan)
             before = Drawn(loss.model.parameters())
             whole = loss.final_hidden(fast, batch)

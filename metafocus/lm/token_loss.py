@@ -60,7 +60,7 @@ def token_loss(
     """
     _check(hidden, weight, targets, bias, chunk)
     rows = chunk or _rows(weight.shape[0], weight.shape[1], hidden.is_cuda)
-    # As F.linear would do; what follows runs in the types it is given, in every pass.
+    # Casts as F.linear would; what follows runs in the types that it is given, in every pass.
     hidden, weight, *rest = as_autocast(hidden, weight, *([] if bias is None else [bias]))
     bias = rest[0] if rest else None
     with no_autocast(hidden.device):
@@ -95,7 +95,8 @@ def _check(
 
 
 def _rows(vocabulary: int, width: int, gpu: bool) -> int:
-    # On a GPU as many rows as the weight has columns: the logits are as large as the weight, and
+    # On a GPU a chunk has as many rows as the weight has columns: its logits are as large as the
+    # weight, and
     # adding a chunk's share to its gradient costs little beside the chunk's products.
     return max(width if gpu else (1 << 22) // vocabulary, 128)
 
@@ -137,8 +138,8 @@ def _sweep(
     dh: list[Tensor] = []
     dw = db = None
     for part, target in chunks:
-        # What is not scored counts as 0 here, and not in the much wider residual: its input may be
-        # anything, and what its residual is then multiplies zeros.
+        # Inputs that are not scored may be anything. Setting them to 0 costs less than setting the
+        # much wider residual to 0, which then multiplies zeros.
         unscored = (target == IGNORED).unsqueeze(-1)
         part = part.masked_fill(unscored, 0)
         total, r, residual_sum = _residual(logit_head, any(wanted), part, w, b, target)
@@ -152,7 +153,7 @@ def _sweep(
             if len(chunks) == 1:
                 dw = share
             else:
-                # Sums over chunks in the wide type: bfloat16 would lose what each chunk adds.
+                # Sums over chunks are in the wide type; bfloat16 would lose what each chunk adds.
                 dw = wide(share) if dw is None else dw.add_(share)
         if wanted[2] and residual_sum is not None:
             db = residual_sum if db is None else db + residual_sum
@@ -178,9 +179,9 @@ def _residual(
     index = torch.where(y != IGNORED, y, 0).unsqueeze(-1)
     if logit_head != LogitHead():
         z = logit_head(wide(z))
-    # One pass that reads half precision and writes the wide type.
+    # This is one pass that reads half precision and writes the wide type.
     p = z.softmax(-1, dtype=wide_type(z.dtype))
-    # The largest probability is the inverse of the norm: cheaper than a logsumexp beside it.
+    # The largest probability is the inverse of the norm; a logsumexp would cost another pass.
     norm = wide(z.amax(-1, keepdim=True)) - p.amax(-1, keepdim=True).log()
     total = torch.where(kept, norm - wide(z.gather(-1, index)), 0).sum()
     if not wanted:
@@ -190,7 +191,7 @@ def _residual(
     p.scatter_add_(-1, index, -torch.ones_like(norm))
     if slope is not None:
         p = p.mul_(slope)
-    # Read before the residual is rounded.
+    # The sum is taken before the residual is rounded.
     summed = None if b is None else (kept.to(p.dtype).mT @ p).squeeze(0)
     return total, p.to(w.dtype), summed
 
@@ -257,7 +258,7 @@ def _second(
 
         at = [part, w] if b is None else [part, w, b]
         toward = [c for c in (None if into_h is None else move, *rest) if c is not None]
-        # As cotangents, not as factors: is_grads_batched=True hides factors from the tape.
+        # Passed as cotangents, because is_grads_batched=True hides factors from the tape.
         first, *others = derivatives.pullback(grads, at, toward, wanted[: len(at)])
         if first is not None:
             into_rows.append(first)

@@ -28,10 +28,8 @@ def answer_tokens(batch: Batch) -> Tensor:
         ProblemError: without `answer_mask`.
 
     Example:
-        >>> batch = {"input_ids": torch.tensor([[5, 6, 7]]),
-        ...          "answer_mask": torch.tensor([[False, True, True]]),
-        ...          "attention_mask": torch.tensor([[1, 1, 0]])}
-        >>> answer_tokens(batch).tolist()
+        >>> answers = torch.tensor([[False, True, True]])
+        >>> answer_tokens({"input_ids": torch.tensor([[5, 6, 7]]), "answer_mask": answers}).tolist()
         [[False, True, True]]
     """
     if "answer_mask" not in batch:
@@ -74,11 +72,9 @@ def all_tokens(batch: Batch) -> Tensor:
         Booleans, `[B, S]`.
 
     Example:
-        >>> batch = {"input_ids": torch.tensor([[5, 6, 7]]),
-        ...          "answer_mask": torch.tensor([[False, True, True]]),
-        ...          "attention_mask": torch.tensor([[1, 1, 0]])}
+        >>> batch = {"input_ids": torch.tensor([[5, 6]]), "attention_mask": torch.tensor([[1, 0]])}
         >>> all_tokens(batch).tolist()
-        [[True, True, False]]
+        [[True, False]]
     """
     mask = batch.get("attention_mask")
     return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()

@@ -111,7 +111,7 @@ class Spans(NamedTuple):
         """
         start, stop = self
 
-        # A closure: flex_attention would count the `self` of a bound method as an argument.
+        # It is a closure, because flex_attention would count the `self` of a method as an argument.
         def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return (start[b, q] <= k) & (k < stop[b, q])
 

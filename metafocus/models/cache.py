@@ -36,7 +36,7 @@ def made_once(name: str, make: Callable[[Path], None]) -> Path:
     from filelock import FileLock
 
     home, final = root(), root() / name
-    # Without the lock first: a cache that is filled may be on a disk that is read only.
+    # Look without the lock first, because a filled cache may be on a read-only disk.
     if _whole(final):
         return final
     try:
@@ -83,7 +83,7 @@ def _fill(final: Path, make: Callable[[Path], None]) -> None:
         make(part)
         files = sorted(path.name for path in part.iterdir())
         write_json(part / MANIFEST, {name: sha256(part / name) for name in files})
-        # For others to read too: a cache may be shared.
+        # Others may read it too, because a cache may be shared.
         for path in part.iterdir():
             path.chmod(0o644)
         part.chmod(0o755)

@@ -8,7 +8,7 @@ import logging
 import torch
 from torch import Tensor
 
-from metafocus.attention.kernels.kernel import QKV, Kernel, Scaling, TwiceKernel
+from metafocus.attention.kernels.kernel import QKV, Attended, Kernel, Scaling, TwiceKernel
 from metafocus.attention.kernels.tiled import Tiled
 from metafocus.attention.kernels.triton.launch import Triton, unserved
 from metafocus.masks.spans import Spans
@@ -37,6 +37,31 @@ def complete(kernel: Kernel, inputs: QKV, scaling: Scaling) -> TwiceKernel:
     if isinstance(kernel, Tiled | Triton):
         return kernel
     return unfused(inputs, scaling)
+
+
+def gradient(
+    kernel: Kernel,
+    do: Tensor,
+    dl: Tensor | None,
+    inputs: QKV,
+    found: Attended,
+    spans: Spans,
+    scaling: Scaling,
+) -> QKV:
+    """Return the gradients by a kernel, or by what completes it where the logsumexp is used too.
+
+    Args:
+        kernel: The kernel of the forward pass.
+        do: Cotangent of the output.
+        dl: Cotangent of the logsumexp; None: nothing depends on it.
+        inputs: Queries, keys and values.
+        found: What the kernel found.
+        spans: The intervals, `[B, S]`.
+        scaling: The scale and the soft cap of the logits.
+    """
+    if dl is None:
+        return kernel.backward(do, inputs, found, spans, scaling)
+    return complete(kernel, inputs, scaling).backward(do, inputs, found, spans, scaling, dl)
 
 
 def unfused(inputs: QKV, scaling: Scaling) -> TwiceKernel:
@@ -122,7 +147,7 @@ def fault_of(
         sizes: The sizes of a head of keys and of values.
         scaling: The scale and the soft cap of the logits.
     """
-    # Several blocks of any width, the last one not full.
+    # The example has several blocks of every width, and the last one is not full.
     length = 150
     stop = torch.arange(1, length + 1)
     stop[:70] = 70

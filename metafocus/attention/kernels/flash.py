@@ -14,7 +14,7 @@ from metafocus.attention.kernels.flash_dense import CuDNN, Fastest, device_secon
 from metafocus.attention.kernels.kernel import QKV, Attended, Scaling
 from metafocus.attention.kernels.query_runs import QueryRun, find_query_runs, same, versions
 from metafocus.attention.kernels.tiled import Tiled
-from metafocus.attention.kernels.varlen import FlashAttn, Varlen, installed
+from metafocus.attention.kernels.varlen import FlashAttn, Varlen, activated, installed
 from metafocus.errors import ProblemError
 from metafocus.masks.spans import Spans
 
@@ -127,7 +127,7 @@ def by_slices(inputs: QKV, runs: tuple[QueryRun, ...], scaling: Scaling) -> bool
     if torch.cuda.is_current_stream_capturing() or fault(q.device, q.dtype, q.shape[-1], True):
         return False
     heads = q.shape[1], k.shape[1], q.shape[3]
-    key = q.device, q.dtype, heads, tokens.bit_length(), calls.bit_length()
+    key = q.device, q.dtype, heads, tokens.bit_length(), calls.bit_length(), activated()
     ways = (
         lambda: flash_cuda.forward(inputs, runs, scaling, installed()),
         lambda: flash_cpu.forward(inputs, runs, scaling.scale, CuDNN()),
@@ -180,12 +180,11 @@ def prepare(inputs: QKV, spans: Spans, scaling: Scaling) -> Flash | str:
     return Flash(Known(spans, versions(spans), runs))
 
 
-@functools.cache
 def fault(device: torch.device, dtype: torch.dtype, size: int, slices: bool = False) -> str | None:
     """Return what is wrong with the fused kernels of a device, or None; looked at once.
 
-    Kernels come with the installation. So the first use of one is a small attention of runs,
-    windows and grouped heads, with its gradient, against tiles.
+    Kernels come with the installation, or are activated later. So the first use of one is a small
+    attention of runs, windows and grouped heads, with its gradient, against tiles.
 
     Args:
         device: The device of the tensors.
@@ -193,6 +192,13 @@ def fault(device: torch.device, dtype: torch.dtype, size: int, slices: bool = Fa
         size: The size of a head.
         slices: Whether cuDNN's kernels are looked at instead of the variable-length ones.
     """
+    return _fault(device, dtype, size, slices, activated())
+
+
+@functools.cache
+def _fault(
+    device: torch.device, dtype: torch.dtype, size: int, slices: bool, library: str | None
+) -> str | None:
     length = 40
     stop = torch.arange(1, length + 1)
     stop[:16] = 16
@@ -219,7 +225,7 @@ def fault(device: torch.device, dtype: torch.dtype, size: int, slices: bool = Fa
     except (RuntimeError, TypeError, ValueError) as error:
         return f"the fused kernels of {device} failed on a small example: {error}"
     for got, want in zip((*found, *grads), (*expected, *exact), strict=True):
-        # Some ten roundings of the type, where a wrong kernel is off by the numbers themselves.
+        # The bound allows some ten roundings; a wrong kernel is off by as much as its result.
         if not (got - want).float().norm() <= 32 * torch.finfo(dtype).eps * want.float().norm():
             return f"the fused kernels of {device} are wrong on a small example of {dtype}"
     return None
@@ -293,5 +299,5 @@ def run_limit(batch: int, length: int, device: str) -> int:
         >>> run_limit(2, 1024, "cpu")
         204
     """
-    # Proportional to the rows: what is served stays served where vmap repeats it.
+    # The limit grows with the rows, so that vmap, which repeats them, changes no choice.
     return batch * max(16, length // (10 if device == "cpu" else 32))

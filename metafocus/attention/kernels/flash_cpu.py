@@ -153,7 +153,7 @@ def forward(
     inputs = QKV(*map(_dense_rows, inputs))
     q = inputs.q
     batch, heads, length, size = q.shape
-    # Laid out as [B, S, H, D], so that merging the heads afterwards is free.
+    # In the layout [B, S, H, D] merging the heads afterwards is free.
     out = q.new_zeros(batch, length, heads, size).transpose(1, 2)
     lse = q.new_zeros(batch, heads, length, dtype=wide_type(q.dtype))
     for group in groups(runs):

@@ -105,7 +105,7 @@ def _portions(runs: Iterable[QueryRun], most: int) -> Iterator[list[QueryRun]]:
 
 
 def _cumulative(sizes: Sequence[int], device: torch.device) -> Tensor:
-    # Not made on the device, which would wait for it.
+    # Made on the device, it would cost a synchronisation.
     return torch.tensor([0, *accumulate(sizes)], dtype=torch.int32).to(device, non_blocking=True)
 
 

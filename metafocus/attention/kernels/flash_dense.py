@@ -29,7 +29,7 @@ class CuDNN:
         self, do: Tensor, inputs: QKV, o: Tensor, lse: Tensor, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients."""
-        # The state of the random numbers, which dropout alone would read.
+        # This is the state of random numbers; only dropout would read it.
         seed = torch.zeros((), dtype=torch.long, device=do.device)
         lengths = inputs.q.shape[2], inputs.k.shape[2]
         rest = seed, seed, None, None, None, *lengths, 0.0, causal

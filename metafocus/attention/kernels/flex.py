@@ -52,7 +52,7 @@ def flex(inputs: QKV, spans: Spans, scaling: Scaling) -> Tensor:
         q, k, v = (x.detach() for x in (q, k, v))
     score_mod = None if scaling.softcap is None else _cap(scaling.softcap)
     with warnings.catch_warnings():
-        # On a CPU the advice to compile does not apply: there it is uncompiled on purpose.
+        # torch advises to compile, but on a CPU this runs uncompiled on purpose.
         warnings.filterwarnings("ignore", "flex_attention called without", UserWarning)
         return _kernel(q)(
             q,

@@ -100,7 +100,7 @@ def _bounds(spans: Spans, block: int) -> list[tuple[int, int, bool]]:
         for x in spans
     )
     seen = start < stop
-    # A query without keys widens nothing.
+    # A query without keys must not widen the range.
     first = torch.where(seen, start, length).amin((0, 2))
     last = torch.where(seen, stop, 0).amax((0, 2))
     whole = (start.amax((0, 2)) <= first) & (stop.amin((0, 2)) >= last)

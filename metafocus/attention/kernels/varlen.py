@@ -8,6 +8,7 @@ import importlib.util
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.attention
 from torch import Tensor
 
 from metafocus.attention.kernels.kernel import QKV, Attended, Scaling
@@ -72,6 +73,9 @@ class Varlen(Protocol):
 class TorchVarlen:
     """The kernels that torch brings along, as `torch.nn.attention.varlen` calls them.
 
+    After `torch.nn.attention.activate_flash_attention_impl("FA3")`, or "FA4", its operators run the
+    kernels of that library.
+
     Not by `varlen_attn` itself, whose gradient hangs on its own graph: here the forward pass has no
     graph, and the gradient is asked for later.
     """
@@ -88,7 +92,7 @@ class TorchVarlen:
         self, do: Tensor, inputs: QKV, found: Attended, lengths: Lengths, scaling: Scaling
     ) -> QKV:
         """Return the gradients."""
-        # The state of the random numbers, which dropout alone would read.
+        # This is the state of random numbers; only dropout would read it.
         seed = torch.zeros(2, dtype=torch.uint64, device=do.device)
         unused = torch.empty(0, device=do.device)
         settings = {"scale": scaling.scale, **lengths.window}
@@ -145,8 +149,18 @@ def _settings(lengths: Lengths, scaling: Scaling) -> dict[str, Any]:
 
 
 def installed() -> Varlen:
-    """Return flash-attn's kernels where a version is installed that has them, else torch's own."""
-    return FlashAttn() if _has_flash_attn() else TorchVarlen()
+    """Return flash-attn's kernels where a version is installed that has them, else torch's own.
+
+    Kernels that were activated in torch come before flash-attn's.
+    """
+    return FlashAttn() if activated() is None and _has_flash_attn() else TorchVarlen()
+
+
+def activated() -> str | None:
+    """Return the library that torch's flash kernels were told to come from, such as "FA3"."""
+    # A release of torch without this function has no registry to activate one in.
+    current = getattr(torch.nn.attention, "current_flash_attention_impl", None)
+    return None if current is None else current()
 
 
 @functools.cache
@@ -158,5 +172,5 @@ def _has_flash_attn() -> bool:
     except importlib.metadata.PackageNotFoundError:
         return False
     major, minor = (int(part) for part in version.split(".")[:2])
-    # Version 4 is another package with the same name space.
+    # Version 4 is another package that uses the same name.
     return major == 2 and minor >= 7

@@ -154,7 +154,7 @@ def read_spans(model: nn.Module, *masks: Tensor | dict[str, Tensor] | None) -> N
             if one is None or not is_stacked(one) or one.is_meta:
                 continue
             found.append((None if kind == "full_attention" else window, Spans.unstack(one)))
-    # Inside transforms tensors hide their numbers; kernels read them there.
+    # Transforms hide the numbers of tensors; inside them each kernel reads the spans itself.
     if found and not transforming():
         remember(*found)
 

@@ -38,7 +38,7 @@ def exact_checkpointing(model: nn.Module, enabled: bool = True) -> Iterator[None
     layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
     ours = partial(checkpoint_layer, model)
     places: list[Any] = [(layer, "_gradient_checkpointing_func", ours) for layer in layers]
-    # torch's wrappers around layers, as accelerate's fsdp_config.activation_checkpointing makes.
+    # These are torch's wrappers, which accelerate's fsdp_config.activation_checkpointing makes.
     wrapped = partial(_checkpoint_wrapped, model)
     places += [(m, "checkpoint_fn", wrapped) for m in model.modules() if _is_wrapper(m)]
     if not enabled:
@@ -46,7 +46,7 @@ def exact_checkpointing(model: nn.Module, enabled: bool = True) -> Iterator[None
     for hook in getattr(model, "_require_grads_hooks", None) or []:
         table = hook.hooks_dict_ref()
         if table is not None and hook.id in table:
-            # Replaced, not removed: hooks keep their order.
+            # The hook is replaced and not removed, so that hooks keep their order.
             places.append((table, hook.id, _nothing))
     with changed(*places):
         yield
@@ -98,7 +98,7 @@ def _recomputed(model: nn.Module, layer: nn.Module, forward: Any, args: Any, kwa
     functions = slots.functions(layer)
     config = model.config.get_text_config()  # pyright: ignore
     implementation = config._attn_implementation
-    # A layer inside a wrapper may be asked to checkpoint as well: once is enough.
+    # A layer inside a wrapper may checkpoint as well; once is enough.
     own = [(layer, "gradient_checkpointing", False)] * hasattr(layer, "gradient_checkpointing")
     rows = active()
 
@@ -113,6 +113,6 @@ def _recomputed(model: nn.Module, layer: nn.Module, forward: Any, args: Any, kwa
         ):
             return forward(*args, **kwargs)
 
-    # Quantised weights are of classes of their own, and constants: they stay where they are.
+    # Quantised weights are constants, and their classes would be lost: they stay where they are.
     parameters = {k: p for k, p in layer.named_parameters() if is_differentiable(p)}
     return recompute(run, parameters, slots.bound(layer), args, kwargs)

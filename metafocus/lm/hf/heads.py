@@ -136,7 +136,7 @@ def install(head: nn.Module) -> HeadHook:
     hook = find_hook(head)
     if hook is None:
         hook = HeadHook()
-        # Before other hooks: what it sees can be given to the head again.
+        # It runs before other hooks, so that what it sees can be given to the head again.
         head.register_forward_pre_hook(hook, prepend=True)
     return hook
 

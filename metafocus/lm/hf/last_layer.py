@@ -95,7 +95,7 @@ def _agrees(model: nn.Module, found: LastLayer) -> bool:
         except (RuntimeError, TypeError, AttributeError, ValueError, LookupError):
             return False
         size = whole.abs().amax()
-        # Products of fewer rows may be summed in another order; each of a layer's dozen rounds.
+        # Products of fewer rows may be summed in another order, and a layer rounds about 12 times.
         eps = 16 * torch.finfo(whole.dtype).eps
         same = all(torch.allclose(x / size, whole / size, rtol=0, atol=eps) for x in parts)
         return bool(same and size > 0)

@@ -16,7 +16,8 @@ from metafocus.lm.hf.heads import output_head
 from metafocus.torch_internals import forward_hooks, has_backward_hooks
 
 _BY_POSITION = (slots.as_parameters, update)
-# Collects outputs when it is asked to, which nobody does while a loss runs; and shards weights.
+# Hooks of the first collect outputs on request, and no loss requests them; those of the second
+# gather sharded weights.
 _KNOWN = ("transformers.utils.output_capturing", "torch.distributed.")
 
 

@@ -143,7 +143,7 @@ class _StandIn(nn.Module):
 
     def __init__(self, layer: nn.Module, function: Callable[[Tensor], Tensor]):
         super().__init__()
-        # In a tuple it is no child of this module.
+        # The tuple keeps the layer from being a child of this module.
         self.layer = (layer,)
         self.function = function
 
@@ -173,7 +173,7 @@ def _instead(
             yield
         return
     places: list[Any] = [(layer, "forward", forward) for layer in layers]
-    # There is nothing to recompute.
+    # Skipped layers have nothing to recompute.
     flagged = [layer for layer in layers if getattr(layer, "gradient_checkpointing", False)]
     places += [(layer, "gradient_checkpointing", False) for layer in flagged]
     with changed(*places):

@@ -84,7 +84,7 @@ def _at_rows(module: nn.Module, to: Restriction) -> Callable[..., Tensor]:
         if to.others is not None:
             filled = torch.full_like(flat, to.others).index_copy(0, rows, flat[rows])
             return forward(filled.view_as(x), *args, **kwargs)
-        # Fast weights of each example's own need to know whose position is whose.
+        # Fast weights for each example need to know which row a position belongs to.
         if len(rows) > _MOST * len(flat) or of_examples(slots.bound(module)):
             return forward(x, *args, **kwargs)
         chosen = forward(flat.index_select(0, rows).unsqueeze(0), *args, **kwargs).squeeze(0)

@@ -53,7 +53,7 @@ def check_shared_sequence(model: nn.Module, group: dist.ProcessGroup) -> None:
             reason = f"it takes no sequence_group ({error})"
             parts = whole
     expected = share(whole.mT, group, 0).mT if reason is None else whole
-    # Kernels add in another order for other shapes.
+    # For other shapes, kernels add in another order.
     eps = 64 * torch.finfo(whole.dtype).eps
     differs = (parts - expected).abs().amax() > eps * whole.abs().amax()
     differs = differs.to(torch.int32)

@@ -44,7 +44,7 @@ def few_tokens(model: nn.Module, rows: int = 1, length: int = 2) -> dict[str, An
     """
     place = torch.arange(length, device=next(model.parameters()).device).expand(rows, -1)
     number = model.config.get_text_config().vocab_size  # pyright: ignore
-    # Not the first ids: the embedding of a padding token is zero.
+    # The first ids are avoided, because the embedding of a padding token is zero.
     other = torch.arange(rows, device=place.device)[:, None] * length + place
     ids = number // 2 + other % max(number - number // 2, 1)
     if own_mask(model) is not None:

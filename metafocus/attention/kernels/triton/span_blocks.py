@@ -50,7 +50,7 @@ def blocks_of(spans: Spans, side: int) -> Blocks:
     some = start < stop
 
     def by_block(x: Tensor, filler: int) -> Tensor:
-        # A query without keys widens nothing.
+        # A query without keys must not widen the range.
         x = torch.where(some, x, filler)
         return pad(x, (0, count * side - length), value=filler).unflatten(-1, (count, side))
 

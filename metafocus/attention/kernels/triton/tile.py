@@ -75,7 +75,7 @@ def logits(
     z = dot(q, tl.trans(k), LOW, PRODUCT, PRECISION) * SCALE
     t = z
     if CAP is not None:
-        # Of the absolute value, so that nothing overflows.
+        # The exponential takes the absolute value, so that nothing overflows.
         small = tl.exp(tl.abs(z) * (-2.0 / CAP))
         t = (1 - small) / (1 + small)
         t = tl.where(z < 0, -t, t)

@@ -196,4 +196,9 @@ def __getattr__(name: str) -> Any:
         from metafocus import trainer
 
         return getattr(trainer, name)
-    raise AttributeError(f"module 'metafocus' has no attribute {name!r}")
+    import sys
+
+    # With name and obj, Python itself suggests the nearest name.
+    raise AttributeError(
+        f"module 'metafocus' has no attribute {name!r}", name=name, obj=sys.modules[__name__]
+    )

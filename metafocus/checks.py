@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import torch
@@ -58,6 +59,19 @@ def number(name: str, value: Any, *, error: type[ValueError] = ValueError) -> No
         raise error(f"{name} must be a finite number, got {value!r}.")
 
 
+def real(name: str, value: Any, note: str = "", *, error: type[ValueError] = ValueError) -> None:
+    """Raise unless `value` can be compared with a number: a number of Python, NumPy or torch.
+
+    Raises:
+        ValueError: naming the argument and its value.
+
+    Example:
+        >>> real("lr", 0.1)
+    """
+    if not isinstance(value, Real | Tensor):
+        raise error(f"{name} must be a number{note}, got {value!r}.")
+
+
 def positive(name: str, value: Any, *, error: type[ValueError] = ValueError) -> None:
     """Raise unless `value` is a number above zero and finite.
 
@@ -67,6 +81,7 @@ def positive(name: str, value: Any, *, error: type[ValueError] = ValueError) -> 
     Example:
         >>> positive("sigma", 0.1)
     """
+    real(name, value, " > 0", error=error)
     if not value > 0 or math.isinf(value):
         raise error(f"{name} must be {'finite' if value > 0 else 'positive'}, got {value}.")
 
@@ -80,6 +95,7 @@ def not_negative(name: str, value: Any) -> None:
     Example:
         >>> not_negative("damping", 0.0)
     """
+    real(name, value, " >= 0")
     if not value >= 0 or math.isinf(value):
         raise ValueError(f"{name} must be {'finite' if value > 0 else '>= 0'}, got {value}.")
 
@@ -93,6 +109,7 @@ def fraction(name: str, value: Any) -> None:
     Example:
         >>> fraction("momentum", 0.9)
     """
+    real(name, value, " in [0, 1)")
     if not 0 <= value < 1:
         raise ValueError(f"{name} must be in [0, 1), got {value}.")
 

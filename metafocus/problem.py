@@ -155,10 +155,17 @@ def trainable(module: nn.Module) -> Params:
 
     Tied parameters appear once, under their first name.
 
+    Raises:
+        ProblemError: if `module` is no module, such as its parameters.
+
     Example:
         >>> sorted(trainable(nn.Linear(2, 1)))
         ['bias', 'weight']
     """
+    if not isinstance(module, nn.Module):
+        raise ProblemError(
+            f"module must be a torch.nn.Module, got {type(module).__name__}: mf.trainable(net)."
+        )
     return {k: v for k, v in module.named_parameters() if v.requires_grad}
 
 

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from metafocus.errors import ProblemError
+
 Params = dict[str, Tensor]
 """Parameters by name; the names are module paths."""
 
@@ -110,7 +112,10 @@ class Estimator:
         self, inner_loss: InnerLoss, solver: Solver, start: Params, outer: Params, support: Any
     ) -> Solution:
         """Solve the inner problem; return fast weights that carry the chosen derivative."""
-        raise NotImplementedError
+        raise ProblemError(
+            f"{type(self).__name__} must define __call__(self, inner_loss, solver, start, outer, "
+            "support) -> mf.Solution."
+        )
 
 
 class HVP(Protocol):

@@ -314,9 +314,8 @@ def refused(folder, capsys, **changes) -> str:
         ),
         (
             {"max_length": 8},
-            "no answers at all in 8 chats: 8 lost theirs to max_length=8 on the right side, 0 have "
-            "no trained assistant message: raise max_length or set "
-            "tokenizer.truncation_side='left', and check the roles and weights of the messages",
+            "no answers at all in 8 chats: 8 lost theirs to max_length=8 on the right side: raise "
+            "max_length or set tokenizer.truncation_side='left'",
         ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -336,9 +335,8 @@ def test_settings_that_cannot_be_used(tmp_path, capsys, changes, text):
         ("\n\n", "path='{file}' holds no record: write one chat per line or row"),
         (
             NO_ANSWER * 2,
-            "no answers at all in 2 chats: 0 lost theirs to max_length=64 on the right side, 2 "
-            "have no trained assistant message: raise max_length or set "
-            "tokenizer.truncation_side='left', and check the roles and weights of the messages",
+            "no answers at all in 2 chats: 2 have no trained assistant message: check the roles "
+            "and weights of the messages",
         ),
         (
             NO_ANSWER + NO_ANSWER[:-9],

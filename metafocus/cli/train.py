@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from transformers import ProgressCallback
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from metafocus.adapters import LoRA
 from metafocus.cli import chats, dry_run, options, splits
@@ -47,6 +48,7 @@ def main(argv: list[str]) -> FocusTrainer:
             where that is possible; for a loss that is not a number, with nothing saved.
     """
     settings = parse(argv)
+    _require_reporters(settings.args)
     data, args = settings.data, settings.args
     for name, value in [item for part in settings[:3] for item in vars(part).items()]:
         if isinstance(value, str):
@@ -157,6 +159,15 @@ def _resume(args: FocusArguments) -> str | bool | None:
     if word.lower() in ("true", "false", ""):
         return True if word.lower() == "true" else None
     return str(require_complete(word))
+
+
+def _require_reporters(args: FocusArguments) -> None:
+    """Raise for a `--report_to` whose package is missing."""
+    for made in get_reporting_integration_callbacks(args.report_to):
+        try:
+            made()
+        except RuntimeError as error:
+            raise DataError(f"--report_to {args.report_to} cannot be used: {error}") from None
 
 
 def _note_unused(settings: Settings) -> None:

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from metafocus import params as pt
+from metafocus.checks import function
 from metafocus.comparison.agreement import agreement, distance
 from metafocus.comparison.axes import Setting
 from metafocus.comparison.contenders import (
@@ -90,7 +92,10 @@ class Work:
 
     def point(self, job: Job) -> tuple[Params, Episode]:
         """Return the outer parameters and the episode of a job, several tasks stacked."""
-        outer, episode = at_seed(self.outer, job.seed), at_seed(self.episode, job.seed)
+        outer, episode = (
+            at_seed(name, value, job.seed)
+            for name, value in (("outer", self.outer), ("episode", self.episode))
+        )
         episode = as_episode(episode)
         if job.setting.tasks is not None:
             episode = _tasks(episode, job.setting.tasks, job.seed)
@@ -232,9 +237,18 @@ def _read(path: Path, outer: Params) -> Exact:
     return Exact(grads, None if error is None else float(error))
 
 
-def at_seed(value: Any, seed: int) -> Any:
-    """Return what a function of the seed gives, or the value itself."""
-    return value(seed) if callable(value) else value
+def at_seed(name: str, value: Any, seed: int) -> Any:
+    """Return what a function of the seed gives, or the value itself.
+
+    Raises:
+        ProblemError: for a module in place of its parameters, or a function of other arguments.
+    """
+    if isinstance(value, nn.Module):
+        raise ProblemError(f"{name} must hold tensors, got a module: mf.trainable(module).")
+    if not callable(value):
+        return value
+    function(name, value, "of the seed, such as lambda seed: ..., or what it returns", 1)
+    return value(seed)
 
 
 def _tasks(episodes: Episode, count: int, seed: int) -> Episode:

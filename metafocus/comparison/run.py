@@ -17,7 +17,7 @@ from metafocus.comparison.contenders import follows_solver
 from metafocus.comparison.jobs import Job, Work, at_seed
 from metafocus.comparison.reference import title
 from metafocus.comparison.report import Comparison, environment
-from metafocus.engine import MetaLoss
+from metafocus.engine import MetaLoss, check_estimator
 from metafocus.errors import ProblemError
 from metafocus.estimators import Estimator
 from metafocus.problem import Problem, refuse_empty
@@ -100,7 +100,7 @@ def compare(
     """
     for name, value in (("repeats", repeats), ("seeds", seeds)):
         whole(name, value, 1)
-    start = at_seed(outer, 0)
+    start = at_seed("outer", outer, 0)
     refuse_empty(start, "compare")
     others = dict(others or {})
     _check_contenders(estimators, others)
@@ -168,6 +168,8 @@ def _check_contenders(estimators: Any, others: Mapping[str, Any]) -> None:
             f"estimators must be a dict of at least one, such as {{'full': mf.Unrolled()}}, got "
             f"{estimators!r}."
         )
+    for name, estimator in estimators.items():
+        check_estimator(f"estimators[{name!r}]", estimator)
     both = sorted(estimators.keys() & others.keys())
     if both:
         raise ProblemError(f"{both[0]!r} names an estimator and one of others: rename one.")

@@ -214,9 +214,14 @@ class _Tally:
                 f"{self._skipped} of {self._seen} chats cannot be encoded, and the others have no "
                 f"answers. {self._reasons[0]}"
             )
-        return (
-            f"no answers at all in {self._seen} chats: {self._cut_off} lost theirs to max_length="
-            f"{self._max_length} on the {self._side} side, {self._seen - self._cut_off} have no "
-            "trained assistant message: raise max_length or set tokenizer.truncation_side='left', "
-            "and check the roles and weights of the messages"
+        without = self._seen - self._cut_off
+        cut = (
+            f"{self._cut_off} lost theirs to max_length={self._max_length} on the {self._side} "
+            "side: raise max_length or set tokenizer.truncation_side='left'"
         )
+        none = (
+            f"{without} have no trained assistant message: check the roles and weights of the "
+            "messages"
+        )
+        found = [cut] * (self._cut_off > 0) + [none] * (without > 0 or self._cut_off == 0)
+        return f"no answers at all in {self._seen} chats: {'; '.join(found)}"

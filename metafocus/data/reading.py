@@ -53,7 +53,8 @@ def read_chats(
         raise DataError(f"path={path!r} is no path: pass a string or a pathlib.Path")
     path = Path(path)
     if path.suffix not in _SUFFIXES:
-        raise DataError(f"path={str(path)!r} has an unknown suffix: use {', '.join(_SUFFIXES)}")
+        fault = "is a directory, not a file" if path.is_dir() else "has an unknown suffix"
+        raise DataError(f"path={str(path)!r} {fault}: use {', '.join(_SUFFIXES)}")
     if not _is_file(path):
         raise DataError(f"path={str(path)!r} is not a file: check the name and the folder")
     rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)

@@ -9,6 +9,7 @@ from metafocus import params as pt
 from metafocus.calls import attempted
 from metafocus.checks import check_finite
 from metafocus.engine.checked_parts import check_solver
+from metafocus.errors import ProblemError
 from metafocus.preflight import preflight
 from metafocus.problem import Problem, check_params, constants
 from metafocus.sharding import local_parts
@@ -46,6 +47,10 @@ def adapt(
     """
     check_solver(solver)
     check_params(outer, "outer", "outer parameters")
+    if isinstance(support, Episode):
+        raise ProblemError(
+            "support must be the data of the inner loss, got an mf.Episode: pass episode.support."
+        )
     outer = constants(local_parts(outer))
     support = pt.detach(problem.prepared(outer, Episode(support, support)).support)
     start, inner_loss = problem.start(outer, support), problem.inner_loss

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from metafocus.checks import function
 from metafocus.errors import ProblemError
 from metafocus.path import name_of
 from metafocus.problem import Problem
+from metafocus.torch_internals import transforming
 from metafocus.types import Params, Solution
 
 
@@ -17,12 +22,14 @@ def check_parts(problem: Any, solver: Any, estimator: Any) -> None:
             f"problem must be an mf.Problem(inner_loss, outer_loss), got {type(problem).__name__}."
         )
     check_solver(solver)
-    _refuse_class("estimator", estimator, "mf.Unrolled()")
-    if not callable(estimator):
-        raise ProblemError(
-            "estimator must be a function (inner_loss, solver, start, outer, support) -> "
-            f"mf.Solution, such as mf.Unrolled(), got {estimator!r}."
-        )
+    check_estimator("estimator", estimator)
+
+
+def check_estimator(name: str, estimator: Any) -> None:
+    """Raise unless an estimator can be called as one."""
+    _refuse_class(name, estimator, "mf.Unrolled()")
+    form = "(inner_loss, solver, start, outer, support) -> mf.Solution, such as mf.Unrolled()"
+    function(name, estimator, form, 5)
 
 
 def _refuse_class(name: str, part: Any, example: str) -> None:
@@ -55,4 +62,22 @@ def check_solution(solution: Any, start: Params, estimator: Any) -> None:
         raise ProblemError(
             f"{name} must return every fast weight that the start holds, {sorted(start)}, got "
             f"{got}."
+        )
+    if not isinstance(solution.losses, Tensor):
+        raise ProblemError(
+            f"{name} must return the inner losses of mf.Solution as a tensor, got "
+            f"{type(solution.losses).__name__}: torch.stack(losses)."
+        )
+    if torch.is_grad_enabled() and not transforming():
+        _refuse_constant(solution.params, start, name)
+
+
+def _refuse_constant(params: Params, start: Params, name: str) -> None:
+    """Raise for fast weights without a graph where the start has one."""
+    tracked = any(v.requires_grad for v in start.values())
+    if tracked and not any(v.requires_grad for v in params.values()):
+        raise ProblemError(
+            f"{name} returned constants: no derivative flows through its fast weights, and the "
+            "hypergradient would be zero. mf.solve_inner returns constants; tie them to the start "
+            "as mf.FirstOrder does, v + (start[k] - start[k].detach()), or combine estimators."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,6 +79,9 @@ def _from_pretrained(name: str, kwargs: dict[str, Any]) -> tuple[PreTrainedModel
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    near = difflib.get_close_matches(name.lower(), [smollm2.NAME], cutoff=0.8)
+    if near and not Path(name).exists():
+        raise DataError(f"name_or_path={name!r} is no directory: did you mean {near[0]!r}?")
     advice = "Give a directory with a model and its tokenizer, a hub id, or a GGUF file"
     failed = f"name_or_path={name!r} cannot be loaded"
     here = Path(name).is_dir()

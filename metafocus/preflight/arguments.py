@@ -17,6 +17,7 @@ from metafocus.errors import ClosureError, ProblemError
 from metafocus.torch_internals import (
     is_batched,
     is_tracked,
+    pytree,
     raised_by_functional_call,
     tape_of_its_own,
     transforming,
@@ -67,6 +68,26 @@ def evaluated(inner_loss: InnerLoss, fast: Params, slow: Params, data: Any) -> T
             f"inner_loss does not know one of the fast weights {sorted(fast)}: {error}. Names are "
             "module paths, as in dict(module.named_parameters())."
         ) from error
+    except (TypeError, RuntimeError) as error:
+        reason = _odd_data(fast, data)
+        if reason is None:
+            raise
+        raise ProblemError(f"inner_loss failed, and {reason}. The failure: {error}") from error
+
+
+def _odd_data(fast: Params, data: Any) -> str | None:
+    """Return what in the data often makes a loss fail, and what to do about it."""
+    leaves = pytree.tree_leaves(data)
+    if any(type(x).__module__ == "numpy" for x in leaves):
+        return "the support holds NumPy arrays: pass tensors, such as torch.from_numpy(x).float()"
+    if leaves and all(isinstance(x, int | float) for x in leaves):
+        return "the support holds lists of numbers: pass tensors, such as torch.tensor(x)"
+    kinds = {x.dtype for x in leaves if isinstance(x, Tensor) and x.is_floating_point()}
+    types = {x.dtype for x in fast.values()}
+    if kinds and types and not kinds & types:
+        a, b = (" and ".join(sorted(map(str, some))) for some in (kinds, types))
+        return f"the support is {a} where the fast weights are {b}: convert one, as in x.to({b})"
+    return None
 
 
 def _asked(inner_loss: InnerLoss, fast: Params, slow: Params, data: Any) -> list[str]:
@@ -113,6 +134,12 @@ def refuse_ignored(unused: set[str], point: Params) -> None:
     name in use is let through: an expert that no token was routed to looks like this.
     """
     used = {k.rpartition(".")[0] for k in set(point) - unused}
+    if unused and unused == set(point):
+        raise ProblemError(
+            f"inner_loss does not depend on the fast weights {sorted(point)}: nothing would be "
+            "adapted. Use fast in it, as in torch.func.functional_call(net, fast, (x,)). "
+            "no_grad(), detach(), .item() and NumPy cut the derivative."
+        )
     ignored = sorted(k for k in unused if not used or k.rpartition(".")[0] in used)
     if ignored:
         raise ProblemError(

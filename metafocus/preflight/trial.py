@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
@@ -57,7 +58,16 @@ class Trial:
         leaves = {k: v.detach().requires_grad_() for k, v in fast.items()}
         with refused_writes("inner_loss", given, self.inner_loss):
             with new_tensors() as made, self.swapped, recompute.searched() as inside:
-                value = evaluated(self.inner_loss, leaves, slow, data)
+                try:
+                    value = evaluated(self.inner_loss, leaves, slow, data)
+                except RuntimeError:
+                    self._refuse_writes_to_leaves(given, fast, slow, data)
+                    raise
+            if any(x.grad is not None for x in leaves.values()):
+                raise ProblemError(
+                    "inner_loss calls backward(). Return the loss only: the solver takes its "
+                    "gradient."
+                )
             kernels = sorted({*foreign_nodes([value]), *inside})
             self._judge(unused_in(value, leaves), [value], [*made, *leaves.values()], fast)
         if self._takes_steps(fast):
@@ -92,6 +102,12 @@ class Trial:
             self._judge(unused, [loss(fast)] if self.explicit else [], made, fast)
         if self.explicit and self._takes_steps(fast):
             self._update(self.solver.init(fast), fast, slow, data)
+
+    def _refuse_writes_to_leaves(self, given: list[tuple[str, Tensor]], *at: Any) -> None:
+        """Raise for a loss that writes to its weights; torch refuses that where they are leaves."""
+        with suppress(RuntimeError, TypeError):
+            with refused_writes("inner_loss", given, self.inner_loss):
+                self.inner_loss(*at)
 
     def _takes_steps(self, fast: Params) -> bool:
         # A given solution has no steps and is a constant.

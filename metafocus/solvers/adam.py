@@ -49,7 +49,7 @@ class Adam:
     clip: Clip | None = None
 
     def __post_init__(self) -> None:
-        check_settings(self.lr, self.steps, self.weight_decay)
+        check_settings(self.lr, self.steps, self.weight_decay, self.clip)
         for beta in self.betas:
             fraction("betas", beta)
         positive("eps", self.eps)

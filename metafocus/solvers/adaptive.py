@@ -56,7 +56,7 @@ class RMSprop:
     clip: Clip | None = None
 
     def __post_init__(self) -> None:
-        check_settings(self.lr, self.steps, self.weight_decay)
+        check_settings(self.lr, self.steps, self.weight_decay, self.clip)
         fraction("alpha", self.alpha)
         fraction("momentum", self.momentum)
         positive("eps", self.eps)
@@ -124,7 +124,7 @@ class Adagrad:
     clip: Clip | None = None
 
     def __post_init__(self) -> None:
-        check_settings(self.lr, self.steps, self.weight_decay)
+        check_settings(self.lr, self.steps, self.weight_decay, self.clip)
         not_negative("lr_decay", self.lr_decay)
         not_negative("initial", self.initial)
         positive("eps", self.eps)

@@ -70,7 +70,7 @@ class Muon:
     adjust: str = "original"
 
     def __post_init__(self) -> None:
-        check_settings(self.lr, self.steps, self.weight_decay)
+        check_settings(self.lr, self.steps, self.weight_decay, self.clip)
         fraction("momentum", self.momentum)
         whole("ns_steps", self.ns_steps, 1)
         positive("eps", self.eps)

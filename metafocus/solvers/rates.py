@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metafocus.checks import not_negative, whole
+from metafocus.checks import function, not_negative, real, whole
 from metafocus.errors import ProblemError
+from metafocus.solvers.clipping import Clip
 from metafocus.types import Params
 
 
@@ -53,14 +54,18 @@ Rate = float | Callable[[Params], Tensor | Params] | per_step
 """A learning rate: a number, a function of the outer parameters, or `per_step(fn)`."""
 
 
-def check_settings(lr: Rate, steps: int, weight_decay: float) -> None:
+def check_settings(lr: Rate, steps: int, weight_decay: float, clip: Clip | None) -> None:
     """Raise for an argument of every optimiser that is out of its range."""
-    if not callable(lr) and not isinstance(lr, per_step) and not lr >= 0:
-        raise ValueError(
-            f"lr must be a number >= 0 or a function of the outer parameters, got {lr}."
-        )
+    if not callable(lr) and not isinstance(lr, per_step):
+        real("lr", lr, " >= 0 or a function of the outer parameters")
+        if not lr >= 0:
+            raise ValueError(
+                f"lr must be a number >= 0 or a function of the outer parameters, got {lr}."
+            )
     whole("steps", steps, note=" (0: no adaptation)")
     not_negative("weight_decay", weight_decay)
+    if clip is not None:
+        function("clip", clip, "of the gradients, such as mf.clip_global(1.0)")
 
 
 def rates(lr: Rate, outer: Params, params: Params, step: int) -> dict[str, Any]:

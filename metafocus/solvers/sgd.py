@@ -45,7 +45,7 @@ class SGD:
     clip: Clip | None = None
 
     def __post_init__(self) -> None:
-        check_settings(self.lr, self.steps, self.weight_decay)
+        check_settings(self.lr, self.steps, self.weight_decay, self.clip)
         fraction("momentum", self.momentum)
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov=True needs momentum > 0, got momentum=0.0.")

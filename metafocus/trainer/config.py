@@ -251,6 +251,11 @@ class FocusArguments(FocusOptions, TrainingArguments):
         ):
             if getattr(self, name) < 1:
                 raise ProblemError(f"{name} must be >= 1, got {getattr(self, name)}.")
+        if self.max_steps == 0 or (self.max_steps < 0 and not self.num_train_epochs > 0):
+            raise ProblemError(
+                f"nothing to train: max_steps={self.max_steps} and num_train_epochs="
+                f"{self.num_train_epochs}. Give max_steps >= 1, or -1 and num_train_epochs > 0."
+            )
         if self.use_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             # transformers passes ddp_timeout on for accelerators only.
             wait = timedelta(seconds=self.ddp_timeout)

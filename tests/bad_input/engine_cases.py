@@ -790,4 +790,145 @@ ENGINE = [
         "outer={} with a single-loop algorithm",
         "Pass mf.trainable(model) as outer",
     ),
+    # what a newcomer typed
+    (
+        "a learning rate as a string",
+        'mf.SGD("0.05", steps=3)',
+        "ValueError",
+        "lr … got '0.05'",
+        "must be a number >= 0 or a function of the outer parameters",
+    ),
+    (
+        "no momentum as None",
+        "mf.SGD(0.1, 3, momentum=None)",
+        "ValueError",
+        "momentum … got None",
+        "must be a number in [0, 1)",
+    ),
+    (
+        "a limit in place of a clipping function",
+        "mf.SGD(0.1, 3, clip=1.0)",
+        "ProblemError",
+        "clip … got float",
+        "mf.clip_global(1.0)",
+    ),
+    (
+        "a loss that no gradient flows through",
+        "hypergrad(problem(lambda f, s, x: torch.tensor(loss(f, s, x).item())))",
+        "ProblemError",
+        "inner_loss does not depend on the fast weights ['w']",
+        "Use fast in it … no_grad(), detach(), .item() and NumPy cut the derivative",
+    ),
+    (
+        "a loss that writes to its weights",
+        'hypergrad(problem(lambda f, s, x: (f["w"].add_(1) - x).square().sum()))',
+        "ProblemError",
+        "inner_loss changes the fast weight 'w' in place",
+        "return new tensors",
+    ),
+    (
+        "a loss that calls backward",
+        "def eager(f, s, x):\n"
+        "    value = loss(f, s, x)\n"
+        "    value.backward()\n"
+        "    return value\n"
+        "hypergrad(problem(eager))",
+        "ProblemError",
+        "inner_loss calls backward()",
+        "Return the loss only",
+    ),
+    (
+        "an episode of NumPy arrays",
+        "def linear(f, s, x):\n"
+        '    return nn.functional.linear(x, f["w"]).sum()\n'
+        "hypergrad(problem(linear), episode=(torch.zeros(2).numpy(), torch.zeros(2)))",
+        "ProblemError",
+        "the support holds NumPy arrays",
+        "torch.from_numpy",
+    ),
+    (
+        "an episode of lists",
+        "def linear(f, s, x):\n"
+        '    return nn.functional.linear(x, f["w"]).sum()\n'
+        "hypergrad(problem(linear), episode=([0.0, 1.0], torch.zeros(2)))",
+        "ProblemError",
+        "the support holds lists of numbers",
+        "torch.tensor(x)",
+    ),
+    (
+        "a model in half precision on data in single",
+        "half = nn.Linear(2, 1).half()\n"
+        "def predicts(f, s, x):\n"
+        "    return torch.func.functional_call(half, f, (x,)).square().sum()\n"
+        "hypergrad(problem(predicts), outer=mf.trainable(half))",
+        "ProblemError",
+        "the support is torch.float32 where the fast weights are torch.float16",
+        "convert one, as in x.to(torch.float16)",
+    ),
+    (
+        "the parameters of a module in place of the module",
+        "mf.trainable(nn.Linear(2, 1).parameters())",
+        "ProblemError",
+        "module must be a torch.nn.Module, got generator",
+        "mf.trainable(net)",
+    ),
+    (
+        "adaptation to a whole episode",
+        "mf.adapt(problem(), weights, zeros, solver=mf.SGD(0.1, 2))",
+        "ProblemError",
+        "support … got an mf.Episode",
+        "pass episode.support",
+    ),
+    (
+        "an estimator that forgets the support",
+        "hypergrad(estimator=lambda inner, solver, start, outer: None)",
+        "ProblemError",
+        "estimator … got <lambda>, which takes other arguments",
+        "(inner_loss, solver, start, outer, support) -> mf.Solution",
+    ),
+    (
+        "an estimator that returns constants",
+        "hypergrad(estimator=lambda *given: mf.solve_inner(*given))",
+        "ProblemError",
+        "<lambda> returned constants … the hypergradient would be zero",
+        "tie them to the start … v + (start[k] - start[k].detach())",
+    ),
+    (
+        "an estimator whose losses are a list",
+        "hypergrad(estimator=lambda *given: mf.Solution(given[2], [1.0]))",
+        "ProblemError",
+        "the inner losses of mf.Solution as a tensor, got list",
+        "torch.stack(losses)",
+    ),
+    (
+        "an estimator without a call",
+        "class Empty(mf.Estimator):\n    pass\nhypergrad(estimator=Empty())",
+        "ProblemError",
+        "Empty must define",
+        "__call__(self, inner_loss, solver, start, outer, support)",
+    ),
+    (
+        "a comparison of classes",
+        "mf.compare(problem(), weights, zeros, solver=mf.SGD(0.1, 2), "
+        "estimators={'mine': mf.Unrolled}, reference='mine')",
+        "ProblemError",
+        "estimators['mine'] … got the class Unrolled",
+        "write mf.Unrolled()",
+    ),
+    (
+        "a comparison on a module",
+        "mf.compare(problem(), nn.Linear(2, 1), zeros, solver=mf.SGD(0.1, 2), "
+        "estimators={'exact': mf.Unrolled()}, reference='exact')",
+        "ProblemError",
+        "outer must hold tensors, got a module",
+        "mf.trainable(module)",
+    ),
+    (
+        "weights that take no seed",
+        "mf.compare(problem(), lambda: weights, zeros, solver=mf.SGD(0.1, 2), "
+        "estimators={'exact': mf.Unrolled()}, reference='exact')",
+        "ProblemError",
+        "outer must be a function of the seed … which takes other arguments",
+        "lambda seed: ...",
+    ),
 ]

@@ -17,7 +17,8 @@ from metafocus.comparison.contenders import follows_solver
 from metafocus.comparison.jobs import Job, Work, at_seed
 from metafocus.comparison.reference import title
 from metafocus.comparison.report import Comparison, environment
-from metafocus.engine import MetaLoss, check_estimator
+from metafocus.engine import MetaLoss
+from metafocus.engine.checked_parts import check_estimator
 from metafocus.errors import ProblemError
 from metafocus.estimators import Estimator
 from metafocus.problem import Problem, refuse_empty

@@ -44,16 +44,13 @@ def norm(a: Params) -> Tensor:
 
 
 def constant(a: Params) -> bool:
-    """Return whether there are entries, all plain dense tensors alike, without any derivative.
+    """Return whether there are entries, all of them plain tensors without any derivative.
 
-    Such ones, of one type and on one device, can go through kernels that take many tensors at once,
-    and that neither transforms nor compilers know.
+    Such ones can go through kernels that take many tensors at once, and that neither transforms
+    nor compilers know.
     """
-    plain = all(
-        type(v) is Tensor and not v.requires_grad and v.layout is torch.strided for v in a.values()
-    )
-    alike = len({(v.dtype, v.device) for v in a.values()}) == 1
-    return plain and alike and not transforming()
+    plain = all(type(v) is Tensor and not v.requires_grad for v in a.values())
+    return bool(a) and plain and not transforming()
 
 
 def shapes(a: Params) -> dict[str, list[int]]:

@@ -10,12 +10,16 @@ from torch import Tensor
 
 from metafocus import params as pt
 from metafocus.checks import positive
-from metafocus.precision import wide, wide_type
+from metafocus.precision import wide
 from metafocus.torch_internals import norms, scaled
 from metafocus.types import Params
 
 Clip = Callable[[Params], Params]
 """`gradients -> gradients`: any pure function of them."""
+
+
+_IN_ONE_KERNEL = [(dtype, torch.strided) for dtype in (torch.float32, torch.float64)]
+"""Half types are scaled in a wider one."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,9 @@ class clip_per_tensor:
 
     def __call__(self, grads: Params) -> Params:
         """Clip."""
-        tensors = [*grads.values()]
-        if pt.constant(grads) and tensors[0].dtype == wide_type(tensors[0].dtype):
+        kinds = {(g.dtype, g.device, g.layout) for g in grads.values()}
+        if len(kinds) == 1 and kinds.pop()[::2] in _IN_ONE_KERNEL and pt.constant(grads):
+            tensors = [*grads.values()]
             # A norm of 0 gives an infinite factor, and so 1.
             factors = (self.limit / norms(tensors)).clamp(max=1)
             return dict(zip(grads, scaled(tensors, factors), strict=True))

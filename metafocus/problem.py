@@ -244,7 +244,7 @@ def as_episode(value: Any, source: str = "episode") -> Episode:
     return Episode(*value)
 
 
-def refuse_empty(outer: Params, who: str, otherwise: str = "") -> None:
+def refuse_empty(outer: Params, who: Any, otherwise: str = "") -> None:
     """Raise for `outer={}`, where only explicit tensors are differentiated.
 
     Raises:

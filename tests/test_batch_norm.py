@@ -120,3 +120,22 @@ def test_it_keeps_its_input_alone():
     # Its output, beside two numbers for each channel; the pieces keep their own results too.
     assert graph(batch_norm) < 1.1
     assert graph(norms.batch_norm) > 2
+
+
+@pytest.mark.parametrize("estimator", [mf.FirstOrder(), mf.Unrolled()], ids=repr)
+def test_a_cumulative_average_is_not_advanced(estimator):
+    """`momentum=None` divides by the number of batches, which is not counted here."""
+    found = []
+    for momentum in (None, 0.1):
+        layer = torch.nn.BatchNorm1d(2, momentum=momentum).double()
+
+        def loss(fast, slow, x, layer=layer):
+            return (torch.func.functional_call(layer, fast, (x,)) - slow["bias"]).square().mean()
+
+        outer = {k: v.detach() + 0.5 for k, v in layer.named_parameters()}
+        before = {k: v.clone() for k, v in layer.named_buffers()}
+        meta = mf.bilevel(mf.Problem(loss, loss), solver=mf.SGD(0.1, 2), estimator=estimator)
+        found.append(mf.hypergrad(meta)(outer, mf.Episode(X[..., 0], X[..., 1]))[0])
+        assert all(torch.equal(v, before[k]) for k, v in layer.named_buffers())
+    # In training mode the running statistics have no part in the value.
+    assert all(torch.equal(found[0][k], found[1][k]) for k in found[0])

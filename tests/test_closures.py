@@ -14,6 +14,7 @@ from torch import nn
 
 import metafocus as mf
 from metafocus.closures import LONG, Unseen, closures_of
+from metafocus.closures.reads import is_installed
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -214,3 +215,21 @@ def test_names_of_attributes_are_not_taken_for_globals():
 def test_one_walk_ends_and_two_agree():
     assert closures_of(loss) == closures_of(loss)
     assert closures_of(NET) == closures_of(NET)
+
+
+@pytest.mark.parametrize(
+    ("file", "installed"),
+    [
+        (torch.__file__, True),
+        (pytest.__file__, True),
+        (dataclasses.__file__, True),
+        ("/home/me/.local/lib/python3.12/site-packages/other/core.py", True),
+        ("/usr/lib/python3/dist-packages/other/core.py", True),
+        (__file__, False),
+        ("/home/me/project/train.py", False),
+        (mf.__file__, False),
+    ],
+)
+def test_which_files_belong_to_installed_packages(file, installed):
+    module = "metafocus" if file == mf.__file__ else "some_module"
+    assert is_installed(module, file) is installed

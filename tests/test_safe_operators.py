@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import metafocus as mf
-from metafocus.autodiff.safe_operators import swapping
+from metafocus.autodiff.safe_operators import cross_entropy, swapping
 from metafocus.autodiff.safe_operators.swapping import differentiable_twice
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -828,3 +828,24 @@ def test_autocast_leaves_float64_alone():
         assert got.dtype == want.dtype == torch.float64, name
         # The same sums in another order, of a few dozen terms.
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (3,)])
+def test_cross_entropy_has_the_defaults_of_torch(shape):
+    """`F.cross_entropy` hands every argument over; a caller of the composite need not."""
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    y = torch.tensor([0, 2, -100, 1, 1])[: x.shape[0]] if x.ndim > 1 else torch.tensor(2)
+    # The same sum in another order.
+    torch.testing.assert_close(cross_entropy(x, y), F.cross_entropy(x, y), rtol=1e-12, atol=1e-12)
+    x.requires_grad_()
+    (grad,) = torch.autograd.grad(cross_entropy(x, y), x, create_graph=True)
+    assert "NllLoss" not in names_of_graph(grad)
+
+
+def names_of_graph(x):
+    names, pending = [], [x.grad_fn]
+    while pending:
+        node = pending.pop()
+        names.append(node.name())
+        pending += [parent for parent, _ in node.next_functions if parent is not None]
+    return " ".join(names)

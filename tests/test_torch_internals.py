@@ -516,6 +516,22 @@ def test_hooks():
     assert len(ti.forward_hooks(layer)) == 1
 
 
+def test_generator_key():
+    """`_cdata`: `preflight.draws` tells the global generator from a loss's own."""
+    given = []
+
+    class Seen(ti.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            given.append(kwargs["generator"])
+            return func(*args, **kwargs)
+
+    with Seen():
+        torch.rand(1, generator=torch.default_generator)
+        torch.rand(1, generator=torch.Generator())
+    default = ti.generator_key(torch.default_generator)
+    assert [ti.generator_key(x) == default for x in given] == [True, False]
+
+
 def test_plain_attributes():
     """`closures` watches what a module holds besides weights and children."""
     layer = nn.BatchNorm1d(2)

@@ -71,10 +71,10 @@ def value_and_grad(
         TransformError: in inference mode, where every gradient would be zero.
     """
     refuse_inference_mode()
-    vmap = sole_vmap()
-    if vmap is not None:
-        return _per_task(loss, fast, differentiable, vmap)
     if transforming():
+        vmap = sole_vmap()
+        if vmap is not None:
+            return _per_task(loss, fast, differentiable, vmap)
         cut = cut and not differentiable
         point = pt.detach(fast) if cut else fast
         grads, value = torch.func.grad_and_value(lambda p: scalar(loss(p), "inner_loss"))(point)

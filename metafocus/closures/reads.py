@@ -7,8 +7,16 @@ import functools
 import sys
 import sysconfig
 import types
+from pathlib import Path
 
-_INSTALLED = tuple(sysconfig.get_paths()[k] for k in ("stdlib", "platstdlib", "purelib", "platlib"))
+import torch
+
+_SITES = ("/site-packages/", "/dist-packages/")
+_INSTALLED = (
+    *(sysconfig.get_paths()[k] for k in ("stdlib", "platstdlib", "purelib", "platlib")),
+    # Where torch is are others too, as after `pip install --target`.
+    str(Path(torch.__file__).parents[1]),
+)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -51,9 +59,14 @@ def is_installed(module: str | None, file: str | None = None) -> bool:
         return False
     if (module or "").partition(".")[0] in sys.stdlib_module_names:
         return True
-    return (_file_of(module or "") if file is None else file).startswith(_INSTALLED)
+    return _is_in_a_site(_file_of(module or "") if file is None else file)
 
 
 @functools.lru_cache(maxsize=4096)
 def _file_of(module: str) -> str:
     return getattr(sys.modules.get(module), "__file__", None) or ""
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_in_a_site(file: str) -> bool:
+    return file.startswith(_INSTALLED) or any(site in file for site in _SITES)

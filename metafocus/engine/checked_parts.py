@@ -52,16 +52,16 @@ def check_solver(solver: Any) -> None:
 
 def check_solution(solution: Any, start: Params, estimator: Any) -> None:
     """Raise unless an estimator returned a solution with every fast weight."""
-    name = name_of(estimator)
     if not isinstance(solution, Solution):
         raise ProblemError(
-            f"{name} must return mf.Solution(params, losses), got {type(solution).__name__}."
+            f"{name_of(estimator)} must return mf.Solution(params, losses), got "
+            f"{type(solution).__name__}."
         )
-    if not isinstance(solution.params, dict) or set(solution.params) != set(start):
+    if not isinstance(solution.params, dict) or solution.params.keys() != start.keys():
         got = sorted(solution.params) if isinstance(solution.params, dict) else solution.params
         raise ProblemError(
-            f"{name} must return every fast weight that the start holds, {sorted(start)}, got "
-            f"{got}."
+            f"{name_of(estimator)} must return every fast weight that the start holds, "
+            f"{sorted(start)}, got {got}."
         )
     if not isinstance(solution.losses, Tensor):
         raise ProblemError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -63,7 +62,7 @@ class Evaluation:
         problem, compiling = self.problem, torch.compiler.is_compiling()
         check_params(outer, "outer", "outer parameters")
         if self.explicit:
-            refuse_empty(outer, str(self.estimator), "or use Unrolled() or FirstOrder()")
+            refuse_empty(outer, self.estimator, "or use Unrolled() or FirstOrder()")
         given, outer = outer, local_parts(outer)
         support, query = problem.prepared(outer, episode)
         start = problem.start(outer, support)
@@ -126,10 +125,10 @@ class Evaluation:
 
     def _outer_loss(self, ends: list[End], outer: Params) -> tuple[Tensor, dict[str, Tensor]]:
         # A mode costs at every operator: outside transforms only a loss that needs it has one.
-        plain = not self.outer_needs_swaps and not transforming()
-        swapped = Swapped(once=True)
-        with nullcontext() if plain else swapped:
+        if not self.outer_needs_swaps and not transforming():
+            return weighted(self.problem, ends, outer)
+        with Swapped(once=True) as swapped:
             found = weighted(self.problem, ends, outer)
-        if not plain and not transforming():
+        if not transforming():
             self.outer_needs_swaps = swapped.needed
         return found

@@ -1,7 +1,8 @@
 """One trial of a bilevel problem that finds an ill-posed one before it goes wrong.
 
-`arguments` asks what the loss reads and closes over, `writes` what it changes outside, `kernels`
-whether its second derivative exists; `trial` runs the loss and one update once for all of them.
+`arguments` asks what the loss reads and closes over, `writes` what it changes outside, `draws` from
+which generators it draws, `kernels` whether its second derivative exists; `trial` runs the loss and
+one update once for all of them.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ def preflight(
         ProblemError: if the loss is not a scalar, asks for a name that it is not given, or does
             not depend on one of the fast weights; if the loss or the solver changes anything in
             place or keeps a state that a forward pass changes; if a second derivative is needed
-            and a kernel loses it.
+            and a kernel loses it; with `explicit`, if random numbers come from elsewhere than
+            torch's global generators.
         ClosureError: with `explicit`, if the loss or the solver still needs a derivative although
             all arguments are constants: it closes over a tensor that the estimator cannot see.
     """

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from contextlib import suppress
+=======
+import contextlib
 from typing import Any
 
 from torch import Tensor
@@ -21,6 +23,7 @@ from metafocus.preflight.arguments import (
     unused_by,
     unused_in,
 )
+from metafocus.preflight.draws import refused_draws
 from metafocus.preflight.kernels import refuse_lost_second_derivatives
 from metafocus.preflight.writes import refused_writes
 from metafocus.solvers import Given
@@ -56,7 +59,7 @@ class Trial:
         given += [(f"the outer parameter {k!r}", v) for k, v in slow.items()]
         given += [("the support", x) for x in pt.tensors(data)]
         leaves = {k: v.detach().requires_grad_() for k, v in fast.items()}
-        with refused_writes("inner_loss", given, self.inner_loss):
+        with self._draws("inner_loss"), refused_writes("inner_loss", given, self.inner_loss):
             with new_tensors() as made, self.swapped, recompute.searched() as inside:
                 try:
                     value = evaluated(self.inner_loss, leaves, slow, data)
@@ -73,7 +76,7 @@ class Trial:
         if self._takes_steps(fast):
             state = self.solver.init(fast)
             given += [("the solver's state", x) for x in pt.tensors(state)]
-            with refused_writes("solver.update", given, self.solver):
+            with self._draws("the solver"), refused_writes("solver.update", given, self.solver):
                 self._update(state, fast, slow, data)
         note("custom kernels", ", ".join(kernels) or "none in the graph of the inner loss")
         if self.twice and kernels:
@@ -108,6 +111,9 @@ class Trial:
         with suppress(RuntimeError, TypeError):
             with refused_writes("inner_loss", given, self.inner_loss):
                 self.inner_loss(*at)
+
+    def _draws(self, who: str) -> contextlib.AbstractContextManager[None]:
+        return refused_draws(who, explicit=self.explicit)
 
     def _takes_steps(self, fast: Params) -> bool:
         # A given solution has no steps and is a constant.

@@ -10,11 +10,16 @@ from torch import Tensor
 
 from metafocus import params as pt
 from metafocus.checks import positive
+from metafocus.precision import wide
 from metafocus.torch_internals import norms, scaled
 from metafocus.types import Params
 
 Clip = Callable[[Params], Params]
 """`gradients -> gradients`: any pure function of them."""
+
+
+_IN_ONE_KERNEL = [(dtype, torch.strided) for dtype in (torch.float32, torch.float64)]
+"""Half types are scaled in a wider one."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +44,13 @@ class clip_per_tensor:
 
     def __call__(self, grads: Params) -> Params:
         """Clip."""
-        if pt.constant(grads):
+        kinds = {(g.dtype, g.device, g.layout) for g in grads.values()}
+        if len(kinds) == 1 and kinds.pop()[::2] in _IN_ONE_KERNEL and pt.constant(grads):
+            tensors = [*grads.values()]
             # A norm of 0 gives an infinite factor, and so 1.
-            factors = (self.limit / norms([*grads.values()])).clamp(max=1)
-            return dict(zip(grads, scaled([*grads.values()], factors), strict=True))
-        return {k: g * shrink((g * g).sum(), self.limit) for k, g in grads.items()}
+            factors = (self.limit / norms(tensors)).clamp(max=1)
+            return dict(zip(grads, scaled(tensors, factors), strict=True))
+        return {k: _shrunk(g, shrink(_square(g), self.limit)) for k, g in grads.items()}
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,10 @@ class clip_global:
 
     def __call__(self, grads: Params) -> Params:
         """Clip."""
-        return pt.scale(grads, shrink(pt.dot(grads, grads), self.limit))
+        if not grads:
+            return grads
+        factor = shrink(torch.stack([_square(g) for g in grads.values()]).sum(), self.limit)
+        return {k: _shrunk(g, factor) for k, g in grads.items()}
 
 
 def shrink(square: Tensor, limit: float) -> Tensor:
@@ -81,4 +91,14 @@ def shrink(square: Tensor, limit: float) -> Tensor:
 
 def normalised(x: Tensor, eps: float) -> Tensor:
     """Return `x / max(|x|, eps)`, with derivatives of every order also at zero."""
-    return x * (shrink((x * x).sum(), eps) / eps)
+    return _shrunk(x, shrink(_square(x), eps) / eps)
+
+
+def _square(x: Tensor) -> Tensor:
+    # Half types cannot hold the square of 300, nor a factor of 1e-6 with all digits.
+    x = wide(x)
+    return (x * x).sum()
+
+
+def _shrunk(x: Tensor, factor: Tensor) -> Tensor:
+    return (wide(x) * factor).to(x.dtype)

@@ -62,6 +62,11 @@ def storage_key(storage: torch.UntypedStorage) -> int:
     return storage._cdata
 
 
+def generator_key(generator: torch.Generator) -> int:
+    """Return what identifies a generator: operators are given another object for it."""
+    return generator._cdata  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def is_wrapper(x: Any) -> bool:
     """Return whether a tensor has no values of its own but holds other tensors, as DTensor does."""
     return hasattr(x, "__tensor_flatten__")

@@ -113,6 +113,29 @@ def test_compare_a_model_on_a_file_in_float64(tmp_path, chats, base):
     assert "hypergradients against FirstOrder" in ran.out
 
 
+def test_compare_with_central_differences_over_tasks(tmp_path):
+    words = flags(
+        estimators="first-order,unrolled",
+        reference="central-differences",
+        outer_parameters=r"layers\.0\.self_attn\.q_proj\.bias",
+        output_dir=tmp_path,
+    )
+    sizes = flags(num_hidden_layers=1)
+    over = ["--over", "tasks=1,2"]
+    ran = run("compare", "--quick", *sizes, *words, *over, "--dtype", "float64")
+    assert ran.code == 0, ran.err
+    found = read_json(tmp_path / "compare.json")
+    assert found["over"] == {"tasks": [1, 2]} and found["reference"] == "central differences"
+    for row in found["rows"]:
+        # The norms of the model compute in float32, whatever its type.
+        assert row["reference_error"] < 1e-3
+        if row["name"] == "unrolled":
+            assert row["relative_error"] < 1e-3
+        else:
+            assert row["relative_error"] > 10 * row["reference_error"]
+    assert "batch [2, 1, " in ran.out and "known to a relative error of" in ran.out
+
+
 def test_compare_passes_its_options_on(monkeypatch, chats):
     seen = {}
 
@@ -139,7 +162,12 @@ def test_compare_passes_its_options_on(monkeypatch, chats):
 BAD_COMPARE = {
     "--estimators first-order,magic": r"estimators='magic' is unknown: use one of first-order",
     "--estimators ,": r"--estimators is empty: use some of first-order",
-    "--reference magic": r"reference='magic' is unknown",
+    "--reference magic": r"reference='magic' is unknown: use one of central-differences, first",
+    "--reference central-differences": r"six inner loops for each of the [0-9,]+ outer parameters",
+    "--outer_parameters zigzag": r"'zigzag' matches none of the model's parameters, such as model",
+    "--outer_parameters (": r"'\(' is no regular expression",
+    "--over tasks=0": r"tasks must be an integer >= 1",
+    "--over tasks=1,6 --per_device_train_batch_size 2 --train_file {chats}": r"2 times 6 tasks is",
     "--mask zigzag": r"mask='zigzag' is unknown",
     "--over solver.zigzag=1": r"over: nothing has the field 'solver.zigzag'. Use tasks",
     "--over solver.steps": r"--over 'solver.steps': write FIELD=VALUE,VALUE",

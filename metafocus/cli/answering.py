@@ -39,11 +39,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--enable_thinking", action="store_true", help="let the model reason before it answers"
     )
-    parser.add_argument(
-        "--thinking_tokens",
-        type=options.whole(1),
-        default=2048,
-        help="most tokens of reasoning, with --enable_thinking; default %(default)s",
+    options.add_whole(
+        parser, "--thinking_tokens", 2048, "most tokens of reasoning, with --enable_thinking"
     )
     parser.add_argument(
         "--max_positions",
@@ -65,9 +62,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--concurrency", type=options.whole(1), default=1, help="requests at a time; %(default)s"
     )
-    group.add_argument(
-        "--retries", type=options.whole(0), default=5, help="of each request; default %(default)s"
-    )
+    options.add_whole(group, "--retries", 5, "of each request", least=0)
 
 
 def check(args: argparse.Namespace) -> None:

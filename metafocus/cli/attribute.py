@@ -44,19 +44,13 @@ def add_parser(commands: Any) -> None:
         description=__doc__,
     )
     parser.set_defaults(run=run)
-    whole, positive = options.whole, options.positive
+    positive = options.positive
     parser.add_argument("--train_file", required=True, help="FILE.jsonl or FILE.parquet of chats")
     parser.add_argument("--query_file", required=True, help="the chats whose answers are explained")
-    parser.add_argument(
-        "--max_train_samples", type=whole(1), default=64, help="chats; default %(default)s"
-    )
-    parser.add_argument(
-        "--max_length", type=whole(2), default=256, help="tokens; default %(default)s"
-    )
-    parser.add_argument("--max_steps", type=whole(1), default=16, help="default %(default)s")
-    parser.add_argument(
-        "--per_device_train_batch_size", type=whole(1), default=4, help="default %(default)s"
-    )
+    options.add_whole(parser, "--max_train_samples", 64, "chats")
+    options.add_whole(parser, "--max_length", 256, "tokens", least=2)
+    options.add_whole(parser, "--max_steps", 16)
+    options.add_whole(parser, "--per_device_train_batch_size", 4)
     parser.add_argument(
         "--optim",
         default="sgd",
@@ -74,18 +68,19 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--lora_modules", default="q_proj,v_proj", help="separated by commas; default %(default)s"
     )
-    parser.add_argument("--lora_rank", type=whole(1), default=8, help="default %(default)s")
+    options.add_whole(parser, "--lora_rank", 8)
     parser.add_argument("--lora_alpha", type=positive, help="default twice lora_rank")
     parser.add_argument(
         "--store",
         default="device",
         help="where the states of the run live: device (default), cpu, disk=DIR or schedule=SLOTS",
     )
-    parser.add_argument(
+    options.add_whole(
+        parser,
         "--leave_one_out",
-        type=whole(0),
-        default=0,
-        help="train again without each of so many chats, and compare; default %(default)s",
+        0,
+        "train again without each of so many chats, and compare",
+        least=0,
     )
     parser.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16"))
     parser.add_argument("--output_dir", required=True, help=f"directory of {REPORT} and {PAGE}")

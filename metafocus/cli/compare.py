@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 
 from metafocus.cli import chats, options
+from metafocus.comparison import differences
+from metafocus.comparison.axes import TASKS
 from metafocus.comparison.report import Comparison
 from metafocus.comparison.run import compare
 from metafocus.data import Collator, encode_chats, stdlib_qa
@@ -27,6 +30,7 @@ from metafocus.types import Episode, Params
 
 QUICK = {"max_length": 192, "per_device_train_batch_size": 1, "repeats": 1}
 QUICK_MODEL = {"hidden_size": 64, "num_hidden_layers": 3, "vocab_size": 512}
+DIFFERENCES = differences.DIFFERENCES.replace(" ", "-")
 DEFAULT = "first-order,unrolled-last-1,unrolled,unrolled-recompute,implicit-cg"
 
 
@@ -41,15 +45,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--train_file", default=chats.STDLIB, help="FILE.jsonl, FILE.parquet or stdlib (default)"
     )
-    parser.add_argument(
-        "--max_length", type=options.whole(2), default=256, help="tokens; default %(default)s"
-    )
-    parser.add_argument(
-        "--per_device_train_batch_size",
-        type=options.whole(1),
-        default=2,
-        help="chats; default %(default)s",
-    )
+    options.add_whole(parser, "--max_length", 256, "tokens", least=2)
+    options.add_whole(parser, "--per_device_train_batch_size", 2, "chats")
     parser.add_argument(
         "--mask",
         default="context-bidirectional",
@@ -63,7 +60,14 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--reference",
         default="unrolled",
-        help="what is taken as exact: one of the same names; default %(default)s",
+        help=f"what is taken as exact: one of the same names, or {DIFFERENCES} (six inner loops "
+        "for each outer parameter: choose some by --outer_parameters); default %(default)s",
+    )
+    parser.add_argument(
+        "--outer_parameters",
+        metavar="PATTERN",
+        help="regular expression for names of the model's parameters whose hypergradient is "
+        "compared, such as norm.weight; default all",
     )
     parser.add_argument(
         "--over",
@@ -71,14 +75,11 @@ def add_parser(commands: Any) -> None:
         default=[],
         metavar="FIELD=VALUES",
         help="an axis: solver.steps=1,2,4,8, solver.lr=0.1,1, estimator.solve.steps=5,10 (of "
-        "all estimators that have it), unrolled.last=1,2 (of one); again for a grid",
+        "all estimators that have it), unrolled.last=1,2 (of one), tasks=1,4 (batches of chats, "
+        "each adapted to by itself); again for a grid",
     )
-    parser.add_argument(
-        "--seeds",
-        type=options.whole(1),
-        default=1,
-        help="how many batches of other chats; more than one gives 95 %% intervals; default "
-        "%(default)s",
+    options.add_whole(
+        parser, "--seeds", 1, "how many batches of other chats; more than one gives 95 %% intervals"
     )
     parser.add_argument(
         "--cells",
@@ -86,12 +87,7 @@ def add_parser(commands: Any) -> None:
         help="directory that keeps what is finished, so that the comparison can be stopped, and "
         "extended by estimators, values and seeds",
     )
-    parser.add_argument(
-        "--repeats",
-        type=options.whole(1),
-        default=3,
-        help="how often each is timed; default %(default)s",
-    )
+    options.add_whole(parser, "--repeats", 3, "how often each is timed")
     parser.add_argument(
         "--dtype",
         choices=("float32", "float64"),
@@ -115,37 +111,22 @@ def run(args: argparse.Namespace) -> None:
     }
     if not estimators:
         raise DataError(f"--estimators is empty: use some of {', '.join(ESTIMATORS)}.")
+    references = {DIFFERENCES: lambda: differences.DIFFERENCES, **ESTIMATORS}
     reference = (
         args.reference
         if args.reference in estimators
-        else named("reference", args.reference, ESTIMATORS)()
+        else named("reference", args.reference, references)()
     )
     mask, over = named("mask", args.mask, MASKS), axes(args.over, args.inner_lr)
     if args.cells:
         options.directory(args.cells, "--cells")
     records = chats.read(args.train_file)
     model, tokenizer = options.model_on_device(args, stdlib_qa.texts, args.max_length)
-    model, rows = model.to(getattr(torch, args.dtype)), args.per_device_train_batch_size
-    if records is None:
-        records = chats.documentation(
-            tokenizer,
-            split="train",
-            n=rows * args.seeds,
-            max_length=args.max_length,
-            seed=args.seed,
-        )
-    samples = encode_chats(records, tokenizer, max_length=args.max_length).samples
-    if len(samples) < rows * args.seeds:
-        times = f" times --seeds {args.seeds}" if args.seeds > 1 else ""
-        raise DataError(
-            f"--per_device_train_batch_size {rows}{times} is more than the {len(samples)} chats "
-            "with an answer in --train_file."
-        )
-    pad = Collator(pad_token_id=tokenizer.pad_token_id)
-    batches = [
-        {k: v.to(args.device) for k, v in pad(samples[i * rows : (i + 1) * rows]).items()}
-        for i in range(args.seeds)
-    ]
+    model = model.to(getattr(torch, args.dtype))
+    outer = _outer(model, args.outer_parameters)
+    # mf.compare refuses a number of tasks that is none.
+    tasks = max((x for x in over.get(TASKS, ()) if isinstance(x, int)), default=None)
+    batches = _batches(args, records, tokenizer, tasks)
 
     # The same start for every estimator: the fast weights are drawn once.
     adapter = options.adapter(args)
@@ -161,7 +142,7 @@ def run(args: argparse.Namespace) -> None:
     )
     found = compare(
         problem,
-        trainable(model),
+        outer,
         Chats(batches) if args.seeds > 1 else Chats(batches)(0),
         solver=options.solver(args, args.inner_lr[0]),
         estimators=estimators,
@@ -177,6 +158,58 @@ def run(args: argparse.Namespace) -> None:
             directory.mkdir(parents=True, exist_ok=True)
             written = list(_write(found, directory))
         print("wrote " + " and ".join(str(path) for path in written))
+
+
+def _outer(model: torch.nn.Module, pattern: str | None) -> Params:
+    """Return the parameters whose names match; the others are frozen."""
+    if pattern is not None:
+        try:
+            known = [name for name, _ in model.named_parameters() if re.search(pattern, name)]
+        except re.error as error:
+            raise DataError(
+                f"--outer_parameters {pattern!r} is no regular expression: {error}"
+            ) from error
+        if not known:
+            raise DataError(
+                f"--outer_parameters {pattern!r} matches none of the model's parameters, such as "
+                f"{next(name for name, _ in model.named_parameters())}"
+            )
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in known)
+    return trainable(model)
+
+
+def _batches(
+    args: argparse.Namespace, records: Any, tokenizer: Any, tasks: int | None
+) -> list[Batch]:
+    """Return the chats of each seed as a batch; with tasks, as batches stacked on a first axis."""
+    rows, count = args.per_device_train_batch_size, tasks or 1
+    each = rows * count
+    if records is None:
+        records = chats.documentation(
+            tokenizer,
+            split="train",
+            n=each * args.seeds,
+            max_length=args.max_length,
+            seed=args.seed,
+        )
+    samples = encode_chats(records, tokenizer, max_length=args.max_length).samples
+    if len(samples) < each * args.seeds:
+        times = f" times {count} tasks" if count > 1 else ""
+        times += f" times --seeds {args.seeds}" if args.seeds > 1 else ""
+        raise DataError(
+            f"--per_device_train_batch_size {rows}{times} is more than the {len(samples)} chats "
+            "with an answer in --train_file."
+        )
+    pad = Collator(pad_token_id=tokenizer.pad_token_id)
+    first = (rows,) if tasks is None else (count, rows)
+    return [
+        {
+            k: v.to(args.device).unflatten(0, first)
+            for k, v in pad(samples[i * each : (i + 1) * each]).items()
+        }
+        for i in range(args.seeds)
+    ]
 
 
 @dataclass(frozen=True)

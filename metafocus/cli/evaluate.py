@@ -81,12 +81,8 @@ def add_parser(commands: Any) -> None:
         metavar="DIR",
         help="write the questions as tasks of lm-evaluation-harness, and ask nothing",
     )
-    parser.add_argument(
-        "--per_device_eval_batch_size", type=options.whole(1), default=8, help="default %(default)s"
-    )
-    parser.add_argument(
-        "--depth_bins", type=options.whole(1), default=10, help="default %(default)s"
-    )
+    options.add_whole(parser, "--per_device_eval_batch_size", 8)
+    options.add_whole(parser, "--depth_bins", 10)
     parser.add_argument(
         "--mask",
         default="causal",

@@ -60,6 +60,12 @@ def positives(word: str) -> list[float]:
     return [positive(part.strip()) for part in word.split(",")]
 
 
+def add_whole(parser: Any, name: str, default: int, of: str = "", *, least: int = 1) -> None:
+    """Add an option that is a whole number from `least` on; its help says of what."""
+    text = f"{of}; default %(default)s" if of else "default %(default)s"
+    parser.add_argument(name, type=whole(least), default=default, help=text)
+
+
 def words(text: str) -> list[str]:
     """Return the words that commas separate, without white space and empty ones.
 
@@ -75,7 +81,7 @@ def add_inner(
 ) -> None:
     """Add the options of the inner loop; `rates`: `--inner_lr` may be several."""
     group = parser.add_argument_group("inner loop (defaults of FocuSFT, arXiv 2605.09932)")
-    group.add_argument("--inner_steps", type=whole(0), default=2, help="default %(default)s")
+    add_whole(group, "--inner_steps", 2, least=0)
     group.add_argument(
         "--inner_lr",
         type=positives if rates else positive,
@@ -99,9 +105,7 @@ def add_inner(
         default="gate_proj,up_proj,down_proj",
         help="modules with fast weights, separated by commas; default %(default)s",
     )
-    group.add_argument(
-        "--lora_rank", type=whole(1), default=rank, help="of the fast weights; default %(default)s"
-    )
+    add_whole(group, "--lora_rank", rank, "of the fast weights")
     group.add_argument(
         "--lora_alpha",
         type=positive,
@@ -140,7 +144,7 @@ def add_model(
             text = "of the small model; default %(default)s"
             group.add_argument(f"--{name}", type=whole(least), default=default, help=text)
     group.add_argument("--device", default="cpu", help="default %(default)s")
-    group.add_argument("--seed", type=whole(0), default=42, help="default %(default)s")
+    add_whole(group, "--seed", 42, least=0)
 
 
 def model_and_tokenizer(

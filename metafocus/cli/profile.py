@@ -45,15 +45,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--train_file", default=chats.STDLIB, help="FILE.jsonl, FILE.parquet or stdlib (default)"
     )
-    parser.add_argument(
-        "--max_train_samples", type=options.whole(1), default=4, help="chats; default %(default)s"
-    )
-    parser.add_argument(
-        "--max_length", type=options.whole(2), default=512, help="tokens; default %(default)s"
-    )
-    parser.add_argument(
-        "--stdlib_turns", type=options.whole(1), default=1, help="questions; default %(default)s"
-    )
+    options.add_whole(parser, "--max_train_samples", 4, "chats")
+    options.add_whole(parser, "--max_length", 512, "tokens", least=2)
+    options.add_whole(parser, "--stdlib_turns", 1, "questions")
     parser.add_argument(
         "--mask",
         default="causal,context-bidirectional",

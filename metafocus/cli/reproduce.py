@@ -47,12 +47,7 @@ def add_parser(commands: Any) -> None:
         action="store_true",
         help="with --only: keep the other claims of the report in --output_dir",
     )
-    parser.add_argument(
-        "--workers",
-        type=options.whole(1),
-        default=1,
-        help="processes at once (needs pytest-xdist); default %(default)s",
-    )
+    options.add_whole(parser, "--workers", 1, "processes at once (needs pytest-xdist)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -25,9 +25,9 @@ on a GPU yet; the model gives them the rate of transformers' own causal attentio
 REST = [
     "",
     "The check that inner losses are finite is one synchronisation for all inner steps, after the "
-    "last of them; there is no other check of values in a step.",
+    "last of them; a step of `recipes.focusft` has no other check of values.",
     "",
-    "FA3 and FA4: torch (2.11 or later) has a registry for them, and "
+    "FA3 and FA4: torch 2.13 has a registry for them, and "
     '`torch.nn.attention.activate_flash_attention_impl("FA3")` replaces the operators that the '
     "variable-length kernels here call. After this call, which torch leaves to the user, they are "
     "used, once they have agreed with tiles on a small attention (`flash.fault`). A test on a CPU "

@@ -36,7 +36,7 @@ REST = [
     "RMSNorm is left as transformers has it. If each norm were one kernel (in the model: a product "
     "with its weight), a step would take 8% less at 4,096 tokens (0.179 s instead of 0.196 s by "
     "variable-length kernels, 2,579 kernels instead of 3,266) and 4% less at 32,768 (2.59 s "
-    "instead of 2.70 s). That is an upper bound. To use `F.rms_norm`, the forward pass of each norm "
+    "instead of 2.70 s). That is an upper bound. To use `F.rms_norm`, the forward pass of a norm "
     "would have to be replaced by the name of its class. It would round otherwise than the same "
     "model does when it is served, and its second derivative on CUDA needs a GPU to be checked.",
 ]

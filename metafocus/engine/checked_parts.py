@@ -65,19 +65,20 @@ def check_solution(solution: Any, start: Params, estimator: Any) -> None:
         )
     if not isinstance(solution.losses, Tensor):
         raise ProblemError(
-            f"{name} must return the inner losses of mf.Solution as a tensor, got "
+            f"{name_of(estimator)} must return the inner losses of mf.Solution as a tensor, got "
             f"{type(solution.losses).__name__}: torch.stack(losses)."
         )
     if torch.is_grad_enabled() and not transforming():
-        _refuse_constant(solution.params, start, name)
+        _refuse_constant(solution.params, start, estimator)
 
 
-def _refuse_constant(params: Params, start: Params, name: str) -> None:
+def _refuse_constant(params: Params, start: Params, estimator: Any) -> None:
     """Raise for fast weights without a graph where the start has one."""
     tracked = any(v.requires_grad for v in start.values())
     if tracked and not any(v.requires_grad for v in params.values()):
         raise ProblemError(
-            f"{name} returned constants: no derivative flows through its fast weights, and the "
-            "hypergradient would be zero. mf.solve_inner returns constants; tie them to the start "
-            "as mf.FirstOrder does, v + (start[k] - start[k].detach()), or combine estimators."
+            f"{name_of(estimator)} returned constants: no derivative flows through its fast "
+            "weights, and the hypergradient would be zero. mf.solve_inner returns constants; tie "
+            "them to the start as mf.FirstOrder does, v + (start[k] - start[k].detach()), or "
+            "combine estimators."
         )

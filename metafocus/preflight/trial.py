@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-=======
-import contextlib
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 from torch import Tensor
@@ -112,7 +110,7 @@ class Trial:
             with refused_writes("inner_loss", given, self.inner_loss):
                 self.inner_loss(*at)
 
-    def _draws(self, who: str) -> contextlib.AbstractContextManager[None]:
+    def _draws(self, who: str) -> AbstractContextManager[None]:
         return refused_draws(who, explicit=self.explicit)
 
     def _takes_steps(self, fast: Params) -> bool:

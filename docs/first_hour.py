@@ -1,5 +1,7 @@
 """Write docs/first-hour.md: the commands of a newcomer, run in a fresh clone, with their output.
 
+What was found by hand follows, from `first_hour_by_hand.txt`.
+
 python docs/first_hour.py [--source REPOSITORY]
 """
 
@@ -125,7 +127,8 @@ def main() -> None:
             output = run.stdout.rstrip() if command.startswith("cat") else shortened(run.stdout)
             lines += ["", f"{text}{taken}", "", "```", f"$ {command}", "```", ""]
             lines += [f"```{language}", output, "```"]
-    (HERE / "first-hour.md").write_text("\n".join(lines) + "\n")
+    by_hand = (HERE / "first_hour_by_hand.txt").read_text()
+    (HERE / "first-hour.md").write_text("\n".join(lines) + "\n\n" + by_hand)
 
 
 def shortened(output: str) -> str:

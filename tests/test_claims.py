@@ -374,10 +374,22 @@ def test_no_claim_runs_pytest():
         assert not re.search(r"pytest\.main|[\"']pytest[\"']", path.read_text()), path.name
 
 
+def test_a_page_shows_the_picture_beside_its_report(tmp_path):
+    report = Report([], {}, {})
+    report.write(tmp_path / "found.json")
+    assert "![" not in (tmp_path / "found.md").read_text()
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "found.svg").write_text("<svg/>")
+    report.write(tmp_path / "found.json")
+    assert "(figures/found.svg)" in (tmp_path / "found.md").read_text()
+
+
 def test_the_page_in_the_documentation_is_what_its_numbers_say():
     """docs/reproduction.md is the page of docs/reproduction.json: nobody has edited it."""
     report = Report.from_json(ROOT / "docs" / "reproduction.json")
-    assert (ROOT / "docs" / "reproduction.md").read_text() == page(report, "reproduction.json")
+    assert (ROOT / "docs" / "reproduction.md").read_text() == page(
+        report, "reproduction.json", "figures/reproduction.svg"
+    )
     assert report.holds
 
 

@@ -43,12 +43,13 @@ def findings(report: Report) -> str:
     return " ".join(parts)
 
 
-def page(report: Report, name: str) -> str:
+def page(report: Report, name: str, picture: str = "") -> str:
     """Return the report as a page: findings, one table of claims, and where each test is.
 
     Args:
         report: the run.
         name: the file that has the report as JSON, for the page to mention.
+        picture: a picture to show after the findings.
 
     Returns:
         The page.
@@ -58,6 +59,7 @@ def page(report: Report, name: str) -> str:
         "",
         f"**{_cell(findings(report))}**",
         "",
+        *([f"![Two of the claims as pictures]({picture})", ""] if picture else []),
         "| | claim | published | measured | verdict | seconds |",
         "|---|---|---|---|---|---|",
     ]

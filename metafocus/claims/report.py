@@ -137,11 +137,16 @@ class Report:
             raise DataError(f"{path} is no report of claims: {cause!r}") from cause
 
     def write(self, path: str | Path) -> None:
-        """Write the report as JSON, and a Markdown page of the same name beside it."""
+        """Write the report as JSON, and a Markdown page of the same name beside it.
+
+        The page shows `figures/NAME.svg` in the same directory, if there is one.
+        """
         from metafocus.claims.page import page
 
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         parts = ("environment", "settings", "rows")
         write_json(path, {name: getattr(self, name) for name in parts})
-        write_whole(path.with_suffix(".md"), page(self, path.name))
+        picture = f"figures/{path.stem}.svg"
+        shown = picture if (path.parent / picture).is_file() else ""
+        write_whole(path.with_suffix(".md"), page(self, path.name, shown))

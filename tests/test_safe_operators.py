@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 import metafocus as mf
 from metafocus.autodiff.safe_operators import cross_entropy, swapping
-from metafocus.autodiff.safe_operators.swapping import differentiable_twice
+from metafocus.autodiff.safe_operators.swapping import differentiable_once, differentiable_twice
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -849,3 +849,12 @@ def names_of_graph(x):
         names.append(node.name())
         pending += [parent for parent, _ in node.next_functions if parent is not None]
     return " ".join(names)
+
+
+def test_a_loss_that_is_differentiated_once_keeps_fused_kernels():
+    x, y = randn(5, 3).requires_grad_(), torch.tensor([0, 2, 0, 1, 1])
+    graphs = [
+        names_of_graph(evaluated(lambda x: F.cross_entropy(x, y))(x))
+        for evaluated in (differentiable_once, differentiable_twice)
+    ]
+    assert ["NllLoss" in graph for graph in graphs] == [True, False]

@@ -47,7 +47,7 @@ TESTS = {
     "autodiff/safe_operators": ["safe_operators", "batch_norm", "operators"],
     "estimators": ["fixed_point", "penalty", "path", "implicit_family", "estimators"],
     "lm": ["token_loss", "likelihood", "per_example", "lm"],
-    "lm/hf": ["heads", "sharing", "lm"],
+    "lm/hf": ["heads", "sharing", "last_layer", "lm"],
 }
 """Which tests run for the Python files of which folder of the package, quick ones first."""
 

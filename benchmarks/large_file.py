@@ -23,7 +23,7 @@ import torch
 from metafocus.comparison.report import environment
 from metafocus.files import write_json
 
-MODEL = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 2048, "max_length": 512}
+MODEL = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 2048, "max_length": 1024}
 STEPS = {"max_steps": 3, "per_device_train_batch_size": 4, "logging_steps": 1}
 QUIET = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
 TRAINING = {**MODEL, **STEPS, **QUIET, "dataloader_pin_memory": False}
@@ -36,7 +36,7 @@ def write_chats(path: Path, size: int) -> int:
     vocabulary = ["".join(draw.choices(letters, k=draw.randint(2, 10))) for _ in range(20_000)]
     with path.open("w", encoding="utf-8") as file:
         while file.tell() < size:
-            words = [draw.choices(vocabulary, k=n) for n in (600, 8, 40)]
+            words = [draw.choices(vocabulary, k=n) for n in (200, 8, 40)]
             roles = ("system", "user", "assistant")
             turns = [
                 {"role": role, "content": " ".join(text)}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -41,14 +43,60 @@ def pool(workers: int = 2) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
 
 
+@contextmanager
+def submitit(folder: Path) -> Iterator[Any]:
+    """Its local executor: each job is a process that starts from nothing, all at once."""
+    from submitit import LocalExecutor
+
+    executor = LocalExecutor(folder=folder / "jobs")
+    executor.update_parameters(timeout_min=5)
+    yield executor
+
+
+@contextmanager
+def dask(folder: Path) -> Iterator[Any]:
+    from distributed import Client, LocalCluster
+
+    options = {"threads_per_worker": 1, "dashboard_address": None, "local_directory": folder}
+    with LocalCluster(2, **options) as cluster, Client(cluster) as client:
+        yield client.get_executor()
+
+
+class RayExecutor:
+    """Ray's tasks as futures: the five lines of docs/sweeps.md."""
+
+    def submit(self, fn: Any, *args: Any) -> Any:
+        import ray
+
+        return ray.remote(fn).remote(*args).future()
+
+
+@contextmanager
+def ray(folder: Path) -> Iterator[Any]:
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, _temp_dir=str(folder / "ray"))
+    try:
+        yield RayExecutor()
+    finally:
+        ray.shutdown()
+
+
+EXECUTORS = {
+    "here": lambda folder: nullcontext(),
+    "pool": lambda folder: pool(),
+    "submitit": submitit,
+    "dask": dask,
+    "ray": ray,
+}
+PACKAGES = {"submitit": "submitit", "dask": "distributed", "ray": "ray"}
+"""What an executor needs."""
+
+
 if __name__ == "__main__":
     # A run that a test kills: folder, file of calls, and how the cells run.
     folder, noted, how = sys.argv[1:]
     from sweeping import Noted as Importable
 
-    fn = Importable(noted, seconds=0.15)
-    if how == "pool":
-        with pool() as executor:
-            mf.sweep(fn, CELLS, folder=folder, executor=executor)
-    else:
-        mf.sweep(fn, CELLS, folder=folder)
+    with EXECUTORS[how](Path(noted).parent / f"{how}-{os.getpid()}") as executor:
+        mf.sweep(Importable(noted, seconds=0.15), CELLS, folder=folder, executor=executor)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -15,8 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
-from sweeping import CELLS, Noted, calls, pool
+from sweeping import CELLS, EXECUTORS, PACKAGES, Noted, calls, pool
 
 import metafocus as mf
 from metafocus.cells import name_of
@@ -223,25 +224,52 @@ def wait_for(condition, seconds=60.0):
         time.sleep(0.01)
 
 
+def everything(process: subprocess.Popen) -> list[psutil.Process]:
+    """A process and all that it has started, in sessions of their own too."""
+    first = psutil.Process(process.pid)
+    return [first, *first.children(recursive=True)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["here", "pool"])
-def test_killed_twice_equals_uninterrupted(tmp_path, how):
+@pytest.mark.parametrize("how", EXECUTORS)
+def test_killed_twice_equals_uninterrupted(tmp_path, monkeypatch, how):
+    """As when the machine goes down: workers and servers of an executor are killed too."""
+    if how in PACKAGES:
+        pytest.importorskip(PACKAGES[how])
+    importable(monkeypatch)
     folder, noted = tmp_path / "out", tmp_path / "calls"
     script = Path(__file__).with_name("sweeping.py")
-    command = [sys.executable, str(script), str(folder), str(noted), how]
+    command = [sys.executable, "-W", "ignore", str(script), str(folder), str(noted), how]
     for finished in (2, 5):
-        with subprocess.Popen(command, start_new_session=True) as process:
-            wait_for(lambda n=finished: len(list(folder.glob("*.json"))) >= n, 120)
-            # The whole session: the workers of a pool too.
-            os.killpg(process.pid, signal.SIGKILL)
+        with subprocess.Popen(command) as process:
+            wait_for(lambda n=finished: len(list(folder.glob("*.json"))) >= n, 240)
+            for one in everything(process):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
+        # What was in its last moments may still have written its file.
+        wait_for(lambda: not locked(folder))
     stopped = len(calls(noted)) - len(files(folder))
-    # Of the same content as the script's.
-    found = mf.sweep(Noted(str(noted), seconds=0.15), CELLS, folder=folder)
+    subprocess.run(command, check=True, timeout=240)
     whole = mf.sweep(Noted(str(tmp_path / "other")), CELLS, folder=tmp_path / "whole")
-    assert values(found) == values(whole) == VALUES
+    fn = Noted(str(noted), seconds=0.15)  # of the same content as the script's
+    assert values(mf.sweep(fn, CELLS, folder=folder)) == values(whole) == VALUES
     assert files(folder) == files(tmp_path / "whole")
-    # Only what a kill cut off was begun again: one cell in each worker, twice.
-    assert len(calls(noted)) == len(CELLS) + stopped and stopped <= 4
+    # Only what a kill cut off was begun again.
+    assert len(calls(noted)) == len(CELLS) + stopped
+    # submitit runs all jobs at once; others one in each of two workers.
+    assert stopped <= (2 * len(CELLS) if how == "submitit" else 4)
+
+
+def locked(folder: Path) -> bool:
+    """Whether a process still has a cell in its hands."""
+    from filelock import FileLock, Timeout
+
+    for path in (folder / ".locks").iterdir():
+        try:
+            FileLock(path, timeout=0).acquire().lock.release()
+        except Timeout:
+            return True
+    return False
 
 
 @pytest.mark.slow
@@ -265,51 +293,13 @@ def importable(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_submitit(tmp_path, monkeypatch):
-    submitit = pytest.importorskip("submitit")
+@pytest.mark.parametrize("how", PACKAGES)
+def test_other_executors(tmp_path, monkeypatch, how):
+    pytest.importorskip(PACKAGES[how])
     importable(monkeypatch)
-    executor = submitit.LocalExecutor(folder=tmp_path / "jobs")
-    executor.update_parameters(timeout_min=5)
     fn = Noted(str(tmp_path / "calls"))
-    found = mf.sweep(fn, CELLS[:3], folder=tmp_path / "out", executor=executor)
+    with EXECUTORS[how](tmp_path) as executor:
+        found = mf.sweep(fn, CELLS[:3], folder=tmp_path / "out", executor=executor)
     assert values(found) == VALUES[:3]
-    assert len({o.result["process"] for o in found}) == 3
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-def test_dask(tmp_path, monkeypatch):
-    # By its other name: a folder of the tests is called distributed.
-    distributed = pytest.importorskip("dask.distributed")
-    importable(monkeypatch)
-    fn = Noted(str(tmp_path / "calls"))
-    with (
-        distributed.LocalCluster(2, threads_per_worker=1, dashboard_address=None) as cluster,
-        distributed.Client(cluster) as client,
-        client.get_executor() as executor,
-    ):
-        found = mf.sweep(fn, CELLS, folder=tmp_path / "out", executor=executor)
-    assert values(found) == VALUES
-    assert os.getpid() not in {o.result["process"] for o in found}
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-def test_ray(tmp_path, monkeypatch):
-    ray = pytest.importorskip("ray")
-    importable(monkeypatch)
-
-    class Executor:
-        """Ray's tasks as futures: the five lines of docs/sweeps.md."""
-
-        def submit(self, fn, *args):
-            return ray.remote(fn).remote(*args).future()
-
-    ray.init(num_cpus=2, include_dashboard=False, _temp_dir=str(tmp_path / "ray"))
-    try:
-        fn = Noted(str(tmp_path / "calls"))
-        found = mf.sweep(fn, CELLS, folder=tmp_path / "out", executor=Executor())
-    finally:
-        ray.shutdown()
-    assert values(found) == VALUES
-    assert os.getpid() not in {o.result["process"] for o in found}
+    processes = {o.result["process"] for o in found}
+    assert os.getpid() not in processes and len(processes) == (3 if how == "submitit" else 2)

@@ -45,8 +45,8 @@ def refuse_parallel(args: Any, environment: Any) -> None:
         if given:
             raise ProblemError(NO_DEEPSPEED.format(f"{name}={given!r}"))
     parallelism = getattr(args, "parallelism_config", None)
-    size = getattr(parallelism, "cp_size", None) or environment.get("PARALLELISM_CONFIG_CP_SIZE", 1)
-    if int(size) > 1:
+    size = getattr(parallelism, "cp_size", None) or environment.get("PARALLELISM_CONFIG_CP_SIZE")
+    if int(size or 1) > 1:
         raise ProblemError(
             f"accelerate's context parallelism (cp_size={size}) replaces every mask by a causal "
             "one, so bidirectional context would be lost without an error: set cp_size=1 "

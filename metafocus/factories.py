@@ -55,8 +55,11 @@ class Made:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ):
-        self.run, self.make, self.args, self.kwargs = run, make, args, kwargs
-        self.__signature__ = inspect.signature(run)
+        self.run: Callable[..., Any] = run
+        self.make: Callable[..., Any] = make
+        self.args: tuple[Any, ...] = args
+        self.kwargs: dict[str, Any] = kwargs
+        self.__signature__: inspect.Signature = inspect.signature(run)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function."""

@@ -11,13 +11,13 @@ from torch import Tensor
 from metafocus import params as pt
 from metafocus import streams
 from metafocus.autodiff.recompute import Ambient
-from metafocus.autodiff.stores.places import Place
+from metafocus.autodiff.stores.places import Place, Shelf
 from metafocus.autodiff.stores.plans import Turn
 from metafocus.autodiff.tape import has_custom_nodes
 from metafocus.rng import Drawn
 from metafocus.solvers.descent import descend, segment
 from metafocus.torch_internals import outside_transforms, sole_vmap, transforming
-from metafocus.types import InnerLoss, Solver
+from metafocus.types import InnerLoss, Params, Solver
 
 
 class Loop(Protocol):
@@ -35,7 +35,7 @@ class Kept:
     """The kept states of one run: tensors on a shelf, what is no tensor beside it."""
 
     def __init__(self, place: Place):
-        self.shelf = place.open()
+        self.shelf: Shelf = place.open()
         self.beside: dict[int, tuple[Any, Drawn]] = {}
 
     def put(self, key: int, state: Any) -> None:
@@ -60,6 +60,9 @@ class Reverse:
 
     Under a batch of cotangents (`is_grads_batched`) steps are rebuilt once, outside of the batch.
     """
+
+    outer: Params
+    support: Any
 
     def __init__(self, loop: Loop, inputs: Sequence[Tensor], wanted: Sequence[bool]):
         self.loop = loop

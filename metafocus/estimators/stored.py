@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from metafocus import params as pt
 from metafocus.autodiff.purity import watched
 from metafocus.autodiff.recompute import Ambient
 from metafocus.autodiff.stores import Store
-from metafocus.autodiff.stores.plans import kept_ahead, turns
+from metafocus.autodiff.stores.places import Place
+from metafocus.autodiff.stores.plans import Plan, kept_ahead, turns
 from metafocus.errors import TransformError
 from metafocus.estimators.reverse import Kept, Reverse
 from metafocus.rng import Drawn
@@ -48,6 +49,9 @@ class StoredLoop:
         store: which states are kept, and where.
     """
 
+    ambient: Ambient
+    drawn: Drawn
+
     def __init__(
         self, loss: InnerLoss, solver: Solver, steps: range, path: Sequence[int], store: Store
     ):
@@ -55,8 +59,8 @@ class StoredLoop:
         self.solver = solver
         self.steps = steps
         self.path: list[int] = sorted({step for step in path if step in steps})
-        self.plan = store.plan_for(len(steps))
-        self.place = store.place
+        self.plan: Plan = store.plan_for(len(steps))
+        self.place: Place = store.place
 
     def __call__(
         self, params: Params, state: State, outer: Params, support: Any
@@ -64,7 +68,8 @@ class StoredLoop:
         """Return what `segment` returns, without the state after the last step."""
         refuse_transforms()
         support = watched(support)
-        inputs, self.rebuild = pt.partition((params, state, outer, support))
+        inputs, rebuild = pt.partition((params, state, outer, support))
+        self.rebuild: Callable[[Any], Any] = rebuild
         self.ambient, self.drawn = Ambient(inputs), Drawn(inputs)
         self.kept: Kept | None = None
         if not torch.is_grad_enabled() or not any(x.requires_grad for x in inputs):

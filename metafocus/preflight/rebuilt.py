@@ -24,7 +24,7 @@ class Uses:
 
     def __init__(self, *parts: Any):
         self.kind: int = hash(tuple(_kind(part) for part in parts))
-        self.count = 0
+        self.count: int = 0
 
     def add(self) -> None:
         """Count one more evaluation.

@@ -741,3 +741,13 @@ def test_processes_that_share_sequences_are_one(tmp_path, chats):
     assert column(both, "loss") == pytest.approx(column(alone, "loss"), rel=1e-4)
     for key in ("heldout_loss_before", "heldout_loss_after"):
         assert both[key] == pytest.approx(alone[key], rel=1e-4)
+
+
+def test_help_begins_with_our_settings(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    text = capsys.readouterr().out
+    places = [
+        text.index(flag) for flag in ("\n  --train_file", "\n  --inner_lr", "\n  --adam_beta1")
+    ]
+    assert places == sorted(places)

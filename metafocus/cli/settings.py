@@ -180,6 +180,10 @@ class _Parser(Parser, HfArgumentParser):  # pyright: ignore[reportIncompatibleMe
         for flag in [flag for flag in self._option_string_actions if "-" in flag[2:]]:
             action = self._option_string_actions.pop(flag)
             action.option_strings = [other for other in action.option_strings if other != flag]
+        # In the help ours come first: transformers has more than a hundred.
+        self._optionals.title = "settings of transformers.TrainingArguments"
+        self._action_groups.remove(self._optionals)
+        self._action_groups.append(self._optionals)
 
 
 def parse(argv: list[str]) -> Settings:
@@ -231,9 +235,9 @@ Fine-tune a causal language model on chats, plainly or with FocuSFT.
   metafocus train --train_file chats.jsonl --model_name_or_path DIR_OR_ID --output_dir out
   metafocus train CONFIG.yaml [flags]      the same names in YAML or JSON; flags win
 
-This is Hugging Face's Trainer: every setting of transformers.TrainingArguments is a flag here.
-The settings of the model, of the data and of FocuSFT stand at the end of this list. It is also
-the script of every process: torchrun --nproc-per-node=8 -m metafocus train CONFIG.yaml
+This is Hugging Face's Trainer: every setting of transformers.TrainingArguments is a flag too.
+They stand after the settings of the model, of the data and of FocuSFT. The command is also the
+script of every process: torchrun --nproc-per-node=8 -m metafocus train CONFIG.yaml
 """
 
 

@@ -89,7 +89,7 @@ EXECUTORS = {
     "dask": dask,
     "ray": ray,
 }
-PACKAGES = {"submitit": "submitit", "dask": "distributed", "ray": "ray"}
+PACKAGES = {"submitit": "submitit", "dask": "dask.distributed", "ray": "ray"}
 """What an executor needs."""
 
 

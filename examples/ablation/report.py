@@ -21,7 +21,15 @@ from effects import (
     trained,
 )
 from protocol import CAUSAL, FOCUSFT, MAIN, Cell, Scale
-from tables import NAMES, cell_table, control_table, fast_weights, trained_table, worse_steps
+from tables import (
+    NAMES,
+    cell_table,
+    control_losses,
+    control_table,
+    fast_weights,
+    trained_table,
+    worse_steps,
+)
 
 
 def write_report(scale: Scale, output: Path, page: Path | None = None) -> str:
@@ -107,7 +115,8 @@ def opening(scale: Scale, results: Results, base: Run, found: Sequence[Claim]) -
     worse = worse_steps(list(trained(results, FOCUSFT).values()))
     if worse:
         sentences.append(f"In FocuSFT, at the paper's inner rate of 1, {worse}.")
-    return ["# The ablation of FocuSFT", "", " ".join(sentences), ""]
+    sentences.append(control_losses(scale, results))
+    return ["# The ablation of FocuSFT", "", " ".join(sentences).strip(), ""]
 
 
 def claim_table(found: Sequence[Claim]) -> list[str]:

@@ -110,9 +110,8 @@ def control_table(scale: Scale, results: Results) -> list[str]:
         "| control | accuracy | answer loss | sink mass | last inner step | seeds |",
         "|---|---|---|---|---|---|",
     ]
-    rows = [("FocuSFT itself", FOCUSFT), ("no inner loop", BIDIRECTIONAL)]
-    rows += [(f"{what}: {value(what, cell)}", cell) for what, cs in CONTROLS.items() for cell in cs]
-    for title, cell in rows:
+    beside = [("FocuSFT itself", FOCUSFT), ("no inner loop", BIDIRECTIONAL)]
+    for title, cell in [*beside, *control_cells()]:
         runs = list(trained(results, cell).values())
         row = [
             written(level(runs, accuracy("deployed", *everything(scale)))),
@@ -122,6 +121,29 @@ def control_table(scale: Scale, results: Results) -> list[str]:
         ]
         lines.append(f"| {title} | " + " | ".join(row) + f" | {len(runs)} |")
     return [*lines, ""]
+
+
+def control_cells() -> list[tuple[str, Cell]]:
+    """The controls, each with what it differs in."""
+    return [(f"{what}: {value(what, cell)}", cell) for what, cs in CONTROLS.items() for cell in cs]
+
+
+def control_losses(scale: Scale, results: Results) -> str:
+    """The extremes of the controls' answer loss beside FocuSFT's, in a sentence."""
+    answers = loss("deployed", *everything(scale))
+
+    def of(cell: Cell) -> Effect | None:
+        return level(list(trained(results, cell).values()), answers)
+
+    found = [(kept.mean, title) for title, cell in control_cells() if (kept := of(cell))]
+    itself, plain = of(FOCUSFT), of(BIDIRECTIONAL)
+    if not found or itself is None or plain is None:
+        return ""
+    (low, best), (high, worst) = min(found), max(found)
+    return (
+        f"The controls' answer losses lie between {low:.3f} ({best}) and {high:.3f} ({worst}), "
+        f"beside {itself.mean:.3f} of FocuSFT itself and {plain.mean:.3f} without an inner loop."
+    )
 
 
 def value(what: str, cell: Cell) -> str:

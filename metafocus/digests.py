@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from metafocus.errors import ProblemError
 from metafocus.factories import Made
+from metafocus.torch_internals import child_table, uncompiled_function
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, range)
 _OWN = nn.Module().__dict__.keys()
@@ -115,8 +116,8 @@ class _Digests:
     def of_function(self, fn: types.FunctionType) -> Iterator[bytes]:
         yield self.of((fn.__defaults__, fn.__kwdefaults__))
         # Of what torch.compile returns, the original counts: around it are caches and locks.
-        original = getattr(fn, "_torchdynamo_orig_callable", None)
-        if original is not None:
+        original = uncompiled_function(fn)
+        if original is not fn:
             yield self.of(original)
             return
         for cell in fn.__closure__ or ():
@@ -167,7 +168,9 @@ class _Digests:
         mine = not _is_library(type(module).__module__)
         if mine:
             yield self.of(type(module))
-        yield self.of((module.training, module._modules, module._buffers, module._parameters))
+        buffers = dict(module.named_buffers(recurse=False, remove_duplicate=False))
+        weights = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+        yield self.of((module.training, child_table(module), buffers, weights))
         # Which names are one tensor: the values would not tell.
         first: dict[int, str] = {}
         for name, value in module.named_parameters(remove_duplicate=False):

@@ -18,7 +18,6 @@ FILES = sorted(ROOT.rglob("*.py"))
 OTHER_TYPES = {
     "problem.py": "a metric may be a truth value",
     "graph.py": "a constant of an episode may be a truth value",
-    "closures.py": "True and 1 are equal, and code may tell them apart",
     "estimators/unrolled.py": "recompute is True, False or a number",
     "algorithms/windows.py": "recompute is True, False or a number",
     "data/messages.py": "train is true or false, and 1 is a weight",

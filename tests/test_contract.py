@@ -476,7 +476,7 @@ def test_estimators_and_solvers_are_classes():
     for name in dir(mf.algorithms):
         if not name.startswith("_") and isinstance(getattr(mf.algorithms, name), type):
             assert name not in dir(mf), name
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(mf.errors.ProblemError, match="must define __call__"):
         mf.Estimator()(loops.inner, mf.SGD(0.1, 1), {}, {}, None)
 
 

@@ -63,7 +63,7 @@ def test_files_and_scripts_that_workflows_name_exist():
 def test_fragments_have_the_names_that_towncrier_reads():
     kinds = "added|changed|deprecated|removed|fixed"
     for path in (ROOT / "changelog.d").iterdir():
-        good = re.fullmatch(rf"(\d+|\+\w+)\.({kinds})(\.\d+)?\.md", path.name)
+        good = re.fullmatch(rf"(\d+|\+[\w-]+)\.({kinds})(\.\d+)?\.md", path.name)
         assert good or path.name == "README.md", path.name
 
 

@@ -516,6 +516,17 @@ def test_hooks():
     assert len(ti.forward_hooks(layer)) == 1
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_uncompiled_function():
+    """`_torchdynamo_orig_callable`: a kept cell is known by the function that was compiled."""
+
+    def f(x):
+        return x + 1
+
+    assert ti.uncompiled_function(torch.compile(f)) is f
+    assert ti.uncompiled_function(f) is f
+
+
 def test_generator_key():
     """`_cdata`: `preflight.draws` tells the global generator from a loss's own."""
     given = []
@@ -533,7 +544,7 @@ def test_generator_key():
 
 
 def test_plain_attributes():
-    """`closures` watches what a module holds besides weights and children."""
+    """What a module holds besides weights and children, which closures watch."""
     layer = nn.BatchNorm1d(2)
     layer.inner, layer.rates = nn.Linear(2, 2), [1.0]
     found = ti.plain_attributes(layer)

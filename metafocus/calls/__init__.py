@@ -14,7 +14,7 @@ from metafocus.calls.attempts import attempt, attempted, draws_from
 from metafocus.calls.blocks import Scoped, settle, undone
 from metafocus.calls.changes import ABSENT, changed, evaluating, holding
 from metafocus.calls.notes import note, noting, noting_into
-from metafocus.calls.owners import Call, current, inside, running, using
+from metafocus.calls.owners import Call, current, inside, refuse_nested, running, using
 
 __all__ = [
     "ABSENT",
@@ -31,6 +31,7 @@ __all__ = [
     "note",
     "noting",
     "noting_into",
+    "refuse_nested",
     "running",
     "settle",
     "undone",

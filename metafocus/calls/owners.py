@@ -140,6 +140,16 @@ def using(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def refuse_nested(model: nn.Module) -> None:
+    """Raise if a forward pass of a model is under way in the call that asks."""
+    if id(model) in _RUNNING:
+        raise ProblemError(
+            f"the loss of a {type(model).__name__} was called from inside its own forward pass "
+            "(by a hook, a module or a token policy), while the model is changed for the first "
+            "call. Call it before or after, or on a copy: copy.deepcopy(model)."
+        )
+
+
 @contextlib.contextmanager
 def running(model: nn.Module) -> Iterator[None]:
     """Take a model for one forward pass, which nothing may begin again from inside.
@@ -152,12 +162,7 @@ def running(model: nn.Module) -> Iterator[None]:
         return
     with using(model):
         settle()
-        if id(model) in _RUNNING:
-            raise ProblemError(
-                f"the loss of a {type(model).__name__} was called from inside its own forward pass "
-                "(by a hook, a module or a token policy), while the model is changed for the first "
-                "call. Call it before or after, or on a copy: copy.deepcopy(model)."
-            )
+        refuse_nested(model)
         with undone(partial(_RUNNING.discard, id(model))):
             _RUNNING.add(id(model))
             yield

@@ -39,7 +39,7 @@ def refused_writes(who: str, given: list[tuple[str, Tensor]], owner: Any) -> Ite
     with Writes() as writes, undone(partial(_undo, writes)):
         yield
     after = _held(owner)
-    changed = [k for k, x in before.items() if x is not (y := after.get(k)) and not _gathered(x, y)]
+    changed = [k for k, x in before.items() if _replaced(k, x, after)]
     if not writes.saved and not changed:
         return
     written = {key for x, _ in writes.saved for key in _memory(x)}
@@ -70,7 +70,15 @@ def _memory(x: Any) -> set[int]:
     return {storage_key(part.untyped_storage()) for part in parts}
 
 
-def _gathered(x: Tensor, y: Tensor | None) -> bool:
+def _replaced(name: str, x: Tensor, after: dict[str, Tensor]) -> bool:
+    """Return whether another tensor has its name, or none has it and the tensor is gone too."""
+    if name in after:
+        return x is not after[name] and not _gathered(x, after[name])
+    # A hook may have made it known by another name.
+    return all(x is not y for y in after.values())
+
+
+def _gathered(x: Tensor, y: Tensor) -> bool:
     """Return whether FSDP has put a gathered parameter in the place of a sharded one, or back."""
     both = isinstance(x, nn.Parameter) and isinstance(y, nn.Parameter) and x.shape == y.shape
     return both and (is_wrapper(x) or is_wrapper(y))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from metafocus import masks
 from metafocus.adapters import LoRA, for_each, top_layers
-from metafocus.calls import attempted, draws_from, holding, using
+from metafocus.calls import attempted, draws_from, holding, refuse_nested, using
 from metafocus.engine import MetaLoss, bilevel
 from metafocus.errors import ProblemError
 from metafocus.estimators import Estimator, FirstOrder
@@ -212,6 +212,7 @@ def focusft(
     @attempted
     def meta_loss(outer: Params, episode: Any) -> tuple[Tensor, Aux]:
         with using(model):
+            refuse_nested(model)
             return evaluate(outer, episode)
 
     def evaluate(outer: Params, episode: Any) -> tuple[Tensor, Aux]:

@@ -31,6 +31,7 @@ from metafocus.torch_internals.modules import (
     runs_beside_ddp,
     swapped_weights,
     uncompiled,
+    uncompiled_function,
     weight_tables,
 )
 from metafocus.torch_internals.tensors import (
@@ -129,6 +130,7 @@ __all__ = [
     "transform_active",
     "transforming",
     "uncompiled",
+    "uncompiled_function",
     "unwrap_dead",
     "version",
     "weight_norm",

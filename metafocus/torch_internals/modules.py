@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -90,6 +90,11 @@ def is_compiled(module: nn.Module) -> bool:
 def uncompiled(module: nn.Module) -> nn.Module:
     """Return the module that `torch.compile(module)` has wrapped, or the module itself."""
     return getattr(module, "_orig_mod", module)
+
+
+def uncompiled_function(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function that `torch.compile(fn)` has wrapped, or the function itself."""
+    return getattr(fn, "_torchdynamo_orig_callable", fn)
 
 
 def raised_by_functional_call(error: BaseException) -> bool:

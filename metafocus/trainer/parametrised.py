@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 from metafocus.errors import ProblemError
 from metafocus.parallel.collectives import Group, replicated
 from metafocus.sharding import Gathers, plain_names, sharding_of
+from metafocus.torch_internals import child_table
 
 # The second names are those before torch 2.13, which deprecates them.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -174,11 +175,12 @@ def parametrise(model: nn.Module, mesh: DeviceMesh, *, sequence_group: Group = N
             )
         # A module's own parameters come before those of its children, as they did: the states of an
         # optimiser are saved in the order of the parameters.
-        children = dict(module._modules)
-        if "parametrizations" in children:
-            first = {"parametrizations": children.pop("parametrizations")}
-            module._modules.clear()
-            module._modules.update(first | children)
+        table = child_table(module)
+        if "parametrizations" in table:
+            children = dict(table)
+            table.clear()
+            table["parametrizations"] = children.pop("parametrizations")
+            table.update(children)
     return model
 
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from metafocus import attention
 from metafocus import params as pt
@@ -86,14 +85,14 @@ class Exactness:
 
     def differences(self) -> Finding:
         """Compare the hypergradient along itself with central differences of the loss."""
-        exact = self._exact()
+        exact, meta = self._exact(), self._meta(FirstOrder())
         size = float(pt.norm(exact))
-        value = float(self._loss(self.outer))
+        value = self._loss(meta, self.outer)
         errors = []
         for share in SHIFTS:
             h = share * abs(value) / size
             outer = pt.detach(self.outer)
-            up, down = (float(self._loss(pt.add(outer, exact, s * h / size))) for s in (1, -1))
+            up, down = (self._loss(meta, pt.add(outer, exact, s * h / size)) for s in (1, -1))
             errors.append(abs((up - down) / (2 * h * size) - 1))
         return Finding("", f"relative difference {min(errors):.1e}", min(errors) <= DIFFERENCE)
 
@@ -125,9 +124,9 @@ class Exactness:
             self.exact = self.gradient(Unrolled(recompute=True))
         return self.exact
 
-    def _loss(self, outer: Params) -> Tensor:
+    def _loss(self, meta: Any, outer: Params) -> float:
         with self._ready(), torch.no_grad():
-            return self._meta(FirstOrder())(outer, self.episode)[0]
+            return float(meta(outer, self.episode)[0])
 
     def _meta(self, estimator: Estimator) -> Any:
         problem = focusft_problem(self.model, adapter=self.adapter)

@@ -949,3 +949,32 @@ def test_inductor_keeps_the_learning_rate():
         eager = mf.hypergrad(mf.bilevel(problem, solver=solver, estimator=mf.Unrolled()))
         got = mf.compiled(eager)(CASE.outer, CASE.episode())[0]
         assert_close(got, eager(CASE.outer, CASE.episode())[0], 1e-12)
+
+
+@pytest.mark.parametrize("way", ["grad", "vmap of grad", "grad of vmap", "jvp", "hypergrad"])
+def test_constants_of_an_estimator_are_refused_in_transforms_too(way):
+    """Else the part of the hypergradient that goes through the fast weights would be missing."""
+
+    def loss(fast, slow, x):
+        return ((fast["w"] - x) ** 2).sum() + (slow["w"] ** 2).sum()
+
+    meta = mf.bilevel(mf.Problem(loss, loss), solver=mf.SGD(0.1, 2), estimator=mf.solve_inner)
+    outer, x = {"w": torch.ones(2)}, torch.zeros(3, 2)
+
+    def value(point, x):
+        return meta(point, mf.Episode(x, x))[0]
+
+    ways = {
+        "grad": lambda: torch.func.grad(value)(outer, x[0]),
+        "vmap of grad": lambda: torch.vmap(torch.func.grad(value), (None, 0))(outer, x),
+        "grad of vmap": lambda: torch.func.grad(
+            lambda point: torch.vmap(value, (None, 0))(point, x).sum()
+        )(outer),
+        "jvp": lambda: torch.func.jvp(lambda point: value(point, x[0]), (outer,), (outer,)),
+        "hypergrad": lambda: mf.hypergrad(meta)(outer, mf.Episode(x[0], x[0])),
+    }
+    with pytest.raises(mf.errors.ProblemError, match="returned constants"):
+        ways[way]()
+    tracked = {"w": outer["w"].clone().requires_grad_()}
+    with torch.no_grad():
+        assert torch.vmap(value, (None, 0))(tracked, x).isfinite().all()

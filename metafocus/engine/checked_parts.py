@@ -11,7 +11,7 @@ from metafocus.checks import function
 from metafocus.errors import ProblemError
 from metafocus.path import name_of
 from metafocus.problem import Problem
-from metafocus.torch_internals import transforming
+from metafocus.torch_internals import is_tracked
 from metafocus.types import Params, Solution
 
 
@@ -68,14 +68,13 @@ def check_solution(solution: Any, start: Params, estimator: Any) -> None:
             f"{name_of(estimator)} must return the inner losses of mf.Solution as a tensor, got "
             f"{type(solution.losses).__name__}: torch.stack(losses)."
         )
-    if torch.is_grad_enabled() and not transforming():
+    if torch.is_grad_enabled():
         _refuse_constant(solution.params, start, estimator)
 
 
 def _refuse_constant(params: Params, start: Params, estimator: Any) -> None:
     """Raise for fast weights without a graph where the start has one."""
-    tracked = any(v.requires_grad for v in start.values())
-    if tracked and not any(v.requires_grad for v in params.values()):
+    if any(map(is_tracked, start.values())) and not any(map(is_tracked, params.values())):
         raise ProblemError(
             f"{name_of(estimator)} returned constants: no derivative flows through its fast "
             "weights, and the hypergradient would be zero. mf.solve_inner returns constants; tie "

@@ -125,14 +125,25 @@ def gradient(method: str, model, rank: int, wrapped=None):
     return {"loss": loss.item(), "grads": grads, "head": max(seen, default=0)}
 
 
+def tried(model, method: str, rank: int):
+    """The model after the trial of its last layer, which shows the head two positions."""
+    batch = batch_of(method, rank)
+    with torch.no_grad():
+        mf.recipes.focusft(model, adapter=ADAPTER)({}, mf.Episode(batch, batch))
+    return model
+
+
 def cell(layout: str, tied: bool, method: str, rank: int):
     model = tiny(tie_word_embeddings=tied)
+    if layout == "ddp":
+        tried(model, method, rank)
     wrapped = LAYOUTS[layout](model)
     return gradient(method, model, rank, wrapped if layout == "ddp" else None)
 
 
 def reference(tied: bool, method: str, rank: int):
-    return gradient(method, tiny(tie_word_embeddings=tied), rank)
+    model = tried(tiny(tie_word_embeddings=tied), method, rank)
+    return gradient(method, model, rank)
 
 
 def tie(tied: bool) -> str:

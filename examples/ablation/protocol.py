@@ -2,8 +2,9 @@
 
 It was fixed before any cell was trained, but for the number of steps: two cells of 32 steps were
 trained, seen, and thrown away because autocast had reused stale weights; then the number was cut to
-24, for the budget alone; the scale of 100 steps came later. No rate or task was chosen by its result. The three seeds of the four main
-cells come first, so that a run that ends early still has paired seeds.
+24, for the budget alone. The scale of 100 steps came later, with all else the same. No rate or task
+was chosen by its result. The three seeds of the four main cells come first, so that a run that ends
+early still has paired seeds.
 """
 
 from __future__ import annotations

@@ -276,14 +276,14 @@ def test_killed_twice_equals_uninterrupted(tmp_path, monkeypatch, how):
     command = [sys.executable, "-W", "ignore", str(script), str(folder), str(noted), how]
     for finished in (2, 5):
         with subprocess.Popen(command) as process:
-            wait_for(lambda n=finished: len(list(folder.glob("*.json"))) >= n, 240)
+            wait_for(lambda n=finished: len(list(folder.glob("*.json"))) >= n, 900)
             for one in everything(process):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     one.kill()
         # What was in its last moments may still have written its file.
         wait_for(lambda: not locked(folder))
     stopped = len(calls(noted)) - len(files(folder))
-    subprocess.run(command, check=True, timeout=240)
+    subprocess.run(command, check=True, timeout=900)
     whole = mf.sweep(Noted(str(tmp_path / "other")), CELLS, folder=tmp_path / "whole")
     fn = Noted(str(noted), seconds=0.15)  # of the same content as the script's
     assert values(mf.sweep(fn, CELLS, folder=folder)) == values(whole) == VALUES

@@ -65,14 +65,20 @@ def write_report(scale: Scale, output: Path, page: Path | None = None) -> str:
 
 def read(output: Path) -> tuple[Run, Results]:
     """Return the untrained model's measurements and those of every finished cell."""
+    records = [json.loads(path.read_text()) for path in (output / "results").glob("*.json")]
+    # A run that began before there was a sweep has files of the results alone.
+    found = [run for run in (record.get("result", record) for record in records) if run]
+    base = [run for run in found if not run.get("cell")]
+    if not base:
+        raise SystemExit(f"{output}/results has no untrained model: run the experiment first")
     results: Results = {}
-    for path in sorted((output / "results").glob("*-seed*.json")):
-        run = json.loads(path.read_text())
+    for run in sorted((run for run in found if run.get("cell")), key=_order):
         results.setdefault(Cell(**run["cell"]).name, {})[run["seed"]] = run
-    base = output / "results" / "base.json"
-    if not base.exists():
-        raise SystemExit(f"{output} holds no results/base.json: run the experiment first")
-    return json.loads(base.read_text()), results
+    return base[0], results
+
+
+def _order(run: Run) -> tuple[str, int]:
+    return Cell(**run["cell"]).name, run["seed"]
 
 
 def opening(scale: Scale, results: Results, base: Run, found: Sequence[Claim]) -> list[str]:

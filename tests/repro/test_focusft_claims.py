@@ -268,7 +268,7 @@ def test_t26_the_ablation_says_what_its_numbers_say(tmp_path, claim):
     Tolerance: the stored page must be word for word what its script makes of the stored numbers.
     """
     stored = sorted(path.parent for path in ABLATION.glob("*/scale.json"))
-    stored = [folder for folder in stored if (folder / "results" / "base.json").exists()]
+    stored = [folder for folder in stored if any((folder / "results").glob("*.json"))]
     if not stored:
         pytest.skip("examples/ablation holds no finished run: see examples/ablation/run.py")
     pages = [page.read_text().splitlines()[2] for page in (ROOT / "docs").glob("ablation*.md")]

@@ -39,6 +39,10 @@ class SharedPrefix:
         self.checked: Any = None
         self.cut: tuple[str, int] | None = None
 
+    def __reduce__(self) -> tuple[type[SharedPrefix], tuple[LMLoss]]:
+        # The modules of a copy are others: it checks them itself.
+        return SharedPrefix, (self.loss,)
+
     def __call__(self, slow: Params, batch: Batch) -> Batch:
         """Return the prepared batch with its hidden states, if they can be shared.
 

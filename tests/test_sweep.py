@@ -20,7 +20,7 @@ import pytest
 from sweeping import CELLS, EXECUTORS, PACKAGES, Noted, calls, pool
 
 import metafocus as mf
-from metafocus.cells import name_of
+from metafocus.cells.single import name_of
 
 VALUES = [cell["x"] * cell["scale"] for cell in CELLS]
 

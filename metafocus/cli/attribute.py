@@ -148,7 +148,7 @@ def run(args: argparse.Namespace) -> None:
         "scores": scores.tolist(),
         "losses": found.losses.tolist(),
         "leave_one_out": checked,
-        "settings": {k: v for k, v in vars(args).items() if k not in ("run", "given")},
+        "settings": options.as_record(args),
         "environment": environment(next(model.parameters()).dtype),
     }
     page = _page(scores, found.losses.tolist(), train, query, checked)

@@ -108,7 +108,7 @@ def run(args: argparse.Namespace, output: Path) -> None:
             **trial.summary(),
             "by_topic": by_topic(questions, trial),
             "seconds": seconds,
-            "settings": {k: v for k, v in vars(args).items() if k not in ("run", "given")},
+            "settings": options.as_record(args),
             "tool_limits": asdict(limits) if args.tool else None,
             "tool_walls": asdict(agentic.walls()) if args.tool else None,
             "environment": environment(getattr(torch, args.dtype)),

@@ -58,10 +58,6 @@ def check_utf8(name: str, text: str) -> None:
 def existing(path: str | Path, advice: str) -> Path:
     """Return the path of a file, or raise if there is none.
 
-    Args:
-        path: where the file should be.
-        advice: how the message ends.
-
     Raises:
         DataError: with the path and the advice.
     """
@@ -74,10 +70,6 @@ def existing(path: str | Path, advice: str) -> Path:
 def text_of(path: Path, name: str) -> str:
     """Return the text in a file in UTF-8.
 
-    Args:
-        path: the file.
-        name: how the message names it.
-
     Raises:
         DataError: with the name and the reason.
     """
@@ -89,13 +81,7 @@ def text_of(path: Path, name: str) -> str:
 
 
 def unwritable(name: str, folder: Path, error: OSError) -> DataError:
-    """Return the error for a directory that cannot be written to.
-
-    Args:
-        name: the argument.
-        folder: its value.
-        error: what the system said.
-    """
+    """Return the error for a directory that cannot be written to."""
     reason = error.strerror or error
     return DataError(
         f"{name}={str(folder)!r} cannot be written to: {reason}. Name another directory."

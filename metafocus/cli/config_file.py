@@ -25,10 +25,6 @@ _SCALARS = (bool, int, float, str)
 def read(path: Path, kinds: Iterable[type]) -> dict[str, Any]:
     """Read the settings of some dataclasses from a YAML or JSON file.
 
-    Args:
-        path: `.json`, or anything else for YAML.
-        kinds: the dataclasses whose fields may be named.
-
     Returns:
         Values by name. A string stays one, for the parser of the command line to read.
 

@@ -29,9 +29,6 @@ class SharedPrefix:
     for a few tokens whether it runs in two parts or as a whole, with fast weights that are not
     zero. A model of which a module is replaced is checked again. If the check fails, if layers
     draw random numbers, or if hooks of a user look on, batches are returned as they are.
-
-    Args:
-        loss: a language-model loss.
     """
 
     def __init__(self, loss: LMLoss):

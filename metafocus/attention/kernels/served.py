@@ -76,11 +76,6 @@ def run_limit(batch: int, length: int, device: str) -> int:
     fast at one call per 8 to 11 tokens. On CUDA the bound is a guess: a block of the
     kernel has 64 to 128 queries, and shorter runs leave it empty.
 
-    Args:
-        batch: Rows of the batch.
-        length: Tokens of a row.
-        device: Type of the device.
-
     Example:
         >>> run_limit(2, 1024, "cpu")
         204

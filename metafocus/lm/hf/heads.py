@@ -102,11 +102,6 @@ def logits_of_rows(head: nn.Module, run: Callable[[], Any], rows: Tensor) -> Ten
     The head itself runs, with the hooks that gather its weights if it is sharded, and sees nothing
     but these positions, as with transformers' `logits_to_keep`.
 
-    Args:
-        head: the model's own.
-        run: calls the model and returns its logits.
-        rows: flat indices of the positions, `[n]`.
-
     Example:
         >>> head, x = nn.Linear(2, 9), torch.ones(1, 4, 2)
         >>> logits_of_rows(head, lambda: head(x), torch.tensor([1, 3])).shape

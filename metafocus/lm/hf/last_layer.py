@@ -54,9 +54,6 @@ def last_layer(model: nn.Module) -> LastLayer | None:
 
     Checked by three forward passes of a few tokens, again if a module of the model is replaced; a
     model that is compiled, sharded, or without values runs as a whole.
-
-    Args:
-        model: A Hugging Face causal language model.
     """
     head: nn.Module | None = heads.output_head(model)
     if head is None or torch.compiler.is_compiling():

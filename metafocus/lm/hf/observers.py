@@ -27,9 +27,6 @@ def observed(model: nn.Module) -> bool:
 
     That is any hook which is not this package's own, and fast weights of an adapter of the user,
     which may mix positions. The embeddings and the head always see what they would see.
-
-    Args:
-        model: A Hugging Face model.
     """
     ends = {id(model.get_input_embeddings()), id(output_head(model))}  # pyright: ignore
     return any(
@@ -43,9 +40,6 @@ def structure(model: nn.Module) -> tuple[Any, ...]:
     """Return what a model consists of: a check of the model holds as long as this stays equal.
 
     It keeps none of the modules alive.
-
-    Args:
-        model: A Hugging Face model.
     """
     return tuple(
         (weakref.ref(m), m.training, _weakly(vars(m).get("forward"))) for m in model.modules()

@@ -100,14 +100,8 @@ def run_cells(
 ) -> list[Outcome]:
     """Do what `sweep` does.
 
-    Args:
-        fn: as in `sweep`.
-        cells: as in `sweep`.
-        folder: as in `sweep`.
-        executor: as in `sweep`.
-        retry: as in `sweep`.
-        code: what finished cells must name, so that no warning is given; None: the cells
-            themselves say by which code they are.
+    `code` is what finished cells must name, so that no warning is given; with None the cells
+    themselves say by which code they were made.
     """
     folder, cells = Path(folder), list(cells)
     paths = [folder / f"{name_of(cell)}.json" for cell in cells]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
+import rich
 import torch
 
 from metafocus.cli import answering, options, suites, trials
@@ -153,7 +153,7 @@ def run(args: argparse.Namespace) -> None:
         }
         drawn = plot_depths(found, output / DEPTHS)
         write_json(output / REPORT, report)
-    _print(table(found))
+    rich.print(table(found))
     for row in means:
         print(f"mean of {row.tasks} tasks at {length_name(row.length)}: {100 * row.mean:.1f}")
     if limit is not None:
@@ -236,9 +236,3 @@ def _export(directory: str, items: list[Item]) -> None:
     print(f"wrote {len(names)} tasks; with the same model and its chat template:")
     flags = f"--include_path {directory} --tasks {','.join(names)} --apply_chat_template"
     print(f"  lm_eval --model hf --model_args pretrained=DIR {flags}")
-
-
-def _print(shown: Any) -> None:
-    from rich.console import Console
-
-    Console(file=sys.stdout).print(shown)

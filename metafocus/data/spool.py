@@ -99,10 +99,6 @@ class Spool(Sequence[Item], Generic[Item]):
 class View(Sequence[Item], Generic[Item]):
     """Some items of a sequence, in an order of their own; nothing is copied.
 
-    Args:
-        source: any sequence.
-        places: which items.
-
     Example:
         >>> list(View("abcd", [3, 0])), View("abcd", range(1, 4))[1]
         (['d', 'a'], 'c')

@@ -43,6 +43,7 @@ from metafocus.cells import sweep
 from metafocus.comparison import Comparison, compare
 from metafocus.comparison.smooth import Smoothness, smoothness
 from metafocus.engine import MetaLoss, adapt, bilevel, hypergrad
+from metafocus.episodes import stack_episodes
 from metafocus.estimators import (
     Estimator,
     EvoGrad,
@@ -60,7 +61,7 @@ from metafocus.linear import CG, GMRES, Dense, Identity, Neumann, Nystrom, WarmS
 from metafocus.lm import TokenPolicy, all_tokens, answer_tokens, context_tokens, lm_loss
 from metafocus.masks import MaskPolicy, Spans
 from metafocus.preflight import trust
-from metafocus.problem import Problem, from_slow, proximal, stack_episodes, trainable
+from metafocus.problem import Problem, from_slow, proximal, trainable
 from metafocus.solvers import (
     SGD,
     Adagrad,

@@ -55,14 +55,33 @@ def check_utf8(name: str, text: str) -> None:
         raise DataError(f"{name}={text!a} is not UTF-8: rename it, or name another.") from error
 
 
-def unwritable(name: str, folder: Path, error: OSError) -> DataError:
-    """Return the error for a directory that cannot be written to.
+def existing(path: str | Path, advice: str) -> Path:
+    """Return the path of a file, or raise if there is none.
 
-    Args:
-        name: the argument.
-        folder: its value.
-        error: what the system said.
+    Raises:
+        DataError: with the path and the advice.
     """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"path={str(path)!r} is not a file: {advice}")
+    return path
+
+
+def text_of(path: Path, name: str) -> str:
+    """Return the text in a file in UTF-8.
+
+    Raises:
+        DataError: with the name and the reason.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or f"not UTF-8 ({error})"
+        raise DataError(f"{name} cannot be read: {reason}.") from error
+
+
+def unwritable(name: str, folder: Path, error: OSError) -> DataError:
+    """Return the error for a directory that cannot be written to."""
     reason = error.strerror or error
     return DataError(
         f"{name}={str(folder)!r} cannot be written to: {reason}. Name another directory."

@@ -14,11 +14,7 @@ from metafocus.torch_internals import outside_transforms, tracing
 
 
 class Drawn:
-    """The random state at one moment, to draw the same numbers again.
-
-    Args:
-        near: tensors whose devices count.
-    """
+    """The random state at one moment, to draw the same numbers again."""
 
     def __init__(self, near: Iterable[Tensor]):
         self.devices: list[int] = _devices(near) if near else []
@@ -78,11 +74,7 @@ def _remember(drawn: Drawn) -> None:
 
 @contextlib.contextmanager
 def kept(near: Iterable[Tensor]) -> Iterator[None]:
-    """Leave the global random state as it was, whatever is drawn inside a `with` block.
-
-    Args:
-        near: tensors whose devices count.
-    """
+    """Leave the global random state as it was, whatever is drawn inside a `with` block."""
     if torch.compiler.is_compiling():
         yield
         return
@@ -94,10 +86,6 @@ def replayed(fn: Callable[..., Any], near: Iterable[Tensor]) -> Callable[..., An
     """Return `fn`, but each call draws the random numbers that a call now would draw.
 
     Linearising a loss with dropout at one point means one mask for every product.
-
-    Args:
-        fn: any function.
-        near: tensors whose devices count.
     """
     if torch.compiler.is_compiling():
         return fn

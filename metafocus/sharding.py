@@ -159,9 +159,6 @@ def local_parts(outer: dict[str, Any]) -> dict[str, Any]:
 
     A derivative goes back to the sharded weights. Everything else comes back as it is. Inside the
     engine all tensors are then plain, whatever transform is active.
-
-    Args:
-        outer: outer parameters by name.
     """
     return {
         name: value.to_local() if _is_part(name, value) else value for name, value in outer.items()

@@ -20,11 +20,12 @@ from test_attention_query_runs import (
 from torch import Tensor
 
 from metafocus import masks
-from metafocus.attention.kernels import flash, flash_cpu
+from metafocus.attention.kernels import flash, flash_cpu, served
 from metafocus.attention.kernels import varlen as flash_varlen
-from metafocus.attention.kernels.flash import Flash, prepare, run_limit
+from metafocus.attention.kernels.flash import Flash, prepare
 from metafocus.attention.kernels.kernel import QKV, Attended, Scaling
 from metafocus.attention.kernels.query_runs import find_query_runs
+from metafocus.attention.kernels.served import run_limit
 from metafocus.attention.kernels.varlen import FlashAttn, Lengths, TorchVarlen
 from metafocus.comparison.memory import peak_bytes
 from metafocus.errors import ProblemError
@@ -217,12 +218,12 @@ def test_says_what_it_cannot_serve(arguments, scaling, words):
 )
 def test_says_what_cuda_cannot_serve(dtype, size, capability, words):
     with pytest.raises(AssertionError, match=words):
-        raise AssertionError(flash._unserved_on_cuda(dtype, size, capability, FlashAttn()))
+        raise AssertionError(served._unserved_on_cuda(dtype, size, capability, FlashAttn()))
 
 
 @pytest.mark.parametrize("dtype, size", [(torch.bfloat16, 128), (torch.float16, 256)])
 def test_what_cuda_can_serve(dtype, size):
-    assert flash._unserved_on_cuda(dtype, size, (8, 0), FlashAttn()) is None
+    assert served._unserved_on_cuda(dtype, size, (8, 0), FlashAttn()) is None
 
 
 @pytest.mark.parametrize("what", ["random", "narrow"])

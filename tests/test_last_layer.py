@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
+
 import architectures
 import pytest
 import torch
@@ -20,7 +24,9 @@ from torch import nn
 
 import metafocus as mf
 from metafocus.adapters import slots
+from metafocus.closures import closures_of
 from metafocus.lm import loss as lm
+from metafocus.lm.hf import heads
 from metafocus.lm.hf.last_layer import last_layer
 
 TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -203,6 +209,22 @@ def test_a_removed_hook_leaves_nothing_behind(monkeypatch):
         model(batch["input_ids"], output_hidden_states=True)
     step(model, batch)
     assert seen[-1][0] == 1
+
+
+def test_the_check_leaves_nothing_on_the_model():
+    """A compiled loss would see it change; a copy is checked by itself, and both can be freed."""
+    model = build_exact()
+    heads.install(model.lm_head)
+    before = closures_of(model)
+    assert last_layer(model) is not None
+    assert closures_of(model) == before
+    twin = copy.deepcopy(model)
+    twin.model.norm = Mixing(twin.model.norm)
+    assert last_layer(twin) is None and last_layer(model) is not None
+    gone = weakref.ref(twin)
+    del twin
+    gc.collect()
+    assert gone() is None
 
 
 def test_an_adapter_that_mixes_positions(monkeypatch):

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent / "metafocus"
 ORDER = """
 errors types torch_internals params precision checks files factories digests cells
 rng parallel calls closures sharding
-streams problem autodiff linear solvers estimators
+episodes streams problem autodiff linear solvers estimators
 preflight path engine tasks explaining algorithms traces graph comparison
 masks attention adapters lm
 data models diagnostics recipes evals doctor

@@ -21,7 +21,7 @@ import torch
 from sweeping import CELLS, EXECUTORS, PACKAGES, Noted, calls, pool
 
 import metafocus as mf
-from metafocus.cells import name_of
+from metafocus.cells.single import name_of
 
 VALUES = [cell["x"] * cell["scale"] for cell in CELLS]
 

@@ -31,8 +31,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2F
 
 import metafocus as mf
 from metafocus.cli import chats as cli_chats
+from metafocus.cli.outcome import _inner_warning
 from metafocus.cli.settings import parse
-from metafocus.cli.train import _inner_warning, main
+from metafocus.cli.train import main
 from metafocus.data import encode_chats, read_chats, stdlib_qa
 from metafocus.errors import DataError
 from metafocus.lm.hf import checkpointing

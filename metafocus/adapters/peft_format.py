@@ -116,9 +116,6 @@ def _named(path: str, names: str | tuple[str, ...]) -> bool:
 def read(config: LoraConfig) -> tuple[Placement, int, float]:
     """Return placement, rank and alpha of a `LoraConfig`.
 
-    Args:
-        config: The PEFT configuration.
-
     Returns:
         The three arguments of `LoRA`.
 

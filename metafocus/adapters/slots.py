@@ -149,9 +149,6 @@ def bind(bindings: Iterable[tuple[nn.Module, Binding]]) -> Iterator[None]:
 def bound(module: nn.Module) -> dict[str, Tensor]:
     """Return the tensors that are bound inside `module` now, by path relative to it.
 
-    Args:
-        module: For example a decoder layer.
-
     Returns:
         For example `{"mlp.gate_proj.lora_A": tensor, ...}`; empty outside of any binding.
 
@@ -169,9 +166,6 @@ def bound(module: nn.Module) -> dict[str, Tensor]:
 
 def functions(module: nn.Module) -> dict[str, Apply]:
     """Return the functions of the bindings inside `module` now, by path relative to it.
-
-    Args:
-        module: For example a decoder layer.
 
     Returns:
         For example `{"mlp.gate_proj": function, ...}`, which `rebind` needs too.

@@ -10,8 +10,8 @@ from torch import Tensor
 from metafocus import params as pt
 from metafocus.algorithms.common import select
 from metafocus.calls import attempted
+from metafocus.episodes import as_episode
 from metafocus.errors import ProblemError
-from metafocus.problem import as_episode
 from metafocus.types import Episode
 
 

@@ -19,7 +19,8 @@ from metafocus.algorithms.evolution import (
 from metafocus.algorithms.windows import Window, Windows
 from metafocus.calls import attempted
 from metafocus.checks import seeded
-from metafocus.problem import as_episode, check_params, constants, moving
+from metafocus.episodes import as_episode
+from metafocus.problem import check_params, constants, moving
 from metafocus.types import Params
 
 

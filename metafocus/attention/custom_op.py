@@ -28,12 +28,6 @@ def attention_operator(
 ) -> tuple[Tensor, Tensor]:
     """Return the output and the logsumexp of each row, by one opaque operator.
 
-    Args:
-        inputs: Queries, keys and values.
-        spans: `[B, S]`.
-        scaling: Scale and soft cap.
-        backend: A name in `auto.KERNELS`.
-
     Raises:
         TransformError: Inside a transform, for another back end than "auto", which is dense there.
     """

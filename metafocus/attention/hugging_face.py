@@ -175,17 +175,6 @@ def make_mask(
     """Return causal spans if there is no padding and no cache, else a boolean mask.
 
     This is a mask function for transformers.
-
-    Args:
-        batch_size: Rows.
-        q_length: Queries.
-        kv_length: Keys.
-        q_offset: Position of the first query.
-        kv_offset: Position of the first key.
-        mask_function: `(b, h, q, k) -> bool`.
-        attention_mask: Padding, `[B, keys]`, or None.
-        device: Where to make it.
-        others: Passed on.
     """
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 

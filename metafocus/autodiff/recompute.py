@@ -65,11 +65,7 @@ class Ambient:
 
     @contextlib.contextmanager
     def again(self, drawn: Drawn) -> Iterator[None]:
-        """Run code again inside a `with` block.
-
-        Args:
-            drawn: the random state of the first time.
-        """
+        """Run code again inside a `with` block."""
         swapped = contextlib.nullcontext() if self.swapped is None else self.swapped
         with attempt(call=self.call), drawn.again(), self.first(), swapped:
             yield

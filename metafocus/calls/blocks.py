@@ -62,9 +62,6 @@ class _Entry:
 class Scoped(Generic[T]):
     """A variable of this thread that holds a value while a `with` block is open.
 
-    Args:
-        default: the value outside of any block.
-
     Example:
         >>> depth = Scoped(0)
         >>> with depth.set(1):

@@ -7,9 +7,8 @@ A short LoRA fine-tuning run is differentiated as a whole by the weight of each 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -118,7 +117,9 @@ def run(args: argparse.Namespace) -> None:
         return torch.stack([loss(fast, {}, one) for one in batch])
 
     start = adapter.init(model, torch.Generator().manual_seed(args.seed))
-    with _bar(args.max_steps) as bar:
+    # A trial, the run, and the backward pass, which rebuilds its steps.
+    total = 2 * args.max_steps + 1
+    with tqdm(total=total, desc="steps", disable=not sys.stderr.isatty()) as bar:
 
         def collate(chosen: list[Any]) -> list[Any]:
             bar.update()
@@ -148,7 +149,7 @@ def run(args: argparse.Namespace) -> None:
         "scores": scores.tolist(),
         "losses": found.losses.tolist(),
         "leave_one_out": checked,
-        "settings": {k: v for k, v in vars(args).items() if k not in ("run", "given")},
+        "settings": options.as_record(args),
         "environment": environment(next(model.parameters()).dtype),
     }
     page = _page(scores, found.losses.tolist(), train, query, checked)
@@ -183,13 +184,6 @@ def _store(word: str) -> stores.Store:
     if word in ("device", "cpu"):
         return stores.device() if word == "device" else stores.cpu()
     raise DataError(f"--store {word!r} is unknown: device, cpu, disk=DIR or schedule=SLOTS")
-
-
-@contextlib.contextmanager
-def _bar(steps: int) -> Iterator[Any]:
-    # A trial, the run and the way back.
-    with tqdm(total=2 * steps + 1, desc="steps", disable=not sys.stderr.isatty()) as bar:
-        yield bar
 
 
 def _left_out(args: argparse.Namespace, found: Attribution, scores: Tensor) -> Any:

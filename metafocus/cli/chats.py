@@ -12,6 +12,7 @@ from metafocus.data import read_chats, spool, stdlib_qa
 from metafocus.data.reading import Gather
 from metafocus.data.spool import View
 from metafocus.errors import DataError
+from metafocus.files import text_of
 
 Chats = Sequence[dict[str, Any]]
 
@@ -57,13 +58,7 @@ def template(path: str | None) -> str | None:
     Raises:
         DataError: if it cannot be read.
     """
-    if path is None:
-        return None
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or f"not UTF-8 ({error})"
-        raise DataError(f"--chat_template {path} cannot be read: {reason}.") from error
+    return None if path is None else text_of(Path(path), f"--chat_template {path}")
 
 
 def documentation(

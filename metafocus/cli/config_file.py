@@ -17,16 +17,13 @@ from typing import Any
 
 from metafocus.cli.parsing import unknown
 from metafocus.errors import DataError
+from metafocus.files import text_of
 
 _SCALARS = (bool, int, float, str)
 
 
 def read(path: Path, kinds: Iterable[type]) -> dict[str, Any]:
     """Read the settings of some dataclasses from a YAML or JSON file.
-
-    Args:
-        path: `.json`, or anything else for YAML.
-        kinds: the dataclasses whose fields may be named.
 
     Returns:
         Values by name. A string stays one, for the parser of the command line to read.
@@ -52,11 +49,7 @@ def read(path: Path, kinds: Iterable[type]) -> dict[str, Any]:
 
 
 def _parsed(path: Path) -> Any:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or f"not UTF-8 ({error})"
-        raise DataError(f"{path} cannot be read: {reason}.") from error
+    text = text_of(path, str(path))
     try:
         if path.suffix == ".json":
             return json.loads(text, object_pairs_hook=_unique)

@@ -14,16 +14,11 @@ from metafocus.cli import options
 from metafocus.doctor import Finding, examined, kernels, machine, precision, versions
 
 WIDTH = 120
-SIGNS = {True: "yes", False: "NO", None: ""}
+SIGNS: dict[bool | None, str] = {True: "yes", False: "NO", None: ""}
 
 
 def add_parser(commands: Any, version: str) -> None:
-    """Add the command.
-
-    Args:
-        commands: what `add_subparsers` returned.
-        version: of this package.
-    """
+    """Add the command."""
     parser = commands.add_parser(
         "doctor",
         help="print what a bug report should contain: versions, kernels, precision",

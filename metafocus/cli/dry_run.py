@@ -24,12 +24,7 @@ STEPS = 3
 
 
 def shortened(samples: Sequence[Sample], args: FocusArguments) -> list[Sample]:
-    """Return the samples of a dry run, and let the arguments take its steps and write nothing.
-
-    Args:
-        samples: those of the whole run.
-        args: changed in place.
-    """
+    """Return the samples of a dry run, and let the arguments take its steps and write nothing."""
     rows = _rows(args)
     by_length = sorted(range(len(samples)), key=lambda i: -len(samples[i]["input_ids"]))
     longest = itertools.islice(itertools.cycle(by_length), rows)

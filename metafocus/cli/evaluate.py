@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
+import rich
 import torch
 
-from metafocus.cli import answering, options, trials
+from metafocus.cli import answering, options, suites, trials
 from metafocus.cli.answering import ANSWERS, DEPTHS, REPORT
 from metafocus.cli.shares import Ranks, ranks, refuse_ranks
+from metafocus.cli.suites import SUITES
 from metafocus.comparison.report import environment
 from metafocus.errors import DataError
-from metafocus.evals import babilong, harness, helmet, nolima, results, ruler
+from metafocus.evals import harness, results
 from metafocus.evals.agentic.long_answers import endpoint_answers
 from metafocus.evals.items import Item
 from metafocus.evals.journal import Journal, Key
 from metafocus.evals.positions import check_positions, positions
-from metafocus.evals.prose import Prose, builtin_prose, prose_from_file
 from metafocus.evals.report import length_name, plot_depths, table
 from metafocus.evals.run import answers, prompt_counter
 from metafocus.evals.scorers import EFFECTIVE
@@ -29,16 +29,6 @@ from metafocus.files import write_json
 from metafocus.trainer.names import MASKS, named
 
 Asker = Callable[[list[Item], Callable[[Mapping[int, str]], None]], None]
-
-TASKS: dict[str, tuple[str, ...]] = {
-    "babilong": babilong.TASKS,
-    "ruler": ruler.TASKS,
-    "nolima": nolima.TASKS,
-    "helmet": helmet.TASKS,
-}
-# BABILong's leaderboard has five of its twenty tasks.
-_DEFAULT = {**TASKS, "babilong": babilong.LEADERBOARD}
-_NOISE = {"all": None, "train": "train", "heldout": "heldout"}
 
 
 def add_parser(commands: Any) -> None:
@@ -50,7 +40,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.set_defaults(run=run)
     options.add_model(parser, small=False, required=False)
-    parser.add_argument("--suite", required=True, choices=(*TASKS, *trials.SUITES))
+    parser.add_argument("--suite", required=True, choices=(*SUITES, *trials.SUITES))
     parser.add_argument(
         "--tasks",
         help="separated by commas; default: all of the suite (of babilong qa1 to qa5; qa of ruler "
@@ -100,7 +90,7 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Make the questions, ask them, score and report."""
-    long = args.suite in TASKS
+    long = args.suite in SUITES
     if args.output_dir is None and not (long and args.export):
         raise DataError(f"--output_dir is missing: name a directory for {REPORT} and {ANSWERS}")
     output = options.directory(args.output_dir or args.export)
@@ -110,7 +100,7 @@ def run(args: argparse.Namespace) -> None:
         return
     trials.note_unused(args)
     named("mask", args.mask, MASKS)
-    tasks, lengths = _tasks(args), _lengths(args.lengths, args.suite)
+    tasks, lengths = suites.tasks(args), suites.lengths(args.lengths, args.suite)
     cells = [(task, length) for task in tasks for length in lengths]
     group = ranks()
     if args.export:
@@ -119,7 +109,7 @@ def run(args: argparse.Namespace) -> None:
     answered = None
     if not args.export:
         answered = group.after_first(lambda: answering.journal(args, output, rank))
-    generate = _generator(args, max(lengths))
+    generate = suites.generator(args, max(lengths))
     asker, tokenizer, most = _asker(args)
     count = prompt_counter(tokenizer)
     thinking = answering.thinking(args)
@@ -158,12 +148,12 @@ def run(args: argparse.Namespace) -> None:
             "averages": [asdict(row) for row in means],
             "effective_length": longest,
             "seconds": seconds,
-            "settings": {k: v for k, v in vars(args).items() if k not in ("run", "given")},
+            "settings": options.as_record(args),
             "environment": environment(getattr(torch, args.dtype)),
         }
         drawn = plot_depths(found, output / DEPTHS)
         write_json(output / REPORT, report)
-    _print(table(found))
+    rich.print(table(found))
     for row in means:
         print(f"mean of {row.tasks} tasks at {length_name(row.length)}: {100 * row.mean:.1f}")
     if limit is not None:
@@ -246,63 +236,3 @@ def _export(directory: str, items: list[Item]) -> None:
     print(f"wrote {len(names)} tasks; with the same model and its chat template:")
     flags = f"--include_path {directory} --tasks {','.join(names)} --apply_chat_template"
     print(f"  lm_eval --model hf --model_args pretrained=DIR {flags}")
-
-
-def _tasks(args: argparse.Namespace) -> list[str]:
-    known = TASKS[args.suite]
-    if args.suite != "ruler":
-        options.note_unused(args, ("questions",), f"with --suite {args.suite}")
-    if args.tasks is None:
-        return [task for task in _DEFAULT[args.suite] if task != "qa" or args.questions]
-    tasks = list(dict.fromkeys(options.words(args.tasks)))
-    for task in tasks:
-        named("tasks", task, dict.fromkeys(known))
-    if not tasks:
-        raise DataError(f"--tasks is empty: use some of {', '.join(known)}.")
-    if args.suite == "ruler" and "qa" in tasks and not args.questions:
-        raise DataError("--tasks qa needs --questions FILE: .jsonl, SQuAD or HotpotQA.")
-    return tasks
-
-
-def _lengths(text: str, suite: str) -> list[int]:
-    found = []
-    for word in (word.strip().lower() for word in text.split(",")):
-        digits = word.removesuffix("k")
-        if not digits.isdecimal():
-            raise DataError(f"--lengths {text!r}: {word!r} is not a length such as 4k or 500.")
-        found.append(int(digits) * (1024 if word.endswith("k") else 1))
-    if suite != "babilong" and 0 in found:
-        name = {"ruler": "RULER", "nolima": "NoLiMa", "helmet": "HELMET"}[suite]
-        raise DataError(f"--lengths {text!r}: 0k is for BABILong only, {name} needs a haystack.")
-    return sorted(set(found))
-
-
-def _generator(
-    args: argparse.Namespace, longest: int
-) -> Callable[[Any, str, int, int], list[Item]]:
-    make: Any = {"babilong": babilong, "ruler": ruler, "nolima": nolima, "helmet": helmet}[
-        args.suite
-    ].generate
-    common: dict[str, Any] = {"seed": args.seed}
-    if args.suite == "helmet":
-        options.note_unused(args, ("noise",), "with --suite helmet")
-    else:
-        common["prose"] = _prose(args.noise, longest)
-    if args.suite == "ruler" and args.questions:
-        common["questions"] = ruler.read_questions(args.questions)
-    return lambda count, task, length, n: make(count, task=task, length=length, n=n, **common)
-
-
-def _prose(noise: str, longest: int) -> Prose:
-    prose = builtin_prose(_NOISE[noise]) if noise in _NOISE else prose_from_file(noise)
-    size = sum(len(sentence.split()) for sentence in prose.sentences)
-    if size < longest:
-        # A word has a token at least: what is longer may fit, what is shorter surely repeats.
-        print(f"note: --noise has {size} words and repeats in longer contexts.", file=sys.stderr)
-    return prose
-
-
-def _print(shown: Any) -> None:
-    from rich.console import Console
-
-    Console(file=sys.stdout).print(shown)

@@ -219,6 +219,11 @@ def device(args: argparse.Namespace) -> torch.device:
         raise DataError(f"--device {args.device!r} cannot be used: {first_line(error)}") from error
 
 
+def as_record(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings of a command for its report."""
+    return {k: v for k, v in vars(args).items() if k not in ("run", "given")}
+
+
 def note_unused(args: Any, names: Iterable[str], why: str) -> None:
     """Say which of the options were given although nothing follows from them."""
     for name in names:

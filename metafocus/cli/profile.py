@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> None:
     report = {
         "profiles": {name: profile.to_dict() for name, profile in profiles.items()},
         "inner_losses": losses,
-        "settings": {k: v for k, v in vars(args).items() if k not in ("run", "given")},
+        "settings": options.as_record(args),
         "environment": environment(next(model.parameters()).dtype),
     }
     with saving(directory, "the profiles"):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,25 +14,18 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 
 from metafocus.adapters import LoRA
 from metafocus.cli import chats, dry_run, options, splits
-from metafocus.cli.callbacks import Bars, HeldOut, decisions_printed, key
-from metafocus.cli.settings import (
-    ModelArguments,
-    Settings,
-    parse,
-)
-from metafocus.comparison.report import environment
+from metafocus.cli.callbacks import Bars, HeldOut, decisions_printed
+from metafocus.cli.outcome import REPORT, finish, placed, say
+from metafocus.cli.settings import ModelArguments, Settings, parse
 from metafocus.data import Sample, encode_chats, spool
 from metafocus.data.batches import Packed
 from metafocus.data.encoding import NAMED, skipped_lines
 from metafocus.errors import DataError
-from metafocus.files import check_utf8, write_json
-from metafocus.trainer.checkpoints import require_complete, saving
-from metafocus.trainer.config import FocusArguments, FocusOptions
-from metafocus.trainer.evaluation import ways
+from metafocus.files import check_utf8
+from metafocus.trainer.checkpoints import require_complete
+from metafocus.trainer.config import FocusArguments
 from metafocus.trainer.lock import files_of_a_run, one_run
 from metafocus.trainer.trainer import FocusTrainer
-
-REPORT = "metafocus.json"
 
 
 def main(argv: list[str]) -> FocusTrainer:
@@ -70,7 +61,7 @@ def _run(settings: Settings, output: Path, resume: str | bool | None) -> FocusTr
     how: Any = {"gather": chats.gatherer(output), "skipped": None if data.strict else skipped}
     train, heldout = splits.read(data, args.seed, how)
     if skipped:
-        _say(args, skipped_lines("records", len(skipped), skipped[:NAMED]))
+        say(args, skipped_lines("records", len(skipped), skipped[:NAMED]))
     splits.check_evaluation(args, data, train, heldout)
     _note_unused(settings)
     torch.manual_seed(args.seed)
@@ -84,7 +75,7 @@ def _run(settings: Settings, output: Path, resume: str | bool | None) -> FocusTr
     adapter = args.adapter(model)
     if isinstance(adapter, LoRA):
         # Raises if no module has the names.
-        _say(args, _placed(tuple(adapter.modules(model)), model))
+        say(args, placed(tuple(adapter.modules(model)), model))
     if train is None:
         train, heldout = splits.documentation(data, tokenizer, args.seed, heldout)
     samples = _encoded("train", train[: data.max_train_samples], tokenizer, settings)
@@ -102,7 +93,7 @@ def _run(settings: Settings, output: Path, resume: str | bool | None) -> FocusTr
     )
     trainer.remove_callback(ProgressCallback)
     if data.dry_run:
-        _say(args, dry_run.measured(trainer, planned))
+        say(args, dry_run.measured(trainer, planned))
         return trainer
     measure = HeldOut(trainer)
     if held:
@@ -119,25 +110,8 @@ def _run(settings: Settings, output: Path, resume: str | bool | None) -> FocusTr
         # Stopped between its last checkpoint and its report.
         if held:
             measure.on_train_end(args, trainer.state, trainer.control)
-    report = _report(trainer, settings, result.metrics["train_runtime"])
-    _save(trainer, result.metrics, report, output)
-    _say(args, _outcome(trainer, report, output))
-    _say(args, _inner_warning(trainer.state.log_history))
+    finish(trainer, settings, result.metrics, output)
     return trainer
-
-
-def _placed(paths: tuple[str, ...], model: Any) -> str:
-    """Return a sentence about the modules that have fast weights."""
-    ends = Counter(path.rpartition(".")[2] for path in paths)
-    text = f"fast weights in {len(paths)} modules: {', '.join(f'{n} {k}' for k, n in ends.items())}"
-    config = model.config.get_text_config()
-    experts = any(getattr(config, f"num_{kind}", 0) for kind in ("experts", "local_experts"))
-    if experts and paths and all("shared" in path or "experts" not in path for path in paths):
-        text += "; the routed experts have none, because their weights are no linear modules"
-    return text
-
-
-# Before anything slow -----------------------------------------------------------------------
 
 
 def _output(args: FocusArguments, overwrite: bool) -> Path:
@@ -214,7 +188,7 @@ def _encoded(
         cache_dir=data.encoding_cache,
         into=spool.samples(settings.args.output_dir),
     )
-    _say(settings.args, f"{name}: {found.summary()}")
+    say(settings.args, f"{name}: {found.summary()}")
     return found.samples
 
 
@@ -229,81 +203,3 @@ def _with_outer_lora(model: Any, settings: ModelArguments) -> Any:
     rank = settings.outer_lora_rank
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=modules, task_type="CAUSAL_LM")
     return get_peft_model(model, config)
-
-
-# Afterwards ---------------------------------------------------------------------------------
-
-
-def _report(trainer: FocusTrainer, settings: Settings, seconds: float) -> dict[str, Any]:
-    args, history = settings.args, trainer.state.log_history
-    measured = [entry for entry in history if key("deployed") in entry]
-    before, after = (
-        {name: entry[key(name)] for name in ways(args)} for entry in (measured[0], measured[-1])
-    ) if measured else (None, None)  # fmt: skip
-    values = {k: v for part in settings[:3] for k, v in vars(part).items()}
-    names = settings.given | {f.name for f in dataclasses.fields(FocusOptions)}
-    return {
-        "method": args.method,
-        "mask": args.mask_name(),
-        "estimator": args.estimator if args.method == "focusft" else None,
-        "heldout_loss_before": before,
-        "heldout_loss_after": after,
-        "steps": trainer.state.global_step,
-        "seconds": seconds,
-        "settings": {name: values[name] for name in sorted(names)},
-        "environment": environment(next(trainer.model.parameters()).dtype),  # pyright: ignore
-    }
-
-
-def _save(
-    trainer: FocusTrainer, metrics: dict[str, float], report: dict[str, Any], output: Path
-) -> None:
-    # The report comes last: where it is, the checkpoint beside it is whole.
-    with saving(output, "the checkpoint"):
-        if trainer.is_world_process_zero():
-            (output / REPORT).unlink(missing_ok=True)
-        trainer.save_model()
-        trainer.save_state()
-        trainer.save_metrics("train", metrics)
-        if report["heldout_loss_after"]:
-            losses = {key(name): loss for name, loss in report["heldout_loss_after"].items()}
-            trainer.save_metrics("eval", losses)
-        if trainer.is_world_process_zero():
-            write_json(output / REPORT, report)
-
-
-def _outcome(trainer: FocusTrainer, report: dict[str, Any], output: Path) -> str:
-    before, after = report["heldout_loss_before"], report["heldout_loss_after"]
-    if after:
-        changes = [f"{before[name]:.4f} -> {after[name]:.4f} ({name})" for name in after]
-        text = f"held-out loss {', '.join(changes)}"
-    else:
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        text = f"training loss {losses[0]:.4f} -> {losses[-1]:.4f}" if losses else "no loss logged"
-    return f"{text}; {report['steps']} steps in {report['seconds']:.0f} s; saved in {output}"
-
-
-def _inner_warning(history: list[dict[str, Any]]) -> str:
-    """Return what to say of inner steps that raise the inner loss; nothing if few do."""
-    # The loss after the last step is known only where both losses score the same tokens.
-    shares = [entry["last_step_rose"] for entry in history if "last_step_rose" in entry]
-    rose = [
-        entry["inner_loss_last"] > entry["inner_loss_first"]
-        for entry in history
-        if "inner_loss_first" in entry
-    ]
-    if sum(rose) > len(rose) / 2:
-        found = "the inner loss rose in most steps"
-    elif shares and (share := sum(shares) / len(shares)) > 0.1:
-        found = f"the last inner step raised the inner loss in {share:.0%} of the batches"
-    else:
-        return ""
-    return (
-        f"warning: {found}. First-order hypergradients cannot be trusted there. Lower --inner_lr "
-        "or --inner_steps."
-    )
-
-
-def _say(args: FocusArguments, text: str) -> None:
-    if text and args.process_index == 0:
-        print(text, flush=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
 import time
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import rich
 import torch
 
 from metafocus.cli import answering, options
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace, output: Path) -> None:
             **trial.summary(),
             "by_topic": by_topic(questions, trial),
             "seconds": seconds,
-            "settings": {k: v for k, v in vars(args).items() if k not in ("run", "given")},
+            "settings": options.as_record(args),
             "tool_limits": asdict(limits) if args.tool else None,
             "tool_walls": asdict(agentic.walls()) if args.tool else None,
             "environment": environment(getattr(torch, args.dtype)),
@@ -227,7 +227,6 @@ def _key(args: argparse.Namespace, i: int, j: int) -> Key:
 
 
 def _print(trial: agentic.Trial, samples: int) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     shown = Table(title="pass@k in per cent, with 95 % Wilson intervals over questions")
@@ -237,4 +236,4 @@ def _print(trial: agentic.Trial, samples: int) -> None:
         interval = f"{100 * rate.low:.1f} to {100 * rate.high:.1f}"
         row: tuple[Any, ...] = (rate.k, f"{100 * rate.mean:.1f}", interval, rate.questions, samples)
         shown.add_row(*map(str, row))
-    Console(file=sys.stdout).print(shown)
+    rich.print(shown)

@@ -37,12 +37,7 @@ class Agreement:
 
 
 def agreement(draw: Params, exact: Params) -> Agreement:
-    """Compare a hypergradient with the exact one; nothing of their size is kept.
-
-    Args:
-        draw: the hypergradient.
-        exact: of the same names and shapes.
-    """
+    """Compare a hypergradient with the exact one; nothing of their size is kept."""
     size, length = norm(exact), norm(draw)
     gap = pt.sub(draw, exact)
     inner = _dot(draw, exact)

@@ -27,9 +27,10 @@ from metafocus.comparison.inner_curve import inner_curve
 from metafocus.comparison.observe import Report, drawn, drawn_exact, examine, peak, timed
 from metafocus.comparison.reference import exact
 from metafocus.digests import digest
+from metafocus.episodes import as_episode
 from metafocus.errors import NotStationaryWarning, ProblemError, RebuiltWarning
 from metafocus.files import read_tensors, write_tensors
-from metafocus.problem import Problem, as_episode, constants
+from metafocus.problem import Problem, constants
 from metafocus.rng import kept
 from metafocus.types import Episode, Params
 

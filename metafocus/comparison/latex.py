@@ -13,12 +13,7 @@ _SPECIAL = {"\\": r"\textbackslash{}", **{c: f"\\{c}" for c in "&%$#_{}"}}
 
 
 def latex(rows: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> str:
-    """Return rows as LaTeX in the style of the package booktabs.
-
-    Args:
-        rows: of a `Comparison`.
-        axes: the keys that come first.
-    """
+    """Return rows as LaTeX in the style of the package booktabs."""
     heads = [*axes, "estimator", "error", "cosine", "norm", "seconds", "MB", "verdict"]
     columns = "l" * len(axes) + "lrrrrrl"
     lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", _line(map(text, heads)), r"\midrule"]

@@ -55,16 +55,7 @@ def exact(
     tasks: bool,
     seed: int,
 ) -> Callable[[Params, Any], Exact]:
-    """Return the reference hypergradient as a function of outer parameters and episode.
-
-    Args:
-        reference: as `compare` takes it.
-        problem: the problem.
-        solver: the inner optimiser of the setting.
-        parts: the estimators and the others, by name.
-        tasks: whether the episode holds several.
-        seed: for generators of the reference.
-    """
+    """Return the reference hypergradient as a function of outer parameters and episode."""
     if isinstance(reference, str) and reference == DIFFERENCES:
         meta = bilevel(problem, solver=solver, estimator=FirstOrder())
         meta = over_tasks(meta, aux="losses") if tasks else meta

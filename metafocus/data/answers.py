@@ -40,11 +40,7 @@ class Answer:
 
 
 class Finder:
-    """Finds answers; it remembers what it learned about the template.
-
-    Args:
-        renderer: of the chats.
-    """
+    """Finds answers; it remembers what it learned about the template."""
 
     def __init__(self, renderer: Renderer):
         self._renderer = renderer
@@ -57,11 +53,6 @@ class Finder:
 
     def answers(self, chat: RenderedChat, tokens: Tokens, given: Sequence[Message]) -> list[Answer]:
         """Return the answers of a chat in their order.
-
-        Args:
-            chat: the rendered chat.
-            tokens: its tokens.
-            given: the messages with the keys for metafocus.
 
         Raises:
             DataError: if an answer cannot be located, or if its content would not be trained.

@@ -18,10 +18,6 @@ def lost(chat: RenderedChat, given: Sequence[Message]) -> str | None:
 
     The reasoning of an answer that is not trained may be missing: templates drop it on purpose
     from earlier turns.
-
-    Args:
-        chat: the rendered chat.
-        given: the messages with the keys for metafocus.
     """
     for piece, places in zip(chat.found.pieces, chat.found.places, strict=True):
         if piece.message < 0:

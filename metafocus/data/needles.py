@@ -22,12 +22,6 @@ def needles(
 
     The chat is rendered once more with an unused character at both ends of each span.
 
-    Args:
-        messages: with `evidence`.
-        text: the rendered chat.
-        tokens: of the text.
-        render: renders messages.
-
     Raises:
         DataError: if the tokenizer does not know the characters of its tokens, or if the template
             drops, trims or repeats evidence.

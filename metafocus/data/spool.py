@@ -9,7 +9,7 @@ import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 
@@ -99,10 +99,6 @@ class Spool(Sequence[Item], Generic[Item]):
 class View(Sequence[Item], Generic[Item]):
     """Some items of a sequence, in an order of their own; nothing is copied.
 
-    Args:
-        source: any sequence.
-        places: which items.
-
     Example:
         >>> list(View("abcd", [3, 0])), View("abcd", range(1, 4))[1]
         (['d', 'a'], 'c')
@@ -130,7 +126,7 @@ class View(Sequence[Item], Generic[Item]):
         """Whether another sequence has the same items, as for lists."""
         return isinstance(other, Sequence) and list(self) == list(other)
 
-    __hash__ = None  # pyright: ignore[reportAssignmentType]
+    __hash__: ClassVar[None] = None  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 def records(folder: str | Path | None = None) -> Spool[dict[str, Any]]:

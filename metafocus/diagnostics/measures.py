@@ -67,13 +67,7 @@ def stack(measures: Sequence[Measures]) -> Measures:
 
 
 def summarise(sums: Sums, tokens: Tokens, which: int) -> tuple[Measures, Measures]:
-    """Return the measures of a layer over one set of queries: heads averaged `[]`, and `[H]`.
-
-    Args:
-        sums: The sums of the layer.
-        tokens: The roles of the tokens.
-        which: The index of the set in `QUERIES`.
-    """
+    """Return the measures of a layer over one set of queries: heads averaged `[]`, and `[H]`."""
     member = tokens.queries[:, which]
     rows = sums.rows.double()
 

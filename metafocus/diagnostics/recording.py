@@ -109,11 +109,7 @@ def attention_profile(
 
 
 class Recorder:
-    """Measures the layers that call it, in the order of their calls; each profile has its own.
-
-    Args:
-        tokens: The roles of the tokens.
-    """
+    """Measures the layers that call it, in the order of their calls; each profile has its own."""
 
     def __init__(self, tokens: Tokens):
         self.tokens = tokens

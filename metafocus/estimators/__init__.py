@@ -6,9 +6,10 @@ the query.
 
 from __future__ import annotations
 
+from metafocus.estimators._adjoint import adjoint
 from metafocus.estimators.evograd import EvoGrad
 from metafocus.estimators.fixed_point import FixedPoint, OneStep
-from metafocus.estimators.implicit import Implicit, adjoint
+from metafocus.estimators.implicit import Implicit
 from metafocus.estimators.penalty import Penalty
 from metafocus.estimators.unrolled import FirstOrder, Unrolled
 from metafocus.types import Estimator

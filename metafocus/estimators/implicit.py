@@ -16,8 +16,8 @@ from metafocus.autodiff.recompute import recompute
 from metafocus.autodiff.safe_operators.swapping import differentiable_twice
 from metafocus.checks import function
 from metafocus.errors import ProblemError
+from metafocus.estimators._adjoint import hessian
 from metafocus.estimators.attached import (
-    STATIONARY,
     Inner,
     Point,
     System,
@@ -29,8 +29,7 @@ from metafocus.estimators.attached import (
 from metafocus.estimators.each_product import EachProduct
 from metafocus.estimators.watched import HESSIAN, LINEAR, Watched
 from metafocus.linear import CG, Neumann
-from metafocus.linear.inverse import Operator, inverse
-from metafocus.problem import Problem, check_params
+from metafocus.linear.inverse import inverse
 from metafocus.rng import replayed
 from metafocus.solvers.descent import refuse_own_rule
 from metafocus.streams import is_stream
@@ -41,17 +40,13 @@ from metafocus.torch_internals import (
 )
 from metafocus.types import (
     HVP,
-    Episode,
     Estimator,
     InnerLoss,
     LinearSolver,
-    MatVec,
     Params,
     Solution,
     Solver,
 )
-
-__all__ = ["STATIONARY", "Implicit", "adjoint", "refuse_decay"]
 
 EACH_PRODUCT = "each product"
 
@@ -159,59 +154,6 @@ class Implicit(Estimator):
         return attach(_Stationary(inner, self))
 
 
-def adjoint(
-    problem: Problem,
-    outer: Params,
-    fast: Params,
-    support: Any,
-    cotangent: Params,
-    *,
-    solve: LinearSolver,
-    hvp: HVP = hvp_reverse,
-) -> Params:
-    """Return `u = H^-1 cotangent`, the adjoint that `Implicit` finds on its way, detached.
-
-    With `cotangent` the derivative of the outer loss by the fast weights, the hypergradient is
-    `direct - M' u`. Kept from one outer step to the next it starts the next solve:
-    `Implicit(WarmStart(CG(2), u))`.
-
-    Args:
-        problem: the bilevel problem; its outer loss is not used.
-        outer: the outer parameters.
-        fast: where the Hessian is taken: the inner solution.
-        support: what the inner loss sees, before `prepare`; no stream.
-        cotangent: the right-hand side, with the names and shapes of `fast`.
-        solve: the linear solver.
-        hvp: how to multiply with the Hessian.
-
-    Raises:
-        ProblemError: if `cotangent` and `fast` do not have the same names and shapes.
-
-    Example:
-        >>> import metafocus as mf
-        >>> def inner(fast, slow, x):
-        ...     return 2 * ((fast["w"] - slow["c"]) ** 2).sum()
-        >>> problem = mf.Problem(inner, inner, init=lambda slow, _: {"w": torch.zeros(2)})
-        >>> fast, outer = {"w": torch.ones(2)}, {"c": torch.ones(2)}
-        >>> mf.adjoint(problem, outer, fast, None, {"w": torch.ones(2)}, solve=mf.CG(1))
-        {'w': tensor([0.2500, 0.2500])}
-    """
-    check_params(outer, "outer", "outer parameters")
-    check_params(fast, "fast", "fast weights")
-    check_params(cotangent, "cotangent", "its entries")
-    got, want = pt.shapes(cotangent), pt.shapes(fast)
-    if got != want:
-        raise ProblemError(f"cotangent has the shapes {got}, fast has {want}.")
-    outer, fast, support = pt.detach((outer, fast, support))
-    support = problem.prepared(outer, Episode(support, support)).support
-    need_data("adjoint", support, None)
-    operator, theta = _hessian(problem.inner_loss, hvp, Point(fast, outer, pt.detach(support)))
-    watched = Watched(solve)
-    found = inverse(operator, watched, theta, {k: cotangent[k].detach() for k in fast})
-    watched.warn("adjoint", "the Hessian", found, 1.0, HESSIAN)
-    return pt.detach(found)
-
-
 def refuse_decay(name: str, solver: Solver) -> None:
     """Raise if the solver does not aim at the minimum of the inner loss."""
     decay = getattr(solver, "weight_decay", 0)
@@ -220,24 +162,6 @@ def refuse_decay(name: str, solver: Solver) -> None:
             f"{name} needs the minimum of inner_loss; weight_decay={decay} moves the "
             "solver's fixed point away. Set weight_decay=0 and add the decay to inner_loss."
         )
-
-
-def _hessian(inner_loss: InnerLoss, hvp: HVP, point: Point) -> tuple[Operator, list[Tensor]]:
-    """Return the Hessian as a function of the tensors it depends on, and these."""
-    loss = replayed(evaluated_for(hvp, inner_loss), pt.tensors(tuple(point)))
-    return _operator(loss, hvp, point)
-
-
-def _operator(loss: Callable[..., Tensor], hvp: HVP, point: Point) -> tuple[Operator, list[Tensor]]:
-    theta, rebuild = pt.partition(tuple(point))
-
-    def matvec(at: Sequence[Tensor]) -> MatVec:
-        fast, outer, support = rebuild(at)
-        _, hessian = hvp(lambda f: loss(f, outer, support), fast)
-        return lambda direction: hessian(direction)[0]
-
-    # Symmetric.
-    return Operator(matvec, matvec), theta
 
 
 class _Stationary(System):
@@ -266,7 +190,7 @@ class _Stationary(System):
         )
 
     def inverse(self, point: Point, right: Params, solve: LinearSolver) -> Params:
-        operator, theta = _operator(self.loss, self.hvp, point)
+        operator, theta = hessian(self.loss, self.hvp, point)
         return inverse(operator, solve, theta, right)
 
     def pull(self, point: Point, right: Params, wanted: Sequence[bool]) -> list[Tensor]:
@@ -296,13 +220,13 @@ class _Stationary(System):
         if self.on_tape and not transforming():
             # The gradient that was linearised is the one to look at.
             self.warn(self.inputs[: len(self.names)], point, pt.norm(gradient).detach())
-        hessian, mixed = (
+        curvature, mixed = (
             (product.hessian, product.mixed)
             if isinstance(product, TapeProduct)
             else (lambda d: product(d)[0], lambda d: product(d)[1:])
         )
         solve = Watched(self.solve)
-        solved = solve(hessian, right) if final else self.inverse(point, right, solve)
+        solved = solve(curvature, right) if final else self.inverse(point, right, solve)
         solve.warn("Implicit", "the Hessian", solved, 1.0, HESSIAN)
         return [-g for g in mixed(solved)[0]]
 

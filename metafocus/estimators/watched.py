@@ -31,9 +31,6 @@ class Watched:
     """A linear solver that remembers how its last solve ended.
 
     No product is added, except for one where the fast weights have a half type.
-
-    Args:
-        solve: the linear solver.
     """
 
     def __init__(self, solve: LinearSolver):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from metafocus.data import stdlib_qa
 from metafocus.errors import DataError
+from metafocus.files import existing
 
 _END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]?[A-Z])")
 _SHORTEST, _LONGEST = 10, 100  # words; BABILong's bound is the same number of tokens
@@ -72,9 +73,7 @@ def prose_from_file(path: str | Path) -> Prose:
     Raises:
         DataError: if the file does not exist, is not UTF-8, or has no sentence of 10 to 100 words.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"path={str(path)!r} is not a file: name a text file in UTF-8")
+    path = existing(path, "name a text file in UTF-8")
     try:
         sentences = split_sentences(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:

@@ -33,9 +33,6 @@ class PerExampleSolver:
     `update(p, g)[b] = solver.update(p[b], g[b])`, by `vmap`: whatever the solver does with norms,
     moments or matrices stays within an example. Learned rates are shared by all of them.
 
-    Args:
-        solver: any solver whose functions `torch.func.vmap` can map.
-
     Example:
         >>> import metafocus as mf
         >>> solver = PerExampleSolver(mf.SGD(1.0, steps=1, clip=mf.clip_per_tensor(1.0)))

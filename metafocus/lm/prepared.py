@@ -54,10 +54,6 @@ class Source:
 def current(mask: MaskPolicy, batch: Batch) -> Batch:
     """Return a batch without what was prepared for another mask, or from other tensors.
 
-    Args:
-        mask: The mask policy of the loss.
-        batch: A batch, prepared or not.
-
     Example:
         >>> from metafocus.masks import causal, full
         >>> ids = torch.tensor([[1, 2]])

@@ -29,15 +29,16 @@ class SharedPrefix:
     for a few tokens whether it runs in two parts or as a whole, with fast weights that are not
     zero. A model of which a module is replaced is checked again. If the check fails, if layers
     draw random numbers, or if hooks of a user look on, batches are returned as they are.
-
-    Args:
-        loss: a language-model loss.
     """
 
     def __init__(self, loss: LMLoss):
         self.loss = loss
         self.checked: Any = None
         self.cut: tuple[str, int] | None = None
+
+    def __reduce__(self) -> tuple[type[SharedPrefix], tuple[LMLoss]]:
+        # The modules of a copy are others: it checks them itself.
+        return SharedPrefix, (self.loss,)
 
     def __call__(self, slow: Params, batch: Batch) -> Batch:
         """Return the prepared batch with its hidden states, if they can be shared.

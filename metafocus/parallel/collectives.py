@@ -75,10 +75,6 @@ def replicated_together(xs: Sequence[Tensor], group: Group) -> tuple[list[Tensor
     orders would mix up the tensors. Here the sums are taken in one node of the graph, all of them
     in order. The zero, added to the loss, leads every rank to this node.
 
-    Args:
-        xs: the same on every rank; differentiable.
-        group: the ranks; None: this one alone.
-
     Raises:
         TransformError: under `vmap` and in forward mode, here and in the derivatives.
 
@@ -126,10 +122,6 @@ def exchanged(x: Tensor, group: Group, *, scatter: int, gather: int) -> Tensor:
 
 def share_of_tasks(count: int, group: Group) -> float:
     """Return the share that this rank's tasks have in those of all ranks.
-
-    Args:
-        count: of this rank.
-        group: the ranks; None: this one alone.
 
     Raises:
         ProblemError: on every rank, if one has no tasks.

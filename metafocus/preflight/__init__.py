@@ -84,10 +84,6 @@ def preflight(
 def refuse_ignored_fast_weights(outer_loss: Any, fast: Params) -> None:
     """Raise if an outer loss depends on none of the fast weights.
 
-    Args:
-        outer_loss: `fast -> scalar`.
-        fast: the adapted fast weights.
-
     Raises:
         ProblemError: the inner loop would change nothing.
     """

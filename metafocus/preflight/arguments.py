@@ -28,10 +28,6 @@ from metafocus.types import InnerLoss, Params
 def refuse_hidden(support: Any, data: Any) -> None:
     """Raise if a stream gives tensors that an explicit estimator would have to see and cannot.
 
-    Args:
-        support: a stream whose tensors cannot be seen.
-        data: what it gives to step 0.
-
     Raises:
         ClosureError: naming the stream.
     """
@@ -152,11 +148,6 @@ def refuse_ignored(unused: set[str], point: Params) -> None:
 
 def refuse_closures(who: str, results: Iterable[Tensor], made: list[Tensor]) -> None:
     """Raise if results of constants need a derivative: they come from a tensor closed over.
-
-    Args:
-        who: what returned them, for the message.
-        results: what it returned.
-        made: the tensors made while it ran.
 
     Raises:
         ClosureError: naming who.

@@ -14,6 +14,7 @@ from metafocus import masks
 from metafocus.adapters import LoRA, for_each, top_layers
 from metafocus.calls import attempted, draws_from, holding, refuse_nested, using
 from metafocus.engine import MetaLoss, bilevel
+from metafocus.episodes import as_episode
 from metafocus.errors import ProblemError
 from metafocus.estimators import Estimator, FirstOrder
 from metafocus.factories import picklable
@@ -24,7 +25,7 @@ from metafocus.lm.shared_prefix import SharedPrefix
 from metafocus.masks import Batch, MaskPolicy
 from metafocus.parallel.collectives import Group
 from metafocus.parallel.sequence import refuse_other_starts
-from metafocus.problem import Problem, as_episode, trainable
+from metafocus.problem import Problem, trainable
 from metafocus.recipes._sharded import hooked, refuse_outer, refuse_sharded
 from metafocus.solvers import SGD, clip_per_tensor
 from metafocus.types import Aux, Episode, Params, Solver

@@ -15,13 +15,14 @@ from metafocus.autodiff.safe_operators.swapping import Swapped, differentiable_o
 from metafocus.calls import attempted
 from metafocus.checks import check_finite, whole
 from metafocus.engine import MetaLoss
+from metafocus.episodes import as_episode
 from metafocus.errors import ProblemError
 from metafocus.estimators import Estimator
 from metafocus.factories import picklable
 from metafocus.lm import Batch, TokenPolicy
 from metafocus.lm.tokens import predicted
 from metafocus.preflight import preflight
-from metafocus.problem import Problem, as_episode
+from metafocus.problem import Problem
 from metafocus.torch_internals import transforming
 from metafocus.types import Aux, Episode, Params, Solver, State
 

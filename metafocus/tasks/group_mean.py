@@ -19,12 +19,7 @@ from metafocus.types import Params
 
 
 def over_ranks(mean: MetaLoss, group: Group) -> MetaLoss:
-    """Return the mean over the tasks of all ranks, from that over this rank's tasks.
-
-    Args:
-        mean: of a rank's own tasks.
-        group: the ranks; None: this one alone.
-    """
+    """Return the mean over the tasks of all ranks, from that over this rank's tasks."""
     if group is None:
         return mean
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from transformers import TrainingArguments
 
 from metafocus.adapters import slots
 from metafocus.errors import ProblemError
 from metafocus.estimators import Estimator, FirstOrder
 
 
-def compile_below(model: nn.Module, adapter: Any, estimator: Estimator, **options: Any) -> int:
+def compile_below(
+    model: nn.Module, adapter: Any, estimator: Estimator, args: TrainingArguments
+) -> None:
     """Compile, in place, the decoder layers that hold no fast weights.
 
     The layers that hold some stay as they are: torch reuses the compiled code of one layer for the
@@ -21,10 +24,7 @@ def compile_below(model: nn.Module, adapter: Any, estimator: Estimator, **option
         model: with `_no_split_modules`, as transformers' models have.
         adapter: whose modules are left alone.
         estimator: first order only: compiled code cannot be differentiated twice.
-        options: of `torch.nn.Module.compile`: `backend`, `mode`.
-
-    Returns:
-        How many layers were compiled.
+        args: of the Trainer, whose back end and mode are used.
 
     Raises:
         ProblemError: for an estimator that needs second derivatives.
@@ -34,15 +34,14 @@ def compile_below(model: nn.Module, adapter: Any, estimator: Estimator, **option
             f"torch_compile=True with {estimator}: compiled code cannot be differentiated twice. "
             "Use FirstOrder(), or leave torch_compile off."
         )
+    options: dict[str, Any] = {"backend": args.torch_compile_backend or "inductor"}
+    if args.torch_compile_mode:
+        options["mode"] = args.torch_compile_mode
     names = set(getattr(model, "_no_split_modules", None) or ())
     modules = dict(model.named_modules())
     for path in adapter.modules(model):
         slots.slot(modules[path])
     fast = tuple(adapter.modules(model))
-    compiled = 0
     for path, module in modules.items():
-        if type(module).__name__ not in names or any(f.startswith(f"{path}.") for f in fast):
-            continue
-        module.compile(**options)
-        compiled += 1
-    return compiled
+        if type(module).__name__ in names and not any(f.startswith(f"{path}.") for f in fast):
+            module.compile(**options)

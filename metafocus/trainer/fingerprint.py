@@ -43,15 +43,7 @@ _LENGTH = ("max_steps", "num_train_epochs")
 def fingerprint(
     args: TrainingArguments, focus: FocusOptions, model: nn.Module, data: Any, recipe: Any
 ) -> dict[str, dict[str, Any]]:
-    """Return settings, data and versions, as JSON holds them.
-
-    Args:
-        args: of the trainer.
-        focus: FocuSFT's settings.
-        model: that is trained.
-        data: that it is trained on.
-        recipe: what was passed as objects, printed.
-    """
+    """Return settings, data and versions, as JSON holds them."""
     settings = {**args.to_dict(), **asdict(focus)}
     kept = {name: value for name, value in settings.items() if not _FREE.fullmatch(name)}
     attention = attention_name(model)

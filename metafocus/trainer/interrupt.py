@@ -19,10 +19,6 @@ class Interrupted(SystemExit):
     """The run was stopped by a signal, and its checkpoint is saved.
 
     As an exception it ends the process with 130 (SIGINT) or 143 (SIGTERM), as shells count.
-
-    Args:
-        signum: the signal.
-        step: the last step.
     """
 
     def __init__(self, signum: int, step: int):

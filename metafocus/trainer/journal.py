@@ -63,10 +63,6 @@ class Journal:
     def drain(self, reduce: Callable[[Tensor], Tensor], step: int) -> dict[str, float]:
         """Return the window's means over all ranks, and begin a new window; one host sync.
 
-        Args:
-            reduce: sums a tensor over the ranks.
-            step: for the text of errors.
-
         Raises:
             NonFiniteError: after too many failed adaptations.
         """

@@ -29,9 +29,6 @@ def one_run(folder: Path) -> Iterator[None]:
     The operating system frees the lock when the process ends in whatever way, so that a lock left
     by a process that was killed is simply taken. A process that holds it may take it again.
 
-    Args:
-        folder: the output directory.
-
     Raises:
         DataError: on every rank, if another process holds it, with that process and its machine;
             if the directory cannot be written to.

@@ -147,24 +147,18 @@ class FocusMixin(ReliableMixin):
             checks.check_wrapper(self._plain)
             if Sharding.FSDP2 in sharding_of(self._plain):
                 average_over_groups(self._plain, self._group)
-            if self._factory is not None:
-                meta_loss = self._factory(self._plain, self._generator)
-            else:
-                meta_loss = self._focusft()
-            self._built = self._plain, meta_loss
+            make = self._factory or self._focusft
+            self._built = self._plain, make(self._plain, self._generator)
         return self._built[1]
 
-    def _focusft(self) -> MetaLoss:
+    def _focusft(self, model: nn.Module, generator: torch.Generator) -> MetaLoss:
         settings = {**self._settings(), "sequence_group": self._group}
         estimator = settings["estimator"] or FirstOrder()
         if self.args.torch_compile:
-            options = {"backend": self.args.torch_compile_backend or "inductor"}
-            if self.args.torch_compile_mode:
-                options["mode"] = self.args.torch_compile_mode
-            compile_below(self._plain, settings["adapter"], estimator, **options)
+            compile_below(model, settings["adapter"], estimator, self.args)
         each = bool(settings.get("per_example", False))
         settings["estimator"] = Guarded(estimator, self._journal.add, self._journal.inner, each)
-        return focusft(self._plain, generator=self._generator, **settings)
+        return focusft(model, generator=generator, **settings)
 
     def _settings(self) -> dict[str, Any]:
         """The keywords of the recipe: names resolved, then what was given as objects."""

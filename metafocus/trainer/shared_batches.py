@@ -17,11 +17,6 @@ from metafocus.errors import ProblemError
 def check_sequence_parallel(size: int, args: TrainingArguments, factory: Any) -> None:
     """Raise for what cannot be combined with shared sequences, and for accelerate's own way.
 
-    Args:
-        size: the ranks that share a sequence.
-        args: of the Trainer.
-        factory: the `meta_loss_factory`, or None.
-
     Raises:
         ProblemError: naming the setting and what to do.
     """

@@ -39,11 +39,6 @@ class Totals:
 def metrics_of(sums: dict[str, float], steps: int, batch: int) -> dict[str, Any]:
     """Return the Trainer's metrics for a whole run.
 
-    Args:
-        sums: of `Totals.now`.
-        steps: that the run took.
-        batch: samples of a step.
-
     Example:
         >>> metrics_of({"seconds": 4.0, "loss": 6.0}, steps=2, batch=8)["train_samples_per_second"]
         4.0

@@ -10,13 +10,7 @@ from metafocus.precision import wide
 
 
 def dense(inputs: QKV, spans: Spans, scaling: Scaling) -> Attended:
-    """Return the output and the logsumexp of each row, from the whole `[S, S]` matrix.
-
-    Args:
-        inputs: Queries, keys and values.
-        spans: `[B, S]`.
-        scaling: Scale and soft cap.
-    """
+    """Return the output and the logsumexp of each row, from the whole `[S, S]` matrix."""
     q, k, v = inputs
     group = q.shape[1] // k.shape[1]
     keys, values = (wide(x).repeat_interleave(group, dim=1) for x in (k, v))

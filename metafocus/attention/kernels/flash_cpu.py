@@ -80,9 +80,6 @@ def groups(runs: tuple[QueryRun, ...]) -> tuple[Group, ...]:
 
     The answers to the last few questions are kept, for the layers and passes of a step.
 
-    Args:
-        runs: The runs of a batch.
-
     Returns:
         The groups. Each costs one call of the kernel per piece, at most three.
 

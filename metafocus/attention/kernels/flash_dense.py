@@ -38,11 +38,7 @@ class CuDNN:
 
 
 class Fastest:
-    """Remembers which of several ways to the same result took the least time.
-
-    Args:
-        clock: `(run) -> seconds`.
-    """
+    """Remembers which of several ways to the same result took the least time."""
 
     def __init__(self, clock: Callable[[Callable[[], object]], float]):
         self.clock = clock

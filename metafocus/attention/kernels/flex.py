@@ -24,11 +24,6 @@ def flex(inputs: QKV, spans: Spans, scaling: Scaling) -> Tensor:
     that no span touches. On a CPU torch computes all `S x S` logits and has no gradient: a check,
     not a back end to work with. A row without keys gives zeros.
 
-    Args:
-        inputs: Queries, keys and values.
-        spans: The keys of each query, `[B, S]`.
-        scaling: Scale and soft cap.
-
     Returns:
         The output `[B, H, S, Dv]`.
 

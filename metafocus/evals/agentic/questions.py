@@ -12,6 +12,7 @@ from typing import Any
 
 from metafocus.errors import DataError
 from metafocus.evals.agentic.letters import LETTERS
+from metafocus.files import existing
 
 COLUMNS = ("Question", "Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3)))
 """The columns of GPQA's files that are read."""
@@ -77,9 +78,7 @@ def read_gpqa(path: str | Path, seed: int = 0) -> list[Choice]:
         DataError: if the file does not exist or is not UTF-8, if a column or a cell is missing, or
             if two choices are equal.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"path={str(path)!r} is not a file: name a CSV file of GPQA")
+    path = existing(path, "name a CSV file of GPQA")
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file))
@@ -112,9 +111,7 @@ def read_longbench(path: str | Path) -> list[Choice]:
     Raises:
         DataError: if the file does not exist or is not JSON, or if a record lacks a field.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"path={str(path)!r} is not a file: name data.json of LongBench v2")
+    path = existing(path, "name data.json of LongBench v2")
     found: list[Choice] = []
     try:
         text = path.read_text(encoding="utf-8-sig")

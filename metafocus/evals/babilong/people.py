@@ -131,22 +131,8 @@ def indefinite(rng: random.Random, world: World) -> Story:
     return Story(tuple(facts), f"Is {person} in the {asked}?", answer, answer, (at,))
 
 
-def pronouns(rng: random.Random, world: World) -> Story:
-    """qa11: the second of two sentences has a pronoun."""
-    return _moves(rng, world, 1, later=True)
-
-
-def together(rng: random.Random, world: World) -> Story:
-    """qa12: two people move together."""
-    return _moves(rng, world, 2, later=False)
-
-
-def together_later(rng: random.Random, world: World) -> Story:
-    """qa13: two people move together, and then "they" move."""
-    return _moves(rng, world, 2, later=True)
-
-
-def _moves(rng: random.Random, world: World, size: int, *, later: bool) -> Story:
+def moves(rng: random.Random, world: World, size: int, *, later: bool) -> Story:
+    """qa11 to qa13: `size` people move together; if `later`, a second sentence has a pronoun."""
     last: dict[str, tuple[str, tuple[int, ...]]] = {}
     facts: list[str] = []
     for _ in range(rng.randint(1, _MOST // 2)):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 
 from metafocus.errors import DataError
 from metafocus.evals.babilong import logic, people
@@ -48,14 +49,6 @@ def _moves(rng: random.Random, world: World) -> Story | None:
     room = state.room[person]
     asked = (f"Where is {person}?", room, f"{person} is in the {room}.")
     return _story(state, (*asked, (state.last_move[person],)))
-
-
-def _objects(rng: random.Random, world: World) -> Story | None:
-    return _dynamics(rng, world, _ask_where, "qa2")
-
-
-def _histories(rng: random.Random, world: World) -> Story | None:
-    return _dynamics(rng, world, _ask_before, "qa3")
 
 
 def _dynamics(rng: random.Random, world: World, ask, task: str) -> Story | None:
@@ -160,8 +153,8 @@ def _story(state: State, asked: _Asked) -> Story:
 
 _MAKERS: dict[str, Callable[[random.Random, World], Story | None]] = {
     "qa1": _moves,
-    "qa2": _objects,
-    "qa3": _histories,
+    "qa2": partial(_dynamics, ask=_ask_where, task="qa2"),
+    "qa3": partial(_dynamics, ask=_ask_before, task="qa3"),
     "qa4": _line,
     "qa5": _gifts,
     "qa6": people.yes_or_no,
@@ -169,9 +162,9 @@ _MAKERS: dict[str, Callable[[random.Random, World], Story | None]] = {
     "qa8": people.carried,
     "qa9": people.negation,
     "qa10": people.indefinite,
-    "qa11": people.pronouns,
-    "qa12": people.together,
-    "qa13": people.together_later,
+    "qa11": partial(people.moves, size=1, later=True),
+    "qa12": partial(people.moves, size=2, later=False),
+    "qa13": partial(people.moves, size=2, later=True),
     "qa14": people.times,
     "qa15": logic.afraid,
     "qa16": logic.color,

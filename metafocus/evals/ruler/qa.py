@@ -12,6 +12,7 @@ from typing import Any
 
 from metafocus.errors import DataError
 from metafocus.evals.draft import Draft, Plan
+from metafocus.files import existing
 
 # Said before and after the documents, as published.
 _ASK = "Answer the question from the documents, in a few words and without any other text."
@@ -45,9 +46,7 @@ def read_questions(path: str | Path) -> tuple[Question, ...]:
         DataError: if the file does not exist or is not JSON, or if a record has no question,
             answers or documents.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"path={str(path)!r} is not a file: name a file of questions")
+    path = existing(path, "name a file of questions")
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".jsonl":

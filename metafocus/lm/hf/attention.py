@@ -25,9 +25,6 @@ def attending(model: nn.Module) -> Iterator[None]:
 
     Its `attn_implementation` is "metafocus" meanwhile, unless `takes_spans(model)` is False or it
     is one of ours already.
-
-    Args:
-        model: The model.
     """
     config = model.config.get_text_config()  # pyright: ignore
     if config._attn_implementation in IMPLEMENTATIONS or not takes_spans(model):
@@ -59,11 +56,7 @@ def attention_name(model: nn.Module) -> str | None:
 
 
 def own_mask(model: nn.Module) -> str | None:
-    """Return why a model can only run with its own causal mask; None if it takes explicit ones.
-
-    Args:
-        model: A Hugging Face model.
-    """
+    """Return why a model can only run with its own causal mask; None if it takes explicit ones."""
     config = model.config.get_text_config()  # pyright: ignore
     others = set(getattr(config, "layer_types", None) or ()) - _MASKED
     if others:
@@ -83,9 +76,6 @@ def takes_spans(model: nn.Module) -> bool:
     It does not if it runs with its own mask only, nor with eager attention, which stays as it is,
     nor with attention dropout, which spans do not have, nor if it takes no attention functions of
     other libraries.
-
-    Args:
-        model: A Hugging Face model.
     """
     config = model.config.get_text_config()  # pyright: ignore
     if config._attn_implementation in IMPLEMENTATIONS:

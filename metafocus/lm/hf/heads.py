@@ -49,15 +49,13 @@ class HeadHook:
         reader: what the next hidden states go to, and what it returns goes to the head; or None.
         logit_heads: what was found to follow the head, by class of the model and what its
             configuration says; None where the head cannot be split off.
-        last_layer: the structure of the model that `last_layer` has checked, and the result.
     """
 
-    __slots__ = ("last_layer", "logit_heads", "reader")
+    __slots__ = ("logit_heads", "reader")
 
     def __init__(self) -> None:
         self.reader: Reader | None = None
         self.logit_heads: dict[tuple[type[nn.Module], LogitHead], LogitHead | None] = {}
-        self.last_layer: tuple[Any, bool] | None = None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Return the shortened input, or None, which leaves it as it is."""
@@ -103,11 +101,6 @@ def logits_of_rows(head: nn.Module, run: Callable[[], Any], rows: Tensor) -> Ten
 
     The head itself runs, with the hooks that gather its weights if it is sharded, and sees nothing
     but these positions, as with transformers' `logits_to_keep`.
-
-    Args:
-        head: the model's own.
-        run: calls the model and returns its logits.
-        rows: flat indices of the positions, `[n]`.
 
     Example:
         >>> head, x = nn.Linear(2, 9), torch.ones(1, 4, 2)

@@ -9,6 +9,7 @@ their tokens, and where hooks of a user look on.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from metafocus.torch_internals import transforming
 _ATTENTION = ("self_attn", "attn", "attention")
 _MLP = ("mlp", "feed_forward")
 _BY_POSITION = ("q_proj", "o_proj", "out_proj")
+_CHECKED: weakref.WeakKeyDictionary[nn.Module, tuple[Any, bool]] = weakref.WeakKeyDictionary()
+"""Of each model its structure when it was checked, and the result."""
 
 
 def restriction(model: nn.Module, rows: Tensor | None, mask: Tensor | None) -> Restriction | None:
@@ -51,9 +54,6 @@ def last_layer(model: nn.Module) -> LastLayer | None:
 
     Checked by three forward passes of a few tokens, again if a module of the model is replaced; a
     model that is compiled, sharded, or without values runs as a whole.
-
-    Args:
-        model: A Hugging Face causal language model.
     """
     head: nn.Module | None = heads.output_head(model)
     if head is None or torch.compiler.is_compiling():
@@ -61,10 +61,11 @@ def last_layer(model: nn.Module) -> LastLayer | None:
     found = _found(model)
     if found is None or observed(model):
         return None
-    hook, now = heads.install(head), structure(model)
-    if hook.last_layer is None or hook.last_layer[0] != now:
-        hook.last_layer = (now, _agrees(model, found))
-    return found if hook.last_layer[1] else None
+    now, (checked, agrees) = structure(model), _CHECKED.get(model, (None, False))
+    if checked != now:
+        agrees = _agrees(model, found)
+        _CHECKED[model] = now, agrees
+    return found if agrees else None
 
 
 def _agrees(model: nn.Module, found: LastLayer) -> bool:

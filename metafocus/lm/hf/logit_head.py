@@ -36,9 +36,6 @@ def logit_head_of(model: nn.Module) -> LogitHead | None:
     What the configuration says is checked by one forward pass of a few tokens, once per model;
     a compiler that comes before that check, and a model without values, get None.
 
-    Args:
-        model: a Hugging Face causal language model.
-
     Warns:
         UserWarning: once, with the class of the model and the reason, if it cannot.
     """

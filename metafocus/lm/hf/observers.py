@@ -6,6 +6,7 @@ see the gaps: zeros at positions that are not read, states that a skipped layer 
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 from torch import nn
@@ -26,9 +27,6 @@ def observed(model: nn.Module) -> bool:
 
     That is any hook which is not this package's own, and fast weights of an adapter of the user,
     which may mix positions. The embeddings and the head always see what they would see.
-
-    Args:
-        model: A Hugging Face model.
     """
     ends = {id(model.get_input_embeddings()), id(output_head(model))}  # pyright: ignore
     return any(
@@ -39,12 +37,17 @@ def observed(model: nn.Module) -> bool:
 
 
 def structure(model: nn.Module) -> tuple[Any, ...]:
-    """Return what a model consists of: a check of the model holds as long as this stays.
+    """Return what a model consists of: a check of the model holds as long as this stays equal.
 
-    Args:
-        model: A Hugging Face model.
+    It keeps none of the modules alive.
     """
-    return tuple((m, m.training, vars(m).get("forward")) for m in model.modules())
+    return tuple(
+        (weakref.ref(m), m.training, _weakly(vars(m).get("forward"))) for m in model.modules()
+    )
+
+
+def _weakly(forward: Any) -> Any:
+    return None if forward is None else weakref.ref(forward)
 
 
 def _is_known(hook: Any) -> bool:

@@ -73,12 +73,6 @@ def fast_layers(model: nn.Module, names: Iterable[str]) -> tuple[str, int] | Non
 def hidden_before(model: nn.Module, home: str, first: int, run: Callable[[], Any]) -> Hidden:
     """Return the input of layer `first` while `run()` runs the model, without the later layers.
 
-    Args:
-        model: The model.
-        home: Path of its list of layers.
-        first: Index of the layer.
-        run: Calls the model.
-
     Raises:
         ProblemError: If the layer is not called.
     """

@@ -27,10 +27,6 @@ def check_shared_sequence(model: nn.Module, group: dist.ProcessGroup) -> None:
 
     A few tokens are run as a whole and in shares: their final hidden states must be the same.
 
-    Args:
-        model: a Hugging Face causal language model.
-        group: the ranks that share a sequence.
-
     Raises:
         ProblemError: if the model takes no spans, or mixes tokens outside of its attention.
     """

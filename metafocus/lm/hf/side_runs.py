@@ -35,13 +35,7 @@ def side_run(model: nn.Module) -> Iterator[None]:
 
 
 def few_tokens(model: nn.Module, rows: int = 1, length: int = 2) -> dict[str, Any]:
-    """Return the inputs of a model for a few tokens under its causal mask.
-
-    Args:
-        model: A Hugging Face causal language model.
-        rows: The number of rows.
-        length: The number of tokens in a row.
-    """
+    """Return the inputs of a model for a few tokens under its causal mask."""
     place = torch.arange(length, device=next(model.parameters()).device).expand(rows, -1)
     number = model.config.get_text_config().vocab_size  # pyright: ignore
     # The first ids are avoided, because the embedding of a padding token is zero.

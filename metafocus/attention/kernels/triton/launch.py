@@ -126,9 +126,6 @@ class Triton:
 def unserved(inputs: QKV) -> str | None:
     """Return why the kernels cannot serve inputs like these, wherever they run; None if they can.
 
-    Args:
-        inputs: Queries, keys and values.
-
     Example:
         >>> x = torch.randn(1, 1, 3, 512)
         >>> unserved(QKV(x, x, x))

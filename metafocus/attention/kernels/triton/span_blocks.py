@@ -34,10 +34,6 @@ class Blocks(NamedTuple):
 def blocks_of(spans: Spans, side: int) -> Blocks:
     """Lay spans out in blocks.
 
-    Args:
-        spans: `[B, S]`, within `[0, S)`.
-        side: Queries, and keys, of a block.
-
     Example:
         >>> spans = Spans(torch.zeros(1, 4).long(), torch.tensor([[1, 2, 3, 4]]))
         >>> found = blocks_of(spans, 2)

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import hashlib
-import json
 import sys
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from metafocus.cells.single import name_of, one_cell, read, settled
 from metafocus.digests import digest
-from metafocus.errors import ChangedWarning, DataError, ProblemError
-from metafocus.files import finite, unwritable, write_json
+from metafocus.errors import ChangedWarning, ProblemError
+from metafocus.files import unwritable
 
 WAIT = 0.05
 """Seconds between two looks at an executor."""
@@ -104,14 +100,8 @@ def run_cells(
 ) -> list[Outcome]:
     """Do what `sweep` does.
 
-    Args:
-        fn: as in `sweep`.
-        cells: as in `sweep`.
-        folder: as in `sweep`.
-        executor: as in `sweep`.
-        retry: as in `sweep`.
-        code: what finished cells must name, so that no warning is given; None: the cells
-            themselves say by which code they are.
+    `code` is what finished cells must name, so that no warning is given; with None the cells
+    themselves say by which code they were made.
     """
     folder, cells = Path(folder), list(cells)
     paths = [folder / f"{name_of(cell)}.json" for cell in cells]
@@ -120,17 +110,17 @@ def run_cells(
     except OSError as error:
         raise unwritable("folder", folder, error) from error
     # A cell that is given twice is one cell.
-    known = {path: _read(path, fn) for path in paths}
+    known = {path: read(path, fn) for path in paths}
     todo = {
         path: cell
         for path, cell in zip(paths, cells, strict=True)
-        if not _settled(known[path], retry)
+        if not settled(known[path], retry)
     }
     _warn_of_changes([r for path, r in known.items() if r and path not in todo], code, folder)
     _run(fn, todo, len(known), executor, (code, retry))
     found = []
     for cell, path in zip(cells, paths, strict=True):
-        record = _read(path, fn)
+        record = read(path, fn)
         assert record is not None, path
         found.append(Outcome(cell, record["result"], record["error"], record["seconds"], path))
     failed = [outcome for outcome in {o.path: o for o in found}.values() if outcome.error]
@@ -142,29 +132,6 @@ def run_cells(
             file=sys.stderr,
         )
     return found
-
-
-def name_of(cell: Any) -> str:
-    """Return the hash of a cell's content, which names its file.
-
-    Example:
-        >>> name_of({"lr": 0.1, "steps": 2}) == name_of({"steps": 2, "lr": 0.1})
-        True
-    """
-    try:
-        text = json.dumps(_plain(cell), sort_keys=True, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise ProblemError(
-            f"the cell {cell!r} cannot be written as JSON ({error}): make it of finite numbers, "
-            "texts, lists and dicts."
-        ) from error
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _plain(cell: Any) -> Any:
-    if dataclasses.is_dataclass(cell) and not isinstance(cell, type):
-        return dataclasses.asdict(cell)
-    return cell
 
 
 def _run(
@@ -217,79 +184,6 @@ def _call(
             future.cancel()
 
 
-def one_cell(
-    fn: Callable[[Any], Any], cell: Any, path: Path, code: str | None, retry: bool, wait: bool
-) -> bool:
-    """Run one cell under its lock and write its file; return whether it has one.
-
-    Args:
-        fn: the function.
-        cell: what it takes.
-        path: of the cell's file.
-        code: the hash of the function, for the file.
-        retry: whether a failure that another run has written before counts as nothing.
-        wait: whether to wait while another run has the lock; otherwise the answer is False.
-    """
-    from filelock import FileLock, Timeout
-
-    before = _read(path, fn)
-    lock = FileLock(path.parent / ".locks" / f"{path.stem}.lock", timeout=-1 if wait else 0)
-    try:
-        with lock:
-            # It may have ended while we waited: then its file is another one than before.
-            now = _read(path, fn)
-            if not (_settled(now, retry) or now != before):
-                write_json(path, _record(fn, cell, code), indent=1)
-            # Whoever opens a new lock from here on finds the file, so the old one may go.
-            with contextlib.suppress(OSError):
-                Path(lock.lock_file).unlink(missing_ok=True)
-    except Timeout:
-        return False
-    return True
-
-
-def _record(fn: Callable[[Any], Any], cell: Any, code: str | None) -> dict[str, Any]:
-    start = time.perf_counter()
-    result, trace = None, None
-    try:
-        result = fn(cell)
-        json.dumps(finite(result))
-    except Exception:
-        result, trace = None, traceback.format_exc()
-    seconds = time.perf_counter() - start
-    return {
-        "function": _function(fn),
-        "code": code,
-        "cell": _plain(cell),
-        "result": result,
-        "error": trace,
-        "seconds": seconds,
-    }
-
-
-def _settled(record: dict[str, Any] | None, retry: bool) -> bool:
-    return record is not None and not (retry and record["error"])
-
-
-def _read(path: Path, fn: Callable[[Any], Any]) -> dict[str, Any] | None:
-    """Return the record of a cell, or None if it has none."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        theirs = record["function"]
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is no file of a sweep: remove it, or name another folder.") from (
-            error
-        )
-    if theirs != _function(fn):
-        raise DataError(
-            f"folder={str(path.parent)!r} holds results of {theirs}, not of {_function(fn)}: name "
-            "another folder."
-        )
-    return record
-
-
 def _code(fn: Any) -> str | None:
     try:
         return digest(fn)
@@ -310,9 +204,3 @@ def _warn_of_changes(records: list[dict[str, Any]], code: str | None, folder: Pa
             ChangedWarning,
             stacklevel=4,
         )
-
-
-def _function(fn: Any) -> str:
-    # A partial function is the one that it calls.
-    fn = getattr(fn, "func", fn)
-    return getattr(fn, "__qualname__", type(fn).__qualname__)

@@ -38,16 +38,26 @@ class Trial:
         solver: the inner optimiser.
         explicit: whether the estimator differentiates explicit tensors only.
         twice: whether the estimator differentiates the gradient of the inner loss.
+        redraws: whether the loss is run again for its derivative.
 
     Attributes:
         swapped: the block in which the loss ran.
     """
 
-    def __init__(self, inner_loss: InnerLoss, solver: Solver, *, explicit: bool, twice: bool):
+    def __init__(
+        self,
+        inner_loss: InnerLoss,
+        solver: Solver,
+        *,
+        explicit: bool,
+        twice: bool,
+        redraws: bool,
+    ):
         self.inner_loss = inner_loss
         self.solver = solver
         self.explicit = explicit
         self.twice = twice
+        self.redraws = redraws
         self.own_rule: Any = getattr(solver, "direction", None)
         self.swapped: Swapped = Swapped(once=True)
 
@@ -111,7 +121,7 @@ class Trial:
                 self.inner_loss(*at)
 
     def _draws(self, who: str) -> AbstractContextManager[None]:
-        return refused_draws(who, explicit=self.explicit)
+        return refused_draws(who, explicit=self.redraws)
 
     def _takes_steps(self, fast: Params) -> bool:
         # A given solution has no steps and is a constant.

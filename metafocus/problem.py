@@ -180,6 +180,11 @@ def stack_episodes(episodes: Sequence[Any]) -> Episode:
         >>> stack_episodes([one, one]).support.shape
         torch.Size([2, 5, 2])
     """
+    if isinstance(episodes, Episode):
+        raise ProblemError(
+            "episodes is one mf.Episode, whose support and query would be stacked on each other: "
+            "write mf.stack_episodes([episode])."
+        )
     if not episodes:
         raise ProblemError("episodes is empty: there is nothing to stack.")
     # Plain pairs and mf.Episode have different structures as pytrees.
@@ -299,6 +304,10 @@ def check_params(params: Any, source: str, noun: str) -> None:
             " From a module: mf.trainable(module)."
         )
     for name, value in params.items():
+        if not isinstance(name, str):
+            raise ProblemError(
+                f"{source} holds the key {name!r} of type {type(name).__name__}; names are texts."
+            )
         if not isinstance(value, Tensor):
             raise ProblemError(
                 f"{source} holds {name!r} of type {type(value).__name__}; {noun} are tensors."

@@ -17,14 +17,14 @@ from metafocus.autodiff.grad import refuse_inference_mode
 from metafocus.autodiff.safe_operators.swapping import Swapped, differentiable_once
 from metafocus.calls import note
 from metafocus.errors import ProblemError
-from metafocus.preflight.arguments import refuse_hidden, unused_by
+from metafocus.preflight.arguments import explained, refuse_hidden, unused_by
 from metafocus.preflight.kernels import trust
 from metafocus.preflight.trial import Trial
 from metafocus.rng import kept
 from metafocus.torch_internals import transforming
 from metafocus.types import InnerLoss, Params, Solver
 
-__all__ = ["preflight", "refuse_ignored_fast_weights", "trust"]
+__all__ = ["explained", "preflight", "refuse_ignored_fast_weights", "trust"]
 
 
 def preflight(

@@ -134,12 +134,12 @@ class Evaluation:
         waiting = any(
             x.is_leaf and x.requires_grad and not hasattr(x, "engine_leaf") for x in outer.values()
         )
-        if waiting and not reaches_another_leaf(loss):
+        # Torch itself refuses the backward pass of a loss without any graph.
+        if waiting and loss.requires_grad and not reaches_another_leaf(loss):
             raise ProblemError(
                 f"the outer loss after {name_of(self.estimator)} depends on nothing in outer, so "
                 "loss.backward() would train nothing. Do not detach the slow weights in init "
-                "(write v.clone(), not v.detach().clone()); for hyper-parameters of the inner loss "
-                "use an estimator that differentiates it, such as mf.Unrolled()."
+                "(write v.clone(), not v.detach().clone()), or evaluate under torch.no_grad()."
             )
 
     def _outer_loss(self, ends: list[End], outer: Params) -> tuple[Tensor, dict[str, Tensor]]:

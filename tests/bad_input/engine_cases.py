@@ -943,17 +943,6 @@ ENGINE = [
         "Do not detach the slow weights in init (write v.clone()",
     ),
     (
-        "hyper-parameters of the inner loss to first order",
-        "def decayed(fast, slow, x):\n"
-        "    return ((fast['w'] - x) ** 2).sum() + slow['decay'] * (fast['w'] ** 2).sum()\n"
-        "fresh = problem(decayed, init=lambda slow, x: {'w': torch.ones(2)})\n"
-        "leaves = {'decay': torch.ones((), requires_grad=True)}\n"
-        "mf.bilevel(fresh, solver=mf.SGD(0.1, 2), estimator=mf.FirstOrder())(leaves, zeros)",
-        "ProblemError",
-        "the outer loss after FirstOrder() depends on nothing in outer",
-        "use an estimator that differentiates it, such as mf.Unrolled()",
-    ),
-    (
         "names that are numbers",
         "hypergrad(problem(init=lambda slow, x: {0: slow['w']}))",
         "ProblemError",

@@ -33,10 +33,13 @@ def test_the_recipe_needs_what_the_package_needs():
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     names = {"torch": "pytorch", "matplotlib": "matplotlib-base"}
-    wanted = {re.match(r"[\w-]+", word)[0] for word in project["dependencies"]}
+    wanted = {"python": project["requires-python"]}
+    for word in project["dependencies"]:
+        name, version = re.fullmatch(r"([\w-]+)(.*)", word).groups()
+        wanted[names.get(name, name)] = version
     recipe = yaml.safe_load((ROOT / "conda" / "recipe.yaml").read_text())
-    found = {re.match(r"[\w-]+", word)[0] for word in recipe["requirements"]["run"]}
-    assert found == {names.get(name, name) for name in wanted} | {"python"}
+    found = [f"{word} ".split(" ")[:2] for word in recipe["requirements"]["run"]]
+    assert dict(found) == wanted
 
 
 def test_the_matrix_of_the_workflow():

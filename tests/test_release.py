@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,17 @@ def test_files_and_scripts_that_workflows_name_exist():
     for path in WORKFLOWS:
         for name in re.findall(r"(?:python |-r )((?:docs|tests)/[\w/]+\.py)", path.read_text()):
             assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize(("tag", "code"), [(f"v{mf.__version__}", 0), ("v9.9", 1)])
+def test_a_release_begins_with_the_check_that_its_tag_is_the_version(tag, code):
+    """pyproject.toml has a second `version`, that of towncrier."""
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text())["jobs"]
+    (line,) = (
+        s["run"] for s in jobs["build"]["steps"] if s.get("name") == "the tag is the version"
+    )
+    env = {**os.environ, "GITHUB_REF_NAME": tag}
+    assert subprocess.run(["bash", "-c", line], cwd=ROOT, env=env).returncode == code
 
 
 def test_fragments_have_the_names_that_towncrier_reads():

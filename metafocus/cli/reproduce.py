@@ -6,6 +6,7 @@ import argparse
 import shlex
 from typing import Any
 
+from metafocus.claims.page import findings
 from metafocus.claims.process import find_tests, list_claims, run_claims
 from metafocus.claims.report import Report
 from metafocus.cli import options
@@ -77,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
     found.settings["command"] = _command(args, only)
     if before is not None:
         found = found.over(before)
+        print(f"the whole report: {findings(found)}")
     found.write(target)
     running.unlink()
     running.with_suffix(".md").unlink(missing_ok=True)

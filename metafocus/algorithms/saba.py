@@ -25,7 +25,7 @@ from metafocus.calls import attempted
 from metafocus.checks import positive
 from metafocus.episodes import as_episode
 from metafocus.errors import ProblemError
-from metafocus.problem import Problem, constants
+from metafocus.problem import constants
 from metafocus.types import HVP, Episode, Params
 
 

@@ -69,7 +69,7 @@ def as_episode(value: Any, source: str = "episode") -> Episode:
     A tensor of two rows or a dict of two entries could be taken apart as well, silently wrong.
 
     Raises:
-        ProblemError: if it is no tuple or list of two.
+        ProblemError: if it is not a tuple or list of two.
 
     Example:
         >>> as_episode((1, 2))

@@ -87,7 +87,7 @@ def run_claims(
 def _run(
     tests: Path, options: list[str], only: Sequence[str], result: Path, show: Callable[[str], None]
 ) -> None:
-    """Run pytest; raise what it said if it ended without writing `result`."""
+    """Run pytest; raise its output as an error if it ended without writing `result`."""
     _require("pytest")
     # The module is named for installations whose entry points are older than it.
     command = [sys.executable, "-m", "pytest", str(tests), "-p", "metafocus_claims"]

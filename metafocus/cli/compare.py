@@ -167,7 +167,7 @@ def _outer(model: torch.nn.Module, pattern: str | None) -> Params:
             known = [name for name, _ in model.named_parameters() if re.search(pattern, name)]
         except re.error as error:
             raise DataError(
-                f"--outer_parameters {pattern!r} is no regular expression: {error}"
+                f"--outer_parameters {pattern!r} is not a regular expression: {error}"
             ) from error
         if not known:
             raise DataError(
@@ -261,8 +261,8 @@ def _value(text: str, word: str) -> Any:
         return ast.literal_eval(word)
     except (ValueError, SyntaxError) as error:
         raise DataError(
-            f"--over {text!r}: {word!r} is no number, None, True or False. In Python, mf.compare "
-            "takes any value."
+            f"--over {text!r}: {word!r} is not a number, None, True or False. In Python, "
+            "mf.compare takes any value."
         ) from error
 
 

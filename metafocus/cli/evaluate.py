@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> None:
         for task, length in cells:
             asked = generate(count, task, length, args.n)
             outputs += _ask(asked, answered, asker, advance, group)
-            # The long prompts are let go of once answered.
+            # The long prompts are not kept once they are answered.
             items += [replace(item, prompt="") for item in asked]
         if not group.first:
             # The first has all answers.
@@ -163,7 +163,7 @@ def run(args: argparse.Namespace) -> None:
     if drawn:
         print(f"wrote {output / DEPTHS}")
     else:
-        print("no heat map: the evidence of these tasks stands everywhere")
+        print("no heat map: the evidence of these tasks is everywhere in the text")
 
 
 def _asker(args: argparse.Namespace) -> tuple[Asker, Any, int | None]:

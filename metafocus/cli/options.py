@@ -161,7 +161,7 @@ def model_and_tokenizer(
         args: `model_name_or_path`, `attn_implementation`, and the sizes of the small model.
         texts: what its tokenizer learns from.
         max_length: the longest sequence that the model must take.
-        base: whether a model without a chat template will do.
+        base: whether a model without a chat template is enough.
         template: a chat template instead of the tokenizer's own.
 
     Raises:
@@ -235,7 +235,7 @@ def directory(word: str, flag: str = "--output_dir") -> Path:
     """Return a directory to write to, or raise if it cannot be one; nothing is made yet.
 
     Raises:
-        DataError: naming the flag and what stands in the way.
+        DataError: naming the flag and the obstacle.
     """
     path = Path(word)
     nearest = next(p for p in (path, *path.absolute().parents) if os.path.exists(p))

@@ -151,7 +151,7 @@ def _swept(
     with tempfile.TemporaryDirectory() as scratch:
         folder = work.folder or Path(scratch)
         ready = dataclasses.replace(work, jobs=jobs, folder=folder)
-        # What failed may have been mended, and there is no result without it.
+        # A cell that failed may work now, and a comparison needs all cells.
         outcomes = run_cells(ready, flat, folder=folder, executor=executor, retry=True, code=None)
     failed = [outcome for outcome in outcomes if outcome.error]
     if failed:

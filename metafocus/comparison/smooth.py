@@ -112,7 +112,7 @@ def smoothness(
         estimator: whose metagradient is checked; None: the exact one.
 
     Raises:
-        ValueError: if `h` is not positive or `directions` is no positive integer.
+        ValueError: if `h` is not positive or `directions` is not a positive integer.
 
     Example:
         >>> import metafocus as mf

@@ -44,7 +44,7 @@ def without_nulls(value: Any) -> Any:
 def from_arrow(messages: Any) -> bool:
     """Return whether messages are those of a row of Arrow, whose structs all have the same keys.
 
-    There a null stands for a key that only other rows have, in the arguments of calls, too.
+    There a key that only other rows have is null, in the arguments of calls, too.
     """
     return any(
         isinstance(m, Mapping) and "tool_calls" in m and m["tool_calls"] is None for m in messages
@@ -110,7 +110,7 @@ def _check_part(part: Any, where: str) -> None:
     kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
     if kind != "text" or not isinstance(text, str):
         raise DataError(
-            f"{where}the part {part!r:.80} of the content is no text: remove images and other "
+            f"{where}the part {part!r:.80} of the content is not text: remove images and other "
             "media, give {'type': 'text', 'text': ...}"
         )
 

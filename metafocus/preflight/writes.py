@@ -109,7 +109,7 @@ class Writes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        # What FSDP2's hooks gather is no state: it is gathered anew, and its memory is freed.
+        # FSDP2's hooks gather weights anew and free their memory, so they are not state.
         gathers = getattr(func, "namespace", "") == "fsdp"
         for argument, value in () if gathers else _bound(func, args, kwargs):
             if argument.alias_info is not None and argument.alias_info.is_write:

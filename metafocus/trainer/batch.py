@@ -58,7 +58,7 @@ def as_batch(inputs: Mapping[str, Any]) -> Batch:
 
 
 def labels_of(batch: Batch) -> Tensor:
-    """The batch's labels as transformers wants them: -100 on what is not predicted, `[B, S]`."""
+    """The batch's labels as transformers needs them: -100 where nothing is predicted, `[B, S]`."""
     return torch.where(predicted(answer_tokens, batch), batch["input_ids"], -100)
 
 

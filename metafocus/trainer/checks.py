@@ -120,7 +120,7 @@ def check_dtypes(model: nn.Module, args: TrainingArguments) -> None:
 def check_samples(name: str, samples: Any, model: nn.Module) -> None:
     """Raise for a data set that is empty, or a list with a sample that is too long for the model.
 
-    Other data sets are not read for this: there a batch that is too long raises when it is met.
+    Other data sets are not read here; a batch of theirs that is too long raises when it comes.
 
     Raises:
         DataError: naming the data set, the sample and what to do.

@@ -71,7 +71,7 @@ class FocusOptions:
     arguments of its own, as in TRL, this is passed beside it: `focus=FocusOptions(...)`.
 
     Raises:
-        ProblemError: for a name that stands for nothing, or a number out of range.
+        ProblemError: for an unknown name, or a number out of range.
 
     Example:
         >>> FocusOptions(inner_steps=4).solver()

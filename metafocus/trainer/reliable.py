@@ -83,7 +83,7 @@ class ReliableMixin(KeepingMixin):
         stops = [float(self._signals.received == number) for number in STOPPING]
         bad = torch.stack([~norm.isfinite(), self._bad_losses()]).float()
         found = torch.cat([bad, bad.new_tensor(stops)])
-        # Ranks that decided differently would wait for each other for ever.
+        # If ranks decided differently, they would wait for each other for ever.
         bad_norms, bad_losses, *ranks = self._over_ranks(found).tolist()
         stopped = zip(STOPPING, ranks, strict=True)
         self._stop_by = next((int(number) for number, count in stopped if count), 0)
@@ -97,7 +97,7 @@ class ReliableMixin(KeepingMixin):
         self._guard.bad(value, round(bad_losses), self.state.global_step, scale)
         drop_gradients(model)
         self._held = HeldSchedule(self.optimizer, self.lr_scheduler)
-        # A norm that is not a number is no JSON: the log entry has none.
+        # NaN is not valid JSON, so the log entry has no norm.
         return None
 
     def _over_ranks(self, value: Tensor) -> Tensor:

@@ -67,6 +67,6 @@ def with_shared_batches(loader: Any, size: int, ranks: int, rank: int) -> Any:
         )
     sampler.num_processes, sampler.process_index = ranks // size, rank // size
     if ranks == size:
-        # There is nobody to keep even with: as in one process, the last batch may be smaller.
+        # All ranks share one sequence, so the last batch may be smaller, as in one process.
         sampler.even_batches = False
     return loader

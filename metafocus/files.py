@@ -42,12 +42,6 @@ def check_utf8(name: str, text: str) -> None:
     Args:
         name: the argument.
         text: its value, in which Python has kept the bytes that are not UTF-8.
-
-    Raises:
-        DataError: with the name and the value.
-
-    Example:
-        >>> check_utf8("output_dir", "runs/a")
     """
     try:
         text.encode("utf-8")

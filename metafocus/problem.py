@@ -171,11 +171,7 @@ def trainable(module: nn.Module) -> Params:
 
 
 def refuse_empty(outer: Params, who: Any, otherwise: str = "") -> None:
-    """Raise for `outer={}`, where only explicit tensors are differentiated.
-
-    Raises:
-        ProblemError: naming who, and what to pass.
-    """
+    """Raise for `outer={}`, where only explicit tensors are differentiated."""
     if not outer:
         raise ProblemError(
             f"outer={{}} with {who}, which differentiates explicit tensors only. Pass "

@@ -31,9 +31,6 @@ def refused_writes(who: str, given: list[tuple[str, Tensor]], owner: Any) -> Ite
         who: what runs inside, for the message.
         given: the tensors that it is given, each with what it is.
         owner: the function that runs: what it closes over is named in the message.
-
-    Raises:
-        ProblemError: naming what was written to.
     """
     before = _held(owner)
     with Writes() as writes, undone(partial(_undo, writes)):

@@ -130,11 +130,7 @@ def most_positions(model: nn.Module) -> int | None:
 
 
 def check_length(batch: Batch, model: nn.Module) -> None:
-    """Raise if a row is longer than the positions of the model; packed rows count from 0 again.
-
-    Raises:
-        DataError: with both lengths.
-    """
+    """Raise if a row is longer than the positions of the model; packed rows count from 0 again."""
     most = most_positions(model)
     length = batch["input_ids"].shape[-1]
     if most is not None and length > most and "document_ids" not in batch:

@@ -34,9 +34,6 @@ def refuse_parallel(args: Any, environment: Any) -> None:
     Args:
         args: `transformers.TrainingArguments`.
         environment: such as `os.environ`, through which accelerate's launcher gives its settings.
-
-    Raises:
-        ProblemError: naming the setting and where it came from.
     """
     if environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         source = "ACCELERATE_USE_DEEPSPEED=true (accelerate's configuration file or launcher)"

@@ -150,11 +150,7 @@ class ReliableMixin(KeepingMixin):
         return result._replace(training_loss=loss)
 
     def _check_stalled(self, error: RuntimeError) -> None:
-        """Raise in plain words if an exchange with the other ranks has run into `ddp_timeout`.
-
-        Raises:
-            MetafocusError: naming the step and the setting.
-        """
+        """Raise in plain words if an exchange with the other ranks has run into `ddp_timeout`."""
         waited, limit = time.monotonic() - self._last_step, self.args.ddp_timeout
         if self.accelerator.num_processes > 1 and waited >= limit:
             raise MetafocusError(
@@ -234,11 +230,7 @@ class ReliableMixin(KeepingMixin):
     # Checkpoints ----------------------------------------------------------------------------
 
     def _before_saving(self) -> None:
-        """Raise rather than save weights that are not finite.
-
-        Raises:
-            NonFiniteError: naming the first parameter.
-        """
+        """Raise rather than save weights that are not finite."""
         bad = bad_weights(self._plain)
         if float(self._over_ranks(torch.tensor(float(len(bad)), device=self.args.device))):
             more = f" and {len(bad) - 1} more" * (len(bad) > 1)

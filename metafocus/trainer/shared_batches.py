@@ -15,11 +15,7 @@ from metafocus.errors import ProblemError
 
 
 def check_sequence_parallel(size: int, args: TrainingArguments, factory: Any) -> None:
-    """Raise for what cannot be combined with shared sequences, and for accelerate's own way.
-
-    Raises:
-        ProblemError: naming the setting and what to do.
-    """
+    """Raise for what cannot be combined with shared sequences, and for accelerate's own way."""
     own = getattr(args, "parallelism_config", None)
     theirs = getattr(own, "sp_size", None) or int(os.environ.get("PARALLELISM_CONFIG_SP_SIZE") or 1)
     if theirs > 1:

@@ -20,11 +20,11 @@ timed. Then the repetitions of all libraries are interleaved in random order, ea
 process whose allocator keeps freed blocks. The tables show the median CPU time, and the median of
 the ratio to the reference in each repetition, with quartiles; *wall* is the time of the clock. With
 two threads the CPU time of both is counted, also while one spins and waits for the other. *process*
-is the growth of the peak RSS over one call in a fresh process whose allocator returns freed
-blocks; it is less than the need of a library that keeps its last graph. *tensors* is the peak of live
+is the growth of the peak RSS over one call in a fresh process whose allocator returns freed blocks;
+it is less than the need of a library that keeps its last graph. *tensors* is the peak of live
 tensors. *GFLOP* counts matrix products, attention and convolutions as torch does. *load* is the
-load average of this machine before and after. If it is above the number of threads, other programs ran
-at the same time: times are then noisy, those of the clock more than those of the CPU, and two
+load average of this machine before and after. If it is above the number of threads, other programs
+ran at the same time: times are then noisy, those of the clock more than those of the CPU, and two
 threads wait for each other.
 """
 TARGETS = """

@@ -200,18 +200,22 @@ def transformers_sft(size: Size, checkpointing: bool) -> Any:
     return step
 
 
-def flop(size: Size, name: str, rank: int = RANK, steps: int = 2) -> float:
-    """Products of one step, each two operations: forward 1, to the inputs 1, to the weights 1."""
-    kv = size.hidden * size.kv_heads // size.heads
-    attention = 2 * size.hidden**2 + 2 * size.hidden * kv
+def flop(size: Size, name: str, rank: int = RANK, steps: int = 2, last: float = 1.0) -> float:
+    """Products of one step, each two operations: forward 1, to the inputs 1, to the weights 1.
+
+    Args:
+        last: the part of positions at which the last layer has queries and an MLP.
+    """
+    kv = 2 * size.hidden * (size.hidden * size.kv_heads // size.heads)
     # Half of the pairs of queries and keys, about, of scores and of values.
-    attention += size.length * size.hidden
-    mlp = 3 * size.hidden * size.intermediate
+    scored = 2 * size.hidden**2 + size.length * size.hidden + 3 * size.hidden * size.intermediate
     fast = size.layers - int(size.layers * (1 - FRACTION) + 1e-9)
-    lora = 3 * rank * (size.hidden + size.intermediate)
-    per_token = 3 * size.layers * (attention + mlp)
+    # Layers, with the last one as a part of one.
+    layers, adapted = (n * kv + (n - 1 + last) * scored for n in (size.layers, fast))
+    lora = 3 * rank * (size.hidden + size.intermediate) * (fast - 1 + last)
+    per_token = 3 * layers
     if not name.startswith("plain"):
-        per_token += steps * fast * (2 * (attention + mlp) + 3 * lora) + 2 * fast * lora
+        per_token += steps * (2 * adapted + 3 * lora) + 2 * lora
     # The head, where the next token is scored: a quarter.
     head = size.vocabulary * size.hidden / 4
     per_token += head * (3 if name.startswith("plain") else 3 + 2 * steps)

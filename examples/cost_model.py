@@ -7,6 +7,7 @@ term by term, and the time that follows from a share of the peak speed, without 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 GIB = 2**30
@@ -189,10 +190,33 @@ def memory_table() -> str:
     return "\n".join(lines)
 
 
+TASKS = [
+    (tasks, Run(SEVEN, 4096, gpus, sharers=sharers))
+    for tasks in (1_000, 10_000)
+    for gpus, sharers in ((8, 1), (64, 1), (64, 4))
+]
+
+
+def tasks_table() -> str:
+    """One step over many tasks of the 7B model, a sequence each, in Markdown."""
+    lines = [
+        "| tasks | GPUs | share a sequence | tasks a GPU | s a step | GiB | adapted weights, GiB |"
+    ]
+    lines.append("|" + "---|" * 7)
+    for tasks, run in TASKS:
+        each = math.ceil(tasks / (run.gpus // run.sharers))
+        kept = each * run.memory()["fast weights"] / 3  # of the three copies one stays
+        numbers = (each * run.seconds(), run.peak() / GIB, kept / GIB)
+        cells = [f"{tasks:,}", str(run.gpus), str(run.sharers), str(each)]
+        lines.append("| " + " | ".join([*cells, *(f"{x:.1f}" for x in numbers)]) + " |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     print(table())
     print("\n" + "; ".join(f"{letter}: {name}" for letter, name in short_names().items()))
     print(memory_table())
+    print(f"\n{tasks_table()}\n")
     for tokens, measured in CHECKED.items():
         found = as_measured(tokens)
         print(f"{tokens} tokens, 8 layers: {found / GIB:.1f} GiB, measured {measured / GIB:.1f}")

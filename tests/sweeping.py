@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -75,11 +76,13 @@ class RayExecutor:
 def ray(folder: Path) -> Iterator[Any]:
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, _temp_dir=str(folder / "ray"))
-    try:
-        yield RayExecutor()
-    finally:
-        ray.shutdown()
+    # Its sockets lie there, whose paths have at most 107 characters: the folder's may be longer.
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as short:
+        ray.init(num_cpus=2, include_dashboard=False, _temp_dir=short)
+        try:
+            yield RayExecutor()
+        finally:
+            ray.shutdown()
 
 
 EXECUTORS = {

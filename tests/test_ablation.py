@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import os
 import random
@@ -18,6 +17,7 @@ import torch
 from example_modules import EXAMPLES, example_modules
 
 import metafocus as mf
+from metafocus.cells import name_of
 from metafocus.data import Collator
 from metafocus.errors import NonFiniteError
 from metafocus.evals import babilong
@@ -318,14 +318,25 @@ def made_up(ablation, scale, gain: float, seeds: int = 3):
     return results, run(protocol.FOCUSFT, 0.0, 0)
 
 
-def stored(folder: Path, results, base) -> Path:
+def stored(folder: Path, results, base, key: str | None = "result") -> Path:
+    """Write runs as a sweep does, or alone."""
     (folder / "results").mkdir(parents=True)
-    for name, runs in results.items():
-        for seed, run in runs.items():
-            (folder / "results" / f"{name}-seed{seed}.json").write_text(json.dumps(run))
-    (folder / "results" / "base.json").write_text(json.dumps(base))
+    runs = [base | {"cell": None}, *(run for seeds in results.values() for run in seeds.values())]
+    for i, run in enumerate(runs):
+        text = json.dumps({key: run} if key else run)
+        (folder / "results" / f"{i}.json").write_text(text)
     (folder / "environment.json").write_text(json.dumps({"weights": "a" * 64}))
     return folder
+
+
+def test_failed_parts_are_no_runs_and_files_of_before_are_read(ablation, tmp_path):
+    results, base = made_up(ablation, ablation.protocol.SMOLLM2, 0.4)
+    new, old = (stored(tmp_path / str(key), results, base, key=key) for key in ("result", None))
+    (new / "results" / "failed.json").write_text(json.dumps({"result": None, "error": "memory"}))
+    assert ablation.report.read(new) == ablation.report.read(old)
+    assert ablation.report.read(new)[1] == results
+    with pytest.raises(SystemExit, match="has no untrained model"):
+        ablation.report.read(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -387,30 +398,6 @@ def test_few_seeds_decide_nothing_and_missing_cells_are_said(ablation, tmp_path)
 # --- the whole -----------------------------------------------------------------------------------
 
 
-def test_a_part_is_left_to_the_process_that_is_at_it(ablation, tmp_path, capsys):
-    ran = []
-    path = tmp_path / "results" / "part.json"
-
-    def part(progress):
-        ran.append(path.exists())
-        return {"number": float("nan")}
-
-    path.parent.mkdir()
-    with path.with_suffix(".lock").open("w") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        assert ablation.run.run_part(path, part, "part", {}) and not ran
-    assert ablation.run.run_part(path, part, "part", {"weights": "x"}) and ran == [False]
-    assert json.loads(path.read_text())["weights"] == "x"
-    assert ablation.run.run_part(path, part, "part", {}) and ran == [False]  # finished already
-
-    def fails(progress):
-        raise RuntimeError("no memory")
-
-    assert not ablation.run.run_part(tmp_path / "results" / "other.json", fails, "other", {})
-    assert "no memory" in capsys.readouterr().err
-    assert not (tmp_path / "results" / "other.json").exists()
-
-
 def run(output: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(EXAMPLES / "ablation" / "run.py"), "--output", str(output), *words],
@@ -421,14 +408,15 @@ def run(output: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_the_quick_form_runs_and_goes_on_where_it_stopped(tmp_path):
+def test_the_quick_form_runs_and_goes_on_where_it_stopped(ablation, tmp_path):
     first = run(tmp_path, "--quick")
     assert first.returncode == 0, first.stderr
     assert "| statement | published |" in first.stdout
     parts = sorted((tmp_path / "results").glob("*.json"))
     assert len(parts) == 1 + 4  # the untrained model, four cells
     # A cell that died left nothing; the rest stays as it is, and what comes back is the same.
-    lost = tmp_path / "results" / "bidirectional-none-seed0.json"
+    cell = asdict(ablation.protocol.BIDIRECTIONAL)
+    lost = tmp_path / "results" / f"{name_of({'cell': cell, 'seed': 0})}.json"
     before = json.loads(lost.read_text())
     times = {p: p.stat().st_mtime_ns for p in parts}
     lost.unlink()
@@ -436,8 +424,9 @@ def test_the_quick_form_runs_and_goes_on_where_it_stopped(tmp_path):
     assert again.returncode == 0, again.stderr
     assert {p for p in parts if p.stat().st_mtime_ns != times[p]} == {lost}
     after = json.loads(lost.read_text())
-    for found in (before, after):
-        del found["seconds"], found["measuring_cpu_seconds"], found["training"]["cpu_seconds"]
+    for record in (before, after):
+        found = record["result"]
+        del record["seconds"], found["measuring_cpu_seconds"], found["training"]["cpu_seconds"]
     assert after == before
     other = run(tmp_path, "--scale", "smollm2")
     assert other.returncode == 1 and "holds a run of other settings" in other.stderr

@@ -400,8 +400,9 @@ def gone(folder: Path) -> bool:
 def test_a_killed_evaluation_leaves_no_program_running(way, tmp_path):
     code = (
         "from metafocus.evals.agentic import Limits, Walls, run_python, sandbox, walls\n"
-        f"if {way == 'landlock'}: sandbox.walls = lambda: Walls(False, walls().landlock, True)\n"
-        "else: walls()\nprint('go', flush=True)\n"
+        "found = walls()\n"  # its trials are processes too, and end before the word
+        f"if {way == 'landlock'}: sandbox.walls = lambda: Walls(False, found.landlock, True)\n"
+        "print('go', flush=True)\n"
         "run_python('import time; time.sleep(300)', Limits(seconds=300, cpu_seconds=300))"
     )
     # The programs get a directory here, and name it in their environment.

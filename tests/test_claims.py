@@ -224,19 +224,41 @@ def test_a_project_without_claims_is_left_alone(pytester):
 # --- a process that dies -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("workers", "third"), [(1, ("error", NEVER_ENDED)), (2, ("reproduced", ""))]
-)
-def test_a_process_that_dies(suite, tmp_path, workers, third):
-    """What was measured before stays, and the rest is an error; a worker is replaced."""
-    files = {"a": source("T1", "claim(1)"), "b": source("T2", "claim(2); os._exit(9)")}
-    folder = suite(**files, c=source("T3", "claim(3)"))
-    report = run_claims(folder, tmp_path / "r.json", workers=workers)
-    found = [(row["verdict"], row["message"]) for row in report.rows]
-    assert found[0] == ("reproduced", "") and found[2] == third
-    verdict, message = found[1]
-    assert verdict == "error" and ("crashed while running" in message or message == NEVER_ENDED)
-    assert (tmp_path / "r.md").read_text() == page(report, "r.json")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_process_that_dies(suite, tmp_path, workers):
+    """What was measured before stays; the rest of its file is an error, other files go on."""
+    died = source("T2", "claim(2)") + source("T4", "claim(4); os._exit(9)") + source("T5", "pass")
+    folder = suite(a=source("T1", "claim(1)"), b=died, c=source("T3", "claim(3)"))
+    report = run_claims(folder, tmp_path / "running", workers=workers)
+    found = [(row["id"], row["verdict"], row["message"]) for row in report.rows]
+    whole = [(f"T{i}", "reproduced", "") for i in (1, 2, 3)]
+    assert found == [*whole, *((f"T{i}", "error", NEVER_ENDED) for i in (4, 5))]
+
+
+def test_a_run_that_was_stopped_goes_on(suite, tmp_path):
+    """The files that have ended are not run again, unless code has changed."""
+    ran, again = tmp_path / "ran", tmp_path / "again"
+    noted = source("T1", f"claim(1); open({str(ran)!r}, 'a').write('a')")
+    stop = f"os.path.exists({str(again)!r}) or os.kill(os.getpid(), 2)"
+    folder = suite(a=noted, b=source("T2", f"{stop}; claim(2)"))
+    with pytest.raises(KeyboardInterrupt):
+        run_claims(folder, tmp_path / "running")
+    again.touch()
+    report = run_claims(folder, tmp_path / "running")
+    assert [row["verdict"] for row in report.rows] == ["reproduced", "reproduced"]
+    assert ran.read_text() == "a"
+    suite(c="")
+    run_claims(folder, tmp_path / "running")
+    assert ran.read_text() == "aa"
+
+
+def test_folders_of_a_suite_keep_their_names(suite, tmp_path):
+    folder = suite(a=source("T1", "claim(1)"))
+    (folder / "inner").mkdir()
+    (folder / "inner" / "test_b.py").write_text(HEAD + source("T2", "claim(2)"))
+    report = run_claims(folder, tmp_path / "running", only=["T2"])
+    (row,) = report.rows
+    assert row["test"] == "inner/test_b.py::test_t2" and report.settings["only"] == ["T2"]
 
 
 # --- the command ---------------------------------------------------------------------------------
@@ -318,7 +340,7 @@ def test_an_installation_without_the_librarys_claims_or_without_pytest(suite, mo
     assert find_tests() == SUITE and find_tests(folder) == folder
     monkeypatch.setattr(metafocus.claims.process.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DataError, match="pytest is not installed: pip install pytest"):
-        run_claims(folder, folder / "r.json")
+        run_claims(folder, folder / "running")
     monkeypatch.setattr(metafocus.claims.process, "_PACKAGES", folder)
     code, _, err = run()
     assert code == 2 and "not part of an installed package" in err and "clone" in err

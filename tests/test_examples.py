@@ -119,6 +119,9 @@ def test_the_cost_model_counts_what_the_models_have():
     # 20 million numbers of fast weights at rank 32, in three copies of float32.
     assert run.memory()["fast weights"] == 12 * 21_626_880
     assert run.units(shared=False) == pytest.approx(4 + 2 * (18 / 28 + 2 * 10 / 28))
+    # 10,000 tasks: 64 GPUs have at most 157 each, with 0.0806 GiB of adapted weights for each.
+    row = "| 10,000 | 64 | 1 | 157 | 132.8 | 14.8 | 12.6 |"
+    assert row in model.tasks_table() and 157 * 4 * 21_626_880 / 2**30 == pytest.approx(12.6, 0.01)
 
 
 def test_the_cost_model_is_near_what_was_measured():
@@ -133,7 +136,8 @@ def test_the_cost_model_is_near_what_was_measured():
 
 def test_the_page_shows_the_tables_that_the_script_prints():
     model, page = load("examples/cost_model.py"), (ROOT / "docs" / "training_scale.md").read_text()
-    assert model.table() in page and model.memory_table() in page
+    for table in (model.table, model.memory_table, model.tasks_table):
+        assert table() in page
     for letter, name in model.short_names().items():
         assert f"{letter}: {name}" in page
 

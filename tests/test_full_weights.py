@@ -24,7 +24,7 @@ from metafocus.recipes._focusft import focusft_problem
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
     # The first jvp of a process makes torch itself call torch.jit.script.
-    pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script`"),
 ]
 
 MLPS = mf.FullWeights(mf.top_layers(0.5, NAMES))

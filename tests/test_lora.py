@@ -146,7 +146,7 @@ def test_logits_and_gradients_equal_merged_weights(case: tuple[nn.Module, LoRA, 
 
 
 # The first jvp of a process makes torch itself call torch.jit.script.
-@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`")
 def test_second_order(case: tuple[nn.Module, LoRA, Params]) -> None:
     model, lora, fast = case
 

@@ -149,6 +149,12 @@ KERNELS = {
     ),
     "mixed derivative lost": lambda w, c: MixedLost.apply(w, c.expand_as(w)).sum(),
     "custom op": lambda w, c: (cube_op(w) * c).sum(),
+    # The second derivative of x**3 is zero at the start, and lost at every later step.
+    "without curvature at the start": lambda w, c: (RawBackward.apply(w - W) * c).sum(),
+    "a small share of the curvature": lambda w, c: 1e-3 * (RawBackward.apply(w) * c).sum(),
+    "near an entry that dwarfs it": lambda w, c: (
+        (RawBackward.apply(w[:4]) * c).sum() + 1e4 * c * w[4] ** 2
+    ),
 }
 W = torch.tensor([0.5, -0.7, 0.9, 1.2, -0.3], dtype=torch.float64)
 OUTER = {"w": W, "c": torch.tensor(0.8, dtype=torch.float64)}
@@ -239,6 +245,21 @@ def test_correct_networks_are_not_refused(layer, dtype):
 
     meta = mf.bilevel(mf.Problem(loss, loss), solver=mf.SGD(0.1, 2), estimator=mf.Unrolled())
     assert flat(mf.hypergrad(meta)({"w": w}, mf.Episode(x, x))[0]).isfinite().all()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_kinks_beside_an_exact_custom_function_are_not_refused(seed):
+    torch.manual_seed(seed)
+    outer = {"a": torch.randn(8, 64), "b": torch.zeros(64), "c": torch.randn(64, 3)}
+    x = torch.randn(32, 8)
+    x[:5] = 0  # at the kink itself, as rows of padding are
+
+    def loss(fast, slow, data):
+        hidden = torch.relu(data @ fast["a"] + fast["b"])
+        return (ExactFunction.apply(hidden @ fast["c"]) ** 2).mean()
+
+    meta = mf.bilevel(mf.Problem(loss, loss), solver=mf.SGD(0.01, 2), estimator=mf.Unrolled())
+    assert flat(mf.hypergrad(meta)(outer, mf.Episode(x, x))[0]).isfinite().all()
 
 
 def test_half_precision_of_ordinary_operators_is_not_refused():

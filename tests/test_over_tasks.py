@@ -115,6 +115,21 @@ def test_the_hypergradient_is_differentiated_again(how):
     assert_close(sizes(**HOWS[how]), sizes(**WHOLE), 1e-10)
 
 
+@pytest.mark.parametrize("how", HOWS)
+def test_third_derivatives_of_chunks_are_those_of_the_whole(how):
+    def third(**options):
+        leaves = {k: v.clone().requires_grad_() for k, v in CASE.outer.items()}
+        loss, _ = mf.over_tasks(meta_of(), **options)(leaves, CASE.episodes)
+        for differentiable in (True, True, False):
+            grads = torch.autograd.grad(
+                loss, list(leaves.values()), create_graph=differentiable, materialize_grads=True
+            )
+            loss = sum((g**2).sum() for g in grads)
+        return grads
+
+    assert_close(third(**HOWS[how]), third(**WHOLE), 1e-9)
+
+
 def test_the_backward_pass_may_be_run_twice_and_with_any_cotangent():
     leaves = {k: v.clone().requires_grad_() for k, v in CASE.outer.items()}
     loss, _ = mf.over_tasks(meta_of(), chunk_size=2)(leaves, CASE.episodes)
@@ -156,13 +171,18 @@ def by_hypergrad(meta, outer, episodes):
     mf.hypergrad(meta)({k: v.detach() for k, v in outer.items()}, episodes)
 
 
+def by_hypergrad_of_leaves(meta, outer, episodes):
+    """What it returns can be differentiated again; until then no graph is kept."""
+    mf.hypergrad(meta)(outer, episodes)
+
+
 def by_backward(meta, outer, episodes):
     meta({k: v.detach().requires_grad_() for k, v in outer.items()}, episodes)[0].backward()
 
 
 @pytest.mark.parametrize("how", ["loop", "chunks of 2", "same numbers"])
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-@pytest.mark.parametrize("way", [by_hypergrad, by_backward])
+@pytest.mark.parametrize("way", [by_hypergrad, by_hypergrad_of_leaves, by_backward])
 def test_the_memory_is_that_of_one_chunk_whatever_wraps_it(way, wrapper, how):
     options = {
         "loop": {"how": "loop"},
@@ -540,8 +560,9 @@ def test_a_generator_of_its_own_is_found_where_it_would_be_lost():
     leaves = {k: v.clone().requires_grad_() for k, v in CASE.outer.items()}
     loss, _ = meta(leaves, CASE.episodes)
     torch.autograd.grad(loss, leaves["w1"], retain_graph=True)
+    slope = torch.autograd.grad(loss, leaves["w1"], create_graph=True)[0]
     with pytest.raises(mf.errors.ProblemError, match=r"run again.*generator"):
-        torch.autograd.grad(loss, leaves["w1"], create_graph=True)
+        torch.autograd.grad(slope.sum(), leaves["w1"])
 
 
 def test_the_global_state_moves_on_as_if_there_were_no_chunks():

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from sweeping import CELLS, EXECUTORS, PACKAGES, Noted, calls, pool
 
 import metafocus as mf
@@ -178,6 +179,39 @@ def test_no_cells(tmp_path):
     assert mf.sweep(str, [], folder=tmp_path) == []
 
 
+def test_a_cell_may_be_a_batch_of_cells(tmp_path):
+    """As docs/sweeps.md stacks seeds: by `over_tasks`, with the results of one cell for each."""
+
+    def loss(fast, slow, x):
+        return ((fast["w"] - x) ** 4).sum()
+
+    def measured(fast, slow, x):
+        value = loss(fast, slow, x)
+        return value, {"loss": value}
+
+    solver = mf.SGD(0.01, steps=3)
+    meta = mf.bilevel(mf.Problem(loss, measured), solver=solver, estimator=mf.Unrolled())
+    start = {"w": torch.zeros(3, dtype=torch.float64)}
+
+    def episode(seed):
+        draw = torch.Generator().manual_seed(seed)
+        return mf.Episode(*torch.randn(2, 3, dtype=torch.float64, generator=draw))
+
+    @torch.no_grad()
+    def alone(seed):
+        return meta(start, episode(seed))[0].item()
+
+    @torch.no_grad()
+    def together(seeds):
+        _, aux = mf.over_tasks(meta)(start, mf.stack_episodes([episode(s) for s in seeds]))
+        return aux.metrics["loss"].tolist()
+
+    single = [o.result for o in mf.sweep(alone, range(4), folder=tmp_path / "alone")]
+    (batch,) = mf.sweep(together, [[0, 1, 2, 3]], folder=tmp_path / "together")
+    # The order of sums is the same; vectorised powers may differ in the last digit.
+    assert batch.result == pytest.approx(single, rel=1e-14) and len(set(single)) == 4
+
+
 def test_two_runs_share_the_cells(tmp_path):
     noted = tmp_path / "calls"
     fn, found = Noted(str(noted), seconds=0.02), {}
@@ -242,14 +276,14 @@ def test_killed_twice_equals_uninterrupted(tmp_path, monkeypatch, how):
     command = [sys.executable, "-W", "ignore", str(script), str(folder), str(noted), how]
     for finished in (2, 5):
         with subprocess.Popen(command) as process:
-            wait_for(lambda n=finished: len(list(folder.glob("*.json"))) >= n, 240)
+            wait_for(lambda n=finished: len(list(folder.glob("*.json"))) >= n, 900)
             for one in everything(process):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     one.kill()
         # What was in its last moments may still have written its file.
         wait_for(lambda: not locked(folder))
     stopped = len(calls(noted)) - len(files(folder))
-    subprocess.run(command, check=True, timeout=240)
+    subprocess.run(command, check=True, timeout=900)
     whole = mf.sweep(Noted(str(tmp_path / "other")), CELLS, folder=tmp_path / "whole")
     fn = Noted(str(noted), seconds=0.15)  # of the same content as the script's
     assert values(mf.sweep(fn, CELLS, folder=folder)) == values(whole) == VALUES

@@ -92,3 +92,25 @@ def test_errors():
         train_tokenizer("hello")
     with pytest.raises(DataError, match="texts holds no text"):
         train_tokenizer(["", ""])
+    with pytest.raises(DataError, match="texts holds 3 of type int"):
+        train_tokenizer(["a", *([""] * 300), 3])  # pyright: ignore[reportArgumentType]
+
+
+def test_texts_are_not_kept():
+    """More texts than memory holds: each is dropped before many others are read."""
+
+    class Text(str):
+        alive, most = 0, 0
+
+        def __del__(self):
+            Text.alive -= 1
+
+    def texts():
+        for i in range(5000):
+            Text.alive += 1
+            Text.most = max(Text.most, Text.alive)
+            yield Text(f"number {i}")
+
+    train_tokenizer(texts(), 300)
+    # The trainer reads a few hundred at a time.
+    assert Text.most < 1000

@@ -17,6 +17,7 @@ import torch
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
+from ladder import choosing, choosing_narrow  # noqa: E402
 from svg import PINK, STYLES, Drawing  # noqa: E402
 
 import metafocus as mf  # noqa: E402
@@ -96,47 +97,6 @@ def estimators() -> Drawing:
         if kind == "penalty":
             d.circle(xs[4] + 14, y - 19, 10, "pink")
         d.box(504, y - 18, 54, 36, "loss", "good")
-    return d
-
-
-def choosing() -> Drawing:
-    """A ladder of questions: yes goes to the right, no goes down."""
-    steps = (
-        (("No derivatives at hand?", "accuracy, a simulator"), ("`evolution, PES, ESSingle",)),
-        (
-            ("No inner loop: both levels", "take steps together?"),
-            ("`SOBA, SABA, AmIGO,", "`StocBiO, F2SA, BOME"),
-        ),
-        (
-            ("Too long for one outer step:", "updates on the way?"),
-            ("`windows", "biased; unbiased: PES"),
-        ),
-        (
-            ("Does the inner loop converge?", "second derivatives are fine"),
-            ("`Implicit(CG(n))", "memory free of the steps"),
-        ),
-        (
-            ("It converges, but first", "derivatives only?"),
-            ("`Penalty(strength)", "bias falls as 1 / strength"),
-        ),
-        (
-            ("Must it cost no more than", "first derivatives?"),
-            ("`FirstOrder()", "for a learned start"),
-        ),
-        (("Does the graph of all steps", "fit into memory?"), ("`Unrolled()", "exact")),
-    )
-    d = Drawing(560, 86 * len(steps) + 128, "Which estimator: a ladder of questions")
-    for i, (question, answer) in enumerate(steps):
-        y = i * 86 + 2
-        d.box(2, y, 250, 58, question, "plain", size=15)
-        d.line([(254, y + 29), (328, y + 29)])
-        d.text(288, y + 18, "yes", size=14)
-        d.box(332, y, 226, 58, answer, "good", size=15)
-        d.line([(127, y + 60), (127, y + 84)])
-        d.text(146, y + 71, "no", size=14)
-    y = len(steps) * 86 + 2
-    d.box(2, y, 556, 58, ("`Unrolled(recompute=True)", "exact, memory flat in the steps"), "good")
-    d.box(2, y + 78, 556, 44, "then measure on your problem: mf.compare(...)", "pink", size=16)
     return d
 
 
@@ -280,7 +240,7 @@ def filled(page: str, report: dict) -> str:
 
 def main() -> None:
     """Draw all figures and fill in the tables."""
-    for draw in (one_idea, estimators, choosing, focusft, masks):
+    for draw in (one_idea, estimators, choosing, choosing_narrow, focusft, masks):
         draw().save(HERE / f"{draw.__name__}.svg")
     report = json.loads((HERE / "tradeoffs.json").read_text())
     tradeoffs(report).save(HERE / "tradeoffs.svg")

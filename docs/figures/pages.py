@@ -24,6 +24,8 @@ from metafocus.evals import wilson
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 CELLS = ROOT / "examples" / "ablation" / "smollm2" / "results"
+USUAL = {"estimator": "first-order", "tokens": "answer", "support": "own"}
+"""What most cells of the ablation have in common."""
 BLUE, ORANGE, GREEN, PINK = COLOURS[:4]
 
 
@@ -34,9 +36,11 @@ def claims(id: str) -> Iterator[dict[str, Any]]:
             yield row["measured"]
 
 
-def cells(pattern: str) -> list[dict[str, Any]]:
-    """The finished runs of the ablation whose names match."""
-    return [json.loads(path.read_text()) for path in sorted(CELLS.glob(f"{pattern}.json"))]
+def cells(cell: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The finished runs of a cell of the ablation, by seed; None: of the untrained model."""
+    records = [json.loads(path.read_text()) for path in CELLS.glob("*.json")]
+    found = [record["result"] for record in records if record["cell"]["cell"] == cell]
+    return sorted(found, key=lambda run: run.get("seed", 0))
 
 
 def reproduction() -> None:
@@ -80,7 +84,7 @@ def training() -> None:
     """The inner losses that a run logs, at two inner learning rates."""
     figure, axes = plt.subplots(1, 2, figsize=(7.2, 2.9), sharey=True)
     for axis, rate in zip(axes, ("0.1", "1"), strict=True):
-        runs = cells(f"bidirectional-K2-rate{rate}-first-order-answer-own-seed*")
+        runs = cells({"mask": "bidirectional", "steps": 2, "rate": float(rate), **USUAL})
         before, after, outer = [], [], []
         for run in runs:
             inner = run["training"]["inner"]
@@ -113,7 +117,7 @@ def smoothed(runs: list[list[float]], width: int = 4) -> list[float]:
 def diagnostics() -> None:
     """Attention on the first token, layer by layer, of the model before any training."""
     figure, axis = plt.subplots(figsize=(5.6, 3.0))
-    attention = cells("base")[0]["attention"]
+    attention = cells(None)[0]["attention"]
     shown = {
         "deployed": ("causal mask, as deployed", BLUE, "o-"),
         "training mask": ("FocuSFT's mask", ORANGE, "s--"),
@@ -130,13 +134,13 @@ def diagnostics() -> None:
 def evals() -> None:
     """Accuracy by task, before and after fine-tuning, with Wilson intervals."""
     figure, axis = plt.subplots(figsize=(5.6, 3.0))
+    plain = {"mask": "causal", "steps": 0, "rate": 1.0, **USUAL}
     shown = {
-        "untrained": ("base", BLUE, "o"),
-        "after 24 steps of plain fine-tuning": ("causal-none-seed*", ORANGE, "s"),
+        "untrained": (cells(None), BLUE, "o"),
+        "after 24 steps of plain fine-tuning": (cells(plain), ORANGE, "s"),
     }
-    tasks = list(cells("base")[0]["scores"]["deployed"])
-    for shift, (name, (pattern, colour, mark)) in enumerate(shown.items()):
-        runs = cells(pattern)
+    tasks = list(cells(None)[0]["scores"]["deployed"])
+    for shift, (name, (runs, colour, mark)) in enumerate(shown.items()):
         for place, task in enumerate(tasks):
             right = [
                 answer

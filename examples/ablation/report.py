@@ -31,19 +31,27 @@ from tables import (
     worse_steps,
 )
 
+PAGES = {
+    "quick": "ablation_quick.md",
+    "smollm2": "ablation.md",
+    "smollm2-100": "ablation_100.md",
+    "full": "ablation_full.md",
+}
+"""The file of each scale's report in `docs`."""
+
 
 def write_report(scale: Scale, output: Path, page: Path | None = None) -> str:
     """Write `report.md` (or `page`) and its figures from the results; return its first part."""
     base, results = read(output)
     page = page or output / "report.md"
-    pictures = page.parent / "figures" / "ablation"
+    pictures = page.parent / "figures" / page.stem
     pictures.mkdir(parents=True, exist_ok=True)
     captions = figures.draw(scale, base, results, NAMES, pictures)
     found = claims(scale, results, base)
     start, table = opening(scale, results, base, found), claim_table(found)
     lines = [
         *start,
-        *picture_lines(captions),
+        *picture_lines(captions, page.stem),
         *table,
         *cell_table(scale, results, base),
         *trained_table(scale, results, base),
@@ -57,14 +65,20 @@ def write_report(scale: Scale, output: Path, page: Path | None = None) -> str:
 
 def read(output: Path) -> tuple[Run, Results]:
     """Return the untrained model's measurements and those of every finished cell."""
+    records = [json.loads(path.read_text()) for path in (output / "results").glob("*.json")]
+    # A run that began before there was a sweep has files of the results alone.
+    found = [run for run in (record.get("result", record) for record in records) if run]
+    base = [run for run in found if not run.get("cell")]
+    if not base:
+        raise SystemExit(f"{output}/results has no untrained model: run the experiment first")
     results: Results = {}
-    for path in sorted((output / "results").glob("*-seed*.json")):
-        run = json.loads(path.read_text())
+    for run in sorted((run for run in found if run.get("cell")), key=_order):
         results.setdefault(Cell(**run["cell"]).name, {})[run["seed"]] = run
-    base = output / "results" / "base.json"
-    if not base.exists():
-        raise SystemExit(f"{output} holds no results/base.json: run the experiment first")
-    return json.loads(base.read_text()), results
+    return base[0], results
+
+
+def _order(run: Run) -> tuple[str, int]:
+    return Cell(**run["cell"]).name, run["seed"]
 
 
 def opening(scale: Scale, results: Results, base: Run, found: Sequence[Claim]) -> list[str]:
@@ -116,7 +130,8 @@ def opening(scale: Scale, results: Results, base: Run, found: Sequence[Claim]) -
     if worse:
         sentences.append(f"In FocuSFT, at the paper's inner rate of 1, {worse}.")
     sentences.append(control_losses(scale, results))
-    return ["# The ablation of FocuSFT", "", " ".join(sentences).strip(), ""]
+    title = f"# The ablation of FocuSFT: {scale.steps} steps"
+    return [title, "", " ".join(sentences).strip(), ""]
 
 
 def claim_table(found: Sequence[Claim]) -> list[str]:
@@ -131,11 +146,11 @@ def claim_table(found: Sequence[Claim]) -> list[str]:
     return [*lines, ""]
 
 
-def picture_lines(captions: dict[str, str]) -> list[str]:
+def picture_lines(captions: dict[str, str], folder: str) -> list[str]:
     """The figures, each with its caption."""
     lines = []
     for name, caption in captions.items():
-        lines += [f"![{caption}](figures/ablation/{name}.png)", "", f"*{caption}.*", ""]
+        lines += [f"![{caption}](figures/{folder}/{name}.png)", "", f"*{caption}.*", ""]
     return lines
 
 
@@ -157,9 +172,10 @@ def method(scale: Scale, output: Path, results: Results) -> list[str]:
         "The protocol (`examples/ablation/protocol.py`) was fixed before any cell was trained; its "
         "sizes follow from the measured cost of a step. One number changed afterwards: two cells "
         "of 32 steps had been trained, and were thrown away because of a fault (autocast reused "
-        "stale weights), before the steps were cut to 24 for the budget. The page says nothing "
-        "about larger models or longer training. The SHA-256 of the weights begins with "
-        f"`{at['weights'][:16]}`. "
+        "stale weights), before the steps were cut to [24](ablation.md) for the budget. Cells of "
+        "[100 steps](ablation_100.md) were added when those of 24 had been seen; nothing else "
+        "differs. The page says nothing about larger models. The SHA-256 of the weights begins "
+        f"with `{at['weights'][:16]}`. "
         f"Trained tasks: {', '.join(scale.trained)}; held out: "
         f"{', '.join(scale.held_out)}. Chats of each task: {sizes}, each with up to {scale.turns} "
         "questions; earlier answers stand in the chat as they should be. An answer is right if "
@@ -181,7 +197,7 @@ def method(scale: Scale, output: Path, results: Results) -> list[str]:
         f"{scale.name}",
         f"python examples/ablation/run.py --scale {scale.name} --output examples/ablation/"
         f"{scale.name} \\",
-        "    --report --page docs/ablation.md",
+        f"    --report --page docs/{PAGES[scale.name]}",
         "```",
     ]
     if diverged:

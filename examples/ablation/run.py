@@ -4,9 +4,9 @@
     python examples/ablation/run.py --scale smollm2 --output examples/ablation/smollm2
     python examples/ablation/run.py --scale full --output ablation-full    # wants a GPU
 
-Each cell is one file in `results`, written whole when the cell is finished. A run that is stopped
-goes on with the first cell that has none; several processes share one output directory. The report
-can be written at any time, from whatever is there:
+The cells are those of an `mf.sweep` in the folder `results`: each is one file, written whole when
+the cell is finished. A run that is stopped goes on with the first cell that has none; several
+processes share one output directory. The report can be written at any time, from whatever is there:
 
     python examples/ablation/run.py --scale smollm2 --output examples/ablation/smollm2 --report \
         --page docs/ablation.md
@@ -15,13 +15,12 @@ can be written at any time, from whatever is there:
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import sys
 import time
-import traceback
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +30,13 @@ from model import checksum, load
 from protocol import FOCUSFT, SCALES, Cell, Scale
 from report import write_report
 
+import metafocus as mf
 from metafocus.comparison import environment
 from metafocus.errors import NonFiniteError
 from metafocus.files import write_json
+
+UNTRAINED = {"cell": None}
+"""The part that only measures the model as it is."""
 
 
 def main() -> None:
@@ -49,10 +52,10 @@ def main() -> None:
     scale = SCALES["quick" if args.quick else args.scale]
     args.output.mkdir(parents=True, exist_ok=True)
     check_same(scale, args.output)
-    failed = [] if args.report else run_all(scale, args.output, args.model, args.device)
+    failed = 0 if args.report else run_all(scale, args.output, args.model, args.device)
     print(write_report(scale, args.output, args.page))
     if failed:
-        sys.exit(f"not finished: {', '.join(failed)}; run the same command again")
+        sys.exit(f"{failed} parts failed; the same command runs them again")
 
 
 def check_same(scale: Scale, output: Path) -> None:
@@ -64,75 +67,69 @@ def check_same(scale: Scale, output: Path) -> None:
     write_json(path, mine)
 
 
-def run_all(scale: Scale, output: Path, source: str, device: str) -> list[str]:
-    """Run what is not finished; return the parts that failed."""
-    model, tokenizer = load(scale, source, device)
-    weights = checksum(model)
-    bench = Bench(scale, tokenizer, device)
+def run_all(scale: Scale, output: Path, source: str, device: str) -> int:
+    """Run what is not finished, failed parts again; return how many failed."""
+    experiment = Experiment(scale, source, device)
     write_json(
         output / "environment.json",
-        {"device": device, "weights": weights, **environment(torch.float32)},
+        {"device": device, "weights": experiment.weights, **environment(torch.float32)},
     )
-    start = {name: value.detach().clone() for name, value in model.named_parameters()}
-
-    def base(progress: Callable[[str], None]) -> dict[str, Any]:
-        return measure(model, bench, scale, FOCUSFT)
-
-    def of(cell: Cell, seed: int) -> Callable[[Callable[[str], None]], dict[str, Any]]:
-        def run(progress: Callable[[str], None]) -> dict[str, Any]:
-            with torch.no_grad():
-                for name, value in model.named_parameters():
-                    value.copy_(start[name])
-            found: dict[str, Any] = {"cell": asdict(cell), "seed": seed}
-            try:
-                found["training"] = train(model, tokenizer, scale, cell, seed, progress)
-            except NonFiniteError as error:
-                return {**found, "diverged": str(error)}  # a result too
-            progress("measuring")
-            return {**found, **measure(model, bench, scale, cell, seed)}
-
-        return run
-
-    cells = scale.cells()
-    parts = {"base": base, **{f"{c.name}-seed{s}": of(c, s) for c, s in cells}}
-    failed = []
-    for i, (name, part) in enumerate(parts.items()):
-        path = output / "results" / f"{name}.json"
-        if not run_part(path, part, f"[{i}/{len(cells)}] {name}", {"weights": weights}):
-            failed.append(name)
-    return failed
+    trained = [{"cell": asdict(cell), "seed": seed} for cell, seed in scale.cells()]
+    found = mf.sweep(experiment, [UNTRAINED, *trained], folder=output / "results", retry=True)
+    return sum(outcome.error is not None for outcome in found)
 
 
-def run_part(
-    path: Path,
-    part: Callable[[Callable[[str], None]], dict[str, Any]],
-    label: str,
-    known: dict[str, Any],
-) -> bool:
-    """Run one part and write its file, unless it is there or another process is at it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    started = time.time()
+@dataclass(frozen=True)
+class Experiment:
+    """The function of the sweep: trains and measures a cell, as plain numbers.
 
-    def progress(line: str) -> None:
-        print(f"{time.strftime('%H:%M:%S')} {label}: {line}", flush=True)
+    Attributes:
+        scale: its sizes.
+        source: a directory or hub id of the model; "" for that of the scale.
+        device: where it runs.
+    """
 
-    # The lock ends with the process, so nothing is left to clean up after a crash.
-    with path.with_suffix(".lock").open("w") as lock:
+    scale: Scale
+    source: str
+    device: str
+
+    @cached_property
+    def loaded(self) -> tuple[Any, Any, Bench]:
+        """The model, its tokenizer, and what it is asked."""
+        model, tokenizer = load(self.scale, self.source, self.device)
+        return model, tokenizer, Bench(self.scale, tokenizer, self.device)
+
+    @cached_property
+    def start(self) -> dict[str, torch.Tensor]:
+        """The weights that every cell starts from."""
+        return {k: v.detach().clone() for k, v in self.loaded[0].named_parameters()}
+
+    @cached_property
+    def weights(self) -> str:
+        """Their checksum."""
+        return checksum(self.loaded[0])
+
+    def __call__(self, part: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what came of a part."""
+        weights, start = self.weights, self.start
+        model, tokenizer, bench = self.loaded
+        with torch.no_grad():
+            for name, value in model.named_parameters():
+                value.copy_(start[name])
+        if part == UNTRAINED:
+            return {"weights": weights, **measure(model, bench, self.scale, FOCUSFT)}
+        cell, seed = Cell(**part["cell"]), part["seed"]
+
+        def progress(line: str) -> None:
+            print(f"{time.strftime('%H:%M:%S')} {cell.name}, seed {seed}: {line}", flush=True)
+
+        found: dict[str, Any] = {"weights": weights, **part}
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        if path.exists():
-            return True
-        try:
-            found = part(progress)
-        except Exception:
-            traceback.print_exc()
-            return False
-        seconds = time.time() - started
-        write_json(path, {**known, **found, "seconds": seconds}, indent=1)
-        progress(f"finished in {seconds:.0f} s")
-        return True
+            found["training"] = train(model, tokenizer, self.scale, cell, seed, progress)
+        except NonFiniteError as error:
+            return {**found, "diverged": str(error)}  # a result too
+        progress("measuring")
+        return {**found, **measure(model, bench, self.scale, cell, seed)}
 
 
 if __name__ == "__main__":

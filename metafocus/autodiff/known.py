@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from metafocus.autodiff.grad import pullback
-from metafocus.calls import attempt, current
+from metafocus.calls import Call, attempt, current
 from metafocus.errors import ProblemError
+from metafocus.torch_internals import transforming
 
 
 def with_gradient(
@@ -21,10 +22,10 @@ def with_gradient(
 ) -> Tensor:
     """Return `value` with the gradient `grads` by `inputs`.
 
-    A backward pass that is differentiated itself calls `again(*inputs)` and differentiates that.
+    A derivative of that gradient calls `again(*inputs)` and differentiates that twice.
 
     Raises:
-        ProblemError: in such a backward pass, if `again` returns another value.
+        ProblemError: for such a derivative, if `again` returns another value.
 
     Example:
         >>> x = torch.tensor(3.0, requires_grad=True)
@@ -33,37 +34,58 @@ def with_gradient(
         >>> torch.autograd.grad(slope, x)
         (tensor(2.),)
     """
-    return _Known.apply(value, grads, again, *inputs)
+    known = _Known(value.detach(), grads, again, current())
+    return _Value.apply(known, *inputs)
 
 
-class _Known(torch.autograd.Function):
+class _Known(NamedTuple):
+    value: Tensor
+    grads: Sequence[Tensor | None]
+    again: Callable[..., Tensor]
+    call: Call | None
+
+    def slope(self, cotangent: Tensor, *inputs: Tensor) -> list[Tensor | None]:
+        """Compute the gradient anew, in a form that has derivatives of its own."""
+
+        def again(*xs: Tensor) -> list[Tensor]:
+            value = self.again(*xs)
+            _check_same(self.value, value.detach())
+            return [value]
+
+        return pullback(again, inputs, [cotangent], [True] * len(inputs))
+
+
+class _Value(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        value: Tensor,
-        grads: Sequence[Tensor | None],
-        again: Callable[..., Tensor],
-        *inputs: Tensor,
-    ) -> Tensor:
-        ctx.value, ctx.grads, ctx.again = value.detach(), grads, again
-        ctx.call = current()
+    def forward(ctx: Any, known: _Known, *inputs: Tensor) -> Tensor:
+        ctx.known = known
         ctx.save_for_backward(*inputs)
-        return value.clone()
+        return known.value.clone()
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
-        (cotangent,) = cotangents
-        if not torch.is_grad_enabled():
-            return *[None] * 3, *(None if g is None else cotangent * g for g in ctx.grads)
+        (cotangent,), inputs = cotangents, ctx.saved_tensors
+        if transforming():
+            with attempt(call=ctx.known.call):
+                return None, *ctx.known.slope(cotangent, *inputs)
+        return None, *_Slope.apply(ctx.known, cotangent, *inputs)
+
+
+class _Slope(torch.autograd.Function):
+    """The gradient times a cotangent: known, until somebody differentiates it."""
+
+    @staticmethod
+    def forward(ctx: Any, known: _Known, cotangent: Tensor, *inputs: Tensor) -> Any:
+        ctx.known = known
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(cotangent, *inputs)
+        return tuple(None if g is None else cotangent * g for g in known.grads)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
         inputs = ctx.saved_tensors
-
-        def again(*xs: Tensor) -> list[Tensor]:
-            value = ctx.again(*xs)
-            _check_same(ctx.value, value.detach())
-            return [value]
-
-        with attempt(call=ctx.call):
-            return *[None] * 3, *pullback(again, inputs, [cotangent], [True] * len(inputs))
+        with attempt(call=ctx.known.call):
+            return None, *pullback(ctx.known.slope, inputs, cotangents, [True] * len(inputs))
 
 
 def _check_same(before: Tensor, after: Tensor) -> None:

@@ -88,7 +88,7 @@ class Recorder:
         cases = {item.nodeid: _case(item) for item in session.items if claims_of(item)}
         worker, path = _worker(self.config), self.config.option.claims_list
         if path:
-            _write_list(Path(path), cases)
+            _write_list(Path(path), cases, self.config.rootpath)
         elif self.reporter is not None:
             self.reporter.start(cases, _environment())
         elif worker is not None and "claims_cases" in worker:
@@ -241,11 +241,11 @@ def _verdict(call: pytest.CallInfo[None], asserted: bool) -> tuple[str, str]:
     return "contradicted" if contradicted else "error", message
 
 
-def _write_list(path: Path, cases: dict[str, Case]) -> None:
-    """Write each claim of each test once, in the order of a report."""
+def _write_list(path: Path, cases: dict[str, Case], root: Path) -> None:
+    """Write each claim of each test once, in the order of a report, and where its test begins."""
     hidden = {"measured", "verdict", "seconds", "message", "form"}
     listed = [{k: v for k, v in row.items() if k not in hidden} for row in rows(cases.values(), "")]
-    write_json(path, listed)
+    write_json(path, [{**row, "root": str(root)} for row in listed])
 
 
 def _environment() -> dict[str, Any]:

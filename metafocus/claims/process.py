@@ -1,7 +1,8 @@
-"""pytest in a process of its own, for `metafocus reproduce`."""
+"""pytest in processes of its own, for `metafocus reproduce`: a sweep over the files of tests."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -10,12 +11,18 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from metafocus.cells import run_cells
 from metafocus.claims.report import Report
+from metafocus.digests import digest
 from metafocus.errors import DataError
 
+_INTERRUPTED, _NONE = 2, 5
+"""What pytest ends with after Ctrl-C, and where it found no test."""
 _PACKAGES = Path(__file__).parent.parent.parent
 
 
@@ -45,13 +52,13 @@ def list_claims(tests: Path, *, only: Sequence[str] = ()) -> list[dict[str, Any]
     """
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "list.json"
-        _run(tests, ["--claims-list", str(path)], only, path, lambda line: None)
+        _run([str(tests), "--claims-list", str(path)], only, path, lambda line: None)
         return json.loads(path.read_text(encoding="utf-8"))
 
 
 def run_claims(
     tests: Path,
-    report: Path,
+    folder: Path,
     *,
     full: bool = False,
     only: Sequence[str] = (),
@@ -60,38 +67,71 @@ def run_claims(
 ) -> Report:
     """Run the tests that state claims, and return what they found.
 
+    It is a sweep over the files of tests. After a kill, the same call goes on with the files that
+    have not ended, if no code has changed.
+
     Args:
         tests: a directory or a file.
-        report: where pytest writes its report, anew after each test.
+        folder: of the sweep; it can be removed afterwards.
         full: the published budgets instead of quick ones.
         only: ids of the claims to run; empty: all.
-        workers: processes at once; more than one needs pytest-xdist.
+        workers: files at once, each in a process of its own.
         show: is called with each line that pytest prints.
 
     Returns:
-        The report. Tests that did not end, because the process died, are errors.
+        The report. Tests that did not end, because their process died, are errors.
 
     Raises:
         DataError: if pytest is missing, or the tests cannot be collected or state no claim.
     """
-    options = ["--claims", str(report), *(["--claims-full"] if full else [])]
-    if workers > 1:
-        _require("xdist")
-        # Each file in one process: the tests of a file share what they train.
-        options += ["-n", str(workers), "--dist", "loadfile"]
-    report.unlink(missing_ok=True)
-    _run(tests, options, only, report, show)
-    return Report.from_json(report)
+    stated: dict[tuple[str, str], set[str]] = {}
+    for claim in list_claims(tests, only=only):
+        stated.setdefault((claim["root"], claim["test"].partition("::")[0]), set()).add(claim["id"])
+    cells = [
+        {"root": root, "file": file, "ids": sorted(ids), "full": full, "code": _code(root, file)}
+        for (root, file), ids in stated.items()
+    ]
+    pool = ThreadPoolExecutor(workers) if workers > 1 else contextlib.nullcontext()
+    with pool as executor:
+        found = run_cells(
+            _File(show), cells, folder=folder, executor=executor, retry=True, code=None
+        )
+    broken = [outcome.error for outcome in found if outcome.error]
+    if broken:
+        raise DataError(broken[0].strip().splitlines()[-1].partition(": ")[2])
+    seconds = sum(outcome.seconds for outcome in found)
+    settings = {"full": full, "only": sorted(only), "seconds": seconds}
+    return Report.joined([Report(**outcome.result) for outcome in found], settings)
 
 
-def _run(
-    tests: Path, options: list[str], only: Sequence[str], result: Path, show: Callable[[str], None]
-) -> None:
-    """Run pytest; raise its output as an error if it ended without writing `result`."""
+@dataclass(frozen=True)
+class _File:
+    """Runs the tests of a file, a cell of the sweep; returns the fields of its report."""
+
+    show: Callable[[str], None]
+
+    def __call__(self, cell: dict[str, Any]) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / "report.json"
+            words = [str(Path(cell["root"], cell["file"])), "--rootdir", cell["root"]]
+            words += ["--claims", str(path), *(["--claims-full"] if cell["full"] else [])]
+            if _run(words, cell["ids"], path, self.show) == _INTERRUPTED:
+                raise KeyboardInterrupt
+            return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _code(root: str, file: str) -> str:
+    """Return a hash of this package and of what stands beside a file of tests."""
+    beside = sorted(Path(root, file).parent.glob("*.py"))
+    return digest([path.read_bytes() for path in beside])
+
+
+def _run(words: list[str], only: Sequence[str], result: Path, show: Callable[[str], None]) -> int:
+    """Run pytest and return its status; raise what it said if it wrote no `result`."""
     _require("pytest")
     # The module is named for installations whose entry points are older than it.
-    command = [sys.executable, "-m", "pytest", str(tests), "-p", "metafocus_claims"]
-    command += ["-m", "claim", "--verbosity=1", "--tb=short", *options]
+    command = [sys.executable, "-m", "pytest", *words, "-p", "metafocus_claims"]
+    command += ["-m", "claim", "--verbosity=1", "--tb=short"]
     command += ["--claims-only", ",".join(only)] if only else []
     # The package that starts the tests is the one that they import.
     paths = [str(_PACKAGES), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -113,17 +153,16 @@ def _run(
             code = process.wait()
         finally:
             process.kill()
-    if code == 5:
-        for path in (result, result.with_suffix(".md")):
-            path.unlink(missing_ok=True)
-        raise DataError(f"{tests} has no test with the marker pytest.mark.claim(...).")
+    if code == _NONE:
+        raise DataError(f"{words[0]} has no test with the marker pytest.mark.claim(...).")
     if not result.exists():
-        raise DataError(f"the tests in {tests} could not be collected: {_reason(log)}")
+        raise DataError(f"the tests in {words[0]} could not be collected: {_reason(log)}")
+    return code
 
 
 def _require(package: str) -> None:
     if importlib.util.find_spec(package) is None:
-        raise DataError(f"{package} is not installed: pip install pytest pytest-xdist.")
+        raise DataError(f"{package} is not installed: pip install pytest.")
 
 
 def _reason(log: list[str]) -> str:

@@ -124,6 +124,13 @@ class Report:
         return Report(sorted(kept + self.rows, key=_order), self.environment, settings)
 
     @classmethod
+    def joined(cls, parts: Iterable[Report], settings: dict[str, Any]) -> Report:
+        """Return one report of several that ran on one machine, with settings of its own."""
+        parts = list(parts)
+        found = [row for part in parts for row in part.rows]
+        return cls(sorted(found, key=_order), parts[0].environment, settings)
+
+    @classmethod
     def from_json(cls, path: str | Path) -> Report:
         """Read what `write` wrote.
 

@@ -14,7 +14,7 @@ from metafocus.cli import options
 from metafocus.doctor import Finding, examined, kernels, machine, precision, versions
 
 WIDTH = 120
-SIGNS = {True: "yes", False: "NO", None: ""}
+SIGNS: dict[bool | None, str] = {True: "yes", False: "NO", None: ""}
 
 
 def add_parser(commands: Any, version: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import shutil
 from typing import Any
 
 from metafocus.claims.process import find_tests, list_claims, run_claims
@@ -31,7 +32,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--full",
         action="store_true",
-        help="use the published budgets: for metafocus's own claims more than half an hour on two "
+        help="use the published budgets: for metafocus's own claims, more than half an hour on two "
         "cores instead of minutes",
     )
     parser.add_argument(
@@ -47,7 +48,7 @@ def add_parser(commands: Any) -> None:
         action="store_true",
         help="with --only: keep the other claims of the report in --output_dir",
     )
-    options.add_whole(parser, "--workers", 1, "number of processes (needs pytest-xdist)")
+    options.add_whole(parser, "--workers", 1, "number of test files that run at the same time")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -64,8 +65,8 @@ def run(args: argparse.Namespace) -> int:
     directory = options.directory(args.output_dir)
     target = directory / "reproduction.json"
     before = Report.from_json(target) if args.update else None
-    # An earlier report stays as it is until this run has ended.
-    running = directory / "running.json"
+    # An earlier report stays as it is until this run has ended. If it is killed, the next goes on.
+    running = directory / "running"
     found = run_claims(
         tests,
         running,
@@ -78,8 +79,7 @@ def run(args: argparse.Namespace) -> int:
     if before is not None:
         found = found.over(before)
     found.write(target)
-    running.unlink()
-    running.with_suffix(".md").unlink(missing_ok=True)
+    shutil.rmtree(running)
     print(f"wrote {target.with_suffix('.md')} and {target}")
     return 0 if found.holds else 1
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from metafocus.errors import DataError
@@ -56,7 +57,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> PreTrainedT
     tokenizer.
 
     Args:
-        texts: the strings that merges are learned from.
+        texts: the strings that merges are learned from; they are read once, one after another.
         vocab_size: the largest number of tokens, including special ones. There are fewer if the
             texts do not give enough merges.
 
@@ -82,11 +83,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> PreTrainedT
         )
     if isinstance(texts, str):
         raise DataError("texts is a single string: pass an iterable of strings, such as [text]")
-    texts = [text for text in texts if text]
-    odd = next((text for text in texts if not isinstance(text, str)), None)
-    if odd is not None:
-        raise DataError(f"texts holds {odd!r:.80} of type {type(odd).__name__}: pass strings only")
-    if not texts:
+    found = _nonempty(texts)
+    first = next(found, None)
+    if first is None:
         raise DataError("texts holds no text: pass at least one non-empty string")
 
     core = Tokenizer(models.BPE())
@@ -98,7 +97,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> PreTrainedT
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    core.train_from_iterator(texts, trainer=trainer)
+    core.train_from_iterator(itertools.chain([first], found), trainer=trainer)
     end_of_text, start, end = SPECIAL_TOKENS
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
@@ -109,3 +108,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> PreTrainedT
     )
     tokenizer.chat_template = CHATML
     return tokenizer
+
+
+def _nonempty(texts: Iterable[str]) -> Iterator[str]:
+    """Yield the texts that are not empty; refuse what is no text."""
+    for text in texts:
+        if not text:
+            continue
+        if not isinstance(text, str):
+            raise DataError(
+                f"texts holds {text!r:.80} of type {type(text).__name__}: pass strings only"
+            )
+        yield text

@@ -52,10 +52,12 @@ class Evaluation:
         self.path = path
         self.explicit: bool = getattr(estimator, "explicit", False)
         self.twice: bool = getattr(estimator, "twice", True)
-        self.uses = Uses(problem.inner_loss, problem.outer_loss, problem.init, solver, estimator)
+        self.uses: Uses = Uses(
+            problem.inner_loss, problem.outer_loss, problem.init, solver, estimator
+        )
         self.inner_loss: InnerLoss | None = None
-        self.outer_tried = False
-        self.outer_needs_swaps = True
+        self.outer_tried: bool = False
+        self.outer_needs_swaps: bool = True
 
     def __call__(self, outer: Params, episode: Any) -> tuple[Tensor, Aux]:
         """Evaluate the outer loss after adaptation."""

@@ -72,7 +72,7 @@ class Chunks:
         self.rebuild = rebuild
         self.size = size
         self.count = count
-        self.drawn = Drawn(tensors)
+        self.drawn: Drawn = Drawn(tensors)
         self.leaves: list[Any] = []
         self.spec: Any = None
         self.names: list[str] = []

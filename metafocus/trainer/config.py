@@ -51,6 +51,12 @@ def refuse_parallel(args: Any, environment: Any) -> None:
         )
 
 
+def _read_switch(args: Any) -> None:
+    # A file says `true` where a command line has the flag alone.
+    if str(args.fsdp).lower() in ("true", "false"):
+        args.fsdp = str(args.fsdp).lower() == "true" or None
+
+
 def _plugin(args: Any) -> Any:
     return getattr(args, "deepspeed_plugin", None)
 
@@ -233,9 +239,7 @@ class FocusArguments(FocusOptions, TrainingArguments):
     def __post_init__(self) -> None:
         # Before transformers, which would look for the packages first.
         refuse_parallel(self, os.environ)
-        # A file says `true` where a command line has the flag alone.
-        if str(self.fsdp).lower() in ("true", "false"):
-            self.fsdp = str(self.fsdp).lower() == "true" or None  # pyright: ignore
+        _read_switch(self)
         for name in ("learning_rate", "weight_decay", "max_grad_norm"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ProblemError(

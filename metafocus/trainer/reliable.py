@@ -48,7 +48,10 @@ class ReliableMixin(KeepingMixin):
 
     Attributes:
         finished: whether the run that `train` was to resume had no step left.
+        is_in_train: of the Trainer, whether `train` is running.
     """
+
+    is_in_train: bool
 
     def __init__(self, model: Any, args: Any, *, focus: FocusOptions, **kwargs: Any):
         super().__init__(model, args, **kwargs)

@@ -15,6 +15,8 @@ import yaml
 from commands import QUIET, SHORT, SMALL, chat, report, write
 
 PAGE = Path(__file__).parents[2] / "docs" / "distributed.md"
+ONE_NODE = re.findall(r"^(?:torchrun|accelerate launch) .*focusft\.yaml.*$", PAGE.read_text(), re.M)
+ACCELERATE = f"{sys.executable} -m accelerate.commands.accelerate_cli"
 
 pytestmark = pytest.mark.slow
 
@@ -44,10 +46,12 @@ def settings(tmp_path: Path, output: Path, **changes) -> str:
     return str(path)
 
 
-def adapted(text: str, config: str) -> list[str]:
-    """Words of a line, for one process on each node, this Python and a small run."""
+def adapted(text: str, config: str, processes: int) -> list[str]:
+    """Words of a line, for some processes on each node, this Python and a small run."""
     text = re.sub(r"examples/configs/\S+\.yaml|run\.yaml", config, text)
-    text = re.sub(r"--nproc-per-node=8", "--nproc-per-node=1", text)
+    text = re.sub(r"--(nproc-per-node=|num_processes )8", rf"--\g<1>{processes}", text)
+    # accelerate counts GPUs and would start one process without any, unless it is told.
+    text = re.sub(r"^accelerate launch", f"{ACCELERATE} launch --multi_gpu", text)
     return shlex.split(re.sub(r"^torchrun", f"{sys.executable} -m torch.distributed.run", text))
 
 
@@ -70,12 +74,23 @@ def agrees(folder: Path, tmp_path: Path) -> None:
     assert losses(folder) == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
 
 
+@pytest.mark.parametrize("text", ONE_NODE)
+def test_one_node(tmp_path, text):
+    config = settings(tmp_path, tmp_path / "node", ddp_backend="gloo")
+    command = adapted(text, config, processes=2)
+    there = environment(MASTER_PORT=str(free_port()))
+    done = subprocess.run(command, env=there, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    agrees(tmp_path / "node", tmp_path)
+
+
 def test_two_nodes(tmp_path):
     """Two agents of torchrun that meet at a port, as on two machines."""
     text = line("torchrun --nnodes=2").replace("node0:29500", f"127.0.0.1:{free_port()}")
     config = settings(tmp_path, tmp_path / "nodes", ddp_backend="gloo")
     # Both agents are on this machine, whose name need not lead to it.
-    command = adapted(text.replace("--nnodes=2", "--nnodes=2 --local-addr=127.0.0.1"), config)
+    text = text.replace("--nnodes=2", "--nnodes=2 --local-addr=127.0.0.1")
+    command = adapted(text, config, processes=1)
     nodes = [
         subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
         for _ in range(2)

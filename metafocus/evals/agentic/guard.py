@@ -214,6 +214,20 @@ def _is_read(pipe: int) -> bool:
     return not ready.poll(0)
 
 
+def _confined(way: str, cpu: str, most: str, size: str, path: str, *readable: str) -> None:
+    if way != "bubblewrap":
+        # Bubblewrap does this itself, from outside of the namespaces.
+        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+    if not _is_read(1):
+        sys.exit(1)  # the evaluation ended before it could take this process with it
+    _limit(int(cpu), int(most), int(size))
+    drop_privileges()
+    if way == "landlock":
+        confine(os.getcwd(), list(readable))
+    refuse_system_calls(way == "landlock")
+    _main(path)
+
+
 def _main(path: str) -> None:
     def show(kind: type[BaseException], value: BaseException, where: Any) -> None:
         report = traceback.TracebackException(kind, value, where)
@@ -234,15 +248,4 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["--check"]:
         print(landlock_version(), int(refuse_system_calls(True)))
     else:
-        way, cpu, most, size, name, *system = sys.argv[1:]
-        if way != "bubblewrap":
-            # Bubblewrap does this itself, from outside of the namespaces.
-            ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
-        if not _is_read(1):
-            sys.exit(1)  # the evaluation ended before it could take this process with it
-        _limit(int(cpu), int(most), int(size))
-        drop_privileges()
-        if way == "landlock":
-            confine(os.getcwd(), system)
-        refuse_system_calls(way == "landlock")
-        _main(name)
+        _confined(*sys.argv[1:])

@@ -24,6 +24,11 @@ def stack_episodes(episodes: Sequence[Any]) -> Episode:
         >>> stack_episodes([one, one]).support.shape
         torch.Size([2, 5, 2])
     """
+    if isinstance(episodes, Episode):
+        raise ProblemError(
+            "episodes is one mf.Episode, whose support and query would be stacked on each other: "
+            "write mf.stack_episodes([episode])."
+        )
     if not episodes:
         raise ProblemError("episodes is empty: there is nothing to stack.")
     # Plain pairs and mf.Episode have different structures as pytrees.

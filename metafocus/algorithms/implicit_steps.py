@@ -20,9 +20,8 @@ from metafocus.algorithms.common import (
 )
 from metafocus.autodiff.hvp import hvp_reverse
 from metafocus.checks import positive, whole
-from metafocus.episodes import as_episode
 from metafocus.errors import ProblemError
-from metafocus.problem import Problem, constants
+from metafocus.problem import Problem, as_episode, constants
 from metafocus.types import HVP, Episode, Params
 
 

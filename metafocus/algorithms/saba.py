@@ -22,9 +22,8 @@ from metafocus.algorithms.finite_sum import Term, terms
 from metafocus.autodiff.hvp import hvp_reverse
 from metafocus.calls import attempted
 from metafocus.checks import positive
-from metafocus.episodes import as_episode
 from metafocus.errors import ProblemError
-from metafocus.problem import Problem, constants
+from metafocus.problem import Problem, as_episode, constants
 from metafocus.types import HVP, Episode, Params
 
 

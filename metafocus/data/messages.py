@@ -51,21 +51,19 @@ def from_arrow(messages: Any) -> bool:
     )
 
 
-def check_messages(messages: Any, where: str = "") -> None:
+def check_messages(messages: Any) -> None:
     """Raise for messages that no template can render as intended.
-
-    The error text begins with `where`.
 
     Raises:
         DataError: if messages is not a list or is empty, if a role is unknown, if content is
             missing, or if a weight or evidence is wrong.
     """
     if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence):
-        raise DataError(f"{where}messages is {messages!r:.80}: pass a list of message dicts")
+        raise DataError(f"messages is {messages!r:.80}: pass a list of message dicts")
     if not messages:
-        raise DataError(f"{where}messages is empty: pass at least one message")
+        raise DataError("messages is empty: pass at least one message")
     for i, message in enumerate(messages):
-        _check_message(message, f"{where}message {i}: ")
+        _check_message(message, f"message {i}: ")
 
 
 def _check_message(message: Any, where: str) -> None:

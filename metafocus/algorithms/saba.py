@@ -23,8 +23,9 @@ from metafocus.algorithms.first_step import SingleLoop
 from metafocus.autodiff.hvp import differentiates_twice, hvp_reverse
 from metafocus.calls import attempted
 from metafocus.checks import positive
+from metafocus.episodes import as_episode
 from metafocus.errors import ProblemError
-from metafocus.problem import as_episode, constants
+from metafocus.problem import constants
 from metafocus.types import HVP, Episode, Params
 
 

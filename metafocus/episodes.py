@@ -24,6 +24,11 @@ def stack_episodes(episodes: Sequence[Any]) -> Episode:
         >>> stack_episodes([one, one]).support.shape
         torch.Size([2, 5, 2])
     """
+    if isinstance(episodes, Episode):
+        raise ProblemError(
+            "episodes is one mf.Episode, whose support and query would be stacked on each other: "
+            "write mf.stack_episodes([episode])."
+        )
     if not episodes:
         raise ProblemError("episodes is empty: there is nothing to stack.")
     # Plain pairs and mf.Episode have different structures as pytrees.
@@ -69,7 +74,7 @@ def as_episode(value: Any, source: str = "episode") -> Episode:
     A tensor of two rows or a dict of two entries could be taken apart as well, silently wrong.
 
     Raises:
-        ProblemError: if it is no tuple or list of two.
+        ProblemError: if it is not a tuple or list of two.
 
     Example:
         >>> as_episode((1, 2))

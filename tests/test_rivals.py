@@ -1,4 +1,4 @@
-"""The race against rivals: its checker, its reports and its verdicts, on made-up contenders."""
+"""The comparison with rivals: its checker, its reports and its verdicts, on made-up contenders."""
 
 from __future__ import annotations
 

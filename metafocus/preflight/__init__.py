@@ -86,11 +86,7 @@ def preflight(
 
 
 def refuse_ignored_fast_weights(outer_loss: Any, fast: Params) -> None:
-    """Raise if an outer loss depends on none of the fast weights.
-
-    Raises:
-        ProblemError: the inner loop would change nothing.
-    """
+    """Raise if an outer loss depends on none of the fast weights."""
     point = pt.detach(fast)
     if not point:
         return

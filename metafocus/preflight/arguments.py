@@ -26,11 +26,7 @@ from metafocus.types import InnerLoss, Params
 
 
 def refuse_hidden(support: Any, data: Any) -> None:
-    """Raise if a stream gives tensors that an explicit estimator would have to see and cannot.
-
-    Raises:
-        ClosureError: naming the stream.
-    """
+    """Raise if a stream gives tensors that an explicit estimator would have to see and cannot."""
     name = type(getattr(support, "stream", support)).__name__
     tensors = pt.tensors(data)
     if any(map(is_tracked, tensors)):
@@ -165,11 +161,7 @@ def refuse_ignored(unused: set[str], point: Params) -> None:
 
 
 def refuse_closures(who: str, results: Iterable[Tensor], made: list[Tensor]) -> None:
-    """Raise if results of constants need a derivative: they come from a tensor closed over.
-
-    Raises:
-        ClosureError: naming who.
-    """
+    """Raise if results of constants need a derivative: they come from a tensor closed over."""
     for x in results:
         # A loss may build a graph of its own, such as a gradient penalty.
         if is_tracked(x) and (not x.requires_grad or foreign_leaves(x, made)):

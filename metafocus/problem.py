@@ -221,6 +221,10 @@ def check_params(params: Any, source: str, noun: str) -> None:
             " From a module: mf.trainable(module)."
         )
     for name, value in params.items():
+        if not isinstance(name, str):
+            raise ProblemError(
+                f"{source} holds the key {name!r} of type {type(name).__name__}; names are texts."
+            )
         if not isinstance(value, Tensor):
             raise ProblemError(
                 f"{source} holds {name!r} of type {type(value).__name__}; {noun} are tensors."

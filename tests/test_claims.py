@@ -301,6 +301,11 @@ def test_list_and_update(suite, tmp_path):
     assert f"`metafocus reproduce {folder}` in" in text and " T3 ran again later, in " in text
     assert "yes; AssertionError: no" in text and "**contradicted**, full" in text
 
+    # A run that holds may end with 1 for what the report had before.
+    suite(a=source("T2", "claim(1)"))
+    code, text, _ = run(folder, "--output_dir", out, "--only", "T2", "--update")
+    assert code == 1 and "the whole report: 2 claims: 1 reproduced, 1 contradicted." in text
+
 
 def test_a_report_that_cannot_be_updated(suite, tmp_path):
     rows = [{"id": "T1", "test": "test_t1"}]

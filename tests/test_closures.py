@@ -212,6 +212,16 @@ def test_names_of_attributes_are_not_taken_for_globals():
     assert not any("DEQUE" in name for name in closures_of(lambda x: x.DEQUE))
 
 
+def test_annotations_are_not_what_a_loss_reads():
+    """Python 3.14 keeps them on the class, from the first time on that somebody reads them."""
+    made = {"__annotate_func__": lambda form: {"rate": float}, "rate": 1.0}
+    kind = type("Lazy", (), made)
+    before = closures_of(lambda: kind.rate)
+    assert any(name.endswith(".rate") for name in before)
+    type.__setattr__(kind, "__annotations_cache__", {"rate": float})
+    assert closures_of(lambda: kind.rate).keys() == before.keys()
+
+
 def test_one_walk_ends_and_two_agree():
     assert closures_of(loss) == closures_of(loss)
     assert closures_of(NET) == closures_of(NET)

@@ -28,6 +28,7 @@ def test_it_prints_time_and_memory_and_writes_nothing(chats, tmp_path):
     out = dry(chats, tmp_path, max_steps=50)
     assert tree(tmp_path) == before
     assert re.search(r"^time +\d+\.\d\d s with the longest samples, \d+\.\d\d s", out, re.M)
+    assert re.findall(r"^measured step (\d) of 3: \d+\.\d\d s", out, re.M) == ["1", "2", "3"]
     assert re.search(r"^run +50 steps: about \d", out, re.M)
     # AdamW holds two numbers for each weight, and each weight is trained.
     pattern = r"^tensors +(\S+) MB weights, (\S+) MB gradients, (\S+) MB optimiser"

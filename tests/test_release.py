@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -33,10 +35,13 @@ def test_the_recipe_needs_what_the_package_needs():
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     names = {"torch": "pytorch", "matplotlib": "matplotlib-base"}
-    wanted = {re.match(r"[\w-]+", word)[0] for word in project["dependencies"]}
+    wanted = {"python": project["requires-python"]}
+    for word in project["dependencies"]:
+        name, version = re.fullmatch(r"([\w-]+)(.*)", word).groups()
+        wanted[names.get(name, name)] = version
     recipe = yaml.safe_load((ROOT / "conda" / "recipe.yaml").read_text())
-    found = {re.match(r"[\w-]+", word)[0] for word in recipe["requirements"]["run"]}
-    assert found == {names.get(name, name) for name in wanted} | {"python"}
+    found = [f"{word} ".split(" ")[:2] for word in recipe["requirements"]["run"]]
+    assert dict(found) == wanted
 
 
 def test_the_matrix_of_the_workflow():
@@ -58,6 +63,17 @@ def test_files_and_scripts_that_workflows_name_exist():
     for path in WORKFLOWS:
         for name in re.findall(r"(?:python |-r )((?:docs|tests)/[\w/]+\.py)", path.read_text()):
             assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize(("tag", "code"), [(f"v{mf.__version__}", 0), ("v9.9", 1)])
+def test_a_release_begins_with_the_check_that_its_tag_is_the_version(tag, code):
+    """pyproject.toml has a second `version`, that of towncrier."""
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text())["jobs"]
+    (line,) = (
+        s["run"] for s in jobs["build"]["steps"] if s.get("name") == "the tag is the version"
+    )
+    env = {**os.environ, "GITHUB_REF_NAME": tag}
+    assert subprocess.run(["bash", "-c", line], cwd=ROOT, env=env).returncode == code
 
 
 def test_fragments_have_the_names_that_towncrier_reads():

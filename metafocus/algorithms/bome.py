@@ -16,9 +16,10 @@ from metafocus.algorithms.common import (
     levels,
     start,
 )
+from metafocus.algorithms.first_step import SingleLoop
 from metafocus.calls import attempted
 from metafocus.checks import positive, whole
-from metafocus.problem import Problem, constants
+from metafocus.problem import constants
 from metafocus.types import Params
 
 
@@ -29,7 +30,7 @@ class BOMEState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class BOME:
+class BOME(SingleLoop):
     """BOME: first-order, both levels along `grad F + multiplier grad q`, a barrier on `q`.
 
     `q(fast, outer) = G(fast, outer) - G(best, outer)`, `best` being `fast` after `inner_steps`
@@ -75,7 +76,6 @@ class BOME:
         Ye, Liu, Wright, Stone and Liu, arXiv 2209.08709.
     """
 
-    problem: Problem
     inner_lr: float
     fast_lr: float
     eta: float = 0.5
@@ -102,6 +102,7 @@ class BOME:
             NonFiniteError: outside transforms, if the inner gradient is NaN or infinite.
         """
         outer, fast = constants(outer), pt.detach(state.fast)
+        self.check(outer, fast, episode, twice=False)
         inner, upper = levels(self.problem, episode)
         with torch.no_grad():
             best = fast

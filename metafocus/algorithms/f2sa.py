@@ -17,9 +17,10 @@ from metafocus.algorithms.common import (
     levels,
     start,
 )
+from metafocus.algorithms.first_step import SingleLoop
 from metafocus.calls import attempted
 from metafocus.checks import positive, whole
-from metafocus.problem import Problem, constants
+from metafocus.problem import constants
 from metafocus.types import Params
 
 
@@ -38,7 +39,7 @@ class F2SAState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class F2SA:
+class F2SA(SingleLoop):
     """F2SA: fully first-order, by the penalty `F + strength (G - min G)` in place of `F`.
 
     `inner_steps` times `fast -= inner_lr grad_fast G(fast)` and
@@ -79,7 +80,6 @@ class F2SA:
         Kwon, Kwon, Wright and Nowak, arXiv 2301.10945.
     """
 
-    problem: Problem
     inner_lr: float
     strength: float
     growth: float = 0.0
@@ -110,6 +110,7 @@ class F2SA:
             NonFiniteError: outside transforms, if the inner gradient is NaN or infinite.
         """
         outer, (fast, nudged, strength) = constants(outer), pt.detach(state)
+        self.check(outer, fast, episode, twice=False)
         inner, upper = levels(self.problem, episode)
         slope = pull = pt.zeros_like(fast)
         with torch.no_grad():

@@ -18,18 +18,19 @@ from metafocus.algorithms.common import (
     levels,
     select,
 )
-from metafocus.autodiff.hvp import hvp_reverse
+from metafocus.algorithms.first_step import SingleLoop
+from metafocus.autodiff.hvp import differentiates_twice, hvp_reverse
 from metafocus.checks import positive, whole
+from metafocus.episodes import as_episode
 from metafocus.errors import ProblemError
-from metafocus.problem import Problem, as_episode, constants
+from metafocus.problem import constants
 from metafocus.types import HVP, Episode, Params
 
 
 @dataclass(frozen=True)
-class ImplicitSteps:
+class ImplicitSteps(SingleLoop):
     """The settings, and the outer gradient after all steps from a given start."""
 
-    problem: Problem
     inner_lr: float
     v_lr: float
     inner_steps: int = 10
@@ -54,6 +55,8 @@ class ImplicitSteps:
 
         def batch(i: int) -> Episode:
             return Episode(select(support, i) if self.fresh else support, query)
+
+        self.check(outer, fast, batch(0), twice=differentiates_twice(self.hvp))
 
         def linearised(i: int) -> tuple[Params, Callable[[Params], tuple[Any, ...]]]:
             return self.hvp(levels(self.problem, batch(i))[0], fast, outer)

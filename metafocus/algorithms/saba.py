@@ -19,11 +19,13 @@ from metafocus.algorithms.common import (
     start,
 )
 from metafocus.algorithms.finite_sum import Term, terms
-from metafocus.autodiff.hvp import hvp_reverse
+from metafocus.algorithms.first_step import SingleLoop
+from metafocus.autodiff.hvp import differentiates_twice, hvp_reverse
 from metafocus.calls import attempted
 from metafocus.checks import positive
+from metafocus.episodes import as_episode
 from metafocus.errors import ProblemError
-from metafocus.problem import Problem, as_episode, constants
+from metafocus.problem import constants
 from metafocus.types import HVP, Episode, Params
 
 
@@ -59,7 +61,7 @@ class SABAState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SABA:
+class SABA(SingleLoop):
     """SABA: SOBA on finite sums, its directions variance-reduced as in SAGA.
 
     With inner loss `mean_i G_i`, outer loss `mean_j F_j` and one term of each a step, every
@@ -106,7 +108,6 @@ class SABA:
         (SAGA).
     """
 
-    problem: Problem
     inner_lr: float
     v_lr: float
     hvp: HVP = hvp_reverse
@@ -131,6 +132,7 @@ class SABA:
         # `prepare` may look at both halves: each inner term goes with the first outer term.
         one = [select(half, 0) for half in (support, query)]
         fast, outer = start(self.problem, outer, one[0]), constants(outer)
+        self.check(outer, fast, Episode(*one), twice=differentiates_twice(self.hvp))
         v = pt.zeros_like(fast)
 
         def inner(own: Any) -> InnerTerms:

@@ -16,10 +16,11 @@ from metafocus.algorithms.common import (
     levels,
     start,
 )
-from metafocus.autodiff.hvp import hvp_reverse
+from metafocus.algorithms.first_step import SingleLoop
+from metafocus.autodiff.hvp import differentiates_twice, hvp_reverse
 from metafocus.calls import attempted
 from metafocus.checks import positive
-from metafocus.problem import Problem, constants
+from metafocus.problem import constants
 from metafocus.types import HVP, Params
 
 
@@ -31,7 +32,7 @@ class SOBAState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SOBA:
+class SOBA(SingleLoop):
     """SOBA: stochastic gradient steps on the inner problem, the linear system and the outer one.
 
     With inner loss `G`, outer loss `F` and everything at the old `(fast, v, outer)`:
@@ -73,7 +74,6 @@ class SOBA:
         Dagréou, Ablin, Vaiter and Moreau, arXiv 2201.13409.
     """
 
-    problem: Problem
     inner_lr: float
     v_lr: float
     hvp: HVP = hvp_reverse
@@ -98,6 +98,7 @@ class SOBA:
             NonFiniteError: outside transforms, if the inner gradient is NaN or infinite.
         """
         outer, (fast, v) = constants(outer), pt.detach(state)
+        self.check(outer, fast, episode, twice=differentiates_twice(self.hvp))
         inner, upper = levels(self.problem, episode)
         with torch.no_grad():
             gradient, product = self.hvp(inner, fast, outer)

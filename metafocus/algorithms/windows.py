@@ -18,8 +18,8 @@ from metafocus.calls import attempted
 from metafocus.checks import check_finite, whole
 from metafocus.errors import ProblemError
 from metafocus.path import Path, path_weights, weighted
-from metafocus.preflight import preflight
-from metafocus.problem import Problem, check_params
+from metafocus.preflight import preflight, refuse_ignored_fast_weights
+from metafocus.problem import Problem, check_params, constants
 from metafocus.solvers.descent import segment, stacked
 from metafocus.torch_internals import pytree, transforming
 from metafocus.types import Aux, Params, Solver, State
@@ -166,7 +166,8 @@ class Windows:
             `(loss, (next window, Aux))`; both detached but the loss.
 
         Raises:
-            ProblemError: if `window` is not a `Window` of this problem.
+            ProblemError: if `window` is not a `Window` of this problem, and at step 0 for what
+                the first call of a meta loss refuses.
             ClosureError: at step 0, if `recompute` would miss a closed-over tensor.
             NonFiniteError: outside transforms, if an inner loss is NaN or infinite.
         """
@@ -201,7 +202,11 @@ class Windows:
             ends = [(None, fast, streams.at(query, steps[-1]))]
         else:
             weights = path_weights(self.path, outer, len(steps))
-            ends = zip(weights, kept, (streams.at(query, t) for t in steps), strict=True)
+            data = [streams.at(query, t) for t in steps]
+            ends = list(zip(weights, kept, data, strict=True))
+        if window.step == 0 and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            at, last = constants(outer), ends[-1][-1]
+            refuse_ignored_fast_weights(lambda f: self.problem.evaluate(f, at, last)[0], fast)
         with Swapped(once=True):
             loss, metrics = weighted(self.problem, ends, outer)
         fast, state = pt.detach(fast), _held(pt.detach(state))

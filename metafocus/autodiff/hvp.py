@@ -232,10 +232,12 @@ def evaluated_for(hvp: HVP, loss: Callable[..., Tensor]) -> Callable[..., Tensor
     A way with an attribute `first_order = True` asks for first derivatives only and keeps the
     fused kernels.
     """
-    if not getattr(hvp, "first_order", False):
-        return differentiable_twice(loss)
+    return differentiable_twice(loss) if differentiates_twice(hvp) else differentiable_once(loss)
 
-    return differentiable_once(loss)
+
+def differentiates_twice(hvp: HVP) -> bool:
+    """Return whether a way of multiplying asks a loss for its second derivatives."""
+    return not getattr(hvp, "first_order", False)
 
 
 def hvp_finite(eps: float | None = None) -> HVP:

@@ -89,6 +89,10 @@ class _Clock(TrainerCallback):
         """End, when the device has done all."""
         _finish(args.device)
         self.seconds.append(time.perf_counter() - self._start)
+        if state.is_world_process_zero:
+            # On a CPU a step may take minutes.
+            last = f"{self.seconds[-1]:.2f} s"
+            print(f"measured step {len(self.seconds)} of {STEPS}: {last}", flush=True)
 
 
 def _finish(device: torch.device) -> None:

@@ -7,6 +7,7 @@ import shlex
 import shutil
 from typing import Any
 
+from metafocus.claims.page import findings
 from metafocus.claims.process import find_tests, list_claims, run_claims
 from metafocus.claims.report import Report
 from metafocus.cli import options
@@ -78,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
     found.settings["command"] = _command(args, only)
     if before is not None:
         found = found.over(before)
+        print(f"the whole report: {findings(found)}")
     found.write(target)
     shutil.rmtree(running)
     print(f"wrote {target.with_suffix('.md')} and {target}")

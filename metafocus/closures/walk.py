@@ -26,7 +26,11 @@ LARGE = 2**20
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, range)
 _CONTAINERS = (list, tuple, set, frozenset, dict, collections.deque)
 _OPAQUE = ("builtins", "numpy", "logging", "threading", "abc", "typing", "torch.utils.data")
-_MADE_BY_PYTHON = frozenset(vars(type("", (), {}))) | {"__annotations__", "__dataclass_fields__"}
+_MADE_BY_PYTHON = frozenset(vars(type("", (), {}))) | {
+    *("__annotations__", "__dataclass_fields__"),
+    # Python 3.14 makes annotations when they are first read, and keeps them.
+    *("__annotate_func__", "__annotations_cache__", "__conditional_annotations__"),
+}
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from typing import Any
 from metafocus import params as pt
 from metafocus.calls import attempted
 from metafocus.checks import check_finite
-from metafocus.engine.checked_parts import check_solver
+from metafocus.engine.checked_parts import check_problem, check_solver
 from metafocus.errors import ProblemError
 from metafocus.preflight import preflight
 from metafocus.problem import Problem, check_params, constants
@@ -45,6 +45,7 @@ def adapt(
         >>> mf.adapt(maml, w, torch.tensor([0.0]), solver=mf.SGD(0.1, steps=2)).losses
         tensor([1.0000, 0.6400])
     """
+    check_problem(problem)
     check_solver(solver)
     check_params(outer, "outer", "outer parameters")
     if isinstance(support, Episode):

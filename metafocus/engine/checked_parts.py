@@ -17,12 +17,17 @@ from metafocus.types import Params, Solution
 
 def check_parts(problem: Any, solver: Any, estimator: Any) -> None:
     """Raise unless the three parts are what they should be."""
+    check_problem(problem)
+    check_solver(solver)
+    check_estimator("estimator", estimator)
+
+
+def check_problem(problem: Any) -> None:
+    """Raise unless a problem is one."""
     if not isinstance(problem, Problem):
         raise ProblemError(
             f"problem must be an mf.Problem(inner_loss, outer_loss), got {type(problem).__name__}."
         )
-    check_solver(solver)
-    check_estimator("estimator", estimator)
 
 
 def check_estimator(name: str, estimator: Any) -> None:

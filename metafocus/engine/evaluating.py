@@ -10,6 +10,7 @@ from torch import Tensor
 
 from metafocus import params as pt
 from metafocus import streams
+from metafocus.autodiff.grad import reaches_another_leaf
 from metafocus.autodiff.safe_operators.swapping import Swapped
 from metafocus.calls import noting
 from metafocus.checks import check_finite
@@ -17,7 +18,7 @@ from metafocus.engine.checked_parts import check_solution
 from metafocus.errors import ProblemError
 from metafocus.estimators import Estimator
 from metafocus.path import Path, name_of, path_weights, weighted
-from metafocus.preflight import preflight, refuse_ignored_fast_weights
+from metafocus.preflight import explained, preflight, refuse_ignored_fast_weights
 from metafocus.preflight.described import note_parts
 from metafocus.preflight.rebuilt import Uses
 from metafocus.problem import Problem, check_params, refuse_empty
@@ -98,6 +99,8 @@ class Evaluation:
         if self.uses.count < 2 and not compiling:
             self.uses.add()
         loss, metrics = self._outer_loss(ends, outer)
+        if first and torch.is_grad_enabled() and not transforming():
+            self._refuse_nothing_flows(loss, given)
         return loss, Aux(pt.detach(solution.params), solution.losses.detach(), metrics)
 
     def _adapted(
@@ -123,7 +126,23 @@ class Evaluation:
     def _try_outer(self, end: End, outer: Params) -> None:
         _, fast, query = end
         constants = pt.detach(outer)
-        refuse_ignored_fast_weights(lambda f: self.problem.evaluate(f, constants, query)[0], fast)
+        with explained("outer_loss", fast, query, "query"):
+            refuse_ignored_fast_weights(
+                lambda f: self.problem.evaluate(f, constants, query)[0], fast
+            )
+
+    def _refuse_nothing_flows(self, loss: Tensor, outer: Params) -> None:
+        """Raise if parameters of the user's require grad and the loss depends on none."""
+        waiting = any(
+            x.is_leaf and x.requires_grad and not hasattr(x, "engine_leaf") for x in outer.values()
+        )
+        # Torch itself refuses the backward pass of a loss without any graph.
+        if waiting and loss.requires_grad and not reaches_another_leaf(loss):
+            raise ProblemError(
+                f"the outer loss after {name_of(self.estimator)} depends on nothing in outer, so "
+                "loss.backward() would train nothing. Do not detach the slow weights in init "
+                "(write v.clone(), not v.detach().clone()), or evaluate under torch.no_grad()."
+            )
 
     def _outer_loss(self, ends: list[End], outer: Params) -> tuple[Tensor, dict[str, Tensor]]:
         # A mode costs at every operator: outside transforms only a loss that needs it has one.

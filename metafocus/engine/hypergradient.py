@@ -11,7 +11,7 @@ from torch import Tensor
 from metafocus import params as pt
 from metafocus.autodiff.grad import leaf_alias
 from metafocus.calls import attempted
-from metafocus.checks import function
+from metafocus.checks import function, scalar
 from metafocus.engine.outer_call import META_LOSS, MetaLoss
 from metafocus.factories import picklable
 from metafocus.problem import check_params, moving
@@ -79,6 +79,7 @@ def _on_tape(
     with torch.enable_grad():
         leaves = {k: leaf_alias(v, track) for k, v in outer.items()}
         loss, aux = meta_loss(dict(leaves))
+        scalar(loss, "meta_loss")
         if not loss.requires_grad or not leaves:
             return pt.zeros_like(pt.detach(leaves)), loss if track else loss.detach(), aux
         grads = torch.autograd.grad(

@@ -17,14 +17,14 @@ from metafocus.autodiff.grad import refuse_inference_mode
 from metafocus.autodiff.safe_operators.swapping import Swapped, differentiable_once
 from metafocus.calls import note
 from metafocus.errors import ProblemError
-from metafocus.preflight.arguments import refuse_hidden, unused_by
+from metafocus.preflight.arguments import explained, refuse_hidden, unused_by
 from metafocus.preflight.kernels import trust
 from metafocus.preflight.trial import Trial
 from metafocus.rng import kept
 from metafocus.torch_internals import transforming
 from metafocus.types import InnerLoss, Params, Solver
 
-__all__ = ["preflight", "refuse_ignored_fast_weights", "trust"]
+__all__ = ["explained", "preflight", "refuse_ignored_fast_weights", "trust"]
 
 
 def preflight(
@@ -36,6 +36,7 @@ def preflight(
     *,
     explicit: bool = False,
     twice: bool = False,
+    redraws: bool | None = None,
 ) -> InnerLoss:
     """Try the inner loss, its gradient and one update on constants; return the loss to use.
 
@@ -49,6 +50,8 @@ def preflight(
         support: what the inner loss sees; of a stream, the data of step 0.
         explicit: whether the estimator differentiates explicit tensors only.
         twice: whether the estimator differentiates the gradient of the inner loss.
+        redraws: whether the loss is run again for its derivative, and must then draw the same
+            random numbers; None: as `explicit`.
 
     Returns:
         The loss, such that batch norm in training mode leaves its running statistics alone.
@@ -57,7 +60,7 @@ def preflight(
         ProblemError: if the loss is not a scalar, asks for a name that it is not given, or does
             not depend on one of the fast weights; if the loss or the solver changes anything in
             place or keeps a state that a forward pass changes; if a second derivative is needed
-            and a kernel loses it; with `explicit`, if random numbers come from elsewhere than
+            and a kernel loses it; with `redraws`, if random numbers come from elsewhere than
             torch's global generators.
         ClosureError: with `explicit`, if the loss or the solver still needs a derivative although
             all arguments are constants: it closes over a tensor that the estimator cannot see.
@@ -68,7 +71,8 @@ def preflight(
     for stream in streams.opaque(support) if explicit else ():
         refuse_hidden(stream, data if stream is support else stream.at(0))
     at = pt.detach((start, outer, data))
-    trial = Trial(inner_loss, solver, explicit=explicit, twice=twice)
+    redraws = explicit if redraws is None else redraws
+    trial = Trial(inner_loss, solver, explicit=explicit, twice=twice, redraws=redraws)
     with kept(pt.tensors(at)), torch.enable_grad():
         if transforming():
             trial.in_transforms(*at)

@@ -44,7 +44,8 @@ def refuse_hidden(support: Any, data: Any) -> None:
 def evaluated(inner_loss: InnerLoss, fast: Params, slow: Params, data: Any) -> Tensor:
     """Return the loss; an error because of a name becomes one that says which names there are."""
     try:
-        return scalar(inner_loss(dict(fast), dict(slow), data), "inner_loss")
+        with explained("inner_loss", fast, data, "support"):
+            return scalar(inner_loss(dict(fast), dict(slow), data), "inner_loss")
     except KeyError as error:
         asked = _asked(inner_loss, fast, slow, data)
         if not asked:
@@ -60,25 +61,42 @@ def evaluated(inner_loss: InnerLoss, fast: Params, slow: Params, data: Any) -> T
             f"inner_loss does not know one of the fast weights {sorted(fast)}: {error}. Names are "
             "module paths, as in dict(module.named_parameters())."
         ) from error
+
+
+@contextlib.contextmanager
+def explained(who: str, fast: Params, data: Any, half: str) -> Iterator[None]:
+    """Say what in the data often makes a loss fail, if it fails inside the `with` block.
+
+    Args:
+        who: the name of the loss.
+        fast: the fast weights that it is given.
+        data: the data that it is given.
+        half: whether they are the support or the query.
+
+    Raises:
+        ProblemError: naming what in the data is odd.
+    """
+    try:
+        yield
     except (TypeError, RuntimeError) as error:
-        reason = _odd_data(fast, data)
+        reason = _odd_data(fast, data, half)
         if reason is None:
             raise
-        raise ProblemError(f"inner_loss failed, and {reason}. The failure: {error}") from error
+        raise ProblemError(f"{who} failed, and {reason}. The failure: {error}") from error
 
 
-def _odd_data(fast: Params, data: Any) -> str | None:
+def _odd_data(fast: Params, data: Any, half: str) -> str | None:
     """Return what in the data often makes a loss fail, and what to do about it."""
     leaves = pytree.tree_leaves(data)
     if any(type(x).__module__ == "numpy" for x in leaves):
-        return "the support holds NumPy arrays: pass tensors, such as torch.from_numpy(x).float()"
+        return f"the {half} holds NumPy arrays: pass tensors, such as torch.from_numpy(x).float()"
     if leaves and all(isinstance(x, int | float) for x in leaves):
-        return "the support holds lists of numbers: pass tensors, such as torch.tensor(x)"
+        return f"the {half} holds lists of numbers: pass tensors, such as torch.tensor(x)"
     kinds = {x.dtype for x in leaves if isinstance(x, Tensor) and x.is_floating_point()}
     types = {x.dtype for x in fast.values()}
     if kinds and types and not kinds & types:
         a, b = (" and ".join(sorted(map(str, some))) for some in (kinds, types))
-        return f"the support is {a} where the fast weights are {b}: convert one, as in x.to({b})"
+        return f"the {half} is {a} where the fast weights are {b}: convert one, as in x.to({b})"
     return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, suppress
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from metafocus import params as pt
@@ -23,7 +24,8 @@ from metafocus.preflight.arguments import (
 )
 from metafocus.preflight.draws import refused_draws
 from metafocus.preflight.kernels import refuse_lost_second_derivatives
-from metafocus.preflight.writes import refused_writes
+from metafocus.preflight.writes import hidden_state, refused_writes
+from metafocus.rng import replayed
 from metafocus.solvers import Given
 from metafocus.solvers.descent import checked
 from metafocus.torch_internals import outside_transforms, plain
@@ -38,16 +40,26 @@ class Trial:
         solver: the inner optimiser.
         explicit: whether the estimator differentiates explicit tensors only.
         twice: whether the estimator differentiates the gradient of the inner loss.
+        redraws: whether the loss is run again for its derivative.
 
     Attributes:
         swapped: the block in which the loss ran.
     """
 
-    def __init__(self, inner_loss: InnerLoss, solver: Solver, *, explicit: bool, twice: bool):
+    def __init__(
+        self,
+        inner_loss: InnerLoss,
+        solver: Solver,
+        *,
+        explicit: bool,
+        twice: bool,
+        redraws: bool,
+    ):
         self.inner_loss = inner_loss
         self.solver = solver
         self.explicit = explicit
         self.twice = twice
+        self.redraws = redraws
         self.own_rule: Any = getattr(solver, "direction", None)
         self.swapped: Swapped = Swapped(once=True)
 
@@ -57,7 +69,9 @@ class Trial:
         given += [(f"the outer parameter {k!r}", v) for k, v in slow.items()]
         given += [("the support", x) for x in pt.tensors(data)]
         leaves = {k: v.detach().requires_grad_() for k, v in fast.items()}
-        with self._draws("inner_loss"), refused_writes("inner_loss", given, self.inner_loss):
+        again = replayed(self.inner_loss, pt.tensors((fast, slow, data)))
+        writes = refused_writes("inner_loss", given, self.inner_loss)
+        with self._draws("inner_loss"), writes as moved:
             with new_tensors() as made, self.swapped, recompute.searched() as inside:
                 try:
                     value = evaluated(self.inner_loss, leaves, slow, data)
@@ -71,6 +85,10 @@ class Trial:
                 )
             kernels = sorted({*foreign_nodes([value]), *inside})
             self._judge(unused_in(value, leaves), [value], [*made, *leaves.values()], fast)
+        states = [*moved.tensors, *(moved.numbers if self.redraws else ())]
+        if states:
+            with self._draws("inner_loss"), Swapped(once=True):
+                _refuse_another_value(states[0], value, again(dict(leaves), dict(slow), data))
         if self._takes_steps(fast):
             state = self.solver.init(fast)
             given += [("the solver's state", x) for x in pt.tensors(state)]
@@ -111,7 +129,7 @@ class Trial:
                 self.inner_loss(*at)
 
     def _draws(self, who: str) -> AbstractContextManager[None]:
-        return refused_draws(who, explicit=self.explicit)
+        return refused_draws(who, explicit=self.redraws)
 
     def _takes_steps(self, fast: Params) -> bool:
         # A given solution has no steps and is a constant.
@@ -157,3 +175,10 @@ def _check_update(after: Any, point: Params) -> None:
 def _plain(tree: Any) -> Any:
     inputs, rebuild = pt.partition(tree)
     return rebuild([plain(x).detach() for x in inputs])
+
+
+def _refuse_another_value(state: str, first: Tensor, second: Tensor) -> None:
+    """Raise if a loss has another value at the same point: a log, or a cache, changes none."""
+    tolerance = torch.finfo(first.dtype).eps ** 0.5
+    if not torch.allclose(first, second, rtol=tolerance, atol=0.0, equal_nan=True):
+        raise hidden_state("inner_loss", state)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -23,20 +24,41 @@ from metafocus.torch_internals import (
 )
 
 
+@dataclass
+class Moved:
+    """What a function has changed without writing to memory that was there before.
+
+    Attributes:
+        tensors: names of tensors that were replaced by others that depend on the fast weights.
+        numbers: names of numbers, and of containers that grew.
+    """
+
+    tensors: list[str] = field(default_factory=list)
+    numbers: list[str] = field(default_factory=list)
+
+
 @contextlib.contextmanager
-def refused_writes(who: str, given: list[tuple[str, Tensor]], owner: Any) -> Iterator[None]:
+def refused_writes(who: str, given: list[tuple[str, Tensor]], owner: Any) -> Iterator[Moved]:
     """Raise after a `with` block if something outside it was written to, and undo the writes.
+
+    Yields what else has changed, filled in after the block: only another evaluation can tell
+    whether it is a state.
 
     Args:
         who: what runs inside, for the message.
         given: the tensors that it is given, each with what it is.
         owner: the function that runs: what it closes over is named in the message.
     """
-    before = _held(owner)
+    moved, reads = Moved(), closures_of(owner)
     with Writes() as writes, undone(partial(_undo, writes)):
-        yield
-    after = _held(owner)
-    changed = [k for k, x in before.items() if _replaced(k, x, after)]
+        yield moved
+    now = closures_of(owner)
+    before, after = _tensors(reads), _tensors(now)
+    replaced = [k for k, x in before.items() if _replaced(k, x, after)]
+    # What depends on the fast weights was computed from them, as by the hooks of weight_norm.
+    moved.tensors += [k for k in replaced if k in after and after[k].requires_grad]
+    moved.numbers += [k for k, x in now.items() if _is_number(x) and reads.get(k) != x]
+    changed = [k for k in replaced if k not in moved.tensors]
     if not writes.saved and not changed:
         return
     written = {key for x, _ in writes.saved for key in _memory(x)}
@@ -47,8 +69,12 @@ def refused_writes(who: str, given: list[tuple[str, Tensor]], owner: Any) -> Ite
             f"{who} changes {names[0]} in place. Losses and solvers are pure functions here: "
             "return new tensors (`p - lr * g`, not `p.sub_(lr * g)`), or clone first."
         )
-    what = (hidden or changed or ["a tensor that it closes over"])[0]
-    raise ProblemError(
+    raise hidden_state(who, (hidden or changed or ["a tensor that it closes over"])[0])
+
+
+def hidden_state(who: str, what: str) -> ProblemError:
+    """Return the error for a state that changes at every call."""
+    return ProblemError(
         f"{who} changes {what} at every call: hidden state, which moves while a hypergradient is "
         "computed and makes estimators disagree. Call eval() on that module (spectral norm keeps "
         "its power iteration still there), or pass the state through the fast weights."
@@ -81,14 +107,19 @@ def _gathered(x: Tensor, y: Tensor) -> bool:
     return both and (is_wrapper(x) or is_wrapper(y))
 
 
-def _held(owner: Any) -> dict[str, Tensor]:
-    """Return the tensors that a function closes over, by name."""
-    found = closures_of(owner).items()
-    return {k: v[0].value for k, v in found if isinstance(v, tuple) and v and _is_tensor(v[0])}
+def _tensors(reads: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors among what a function closes over, by name."""
+    return {k: v[0].value for k, v in reads.items() if _is_tensor(v)}
+
+
+def _is_number(entry: Any) -> bool:
+    """Return whether something that a function reads is a number or a length."""
+    return isinstance(entry, int) or (isinstance(entry, tuple) and entry[0] in (int, float, bool))
 
 
 def _is_tensor(entry: Any) -> bool:
-    return isinstance(getattr(entry, "value", None), Tensor)
+    found = entry[0] if isinstance(entry, tuple) and entry else None
+    return isinstance(getattr(found, "value", None), Tensor)
 
 
 class Writes(TorchDispatchMode):

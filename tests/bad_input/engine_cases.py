@@ -931,4 +931,54 @@ ENGINE = [
         "outer must be a function of the seed … which takes other arguments",
         "lambda seed: ...",
     ),
+    (
+        "a start that is cut off the slow weights",
+        "def cut(slow, support):\n"
+        "    return {k: v.detach().clone() for k, v in slow.items()}\n"
+        "leaves = {'w': torch.ones(2, requires_grad=True)}\n"
+        "mf.bilevel(problem(init=cut), solver=mf.SGD(0.1, 2), estimator=mf.Unrolled())"
+        "(leaves, zeros)",
+        "ProblemError",
+        "depends on nothing in outer, so loss.backward() would train nothing",
+        "Do not detach the slow weights in init (write v.clone()",
+    ),
+    (
+        "names that are numbers",
+        "hypergrad(problem(init=lambda slow, x: {0: slow['w']}))",
+        "ProblemError",
+        "init holds the key 0 of type int",
+        "names are texts",
+    ),
+    (
+        "adaptation of a meta loss",
+        "mf.adapt(meta_loss(), weights, zeros.support, solver=mf.SGD(0.1, 2))",
+        "ProblemError",
+        "problem … got",
+        "must be an mf.Problem(inner_loss, outer_loss)",
+    ),
+    (
+        "one episode in place of many",
+        "mf.stack_episodes(zeros)",
+        "ProblemError",
+        "episodes is one mf.Episode, whose support and query would be stacked on each other",
+        "write mf.stack_episodes([episode])",
+    ),
+    (
+        "the hypergradient of a hypergradient",
+        "mf.hypergrad(mf.hypergrad(meta_loss()))(weights, zeros)",
+        "ProblemError",
+        "got dict",
+        "meta_loss must return a scalar tensor",
+    ),
+    (
+        "a query in another precision",
+        "net = nn.Linear(2, 1)\n"
+        "def predicts(f, s, x):\n"
+        "    return torch.func.functional_call(net, f, (x,)).square().sum()\n"
+        "mixed = mf.Episode(torch.zeros(2), torch.zeros(2).double())\n"
+        "hypergrad(problem(predicts, predicts), outer=mf.trainable(net), episode=mixed)",
+        "ProblemError",
+        "the query is torch.float64 where the fast weights are torch.float32",
+        "convert one, as in x.to(torch.float32)",
+    ),
 ]

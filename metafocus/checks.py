@@ -35,94 +35,46 @@ def whole(
         least: the smallest value that is allowed.
         note: what the message adds to the bound.
         error: what is raised.
-
-    Raises:
-        ValueError: naming the argument, its value and the bound.
-
-    Example:
-        >>> whole("steps", 3)
     """
     if not is_whole(value, least):
         raise error(f"{name} must be an integer >= {least}{note}, got {value!r}.")
 
 
 def number(name: str, value: Any, *, error: type[ValueError] = ValueError) -> None:
-    """Raise unless `value` is a finite number; True and False are refused.
-
-    Raises:
-        ValueError: naming the argument and its value.
-
-    Example:
-        >>> number("alpha", 64)
-    """
+    """Raise unless `value` is a finite number; True and False are refused."""
     if not is_number(value) or not math.isfinite(value):
         raise error(f"{name} must be a finite number, got {value!r}.")
 
 
 def real(name: str, value: Any, note: str = "", *, error: type[ValueError] = ValueError) -> None:
-    """Raise unless `value` can be compared with a number: a number of Python, NumPy or torch.
-
-    Raises:
-        ValueError: naming the argument and its value.
-
-    Example:
-        >>> real("lr", 0.1)
-    """
+    """Raise unless `value` can be compared with a number: a number of Python, NumPy or torch."""
     if not isinstance(value, Real | Tensor):
         raise error(f"{name} must be a number{note}, got {value!r}.")
 
 
 def positive(name: str, value: Any, *, error: type[ValueError] = ValueError) -> None:
-    """Raise unless `value` is a number above zero and finite.
-
-    Raises:
-        ValueError: naming the argument and its value.
-
-    Example:
-        >>> positive("sigma", 0.1)
-    """
+    """Raise unless `value` is a number above zero and finite."""
     real(name, value, " > 0", error=error)
     if not value > 0 or math.isinf(value):
         raise error(f"{name} must be {'finite' if value > 0 else 'positive'}, got {value}.")
 
 
 def not_negative(name: str, value: Any) -> None:
-    """Raise unless `value` is a number of at least zero and finite.
-
-    Raises:
-        ValueError: naming the argument and its value.
-
-    Example:
-        >>> not_negative("damping", 0.0)
-    """
+    """Raise unless `value` is a number of at least zero and finite."""
     real(name, value, " >= 0")
     if not value >= 0 or math.isinf(value):
         raise ValueError(f"{name} must be {'finite' if value > 0 else '>= 0'}, got {value}.")
 
 
 def fraction(name: str, value: Any) -> None:
-    """Raise unless `0 <= value < 1`.
-
-    Raises:
-        ValueError: naming the argument and its value.
-
-    Example:
-        >>> fraction("momentum", 0.9)
-    """
+    """Raise unless `0 <= value < 1`."""
     real(name, value, " in [0, 1)")
     if not 0 <= value < 1:
         raise ValueError(f"{name} must be in [0, 1), got {value}.")
 
 
 def seeded(generator: Any) -> None:
-    """Raise unless `generator` is a `torch.Generator`: randomness has an explicit source.
-
-    Raises:
-        ValueError: naming what was given instead.
-
-    Example:
-        >>> seeded(torch.Generator().manual_seed(0))
-    """
+    """Raise unless `generator` is a `torch.Generator`: randomness has an explicit source."""
     if not isinstance(generator, torch.Generator):
         raise ValueError(
             f"generator must be a torch.Generator, got {type(generator).__name__}. Randomness is "
@@ -138,12 +90,6 @@ def function(name: str, value: Any, form: str, count: int | None = None) -> None
         value: its value.
         form: what it takes and returns, and perhaps an example.
         count: how many arguments it is called with; None is not looked at, which takes no time.
-
-    Raises:
-        ProblemError: naming the argument, its value and the form.
-
-    Example:
-        >>> function("step", lambda x: x, "x -> x", 1)
     """
     if isinstance(value, type):
         got = f"the class {value.__name__}"

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metafocus import params as pt
 from metafocus.errors import ProblemError
 from metafocus.torch_internals import pytree
 from metafocus.types import Episode
@@ -24,6 +25,11 @@ def stack_episodes(episodes: Sequence[Any]) -> Episode:
         >>> stack_episodes([one, one]).support.shape
         torch.Size([2, 5, 2])
     """
+    if isinstance(episodes, Episode):
+        raise ProblemError(
+            "episodes is one mf.Episode, whose support and query would be stacked on each other: "
+            "write mf.stack_episodes([episode])."
+        )
     if not episodes:
         raise ProblemError("episodes is empty: there is nothing to stack.")
     # Plain pairs and mf.Episode have different structures as pytrees.
@@ -46,6 +52,12 @@ def stack_episodes(episodes: Sequence[Any]) -> Episode:
 def _stacked(*leaves: Any) -> Any:
     if all(isinstance(x, Tensor) for x in leaves):
         return torch.stack(leaves)
+    for name in pt.sealed(leaves[0]):
+        raise ProblemError(
+            f"episodes hold a {name}, which torch does not know as a container, so that its "
+            "tensors cannot be stacked. Pass a dict, list, tuple or NamedTuple of them "
+            "(`dict(batch)`, `vars(batch)`)."
+        )
     if not all(_alike(x, leaves[0]) for x in leaves):
         raise ProblemError(
             f"episodes hold different constants ({leaves[0]!r} in the first): make them tensors."
@@ -69,7 +81,7 @@ def as_episode(value: Any, source: str = "episode") -> Episode:
     A tensor of two rows or a dict of two entries could be taken apart as well, silently wrong.
 
     Raises:
-        ProblemError: if it is no tuple or list of two.
+        ProblemError: if it is not a tuple or list of two.
 
     Example:
         >>> as_episode((1, 2))

@@ -37,17 +37,11 @@ def replaced(path: str | Path) -> Iterator[Path]:
 
 
 def check_utf8(name: str, text: str) -> None:
-    """Raise for a path that is no UTF-8: it cannot be written to a file of settings or of weights.
+    """Raise for a path that is not UTF-8, which no file of settings or weights could hold.
 
     Args:
         name: the argument.
-        text: its value, in which Python has kept the bytes that are no UTF-8.
-
-    Raises:
-        DataError: with the name and the value.
-
-    Example:
-        >>> check_utf8("output_dir", "runs/a")
+        text: its value, in which Python has kept the bytes that are not UTF-8.
     """
     try:
         text.encode("utf-8")

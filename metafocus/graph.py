@@ -91,7 +91,7 @@ def compiled(
     """
     if not callable(hypergradient):
         raise ProblemError(
-            f"compiled wants mf.hypergrad(meta_loss), got {type(hypergradient).__name__}."
+            f"compiled needs mf.hypergrad(meta_loss), got {type(hypergradient).__name__}."
         )
     traces = Traces()
     settings = {"backend": backend, "mode": mode, "options": options}
@@ -156,7 +156,7 @@ def _with_frozen(hypergradient: Hypergrad, names: frozenset[str]) -> Hypergrad:
 def _checked(result: Any) -> Any:
     if not (isinstance(result, tuple) and isinstance(result[0], dict)):
         raise ProblemError(
-            "compiled wants mf.hypergrad(meta_loss), not the meta loss: the derivative is taken "
+            "compiled needs mf.hypergrad(meta_loss), not the meta loss: the derivative is taken "
             "inside the graph."
         )
     return result

@@ -58,7 +58,7 @@ class Problem:
             levels: what does not depend on the fast weights.
 
     Raises:
-        ProblemError: if a loss, `init` or `prepare` is no function of so many arguments.
+        ProblemError: if a loss, `init` or `prepare` is not a function of that many arguments.
 
     Example:
         >>> import metafocus as mf
@@ -135,7 +135,7 @@ def _metric(name: str, value: Any, loss: Tensor) -> Tensor:
 def is_frozen(value: Tensor) -> bool:
     """Return whether a tensor is an `nn.Parameter` that does not require grad.
 
-    Under transforms the parameter itself is looked at, through the wrappers.
+    Under transforms this checks the parameter itself, inside the wrappers.
     """
     value = innermost(value)
     return isinstance(value, nn.Parameter) and not value.requires_grad
@@ -157,7 +157,7 @@ def trainable(module: nn.Module) -> Params:
     Tied parameters appear once, under their first name.
 
     Raises:
-        ProblemError: if `module` is no module, such as its parameters.
+        ProblemError: if `module` is not a module, such as its parameters.
 
     Example:
         >>> sorted(trainable(nn.Linear(2, 1)))
@@ -171,11 +171,7 @@ def trainable(module: nn.Module) -> Params:
 
 
 def refuse_empty(outer: Params, who: Any, otherwise: str = "") -> None:
-    """Raise for `outer={}`, where only explicit tensors are differentiated.
-
-    Raises:
-        ProblemError: naming who, and what to pass.
-    """
+    """Raise for `outer={}`, where only explicit tensors are differentiated."""
     if not outer:
         raise ProblemError(
             f"outer={{}} with {who}, which differentiates explicit tensors only. Pass "

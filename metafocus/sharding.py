@@ -106,9 +106,6 @@ def refuse_parts(fast: dict[str, Any], outer: dict[str, Any]) -> None:
     """Raise for fast weights that are parts of sharded weights.
 
     An inner gradient of them would be a mean over processes, of which each has its own task.
-
-    Raises:
-        ProblemError: naming the fast weight.
     """
     for name in fast:
         if _is_part(name, outer.get(name)):
@@ -120,11 +117,7 @@ def refuse_parts(fast: dict[str, Any], outer: dict[str, Any]) -> None:
 
 
 def refuse_sharded_outer(outer: dict[str, Any]) -> None:
-    """Raise for outer parameters that each process holds a part of.
-
-    Raises:
-        ProblemError: naming the first.
-    """
+    """Raise for outer parameters that each process holds a part of."""
     found = [name for name, value in outer.items() if is_wrapper(value)]
     if found:
         raise ProblemError(
@@ -139,9 +132,6 @@ def refuse_bare_ddp(outer: dict[str, Any]) -> None:
 
     DDP reduces gradients for a backward pass only if it has seen the forward pass. On its module
     alone each process would train a model of its own, without an error.
-
-    Raises:
-        ProblemError: naming what to do.
     """
     leaves = [value for value in outer.values() if isinstance(value, nn.Parameter)]
     if leaves and runs_beside_ddp(leaves):

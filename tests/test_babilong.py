@@ -234,9 +234,9 @@ def test_worlds_are_checked():
         World(rooms=("attic", "cellar"))
     with pytest.raises(DataError, match="each once"):
         World(objects=("milk", "milk"))
-    with pytest.raises(DataError, match="'room' is no plain word or stands inside"):
+    with pytest.raises(DataError, match="'room' is not a plain word or is part of"):
         World(rooms=("room", "bedroom", "attic"))
-    with pytest.raises(DataError, match="no plain word"):
+    with pytest.raises(DataError, match="not a plain word"):
         World(objects=("ice cream",))
     with pytest.raises(DataError, match=r"verbs \['left'\] mean two things"):
         World(get=("left",))

@@ -242,9 +242,9 @@ def test_variables_reach_the_template():
         PAIRS[:2], tokenizer, chat_template_kwargs={"enable_thinking": False}
     )  # fmt: skip
     same([one], [first])
-    with pytest.raises(DataError, match=r"'tokenize': \.\.\.} is no variable"):
+    with pytest.raises(DataError, match=r"'tokenize': \.\.\.} is not a variable"):
         encode_chat(PAIRS, tokenizer, chat_template_kwargs={"tokenize": 1})
-    with pytest.raises(DataError, match="chat_template_kwargs=3 is no dict"):
+    with pytest.raises(DataError, match="chat_template_kwargs=3 is not a dict"):
         encode_chat(PAIRS, tokenizer, chat_template_kwargs=3)  # pyright: ignore
 
 

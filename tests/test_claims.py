@@ -314,7 +314,7 @@ def test_a_report_that_cannot_be_updated(suite, tmp_path):
         Report(rows, {"torch": "2"}).over(Report(rows, {"torch": "1"}))
     (tmp_path / "reproduction.json").write_text("{}")
     words = (suite(), "--output_dir", tmp_path, "--only", "T1", "--update")
-    assert "is no report of claims" in run(*words)[2]
+    assert "is not a report of claims" in run(*words)[2]
 
 
 @pytest.mark.parametrize(

@@ -592,7 +592,7 @@ BAD = {
     r"evidence span \[0, 4\] is not .* <= 3": [user("abc", evidence=[[0, 4]])],
     r"evidence span \[2, 2\]": [user("abc", evidence=[[2, 2]])],
     "evidence span 0 is not": [user("abc", evidence=[0, 1])],
-    r"the part \{'type': 'image'\} of the content is no text": [user([{"type": "image"}])],
+    r"the part \{'type': 'image'\} of the content is not text": [user([{"type": "image"}])],
     "tool_calls='f' is not a list": [user("a"), answer("", tool_calls="f")],
     "train=1 on a assistant message: train is true or false": [answer("a", train=1)],
     "train=False on a user message": [user("a", train=False)],

@@ -100,7 +100,7 @@ BAD = {
     },
     "prompt is 3: give a text or a list": {"prompt": 3, "completion": "a"},
     "history holds 'a': give pairs": {"instruction": "a", "output": "b", "history": ["a"]},
-    "3 in the instruction or input is no text": {"instruction": 3, "output": "b"},
+    "3 in the instruction or input is not text": {"instruction": 3, "output": "b"},
 }
 
 

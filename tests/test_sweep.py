@@ -132,7 +132,7 @@ def test_bad_arguments(tmp_path):
     with pytest.raises(mf.errors.DataError, match="folder="):
         mf.sweep(str, [1], folder=tmp_path / "file" / "out")
     (tmp_path / f"{name_of(1)}.json").write_text("{}")
-    with pytest.raises(mf.errors.DataError, match="is no file of a sweep"):
+    with pytest.raises(mf.errors.DataError, match="is not a file of a sweep"):
         mf.sweep(str, [1], folder=tmp_path)
 
 

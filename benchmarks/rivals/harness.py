@@ -1,4 +1,4 @@
-"""The race: every rival in its own process and environment, gradients first, then times.
+"""The comparison: every rival in its own process and environment, gradients first, then times.
 
 For each case of a workload and each number of threads: all gradients are compared in float64;
 those that are right run in interleaved repetitions, CPU time taken inside the workers; then the

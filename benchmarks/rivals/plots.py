@@ -1,4 +1,4 @@
-"""Plots of the race: time against memory for a case, and growth along an axis."""
+"""Plots of the comparison: time against memory for a case, and growth along an axis."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The race as Markdown: verdicts on the targets, a table for each case, plots."""
+"""The comparison as Markdown: verdicts on the targets, a table for each case, plots."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from benchmarks.rivals import plots
 from benchmarks.rivals.targets import Verdict, verdicts
 
 INTRODUCTION = """
-Every rival in its own idiom, in the environment that it needs. All gradients are compared with the
-reference in float64 first: a rival that is wrong is reported as wrong, with its relative error, and
-not timed. Then interleaved repetitions in random order, in a process for each rival whose allocator
-keeps freed blocks: the median CPU time, and the median of the per-repetition ratio to the reference
-with quartiles; *wall* is the time of the clock. With two threads the CPU time of both is counted,
-also while one spins and waits for the other.
-*process*: the growth of the peak RSS over one call in a fresh process whose allocator returns freed
-blocks (less than the need, for what keeps its last graph); *tensors*: the peak of live tensors;
-*GFLOP*: matrix products, attention and convolutions as torch counts them. *load*: the load average
-of this machine before and after. Above the number of threads others computed beside the race: times
-are then noisy, those of the clock more than those of the CPU, and two threads wait for each other.
+Each library runs in its own idiom, in the environment that it needs. First, all gradients are
+compared with the reference in float64: a wrong one is reported with its relative error, and not
+timed. Then the repetitions of all libraries are interleaved in random order, each library in a
+process whose allocator keeps freed blocks. The tables show the median CPU time, and the median of
+the ratio to the reference in each repetition, with quartiles; *wall* is the time of the clock. With
+two threads the CPU time of both is counted, also while one spins and waits for the other. *process*
+is the growth of the peak RSS over one call in a fresh process whose allocator returns freed blocks;
+it is less than the need of a library that keeps its last graph. *tensors* is the peak of live
+tensors. *GFLOP* counts matrix products, attention and convolutions as torch does. *load* is the
+load average of this machine before and after. If it is above the number of threads, other programs
+ran at the same time: times are then noisy, those of the clock more than those of the CPU, and two
+threads wait for each other.
 """
 TARGETS = """
-A target is the ratio of what *ours* needs to what the other needs, and is judged by time or by the
-peak memory of a process; *fastest* is the rival with the right gradient and the least time. Time is
-that of the CPU on one thread, and that of the clock on two; both ratios are shown.
+A target is the ratio of what *ours* needs to what the other library needs. It is judged by time or
+by the peak memory of a process. *fastest* is the rival with the right gradient and the least time.
+Time is CPU time on one thread, and the time of the clock on two; both ratios are shown.
 """
 
 
@@ -48,7 +49,16 @@ def sections(
     if not reports:
         return []
     judged = [(report, judge(report)) for report in reports]
-    lines = ["", "## The race", "", _flow(INTRODUCTION), "", "### Targets", "", _flow(TARGETS)]
+    lines = [
+        "",
+        "## Comparison with other libraries",
+        "",
+        _flow(INTRODUCTION),
+        "",
+        "### Targets",
+        "",
+        _flow(TARGETS),
+    ]
     all_verdicts = [v for _, found in judged for v in found]
     met = sum(v.met for v in all_verdicts)
     lines += ["", f"{met} of {len(all_verdicts)} are met.", "", *target_table(judged)]

@@ -1,4 +1,4 @@
-"""Run the race: `python -m benchmarks.rivals --workloads w1,w2,w3 [--quick]`."""
+"""Run the comparison: `python -m benchmarks.rivals --workloads w1,w2,w3 [--quick]`."""
 
 from __future__ import annotations
 

@@ -67,9 +67,6 @@ def placed(adapter: str, where: Any, model: nn.Module) -> dict[str, nn.Module]:
 def check_fast(adapter: str, fast: Any, expected: Collection[str]) -> None:
     """Raise unless `fast` is a mapping from the expected names to floating-point tensors.
 
-    Raises:
-        ProblemError: If it is not such a mapping.
-
     Example:
         >>> check_fast("LoRA", {}, ())
     """

@@ -195,7 +195,7 @@ class matching:
             re.compile(self.pattern)
         except (re.error, TypeError) as error:
             raise PlacementError(
-                f"matching({self.pattern!r}) is no regular expression: {error}"
+                f"matching({self.pattern!r}) is not a regular expression: {error}"
             ) from error
 
     def __call__(self, model: nn.Module) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from metafocus.types import Params
 
 
 class EvolutionState(NamedTuple):
-    """Nothing: every step of `Evolution` stands by itself."""
+    """An empty state: the steps of `Evolution` do not depend on each other."""
 
 
 @dataclass(frozen=True)

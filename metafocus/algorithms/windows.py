@@ -27,14 +27,14 @@ from metafocus.types import Aux, Params, Solver, State
 
 @dataclass(frozen=True)
 class Window:
-    """Where a long inner loop stands: all that is needed to go on, detached.
+    """The state of a long inner loop between two windows: all that is needed to continue, detached.
 
     A pytree whose leaves are the tensors; `step` is its static part, so windows at the same step
     can be stacked and vmapped. To checkpoint, save `vars(window)` and restore `Window(**saved)`.
 
     Attributes:
         fast: the fast weights.
-        solver_state: velocities, moments, whatever the solver carries; what is no tensor is held
+        solver_state: velocities, moments, and so on; a part that is not a tensor is held
             in a `Static`.
         step: how many inner steps have been taken.
     """
@@ -46,7 +46,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Static:
-    """A part of a solver's state that is no tensor, such as None: a pytree without leaves."""
+    """A part of a solver's state that is not a tensor, such as None: a pytree without leaves."""
 
     value: Any
 
@@ -60,7 +60,7 @@ pytree.register_pytree_node(
 
 
 def _held(state: State) -> State:
-    """Return the state with every part that is no tensor in a `Static`."""
+    """Return the state with every part that is not a tensor in a `Static`."""
     return pytree.tree_map(lambda x: x if isinstance(x, Tensor) else Static(x), state)
 
 

@@ -97,7 +97,7 @@ def attend(
         `[B, S, H, Dv]`, and no weights.
 
     Raises:
-        ProblemError: If there is no mask, or something is asked for that spans cannot serve.
+        ProblemError: If there is no mask, or if spans cannot serve what is asked for.
     """
     if attention_mask is None:
         raise ProblemError(
@@ -152,7 +152,7 @@ def _ordinary(
     if softcap is not None or sinks is not None:
         raise ProblemError(
             f"{type(module).__name__} has a soft cap or sinks, which torch's own attention has "
-            "not, and this mask (a cache, or no plain causal one) is no spans. Call "
+            "not, and this mask (a cache, or no plain causal one) cannot be written as spans. Call "
             'model.set_attn_implementation("eager") for generation.'
         )
     out, _ = sdpa_attention_forward(

@@ -217,7 +217,7 @@ def _unit(direction: Params) -> Tensor:
 
 
 def _gradient(loss: Callable[..., Tensor], *primals: Any) -> tuple[Any, ...]:
-    # On the tape a gradient that nobody differentiates costs no graph of a second one.
+    # On the tape, a gradient that is not differentiated needs no graph.
     inputs, rebuild = pt.partition(primals)
     point = {str(i): x for i, x in enumerate(inputs)}
     _, grads = value_and_grad(

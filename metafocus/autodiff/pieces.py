@@ -54,7 +54,7 @@ def micro_batches(
         `(fast, slow, data) -> scalar`.
 
     Raises:
-        ValueError: if `pieces` is no positive integer.
+        ValueError: if `pieces` is not a positive integer.
         ProblemError: at the call, if the tensors of the data have different sizes on axis 0.
 
     Example:

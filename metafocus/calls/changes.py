@@ -113,7 +113,7 @@ def _read(target: Any, name: Any) -> Any:
     if isinstance(target, dict):
         return target.get(name, ABSENT)
     if isinstance(target, nn.Module):
-        # What the class or a parent gives is no attribute of its own.
+        # An attribute of the class or of a parent is not the object's own.
         return target.__dict__.get(name, ABSENT)
     return getattr(target, name)
 

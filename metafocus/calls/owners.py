@@ -1,4 +1,4 @@
-"""Who owns a model: one call, until that is over, in whatever thread it goes on."""
+"""Who owns a model: one call until its end, in any thread that continues it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from metafocus.errors import ProblemError
 
 
 class Call:
-    """One call from outside, the token that owns models; it may go on in several threads.
+    """One call from outside, the token that owns models; several threads may continue it.
 
     Attributes:
         blocks: it lasts as long as any of these.

@@ -96,9 +96,9 @@ def read(path: Path, fn: Callable[[Any], Any]) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is no file of a sweep: remove it, or name another folder.") from (
-            error
-        )
+        raise DataError(
+            f"{path} is not a file of a sweep: remove it, or name another folder."
+        ) from error
     if theirs != _function(fn):
         raise DataError(
             f"folder={str(path.parent)!r} holds results of {theirs}, not of {_function(fn)}: name "

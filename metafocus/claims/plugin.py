@@ -1,4 +1,4 @@
-"""Follows a run of pytest: what each claim measured becomes a report while the run goes on.
+"""Follows a run of pytest and writes what each claim measured to a report during the run.
 
 `Recorder` works where tests run: in the only process, or in each worker of pytest-xdist. It selects
 the tests and attaches to each of pytest's reports what the test measured. `Reporter` works in the
@@ -235,7 +235,7 @@ def _verdict(call: pytest.CallInfo[None], asserted: bool) -> tuple[str, str]:
     if isinstance(error, pytest.skip.Exception):
         return "skipped", str(error)
     failed = isinstance(error, AssertionError | pytest.fail.Exception)
-    # What fails outside a test, or in one that asserts nothing, is no finding about the claim.
+    # A failure outside a test, or in a test that asserts nothing, is not a finding about the claim.
     contradicted = failed and asserted and call.when == "call"
     message = call.excinfo.exconly().splitlines()[0]
     return "contradicted" if contradicted else "error", message

@@ -141,7 +141,7 @@ class Report:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
             return cls(found["rows"], found["environment"], found["settings"])
         except (OSError, ValueError, KeyError, TypeError) as cause:
-            raise DataError(f"{path} is no report of claims: {cause!r}") from cause
+            raise DataError(f"{path} is not a report of claims: {cause!r}") from cause
 
     def write(self, path: str | Path) -> None:
         """Write the report as JSON, and a Markdown page of the same name beside it.

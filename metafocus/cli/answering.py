@@ -40,29 +40,32 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--enable_thinking", action="store_true", help="let the model reason before it answers"
     )
     options.add_whole(
-        parser, "--thinking_tokens", 2048, "most tokens of reasoning, with --enable_thinking"
+        parser,
+        "--thinking_tokens",
+        2048,
+        "largest number of tokens of reasoning, with --enable_thinking",
     )
     parser.add_argument(
         "--max_positions",
         type=options.whole(1),
-        help="positions of the model, if its configuration says fewer (YaRN)",
+        help="number of positions of the model, if its configuration has a smaller one (YaRN)",
     )
     group = parser.add_argument_group(
         "server",
         "a server with OpenAI's chat completions API answers; --model_name_or_path then gives the "
         "tokenizer only",
     )
-    group.add_argument("--endpoint", metavar="URL", help="such as http://localhost:8000/v1")
     group.add_argument(
-        "--endpoint_model", help="name of the model there; default: --model_name_or_path"
+        "--endpoint", metavar="URL", help="address, such as http://localhost:8000/v1"
+    )
+    group.add_argument(
+        "--endpoint_model", help="name of the model on the server; default: --model_name_or_path"
     )
     group.add_argument(
         "--endpoint_key_env", metavar="NAME", help="environment variable that holds the key"
     )
-    group.add_argument(
-        "--concurrency", type=options.whole(1), default=1, help="requests at a time; %(default)s"
-    )
-    options.add_whole(group, "--retries", 5, "of each request", least=0)
+    options.add_whole(group, "--concurrency", 1, "number of requests at the same time")
+    options.add_whole(group, "--retries", 5, "number of retries of each request", least=0)
 
 
 def check(args: argparse.Namespace) -> None:

@@ -45,19 +45,23 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
     positive = options.positive
     parser.add_argument("--train_file", required=True, help="FILE.jsonl or FILE.parquet of chats")
-    parser.add_argument("--query_file", required=True, help="the chats whose answers are explained")
-    options.add_whole(parser, "--max_train_samples", 64, "chats")
-    options.add_whole(parser, "--max_length", 256, "tokens", least=2)
-    options.add_whole(parser, "--max_steps", 16)
-    options.add_whole(parser, "--per_device_train_batch_size", 4)
+    parser.add_argument(
+        "--query_file", required=True, help="file of the chats whose answers are explained"
+    )
+    options.add_whole(parser, "--max_train_samples", 64, "number of training chats")
+    options.add_whole(parser, "--max_length", 256, "largest number of tokens of a chat", least=2)
+    options.add_whole(parser, "--max_steps", 16, "number of training steps")
+    options.add_whole(parser, "--per_device_train_batch_size", 4, "number of chats in a batch")
     parser.add_argument(
         "--optim",
         default="sgd",
         choices=("sgd", "adam"),
-        help="sgd (default): with momentum 0.9; adam: give a small learning_rate, such as 0.001: "
+        help="sgd (default) has momentum 0.9; adam needs a small learning_rate, such as 0.001: "
         "at a larger one its scores do not predict what leaving a chat out does",
     )
-    parser.add_argument("--learning_rate", type=positive, default=0.1, help="default %(default)s")
+    parser.add_argument(
+        "--learning_rate", type=positive, default=0.1, help="learning rate; default %(default)s"
+    )
     parser.add_argument(
         "--layer_fraction",
         type=float,
@@ -65,10 +69,16 @@ def add_parser(commands: Any) -> None:
         help="share of the layers, from the top, that are trained; default %(default)s",
     )
     parser.add_argument(
-        "--lora_modules", default="q_proj,v_proj", help="separated by commas; default %(default)s"
+        "--lora_modules",
+        default="q_proj,v_proj",
+        help="modules that are trained, separated by commas; default %(default)s",
     )
-    options.add_whole(parser, "--lora_rank", 8)
-    parser.add_argument("--lora_alpha", type=positive, help="default twice lora_rank")
+    options.add_whole(parser, "--lora_rank", 8, "rank of the trained weights")
+    parser.add_argument(
+        "--lora_alpha",
+        type=positive,
+        help="the weights are scaled by lora_alpha / lora_rank; default twice lora_rank",
+    )
     parser.add_argument(
         "--store",
         default="device",
@@ -78,7 +88,7 @@ def add_parser(commands: Any) -> None:
         parser,
         "--leave_one_out",
         0,
-        "train again without each of so many chats, and compare",
+        "number of chats to leave out, one at a time, in runs that check the scores",
         least=0,
     )
     parser.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16"))

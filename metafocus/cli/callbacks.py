@@ -110,7 +110,7 @@ class Bars(TrainerCallback):
             self._evaluation = None
 
     def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """Leave the bar where it stands."""
+        """Leave the bar on the screen."""
         self._train.close()
         self._train = None
 

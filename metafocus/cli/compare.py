@@ -45,12 +45,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--train_file", default=chats.STDLIB, help="FILE.jsonl, FILE.parquet or stdlib (default)"
     )
-    options.add_whole(parser, "--max_length", 256, "tokens", least=2)
-    options.add_whole(parser, "--per_device_train_batch_size", 2, "chats")
+    options.add_whole(parser, "--max_length", 256, "largest number of tokens of a chat", least=2)
+    options.add_whole(parser, "--per_device_train_batch_size", 2, "number of chats in a batch")
     parser.add_argument(
         "--mask",
         default="context-bidirectional",
-        help=f"{', '.join(MASKS)}; default %(default)s",
+        help=f"which keys a token sees: {', '.join(MASKS)}; default %(default)s",
     )
     parser.add_argument(
         "--estimators",
@@ -60,8 +60,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--reference",
         default="unrolled",
-        help=f"what is taken as exact: one of the same names, or {DIFFERENCES} (six inner loops "
-        "for each outer parameter: choose some by --outer_parameters); default %(default)s",
+        help="the hypergradient that counts as exact: one of the same names, or "
+        f"{DIFFERENCES} (six inner loops for each outer parameter: choose some by "
+        "--outer_parameters); default %(default)s",
     )
     parser.add_argument(
         "--outer_parameters",
@@ -79,7 +80,10 @@ def add_parser(commands: Any) -> None:
         "each adapted to by itself); again for a grid",
     )
     options.add_whole(
-        parser, "--seeds", 1, "how many batches of other chats; more than one gives 95 %% intervals"
+        parser,
+        "--seeds",
+        1,
+        "number of batches of other chats; more than one gives 95 %% intervals",
     )
     parser.add_argument(
         "--cells",
@@ -87,12 +91,12 @@ def add_parser(commands: Any) -> None:
         help="directory that keeps what is finished, so that the comparison can be stopped, and "
         "extended by estimators, values and seeds",
     )
-    options.add_whole(parser, "--repeats", 3, "how often each is timed")
+    options.add_whole(parser, "--repeats", 3, "how often each estimator is timed")
     parser.add_argument(
         "--dtype",
         choices=("float32", "float64"),
         default="float32",
-        help="of the model; default %(default)s",
+        help="type of the model's weights; default %(default)s",
     )
     parser.add_argument("--quick", action="store_true", help="smaller defaults, for a first look")
     parser.add_argument("--output_dir", help="directory for the figure and the numbers")
@@ -167,7 +171,7 @@ def _outer(model: torch.nn.Module, pattern: str | None) -> Params:
             known = [name for name, _ in model.named_parameters() if re.search(pattern, name)]
         except re.error as error:
             raise DataError(
-                f"--outer_parameters {pattern!r} is no regular expression: {error}"
+                f"--outer_parameters {pattern!r} is not a regular expression: {error}"
             ) from error
         if not known:
             raise DataError(
@@ -261,8 +265,8 @@ def _value(text: str, word: str) -> Any:
         return ast.literal_eval(word)
     except (ValueError, SyntaxError) as error:
         raise DataError(
-            f"--over {text!r}: {word!r} is no number, None, True or False. In Python, mf.compare "
-            "takes any value."
+            f"--over {text!r}: {word!r} is not a number, None, True or False. In Python, "
+            "mf.compare takes any value."
         ) from error
 
 

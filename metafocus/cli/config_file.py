@@ -94,7 +94,7 @@ def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
     seen: dict[Any, Any] = {}
     for name, value in pairs:
         if name in seen:
-            raise DataError(f"{name!r:.80} stands there twice: remove one.")
+            raise DataError(f"{name!r:.80} appears twice: remove one.")
         seen[name] = value
     return seen
 

@@ -33,9 +33,9 @@ def add_parser(commands: Any, version: str) -> None:
         "--attn_implementation",
         default="sdpa",
         choices=options.ATTENTION,
-        help="of the model; default %(default)s",
+        help="attention of the model; default %(default)s",
     )
-    parser.add_argument("--device", default="cpu", help="default %(default)s")
+    parser.add_argument("--device", default="cpu", help="device to examine; default %(default)s")
 
 
 def run(version: str, args: argparse.Namespace) -> int:

@@ -43,26 +43,26 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--suite", required=True, choices=(*SUITES, *trials.SUITES))
     parser.add_argument(
         "--tasks",
-        help="separated by commas; default: all of the suite (of babilong qa1 to qa5; qa of ruler "
-        "only with --questions)",
+        help="tasks, separated by commas; default: all of the suite (of babilong "
+        "qa1 to qa5; qa of ruler only with --questions)",
     )
     parser.add_argument(
         "--lengths",
         default="1k,4k",
-        help="tokens, answer included, separated by commas; 1k is 1024; 0k is BABILong's facts "
-        "without noise; default %(default)s",
+        help="numbers of tokens with the answer, separated by commas; 1k is 1024; 0k is "
+        "BABILong's facts without noise; default %(default)s",
     )
     parser.add_argument(
         "--n",
         "--num_questions",
         type=options.whole(1),
         default=100,
-        help="questions of each; default %(default)s, of gpqa and longbench all",
+        help="number of questions of each task; default %(default)s; of gpqa and longbench all",
     )
     parser.add_argument(
         "--noise",
         default="heldout",
-        help="FILE.txt in UTF-8, or documentation of the Python standard library: heldout "
+        help="text around the evidence: FILE.txt in UTF-8, or documentation of Python: heldout "
         "(default), train or all",
     )
     parser.add_argument("--questions", help="file for RULER's qa: .jsonl, SQuAD or HotpotQA")
@@ -71,8 +71,8 @@ def add_parser(commands: Any) -> None:
         metavar="DIR",
         help="write the questions as tasks of lm-evaluation-harness, and ask nothing",
     )
-    options.add_whole(parser, "--per_device_eval_batch_size", 8)
-    options.add_whole(parser, "--depth_bins", 10)
+    options.add_whole(parser, "--per_device_eval_batch_size", 8, "number of prompts in a batch")
+    options.add_whole(parser, "--depth_bins", 10, "number of depths in the heat map")
     parser.add_argument(
         "--mask",
         default="causal",
@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> None:
         for task, length in cells:
             asked = generate(count, task, length, args.n)
             outputs += _ask(asked, answered, asker, advance, group)
-            # The long prompts are let go of once answered.
+            # The long prompts are not kept once they are answered.
             items += [replace(item, prompt="") for item in asked]
         if not group.first:
             # The first has all answers.
@@ -163,7 +163,7 @@ def run(args: argparse.Namespace) -> None:
     if drawn:
         print(f"wrote {output / DEPTHS}")
     else:
-        print("no heat map: the evidence of these tasks stands everywhere")
+        print("no heat map: the evidence of these tasks is everywhere in the text")
 
 
 def _asker(args: argparse.Namespace) -> tuple[Asker, Any, int | None]:

@@ -30,7 +30,7 @@ def add_parser(commands: Any) -> None:
         help=f"which keys a token of the prompt sees: {', '.join(MASKS)}; several, separated by "
         "commas, answer one after the other; a server is causal; default %(default)s",
     )
-    options.add_whole(parser, "--max_new_tokens", 64)
+    options.add_whole(parser, "--max_new_tokens", 64, "largest number of tokens of an answer")
     options.add_model(parser, small=False)
 
 

@@ -60,9 +60,9 @@ def positives(word: str) -> list[float]:
     return [positive(part.strip()) for part in word.split(",")]
 
 
-def add_whole(parser: Any, name: str, default: int, of: str = "", *, least: int = 1) -> None:
+def add_whole(parser: Any, name: str, default: int, what: str, *, least: int = 1) -> None:
     """Add an option that is a whole number from `least` on; its help says of what."""
-    text = f"{of}; default %(default)s" if of else "default %(default)s"
+    text = f"{what}; default %(default)s"
     parser.add_argument(name, type=whole(least), default=default, help=text)
 
 
@@ -81,12 +81,14 @@ def add_inner(
 ) -> None:
     """Add the options of the inner loop; `rates`: `--inner_lr` may be several."""
     group = parser.add_argument_group("inner loop (defaults of FocuSFT, arXiv 2605.09932)")
-    add_whole(group, "--inner_steps", 2, least=0)
+    add_whole(group, "--inner_steps", 2, "number of inner steps", least=0)
     group.add_argument(
         "--inner_lr",
         type=positives if rates else positive,
         default="1.0",
-        help="several may be given, separated by commas; " * rates + "default %(default)s",
+        help="learning rate of the inner loop"
+        + ", or several separated by commas" * rates
+        + "; default %(default)s",
     )
     group.add_argument(
         "--inner_clip",
@@ -105,7 +107,7 @@ def add_inner(
         default="gate_proj,up_proj,down_proj",
         help="modules with fast weights, separated by commas; default %(default)s",
     )
-    add_whole(group, "--lora_rank", rank, "of the fast weights")
+    add_whole(group, "--lora_rank", rank, "rank of the fast weights")
     group.add_argument(
         "--lora_alpha",
         type=positive,
@@ -137,14 +139,17 @@ def add_model(
         + "; default: a small Qwen2 made from scratch" * small,
     )
     group.add_argument(
-        "--attn_implementation", default="sdpa", choices=ATTENTION, help="default %(default)s"
+        "--attn_implementation",
+        default="sdpa",
+        choices=ATTENTION,
+        help="attention of the model; default %(default)s",
     )
     if small:
         for name, least, default in zip(OF_SMALL, (259, 64, 1), (2048, 128, 4), strict=True):
-            text = "of the small model; default %(default)s"
+            text = f"{name} of the small model; default %(default)s"
             group.add_argument(f"--{name}", type=whole(least), default=default, help=text)
-    group.add_argument("--device", default="cpu", help="default %(default)s")
-    add_whole(group, "--seed", 42, least=0)
+    group.add_argument("--device", default="cpu", help="device of the model; default %(default)s")
+    add_whole(group, "--seed", 42, "seed of all random numbers", least=0)
 
 
 def model_and_tokenizer(
@@ -161,7 +166,7 @@ def model_and_tokenizer(
         args: `model_name_or_path`, `attn_implementation`, and the sizes of the small model.
         texts: what its tokenizer learns from.
         max_length: the longest sequence that the model must take.
-        base: whether a model without a chat template will do.
+        base: whether a model without a chat template is enough.
         template: a chat template instead of the tokenizer's own.
 
     Raises:
@@ -235,7 +240,7 @@ def directory(word: str, flag: str = "--output_dir") -> Path:
     """Return a directory to write to, or raise if it cannot be one; nothing is made yet.
 
     Raises:
-        DataError: naming the flag and what stands in the way.
+        DataError: naming the flag and the obstacle.
     """
     path = Path(word)
     nearest = next(p for p in (path, *path.absolute().parents) if os.path.exists(p))

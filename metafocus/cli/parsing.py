@@ -88,7 +88,7 @@ def unknown(what: str, names: Iterable[str], known: Collection[str], sign: str =
         what: a name is, such as "flag".
         names: as they were given.
         known: the right ones.
-        sign: what stands before a right one, such as `--`.
+        sign: the prefix of a suggestion, such as `--`.
 
     Example:
         >>> unknown("flag", ["--lr", "--zigzag"], ["learning_rate"], "--")

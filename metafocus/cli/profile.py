@@ -45,13 +45,13 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--train_file", default=chats.STDLIB, help="FILE.jsonl, FILE.parquet or stdlib (default)"
     )
-    options.add_whole(parser, "--max_train_samples", 4, "chats")
-    options.add_whole(parser, "--max_length", 512, "tokens", least=2)
-    options.add_whole(parser, "--stdlib_turns", 1, "questions")
+    options.add_whole(parser, "--max_train_samples", 4, "number of chats")
+    options.add_whole(parser, "--max_length", 512, "largest number of tokens of a chat", least=2)
+    options.add_whole(parser, "--stdlib_turns", 1, "number of questions in a chat of stdlib")
     parser.add_argument(
         "--mask",
         default="causal,context-bidirectional",
-        help=f"{', '.join(MASKS)}; several, separated by commas, are drawn side by side; default "
+        help=f"masks to profile, separated by commas: {', '.join(MASKS)}; default "
         "%(default)s: as deployed and as trained",
     )
     parser.add_argument(
@@ -65,7 +65,7 @@ def add_parser(commands: Any) -> None:
         help=f"what --adapt learns: {', '.join(INNER_TOKENS)}; default %(default)s",
     )
     parser.add_argument(
-        "--layer", type=options.whole(0), help="of the heat maps; default the middle one"
+        "--layer", type=options.whole(0), help="layer of the heat maps; default the middle one"
     )
     parser.add_argument(
         "--output_dir", required=True, help="directory of profile.json and of the figures"

@@ -33,7 +33,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--full",
         action="store_true",
-        help="the published budgets: for metafocus's own claims, more than half an hour on two "
+        help="use the published budgets: for metafocus's own claims, more than half an hour on two "
         "cores instead of minutes",
     )
     parser.add_argument(
@@ -49,7 +49,7 @@ def add_parser(commands: Any) -> None:
         action="store_true",
         help="with --only: keep the other claims of the report in --output_dir",
     )
-    options.add_whole(parser, "--workers", 1, "files of tests at once")
+    options.add_whole(parser, "--workers", 1, "number of test files that run at the same time")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -36,9 +36,9 @@ class ModelArguments:
         None, "directory, hub id, GGUF file or smollm2; default: a small Qwen2 made from scratch"
     )
     attn_implementation: str = described("sdpa", ", ".join(options.ATTENTION))
-    vocab_size: int = described(2048, "of the small model")
-    hidden_size: int = described(128, "of the small model")
-    num_hidden_layers: int = described(4, "of the small model")
+    vocab_size: int = described(2048, "vocabulary of the small model")
+    hidden_size: int = described(128, "hidden size of the small model")
+    num_hidden_layers: int = described(4, "number of layers of the small model")
     outer_lora_rank: int = described(0, "train a PEFT LoRA of this rank, not the whole model")
     outer_lora_modules: str = described("all-linear", "modules of the PEFT LoRA")
 
@@ -77,7 +77,7 @@ class DataArguments:
     dataset_streaming: bool = described(
         False, "read dataset_name record by record, up to max_train_samples, without a copy on disk"
     )
-    dataset_num_proc: int = described(1, "processes that encode chats")
+    dataset_num_proc: int = described(1, "number of processes that encode chats")
     encoding_cache: str | None = described(
         None, "directory that keeps encoded chats, under a hash of all they depend on"
     )
@@ -95,20 +95,23 @@ class DataArguments:
     strict: bool = described(False, "stop at a chat that cannot be encoded, instead of skipping it")
     validation_file: str | None = described(None, "file of held-out chats")
     validation_split_percentage: float = described(
-        10.0, "per cent of the chats that are held out where none are given; 0: none are"
+        10.0, "percentage of the chats that is held out if no held-out chats are given; 0: none"
     )
     max_train_samples: int | None = described(
-        None, f"most chats to train on; of stdlib as many are made, by default {STDLIB_SAMPLES}"
+        None,
+        "largest number of chats to train on; of stdlib this many are made, by default "
+        f"{STDLIB_SAMPLES}",
     )
     max_eval_samples: int | None = described(
-        None, "most chats held out; of stdlib as many are made, by default a tenth"
+        None, "largest number of held-out chats; of stdlib this many are made, by default a tenth"
     )
-    max_length: int = described(512, "most tokens of a sample")
+    max_length: int = described(512, "largest number of tokens of a sample")
     packing: bool = described(False, "join training samples into rows of max_length tokens")
     separate_messages: bool = described(
-        False, "every message is a context turn of its own (default: neighbours are one turn)"
+        False,
+        "make every message a context turn of its own, instead of joining neighbours to one turn",
     )
-    stdlib_turns: int = described(1, "questions in a chat of stdlib")
+    stdlib_turns: int = described(1, "number of questions in a chat of stdlib")
     dry_run: bool = described(
         False, "take three steps, print the memory and time that a step needs, and write nothing"
     )
@@ -236,7 +239,7 @@ Fine-tune a causal language model on chats, plainly or with FocuSFT.
   metafocus train CONFIG.yaml [flags]      the same names in YAML or JSON; flags win
 
 This is Hugging Face's Trainer: every setting of transformers.TrainingArguments is a flag too.
-They stand after the settings of the model, of the data and of FocuSFT. The command is also the
+They follow the settings of the model, of the data and of FocuSFT. The command is also the
 script of every process: torchrun --nproc-per-node=8 -m metafocus train CONFIG.yaml
 """
 

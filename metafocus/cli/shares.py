@@ -89,11 +89,7 @@ def ranks() -> Ranks:
 
 
 def refuse_ranks(command: str, way_out: str = "start it without torchrun") -> None:
-    """Raise for a command that would do all of its work in each of several processes.
-
-    Raises:
-        DataError: naming the command.
-    """
+    """Raise for a command that would do all of its work in each of several processes."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count > 1:
         raise DataError(

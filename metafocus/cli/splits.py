@@ -89,11 +89,7 @@ def documentation(
 def check_evaluation(
     args: FocusArguments, data: DataArguments, train: chats.Chats | None, heldout: chats.Chats
 ) -> None:
-    """Raise if there is nothing to evaluate on while training.
-
-    Raises:
-        DataError: naming the flags.
-    """
+    """Raise if there is nothing to evaluate on while training."""
     made = train is None and data.validation_split_percentage > 0
     if args.eval_strategy != "no" and not heldout and not made:
         raise DataError(

@@ -73,6 +73,6 @@ def _prose(noise: str, longest: int) -> Prose:
     prose = builtin_prose(_NOISE[noise]) if noise in _NOISE else prose_from_file(noise)
     size = sum(len(sentence.split()) for sentence in prose.sentences)
     if size < longest:
-        # A word has a token at least: what is longer may fit, what is shorter surely repeats.
+        # Each word has at least one token, so prose with fewer words than tokens must repeat.
         print(f"note: --noise has {size} words and repeats in longer contexts.", file=sys.stderr)
     return prose

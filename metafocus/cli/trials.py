@@ -44,8 +44,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("science, gpqa and longbench")
     group.add_argument("--gpqa_file", help="GPQA's CSV file, for --suite gpqa")
     group.add_argument("--longbench_file", help="data.json of LongBench v2, for --suite longbench")
-    group.add_argument("--samples", type=options.whole(1), default=4, help="tries; %(default)s")
-    group.add_argument("--k", default="1", help="of pass@k, separated by commas; %(default)s")
+    options.add_whole(group, "--samples", 4, "number of trials at each question")
+    group.add_argument(
+        "--k", default="1", help="values of k for pass@k, separated by commas; default %(default)s"
+    )
     group.add_argument(
         "--no_tool",
         action="store_false",
@@ -57,15 +59,23 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="run programs even if this machine has no wall around them",
     )
-    group.add_argument("--calls", type=options.whole(0), default=5, help="of the tool; %(default)s")
+    options.add_whole(group, "--calls", 5, "largest number of programs in a trial", least=0)
     group.add_argument(
-        "--tool_seconds", type=options.positive, default=10.0, help="of each call; %(default)s"
+        "--tool_seconds",
+        type=options.positive,
+        default=10.0,
+        help="longest time of a program in seconds; default %(default)s",
     )
-    group.add_argument("--temperature", type=_temperature, default=0.7, help="%(default)s")
-    group.add_argument("--top_p", type=options.positive, default=1.0, help="%(default)s")
     group.add_argument(
-        "--max_new_tokens", type=options.whole(1), default=1024, help="of a reply; %(default)s"
+        "--temperature",
+        type=_temperature,
+        default=0.7,
+        help="temperature of sampling; default %(default)s",
     )
+    group.add_argument(
+        "--top_p", type=options.positive, default=1.0, help="top-p of sampling; default %(default)s"
+    )
+    options.add_whole(group, "--max_new_tokens", 1024, "largest number of tokens of a reply")
 
 
 def note_unused(args: argparse.Namespace) -> None:

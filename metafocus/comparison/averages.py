@@ -30,7 +30,7 @@ def interval(
 ) -> tuple[float, float] | tuple[None, None]:
     """Return the 95 % interval of a mean (Student's t), cut at what is possible.
 
-    One value says nothing about how much others would differ: there is no interval.
+    One value has no interval, because it does not show how much others would differ.
 
     Example:
         >>> [round(x, 3) for x in interval([1.0, 2.0, 3.0])]

@@ -37,7 +37,7 @@ def follows_solver(other: Any) -> bool:
 
 
 def of_other(name: str, other: Any, solver: Solver, tasks: bool, seed: int) -> Gradient:
-    """Return the hypergradient of a contender that is no estimator.
+    """Return the hypergradient of a contender that is not an estimator.
 
     Args:
         name: for messages.

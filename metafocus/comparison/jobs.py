@@ -103,7 +103,7 @@ class Work:
         return constants(outer), episode
 
     def cell(self, job: Job) -> dict[str, Any]:
-        """Return the cell of a job: what it is in words, and the hash of all that it rests on."""
+        """Return the cell of a job: a description, and the hash of all that it depends on."""
         part = self._part(job)
         setting = (job.setting.solver, job.setting.tasks, job.seed)
         content = digest(self.shared, part, *setting, self.repeats, self.fresh_process)

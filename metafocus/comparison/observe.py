@@ -54,7 +54,7 @@ def examine(
     implicit = hasattr(estimator, "solve")
     watched = copy.copy(estimator)
     if implicit:
-        # A user's estimator need not be a dataclass, and this is no setting to be checked.
+        # A user's estimator need not be a dataclass, and its checks do not apply to this.
         object.__setattr__(watched, "solve", tally.watching(estimator.solve))
     counted = bilevel(tally.counting(problem), solver=solver, estimator=watched)
     residual = inner_residual(problem, outer, episode, solver, estimator)

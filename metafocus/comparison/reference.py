@@ -23,7 +23,7 @@ def title(
     """Return what to call a reference.
 
     Raises:
-        ProblemError: if it is no reference.
+        ProblemError: if it is not a reference.
     """
     if isinstance(reference, str):
         names = [*estimators, *others]

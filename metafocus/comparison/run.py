@@ -54,12 +54,12 @@ def compare(
         estimators: what to compare, by name.
         reference: what to compare with: a name of `estimators` or `others`, another estimator, the
             exact hypergradient itself, "central differences" (the step is chosen for each
-            tensor, and the error told), or a function `(outer, episode)` or
-            `(outer, episode, solver)` that returns the exact hypergradient. A named estimator
-            stays as it is, whatever `over` does to it.
-        others: contenders that are no estimators, by name: a meta loss of the same problem, such
+            tensor, and their error is reported), or a function `(outer, episode)` or
+            `(outer, episode, solver)` that returns the exact hypergradient. `over` does not
+            change an estimator that is named here.
+        others: contenders that are not estimators, by name: a meta loss of the same problem, such
             as `mf.algorithms.Evolution(...)`; a hypergradient, such as `mf.compiled(...)`; a
-            single-loop algorithm, whose `step` is called `solver.steps` times while `outer` rests;
+            single-loop algorithm, whose `step` is called `solver.steps` times with a fixed `outer`;
             or a function of the solver that returns one of these, which `over` needs if it
             changes the solver.
         over: what to vary: lists of values by field, such as `{"solver.steps": [1, 2, 4]}`,
@@ -151,7 +151,7 @@ def _swept(
     with tempfile.TemporaryDirectory() as scratch:
         folder = work.folder or Path(scratch)
         ready = dataclasses.replace(work, jobs=jobs, folder=folder)
-        # What failed may have been mended, and there is no result without it.
+        # A cell that failed may work now, and a comparison needs all cells.
         outcomes = run_cells(ready, flat, folder=folder, executor=executor, retry=True, code=None)
     failed = [outcome for outcome in outcomes if outcome.error]
     if failed:

@@ -27,7 +27,7 @@ class Probe(NamedTuple):
     """What was found along one random direction.
 
     Attributes:
-        smoothness: between -1 and 1; 1: the trained weights move on in the same way.
+        smoothness: between -1 and 1; at 1 the trained weights keep their direction.
         predicted: the metagradient along the direction.
         difference: the central difference of the outer loss.
         floor: the part of `difference` that is rounding: eps of the fast weights' type times the
@@ -103,16 +103,16 @@ def smoothness(
 
     Args:
         problem: the problem; its start must be the same at every call.
-        outer: where to look.
+        outer: the outer parameters at which the run is examined.
         episode: support and query.
         solver: the optimiser of the run.
         h: how far to move each outer parameter.
         directions: how many random directions, of signs plus and minus one.
-        generator: draws them.
-        estimator: whose metagradient is checked; None: the exact one.
+        generator: draws the directions.
+        estimator: the estimator of the metagradient that is checked; None: the exact one.
 
     Raises:
-        ValueError: if `h` is not positive or `directions` is no positive integer.
+        ValueError: if `h` is not positive or `directions` is not a positive integer.
 
     Example:
         >>> import metafocus as mf

@@ -1,4 +1,4 @@
-"""What an error means: one word for each estimator, and what to do about it."""
+"""What an error means: a verdict for each estimator."""
 
 from __future__ import annotations
 

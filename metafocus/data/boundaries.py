@@ -47,10 +47,10 @@ class RenderedChat:
 
 
 class Tail(NamedTuple):
-    """What stands after the last text of a message.
+    """The text after the last text of a message.
 
     Attributes:
-        own: the beginning of it that stands there too when the message is the last one.
+        own: its beginning, which is also there when the message is the last one.
         whole: whether the end of the message is the same when it is the last one.
         beyond: whether a control token right after `own` may be the stop token of the answer.
         as_at_use: whether the message is rendered as when it is the last one.
@@ -168,7 +168,7 @@ class Boundaries:
         beyond = True
         follows = own == finished and i + 1 < len(chat.messages)
         if follows and chat.messages[i + 1]["role"] == "assistant":
-            # A template without end-of-turn tokens goes on with the header of the next answer.
+            # A template without end-of-turn tokens continues with the header of the next answer.
             prompted = self._after(chat.messages[: i + 1], chat.tools, i, prompt=True)
             beyond = prompted is None or not prompted.startswith(finished)
         same = _before(alone, len(alone.groups) - 1) == _before(chat, n) and (

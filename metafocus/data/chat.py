@@ -104,7 +104,7 @@ def encode_chat(
 
 
 class Made(NamedTuple):
-    """A sample, and what is to be said of it.
+    """A sample, and what the summary says of it.
 
     Attributes:
         sample: 1-D tensors.
@@ -187,7 +187,7 @@ class Encoder:
             try:
                 chat = self._rendered(messages, tool_list, form)
             except DataError as error:
-                # What is said of the messages as they are is said in the end.
+                # The final error is that of the messages as they are.
                 if first is None or form == Form():
                     first = error
                 continue

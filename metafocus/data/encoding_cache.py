@@ -58,7 +58,7 @@ def key(
 
 
 def load(directory: str | Path, name: str) -> tuple[list[Sample], dict[str, Any]] | None:
-    """Return the samples and what was counted; None if there is no whole file."""
+    """Return the samples and what was counted; None if there is no complete file."""
     try:
         kept = torch.load(_path(directory, name), weights_only=True)
         sizes = kept["sizes"].tolist()

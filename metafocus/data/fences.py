@@ -75,7 +75,7 @@ class Located:
     Attributes:
         text: the rendered chat.
         pieces: all texts of the chat.
-        places: for each piece, where it stands, as [start, stop) in the text.
+        places: for each piece, its places as [start, stop) in the text.
         marks: what the template marks as generated, as [start, stop) in the text.
     """
 
@@ -138,7 +138,7 @@ class _Fencer:
         thought = _THOUGHT.fullmatch(content) if role == "assistant" else None
         if thought is None:
             return self.fence(content, i, "content", role == "tool")
-        # Templates cut the content here, and drop or move what stands before.
+        # Templates cut the content here, and drop or move the part before it.
         tag, reasoning, rest = thought[1] or "", thought[2], thought[3]
         if reasoning.strip():
             reasoning = self.fence(reasoning, i, "reasoning")

@@ -115,7 +115,7 @@ def _alpaca(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     parts = [record["instruction"], record.get("input")]
     odd = next((part for part in parts if part is not None and not isinstance(part, str)), None)
     if odd is not None:
-        raise DataError(f"{odd!r:.80} in the instruction or input is no text")
+        raise DataError(f"{odd!r:.80} in the instruction or input is not text")
     pairs.append(("\n\n".join(part for part in parts if part), record["output"]))
     roles = ("user", "assistant")
     return [

@@ -40,7 +40,7 @@ def _alarm(seconds: float) -> Iterator[None]:
         raise OutOfTimeError
 
     handler = signal.signal(signal.SIGALRM, stop)
-    # Another timer may run, such as that of pytest-timeout: it goes on afterwards.
+    # Another timer may run, such as that of pytest-timeout; it continues afterwards.
     left, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield

@@ -44,28 +44,26 @@ def without_nulls(value: Any) -> Any:
 def from_arrow(messages: Any) -> bool:
     """Return whether messages are those of a row of Arrow, whose structs all have the same keys.
 
-    There a null stands for a key that only other rows have, in the arguments of calls, too.
+    There a key that only other rows have is null, in the arguments of calls, too.
     """
     return any(
         isinstance(m, Mapping) and "tool_calls" in m and m["tool_calls"] is None for m in messages
     )
 
 
-def check_messages(messages: Any, where: str = "") -> None:
+def check_messages(messages: Any) -> None:
     """Raise for messages that no template can render as intended.
-
-    The error text begins with `where`.
 
     Raises:
         DataError: if messages is not a list or is empty, if a role is unknown, if content is
             missing, or if a weight or evidence is wrong.
     """
     if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence):
-        raise DataError(f"{where}messages is {messages!r:.80}: pass a list of message dicts")
+        raise DataError(f"messages is {messages!r:.80}: pass a list of message dicts")
     if not messages:
-        raise DataError(f"{where}messages is empty: pass at least one message")
+        raise DataError("messages is empty: pass at least one message")
     for i, message in enumerate(messages):
-        _check_message(message, f"{where}message {i}: ")
+        _check_message(message, f"message {i}: ")
 
 
 def _check_message(message: Any, where: str) -> None:
@@ -110,7 +108,7 @@ def _check_part(part: Any, where: str) -> None:
     kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
     if kind != "text" or not isinstance(text, str):
         raise DataError(
-            f"{where}the part {part!r:.80} of the content is no text: remove images and other "
+            f"{where}the part {part!r:.80} of the content is not text: remove images and other "
             "media, give {'type': 'text', 'text': ...}"
         )
 

@@ -50,7 +50,7 @@ def read_chats(
         [{'messages': [{'role': 'user', 'content': 'hi'}]}]
     """
     if not isinstance(path, str | Path):
-        raise DataError(f"path={path!r} is no path: pass a string or a pathlib.Path")
+        raise DataError(f"path={path!r} is not a path: pass a string or a pathlib.Path")
     path = Path(path)
     if path.suffix not in _SUFFIXES:
         fault = "is a directory, not a file" if path.is_dir() else "has an unknown suffix"
@@ -176,7 +176,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise DataError(f"the key {twice!r:.80} stands twice in one object: remove one")
+        raise DataError(f"the key {twice!r:.80} appears twice in one object: remove one")
     return found
 
 

@@ -91,9 +91,9 @@ class Encoders:
         made: dict[int, list[Made] | DataError],
         parts: dict[int, tuple[Encoder, list[tuple[int, Any, Any]]]],
     ) -> None:
-        """Encode a record that is no chat, or note the chats of a record for its encoder."""
+        """Encode a record that is not a chat, or note the chats of a record for its encoder."""
         if not isinstance(record, Mapping):
-            raise DataError(f"{record!r:.80} is no dict with messages")
+            raise DataError(f"{record!r:.80} is not a dict with messages")
         record = as_chat(without_nulls(record) if self._arrow else record)
         if "messages" not in record:
             made[i] = [Made(encode_plain(record, self._tokenizer), 0, 0)]

@@ -118,7 +118,7 @@ class Renderer:
             )
         if variables is not None and not isinstance(variables, Mapping):
             raise DataError(
-                f"chat_template_kwargs={variables!r:.80} is no dict: pass names and values"
+                f"chat_template_kwargs={variables!r:.80} is not a dict: pass names and values"
             )
         self.tokenizer: Any = tokenizer
         self._own = template
@@ -126,8 +126,8 @@ class Renderer:
         taken = [name for name in self.variables if name in _TAKEN]
         if taken:
             raise DataError(
-                f"chat_template_kwargs={{{taken[0]!r}: ...}} is no variable of a template: remove "
-                "it, metafocus passes it itself"
+                f"chat_template_kwargs={{{taken[0]!r}: ...}} is not a variable of a template: "
+                "remove it, metafocus passes it itself"
             )
         self._templates: dict[tuple[bool, tuple[str, str] | None], str] = {}
 

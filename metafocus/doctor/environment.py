@@ -16,7 +16,7 @@ from metafocus.doctor.findings import Finding
 from metafocus.masks import Batch
 
 PACKAGES = (
-    *("torch", "transformers", "accelerate", "peft", "tokenizers", "safetensors", "numpy"),
+    *("transformers", "accelerate", "peft", "tokenizers", "safetensors", "numpy"),
     *("datasets", "trl", "triton", "flash-attn", "lm-eval"),
 )
 LENGTH, HEADS, WIDTH = 256, 4, 64
@@ -26,6 +26,8 @@ POLICIES = {"causal": masks.causal, "context-bidirectional": masks.context_bidir
 def versions(own: str) -> list[Finding]:
     """Return the versions of this package, of Python, and of the packages that it works with."""
     found = [Finding("metafocus", own), Finding("python", platform.python_version())]
+    # The wheel's own metadata may leave out for which devices it was built, such as +cu130.
+    found.append(Finding("torch", torch.__version__))
     for name in PACKAGES:
         try:
             found.append(Finding(name, metadata.version(name)))

@@ -32,7 +32,7 @@ class Loop(Protocol):
 
 
 class Kept:
-    """The kept states of one run: tensors on a shelf, what is no tensor beside it."""
+    """The kept states of one run: tensors in the store, other parts beside them."""
 
     def __init__(self, place: Place):
         self.shelf: Shelf = place.open()

@@ -1,7 +1,7 @@
 """HELMET's recall from JSON: the value of one key among many, all of them UUIDs.
 
 The task is that of Liu et al. (2023), Lost in the Middle, as HELMET (Yen et al., 2024) runs it:
-two pairs of the same object are shown as examples, the key stands at one of six depths, and an
+two pairs of the same object are shown as examples, the key is at one of six depths, and an
 answer is right if it contains the value.
 """
 

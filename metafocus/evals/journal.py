@@ -213,7 +213,7 @@ def records_in(path: Path) -> list[dict[str, Any]]:
     """Return the records in a file of answers, of whatever settings.
 
     Raises:
-        DataError: if a line is no answer of an evaluation.
+        DataError: if a line is not an answer of an evaluation.
     """
     return _read(path)[0]
 
@@ -240,7 +240,7 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
                 whole += len(line)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{path}, line {len(records) + 1}: no answer of an evaluation ({error}). Name another "
-            "directory, or pass --overwrite_output_dir"
+            f"{path}, line {len(records) + 1}: not an answer of an evaluation ({error}). Name "
+            "another directory, or pass --overwrite_output_dir"
         ) from error
     return records, whole

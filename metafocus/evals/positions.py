@@ -29,11 +29,7 @@ def positions(config: Any) -> int | None:
 
 
 def check_positions(size: int, most: int | None, what: str) -> None:
-    """Raise if a prompt with its answer has more tokens than the model has positions.
-
-    Raises:
-        DataError: naming both numbers and what can be done.
-    """
+    """Raise if a prompt with its answer has more tokens than the model has positions."""
     if most is not None and size > most:
         raise DataError(
             f"{what} has {size} tokens with its answer, which is more than the {most} positions "

@@ -66,7 +66,7 @@ class Nystrom:
     `A` is replaced by `C W^-1 C'`, and `x = (C W^-1 C' + damping I)^-1 b`. Exact for
     `A + damping I` if `A` has at most that rank. Where the columns do not reach, `x` is
     `b / damping`. A negative eigenvalue near `-damping` makes `x` large, as it makes the exact
-    inverse; a singular `A` is no special case.
+    inverse; a singular `A` is not a special case.
 
     Args:
         rank: number of columns, and of products with `A`, taken one after the other; all of them

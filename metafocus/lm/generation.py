@@ -15,7 +15,7 @@ from metafocus.masks import Batch, MaskPolicy, causal, positions
 
 @torch.no_grad()
 def prefilled(model: nn.Module, batch: Batch, mask: MaskPolicy) -> dict[str, Any]:
-    """Read prompts under a mask policy; return what `model.generate` needs to go on from there.
+    """Read prompts under a mask policy; return what `model.generate` needs to continue.
 
     `model.generate` and every server read a prompt causally. Training with a bidirectional context
     reads it otherwise. Here the prompt is read as in training, and what follows is decoded causally

@@ -255,9 +255,9 @@ def lm_loss(
         UserWarning: at the first call, if the head of this model cannot be split off.
 
     Raises:
-        ProblemError: for an argument that is no model, adapter, mask or token policy; at the first
-            call, for an attention implementation that takes no explicit mask, or a batch without
-            what the policies need.
+        ProblemError: for an argument that is not a model, adapter, mask or token policy; at the
+            first call, for an attention implementation that takes no explicit mask, or a batch
+            without what the policies need.
         DataError: at the call, for tokens that the model has no embeddings for.
 
     Example:

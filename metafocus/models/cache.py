@@ -53,11 +53,7 @@ def made_once(name: str, make: Callable[[Path], None]) -> Path:
 
 
 def require_space(directory: Path, size: int) -> None:
-    """Raise if there is no room for `size` bytes in a directory.
-
-    Raises:
-        DataError: with both numbers.
-    """
+    """Raise if there is no room for `size` bytes in a directory."""
     free = shutil.disk_usage(directory).free
     if free < size:
         raise DataError(

@@ -122,7 +122,7 @@ def _read(path: Path, header: Any) -> tuple[Any, Any]:
 
 
 def _restore_decimals(values: dict[str, Any]) -> None:
-    """Replace each float that is single precision by the shortest decimal that it stands for.
+    """Replace each float that is single precision by the shortest decimal with its value.
 
     1e-5 became 9.999999747378752e-06: the same in a float32 model, not in a float64 one.
     """

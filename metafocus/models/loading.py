@@ -81,7 +81,7 @@ def _from_pretrained(name: str, kwargs: dict[str, Any]) -> tuple[PreTrainedModel
 
     near = difflib.get_close_matches(name.lower(), [smollm2.NAME], cutoff=0.8)
     if near and not Path(name).exists():
-        raise DataError(f"name_or_path={name!r} is no directory: did you mean {near[0]!r}?")
+        raise DataError(f"name_or_path={name!r} is not a directory: did you mean {near[0]!r}?")
     advice = "Give a directory with a model and its tokenizer, a hub id, or a GGUF file"
     failed = f"name_or_path={name!r} cannot be loaded"
     here = Path(name).is_dir()

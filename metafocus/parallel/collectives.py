@@ -34,7 +34,7 @@ Group: TypeAlias = "dist.ProcessGroup | None"
 def replicated(x: Tensor, group: Group) -> Tensor:
     """Return `x` itself; its derivative is summed over the ranks.
 
-    It stands where a value that all ranks hold (weights, above all) enters what each rank computes
+    It belongs where a value that all ranks hold (mostly weights) enters what each rank computes
     with its own share of the data.
 
     Args:

@@ -84,7 +84,7 @@ def share(x: Tensor, group: Group, fill: int) -> Tensor:
     Args:
         x: the same on every rank.
         group: the ranks.
-        fill: what stands beyond the end of the sequence.
+        fill: the value beyond the end of the sequence.
 
     Example:
         >>> share(torch.arange(3), None, 0)

@@ -26,11 +26,7 @@ from metafocus.types import InnerLoss, Params
 
 
 def refuse_hidden(support: Any, data: Any) -> None:
-    """Raise if a stream gives tensors that an explicit estimator would have to see and cannot.
-
-    Raises:
-        ClosureError: naming the stream.
-    """
+    """Raise if a stream gives tensors that an explicit estimator would have to see and cannot."""
     name = type(getattr(support, "stream", support)).__name__
     tensors = pt.tensors(data)
     if any(map(is_tracked, tensors)):
@@ -43,6 +39,22 @@ def refuse_hidden(support: Any, data: Any) -> None:
         f"the stream of type {name} gives tensors that {why}. Use mf.PerStep, whose tensors are "
         "visible, or Unrolled() without recompute."
     )
+
+
+def refuse_sealed(data: Any) -> None:
+    """Raise if the data holds tensors in a container that an explicit estimator cannot open.
+
+    Raises:
+        ClosureError: naming the container.
+    """
+    for name, tensors in pt.sealed(data).items():
+        if any(is_tracked(x) or is_batched(x) for x in tensors):
+            raise ClosureError(
+                f"the support holds a {name}, which torch does not know as a container: this "
+                "estimator cannot see its tensors and would lose their derivative. Pass a dict, "
+                "list, tuple or NamedTuple of them (`dict(batch)`, `vars(batch)`), or use "
+                "Unrolled() without recompute."
+            )
 
 
 def evaluated(inner_loss: InnerLoss, fast: Params, slow: Params, data: Any) -> Tensor:
@@ -165,11 +177,7 @@ def refuse_ignored(unused: set[str], point: Params) -> None:
 
 
 def refuse_closures(who: str, results: Iterable[Tensor], made: list[Tensor]) -> None:
-    """Raise if results of constants need a derivative: they come from a tensor closed over.
-
-    Raises:
-        ClosureError: naming who.
-    """
+    """Raise if results of constants need a derivative: they come from a tensor closed over."""
     for x in results:
         # A loss may build a graph of its own, such as a gradient penalty.
         if is_tracked(x) and (not x.requires_grad or foreign_leaves(x, made)):

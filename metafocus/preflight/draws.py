@@ -55,7 +55,7 @@ class Draws(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def source(self) -> str | None:
-        """Return what was drawn from, in words; None: torch's global generators at most."""
+        """Return which generators were used; None if only torch's global ones were."""
         if self.states:
             return "a generator of its own (generator=...)"
         if random.getstate() != self.python:

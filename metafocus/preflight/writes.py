@@ -48,9 +48,6 @@ def refused_writes(who: str, given: list[tuple[str, Tensor]], owner: Any) -> Ite
         who: what runs inside, for the message.
         given: the tensors that it is given, each with what it is.
         owner: the function that runs: what it closes over is named in the message.
-
-    Raises:
-        ProblemError: naming what was written to.
     """
     moved, reads = Moved(), closures_of(owner)
     with Writes() as writes, undone(partial(_undo, writes)):
@@ -140,7 +137,7 @@ class Writes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        # What FSDP2's hooks gather is no state: it is gathered anew, and its memory is freed.
+        # FSDP2's hooks gather weights anew and free their memory, so they are not state.
         gathers = getattr(func, "namespace", "") == "fsdp"
         for argument, value in () if gathers else _bound(func, args, kwargs):
             if argument.alias_info is not None and argument.alias_info.is_write:

@@ -39,7 +39,7 @@ class Attribution:
         retrained: `(weights [runs, rows]) -> [runs, queries]`, the losses after training anew
             with these weights of the examples. A process pool can run it if `losses`, the data
             set and the solver pickle.
-        trust: what `mf.smoothness` says of the run, if it was asked.
+        trust: the report of `mf.smoothness` on the run, if `directions` was set.
     """
 
     scores: Tensor
@@ -51,7 +51,7 @@ class Attribution:
 
 @dataclass(frozen=True, eq=False)
 class Retraining:
-    """A training run on weighted examples; it pickles where its losses and its data set do.
+    """A training run on weighted examples; it can be pickled if its losses and its data set can.
 
     Attributes:
         losses: the loss of each example of a batch.
@@ -59,7 +59,7 @@ class Retraining:
         train: the batches, with the numbers of their rows.
         solver: the optimiser of the run.
         query_losses: the loss of each query.
-        query: what `query_losses` is given.
+        query: the data of `query_losses`.
         at_once: how many runs `vmap` maps; None: all. With 1 nothing is mapped.
     """
 
@@ -107,21 +107,22 @@ def attribution(
 ) -> Attribution:
     """Return the derivative of query losses by the weight of each training example: MAGIC.
 
-    The run is `solver` on `mean_i weight_i loss_i` of each batch, from `start()`, with all weights
-    one. One forward pass, and one backward pass for all queries.
+    The run starts from `start()`, and `solver` takes steps on `mean_i weight_i loss_i` of each
+    batch, where all weights are one. It takes one forward pass, and one backward pass for all
+    queries.
 
     Args:
         losses: the loss of each example of a batch.
         start: returns the weights that training starts from; called once.
         train: the batches, with the numbers of their rows (`mf.Batches.from_dataset`).
-        query: what `query_losses` is given.
+        query: the data of `query_losses`.
         solver: the optimiser of the run; a decay of the weights belongs to it.
         query_losses: the loss of each query; None: `losses`.
         estimator: how to differentiate the run; None: exactly, by `Unrolled` with all states on
             the device. For long runs `mf.Unrolled(store=mf.stores.schedule(12))`.
         queries_at_once: how many queries share a backward pass (their cotangents are a batch that
             `vmap` maps); None: all. With 1 nothing is mapped.
-        runs_at_once: how many runs `retrained` maps by `vmap`; None: all. With 1 nothing is.
+        runs_at_once: how many runs `retrained` maps by `vmap`; None: all. With 1 it maps none.
         directions: along how many random directions `mf.smoothness` tries the run, with four to
             eight runs each; 0: it does not.
 
@@ -208,13 +209,13 @@ def influence(
     """Return the influence function of trained weights, `[queries, rows]`: the usual baseline.
 
     `-grad q' (H + damping)^-1 grad l_i / n` with `H` the Hessian of the mean loss of all rows. It
-    knows the end of the run and nothing of its way there.
+    uses the end of the run only, and not the steps that led to it.
 
     Args:
         losses: the loss of each example.
         params: the trained weights.
         data: all training examples, row by row.
-        query: what `query_losses` is given.
+        query: the data of `query_losses`.
         query_losses: the loss of each query; None: `losses`.
         damping: strength of the quadratic that makes the Hessian invertible; a decay of the
             weights belongs to it.

@@ -29,7 +29,7 @@ class LearnedOptimiser:
         recurrent: an LSTM with a state for each entry, or an MLP without one.
         hidden: width of the network.
         scale: size of an update of one.
-        decay: of the momentum that is a feature.
+        decay: decay of the momentum that is one of the features.
 
     Example:
         >>> rule = LearnedOptimiser(steps=3)
@@ -65,7 +65,7 @@ class LearnedOptimiser:
         return {**drawn, "optimiser.bias": zeros, "optimiser.skip": torch.ones((), dtype=dtype)}
 
     def init(self, params: Params) -> State:
-        """Return zero momenta and, of an LSTM, zero states of every entry."""
+        """Return zero momenta and, for an LSTM, zero states for every entry."""
         state = {"momentum": {k: torch.zeros_like(v) for k, v in params.items()}}
         if self.recurrent:
             for part in ("memory", "hidden"):

@@ -61,11 +61,7 @@ def refuse_sharded(model: nn.Module, estimator: Any) -> None:
 
 
 def refuse_outer(outer: Params) -> None:
-    """Raise for explicit outer parameters of a model whose hooks gather them.
-
-    Raises:
-        ProblemError: naming what to pass.
-    """
+    """Raise for explicit outer parameters of a model whose hooks gather them."""
     if outer:
         raise ProblemError(
             f"outer holds {next(iter(outer))!r} and {len(outer) - 1} more weights, and the hooks "

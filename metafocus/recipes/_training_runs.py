@@ -1,7 +1,7 @@
 """Weights of data, distilled data and generated starts, learned through whole training runs.
 
-Most functions return a problem: what differs from method to method. The solver is the optimiser of
-the run, and the estimator says how the run is differentiated, such as
+Most functions return a problem, which is the part that differs from method to method. The solver is
+the optimiser of the run, and the estimator says how the run is differentiated, such as
 `mf.Unrolled(store=mf.stores.schedule(12))`; `mf.algorithms.Windows` takes a problem in windows.
 """
 
@@ -151,11 +151,11 @@ def generated(
 ) -> Problem:
     """Return the problem with a start that a network makes from the support.
 
-    With a solver of no steps (`mf.SGD(0.0, steps=0)`) the generated fast weights are the answer:
-    Doc-to-LoRA and Text-to-LoRA. With steps they are where adaptation starts.
+    With a solver of no steps (`mf.SGD(0.0, steps=0)`) the generated fast weights are used as they
+    are: Doc-to-LoRA and Text-to-LoRA. With steps, adaptation starts from them.
 
     Args:
-        problem: whose losses, such as `mf.recipes.focusft_problem(model)`.
+        problem: the problem with the losses, such as `mf.recipes.focusft_problem(model)`.
         generate: `(slow, support) -> fast`, differentiable by `slow`; the support as the inner
             loss sees it, a stream if it is one.
         on_top: adds what is generated to the start of the problem, such as a LoRA start, in

@@ -117,7 +117,7 @@ def shared(stream: Stream) -> Shared:
     Without the mark, `over_tasks` stacks a `PerStep` by task and refuses every other stream.
 
     Raises:
-        ProblemError: if the argument is no stream.
+        ProblemError: if the argument is not a stream.
 
     Example:
         >>> batches = Batches(lambda step: torch.zeros(3), steps=5)
@@ -161,7 +161,7 @@ def zipped(*streams: Stream) -> Zipped:
     Tensors of a `PerStep` among them stay visible: they have derivatives under every estimator.
 
     Raises:
-        ProblemError: if an argument is no stream.
+        ProblemError: if an argument is not a stream.
 
     Example:
         >>> batches = Batches(lambda step: torch.full((2,), float(step)), steps=3)

@@ -29,7 +29,7 @@ class Batches:
         size: how many rows the data set has, where `rows` are known; None: up to the largest.
 
     Raises:
-        ValueError: if `steps` is no positive integer.
+        ValueError: if `steps` is not a positive integer.
         ProblemError: if `rows` are no row numbers of `steps` batches, or beyond `size`; at the
             call, for a step beyond the last one.
 
@@ -83,7 +83,7 @@ class Batches:
             collate: makes a batch of a list of rows; None: torch's `default_collate`.
 
         Raises:
-            ValueError: for a `batch_size` or `steps` that is no positive integer, or a missing
+            ValueError: for a `batch_size` or `steps` that is not a positive integer, or a missing
                 generator.
             ProblemError: for a data set without length or rows by number, or an empty one.
 

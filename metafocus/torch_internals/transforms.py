@@ -139,8 +139,8 @@ def innermost(x: Tensor) -> Tensor:
 def differentiated_again(tensors: Iterable[Tensor]) -> bool:
     """Return whether somebody may differentiate what a backward pass makes of these tensors.
 
-    On the tape that is so with grad mode on. `torch.func.grad` always turns it on; there it takes
-    a second transform that differentiates, or the tape below the first one.
+    On the tape this is the case with grad mode on. `torch.func.grad` always turns it on; there it
+    takes a second transform that differentiates, or the tape below the first one.
     """
     if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
         return True

@@ -58,7 +58,7 @@ def as_batch(inputs: Mapping[str, Any]) -> Batch:
 
 
 def labels_of(batch: Batch) -> Tensor:
-    """The batch's labels as transformers wants them: -100 on what is not predicted, `[B, S]`."""
+    """The batch's labels as transformers needs them: -100 where nothing is predicted, `[B, S]`."""
     return torch.where(predicted(answer_tokens, batch), batch["input_ids"], -100)
 
 
@@ -130,11 +130,7 @@ def most_positions(model: nn.Module) -> int | None:
 
 
 def check_length(batch: Batch, model: nn.Module) -> None:
-    """Raise if a row is longer than the positions of the model; packed rows count from 0 again.
-
-    Raises:
-        DataError: with both lengths.
-    """
+    """Raise if a row is longer than the positions of the model; packed rows count from 0 again."""
     most = most_positions(model)
     length = batch["input_ids"].shape[-1]
     if most is not None and length > most and "document_ids" not in batch:

@@ -168,7 +168,7 @@ def _shards(file: Path) -> list[Path]:
 
 
 def _whole(file: Path) -> bool:
-    """Whether a safetensors or torch file goes on to where its header or directory says."""
+    """Whether a safetensors or torch file is as long as its header or directory says."""
     if not file.is_file():
         return False
     if file.suffix != ".safetensors":

@@ -21,11 +21,7 @@ from metafocus.trainer.config import refuse_parallel
 
 
 def check_supported(args: TrainingArguments, compute_loss_func: Any = None) -> None:
-    """Raise for an argument of the Trainer that would have no effect here, or a wrong one.
-
-    Raises:
-        ProblemError: naming the argument and what to do.
-    """
+    """Raise for an argument of the Trainer that would have no effect here, or a wrong one."""
     refuse_parallel(args, os.environ)
     reasons = {
         "label_smoothing_factor": (
@@ -52,11 +48,7 @@ def check_supported(args: TrainingArguments, compute_loss_func: Any = None) -> N
 
 
 def check_columns(args: TrainingArguments, collator: Any) -> None:
-    """Raise if the Trainer would drop columns that the collator of this library needs.
-
-    Raises:
-        DataError: naming the setting.
-    """
+    """Raise if the Trainer would drop columns that the collator of this library needs."""
     if args.remove_unused_columns and (collator is None or isinstance(collator, Collator)):
         raise DataError(
             "remove_unused_columns=True, the default of TrainingArguments, would drop answer_mask "
@@ -65,11 +57,7 @@ def check_columns(args: TrainingArguments, collator: Any) -> None:
 
 
 def check_router(model: Any) -> None:
-    """Raise for a model that is asked for the auxiliary loss of its router.
-
-    Raises:
-        ProblemError: naming the setting.
-    """
+    """Raise for a model that is asked for the auxiliary loss of its router."""
     if getattr(getattr(model, "config", None), "output_router_logits", False):
         raise ProblemError(
             "model.config.output_router_logits=True asks for the auxiliary loss of the router, "
@@ -78,11 +66,7 @@ def check_router(model: Any) -> None:
 
 
 def check_writable(args: TrainingArguments) -> None:
-    """Raise before training, not at its first checkpoint, if nothing can be saved.
-
-    Raises:
-        DataError: naming the directory and the reason.
-    """
+    """Raise before training, not at its first checkpoint, if nothing can be saved."""
     check_utf8("output_dir", str(args.output_dir))
     if not args.should_save:
         return
@@ -96,11 +80,7 @@ def check_writable(args: TrainingArguments) -> None:
 
 
 def check_dtypes(model: nn.Module, args: TrainingArguments) -> None:
-    """Raise if the trained parameters are of several types; warn if they are too narrow.
-
-    Raises:
-        ProblemError: naming the types and what to do.
-    """
+    """Raise if the trained parameters are of several types; warn if they are too narrow."""
     dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
     half = dtypes & {torch.float16, torch.bfloat16}
     if len(dtypes) > 1 or (half and args.fp16):
@@ -120,7 +100,7 @@ def check_dtypes(model: nn.Module, args: TrainingArguments) -> None:
 def check_samples(name: str, samples: Any, model: nn.Module) -> None:
     """Raise for a data set that is empty, or a list with a sample that is too long for the model.
 
-    Other data sets are not read for this: there a batch that is too long raises when it is met.
+    Other data sets are not read here; a batch of theirs that is too long raises when it comes.
 
     Raises:
         DataError: naming the data set, the sample and what to do.
@@ -150,11 +130,7 @@ def check_samples(name: str, samples: Any, model: nn.Module) -> None:
 
 
 def check_wrapper(model: nn.Module) -> None:
-    """Raise for the first version of FSDP, which hides the parameters by name.
-
-    Raises:
-        ProblemError: naming the fix.
-    """
+    """Raise for the first version of FSDP, which hides the parameters by name."""
     if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
         raise ProblemError(
             "FSDP version 1 flattens the parameters that the meta-loss needs by name. Use version "

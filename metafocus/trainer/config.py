@@ -34,9 +34,6 @@ def refuse_parallel(args: Any, environment: Any) -> None:
     Args:
         args: `transformers.TrainingArguments`.
         environment: such as `os.environ`, through which accelerate's launcher gives its settings.
-
-    Raises:
-        ProblemError: naming the setting and where it came from.
     """
     if environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         source = "ACCELERATE_USE_DEEPSPEED=true (accelerate's configuration file or launcher)"
@@ -77,7 +74,7 @@ class FocusOptions:
     arguments of its own, as in TRL, this is passed beside it: `focus=FocusOptions(...)`.
 
     Raises:
-        ProblemError: for a name that stands for nothing, or a number out of range.
+        ProblemError: for an unknown name, or a number out of range.
 
     Example:
         >>> FocusOptions(inner_steps=4).solver()

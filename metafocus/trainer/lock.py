@@ -73,7 +73,7 @@ def _acquired(folder: Path) -> FileLock:
         # One object for a path in a process, which counts how often it was taken.
         lock = FileLock(folder / LOCK, timeout=0, is_singleton=True)
         lock.acquire()
-        # Only what holds the lock writes it, and half of it is read as nobody's name.
+        # Only the process with the lock writes it; a half-written file is read as no name.
         found = {"pid": os.getpid(), "host": socket.gethostname()}
         (folder / HOLDER).write_text(json.dumps(found), encoding="utf-8")
     except Timeout as error:

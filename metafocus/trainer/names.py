@@ -36,7 +36,7 @@ TOKENS = {"answer": answer_tokens, "context": context_tokens, "all": all_tokens}
 
 
 def named(setting: str, name: Any, table: Mapping[str, Any]) -> Any:
-    """Return the object that a name stands for.
+    """Return the object with this name.
 
     Args:
         setting: what the name was given for, to appear in the error.

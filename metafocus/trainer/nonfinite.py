@@ -72,11 +72,7 @@ class StepGuard:
         )
 
     def check_end(self, steps: int) -> None:
-        """Raise at the end of a run in which no step was finite.
-
-        Raises:
-            NonFiniteError: if all of its steps were left out.
-        """
+        """Raise at the end of a run in which no step was finite."""
         if steps and self.skipped + self.scaler_skips >= steps:
             what = "loss" if self._bad_losses else "gradient"
             times = self._bad_losses or steps

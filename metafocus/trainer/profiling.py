@@ -73,7 +73,7 @@ class ProfileCallback(TrainerCallback):
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, **others: Any
     ) -> None:
-        """Profile the model that the training begins with; one that goes on has been profiled."""
+        """Profile the model before training, unless a resumed run has that profile."""
         file = self._place(args, state)
         if state.global_step and file.exists():
             rows: list[dict[str, Any]] = json.loads(file.read_text())

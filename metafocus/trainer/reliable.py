@@ -86,7 +86,7 @@ class ReliableMixin(KeepingMixin):
         stops = [float(self._signals.received == number) for number in STOPPING]
         bad = torch.stack([~norm.isfinite(), self._bad_losses()]).float()
         found = torch.cat([bad, bad.new_tensor(stops)])
-        # Ranks that decided differently would wait for each other for ever.
+        # If ranks decided differently, they would wait for each other for ever.
         bad_norms, bad_losses, *ranks = self._over_ranks(found).tolist()
         stopped = zip(STOPPING, ranks, strict=True)
         self._stop_by = next((int(number) for number, count in stopped if count), 0)
@@ -100,7 +100,7 @@ class ReliableMixin(KeepingMixin):
         self._guard.bad(value, round(bad_losses), self.state.global_step, scale)
         drop_gradients(model)
         self._held = HeldSchedule(self.optimizer, self.lr_scheduler)
-        # A norm that is not a number is no JSON: the log entry has none.
+        # NaN is not valid JSON, so the log entry has no norm.
         return None
 
     def _over_ranks(self, value: Tensor) -> Tensor:
@@ -153,11 +153,7 @@ class ReliableMixin(KeepingMixin):
         return result._replace(training_loss=loss)
 
     def _check_stalled(self, error: RuntimeError) -> None:
-        """Raise in plain words if an exchange with the other ranks has run into `ddp_timeout`.
-
-        Raises:
-            MetafocusError: naming the step and the setting.
-        """
+        """Raise in plain words if an exchange with the other ranks has run into `ddp_timeout`."""
         waited, limit = time.monotonic() - self._last_step, self.args.ddp_timeout
         if self.accelerator.num_processes > 1 and waited >= limit:
             raise MetafocusError(
@@ -237,11 +233,7 @@ class ReliableMixin(KeepingMixin):
     # Checkpoints ----------------------------------------------------------------------------
 
     def _before_saving(self) -> None:
-        """Raise rather than save weights that are not finite.
-
-        Raises:
-            NonFiniteError: naming the first parameter.
-        """
+        """Raise rather than save weights that are not finite."""
         bad = bad_weights(self._plain)
         if float(self._over_ranks(torch.tensor(float(len(bad)), device=self.args.device))):
             more = f" and {len(bad) - 1} more" * (len(bad) > 1)

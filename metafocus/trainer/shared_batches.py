@@ -15,11 +15,7 @@ from metafocus.errors import ProblemError
 
 
 def check_sequence_parallel(size: int, args: TrainingArguments, factory: Any) -> None:
-    """Raise for what cannot be combined with shared sequences, and for accelerate's own way.
-
-    Raises:
-        ProblemError: naming the setting and what to do.
-    """
+    """Raise for what cannot be combined with shared sequences, and for accelerate's own way."""
     own = getattr(args, "parallelism_config", None)
     theirs = getattr(own, "sp_size", None) or int(os.environ.get("PARALLELISM_CONFIG_SP_SIZE") or 1)
     if theirs > 1:
@@ -67,6 +63,6 @@ def with_shared_batches(loader: Any, size: int, ranks: int, rank: int) -> Any:
         )
     sampler.num_processes, sampler.process_index = ranks // size, rank // size
     if ranks == size:
-        # There is nobody to keep even with: as in one process, the last batch may be smaller.
+        # All ranks share one sequence, so the last batch may be smaller, as in one process.
         sampler.even_batches = False
     return loader

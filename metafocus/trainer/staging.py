@@ -31,7 +31,7 @@ def publish(folder: Path, name: str) -> None:
     """Give a checkpoint that was written below `STAGE` its name, when the disk has all of it.
 
     Raises:
-        OSError: if something stands in the way, or the disk fails.
+        OSError: if the place is taken, or if the disk fails.
     """
     made, place = folder / STAGE / name, folder / name
     for path in made.rglob("*"):
@@ -61,7 +61,7 @@ def rotate(folder: Path, limit: int | None, keep: set[Path]) -> None:
     whole = sorted((p for p in checkpoints(folder) if (p / SEAL).exists()), key=step_of)
     excess = len(whole) - max(limit, len(keep & set(whole)))
     for path in [path for path in whole if path not in keep][: max(excess, 0)]:
-        # It loses its name at once: what is half deleted is no checkpoint.
+        # It loses its name at once, because a directory that is half deleted is not a checkpoint.
         (folder / STAGE).mkdir(exist_ok=True)
         path.rename(folder / STAGE / path.name)
     shutil.rmtree(folder / STAGE, ignore_errors=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Totals:
-    """Sums that go on where a checkpoint left them.
+    """Sums that continue from the values in a checkpoint.
 
     Args:
         device: where losses are summed; nothing is read before a checkpoint.

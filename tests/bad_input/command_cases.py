@@ -213,7 +213,7 @@ COMMANDS = [
         "a misspelt smollm2",
         'command("compare --quick --model_name_or_path smolm2")',
         "Refused",
-        "name_or_path='smolm2' is no directory",
+        "name_or_path='smolm2' is not a directory",
         "did you mean 'smollm2'?",
     ),
 ]

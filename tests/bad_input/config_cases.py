@@ -53,17 +53,17 @@ CONFIGURATION = [
         "see metafocus train --help",
     ),
     (
-        "a setting that stands twice",
+        "a setting that appears twice",
         'config("seed: 1\\nseed: 2")',
         "DataError",
-        "FOLDER/run.yaml: 'seed' stands there twice",
+        "FOLDER/run.yaml: 'seed' appears twice",
         "remove one",
     ),
     (
-        "a setting that stands twice in JSON",
+        "a setting that appears twice in JSON",
         'config(b\'{"seed": 1, "seed": 2}\', "run.json")',
         "DataError",
-        "FOLDER/run.json: 'seed' stands there twice",
+        "FOLDER/run.json: 'seed' appears twice",
         "remove one",
     ),
     (

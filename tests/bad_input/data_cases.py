@@ -28,7 +28,7 @@ DATA = [
         "no path",
         "data.read_chats(None)",
         "DataError",
-        "path=None is no path",
+        "path=None is not a path",
         "pass a string or a pathlib.Path",
     ),
     (
@@ -98,10 +98,10 @@ DATA = [
         "(write the chat flat: a list of messages)",
     ),
     (
-        "a key that stands twice",
+        "a key that appears twice",
         'data.read_chats(write("chats.jsonl", \'{"messages": [], "messages": []}\'))',
         "DataError",
-        "line 1: the key 'messages' stands twice in one object",
+        "line 1: the key 'messages' appears twice in one object",
         "remove one",
     ),
     (
@@ -264,7 +264,7 @@ DATA = [
         "a record is a string",
         'data.encode_chats(["hi"], tokenizer())',
         "DataError",
-        "record 0: 'hi' is no dict",
+        "record 0: 'hi' is not a dict",
         "dict with messages",
     ),
     (

@@ -60,17 +60,17 @@ ADAPTERS = [
         "its linear modules are ['0', '2']",
     ),
     (
-        "a pattern that is no regular expression",
+        "a pattern that is not a regular expression",
         'mf.matching("(")',
         "PlacementError",
-        "matching('(') is no regular expression",
+        "matching('(') is not a regular expression",
         "missing )",
     ),
     (
         "a pattern of no type",
         "mf.matching(None)",
         "PlacementError",
-        "matching(None) is no regular expression",
+        "matching(None) is not a regular expression",
         "must be string or compiled pattern",
     ),
     (

@@ -1,7 +1,7 @@
 """Operators of torch written out in pieces that have derivatives of every order.
 
 Each takes the arguments of its namesake in `torch.nn.functional` and equals it; `composites` says
-when one stands in for the other.
+when one replaces the other.
 """
 
 from __future__ import annotations

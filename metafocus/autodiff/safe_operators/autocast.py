@@ -1,4 +1,4 @@
-"""The type in which autocast runs an operator, for the composite that stands in its place."""
+"""The type in which autocast runs an operator, for the composite that replaces it."""
 
 from __future__ import annotations
 

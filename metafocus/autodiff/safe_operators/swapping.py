@@ -210,7 +210,7 @@ class Swapped(TorchFunctionMode):
             there, and only what would be silently wrong.
 
     Attributes:
-        needed: whether an operator was met that needs this block even for a first derivative.
+        needed: whether the loss used an operator that needs this block even for a first derivative.
     """
 
     def __init__(self, once: bool = False):

@@ -89,7 +89,7 @@ def disk(directory: str | os.PathLike[str]) -> Store:
         directory: on a file system with file locks, and with room for the states.
 
     Raises:
-        ProblemError: if `directory` is no path.
+        ProblemError: if `directory` is not a path.
         DataError: at the call, if the directory is full or cannot be written.
 
     Example:

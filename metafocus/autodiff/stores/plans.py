@@ -117,7 +117,7 @@ class Turn(NamedTuple):
     """One step of the backward pass.
 
     Attributes:
-        begin: the step of the kept state to go on from.
+        begin: the step of the kept state to continue from.
         keep: the steps on the way before which states are kept.
         step: the step to differentiate.
         held: the steps of the states that are held meanwhile.

@@ -17,20 +17,19 @@ def endpoint_answers(
     each: Callable[[Mapping[int, str]], None],
     *,
     concurrency: int = 1,
-    seed: int = 0,
     thinking: int = 0,
 ) -> None:
     """Ask a server long-context questions; `each` gets the answers by the number of their item.
 
     A chat cannot begin the answer of a server, so the first words of an answer follow the question,
-    as in RULER's own client. A prompt that the server finds too long has the answer "".
+    as in RULER's own client. A prompt that the server finds too long has the answer "". The seed of
+    every request is 0.
 
     Args:
         endpoint: the server.
         items: the questions.
         each: called after each answer.
         concurrency: the largest number of requests at the same time.
-        seed: the seed of every request.
         thinking: the number of tokens that a reply may have in addition, for its reasoning.
     """
 
@@ -39,7 +38,7 @@ def endpoint_answers(
         text = f"{item.prompt}\n{item.answer_prefix}" if item.answer_prefix else item.prompt
         chat = [{"role": "user", "content": text}]
         try:
-            reply = endpoint(chat, seed=seed, new_tokens=item.new_tokens + thinking)
+            reply = endpoint(chat, seed=0, new_tokens=item.new_tokens + thinking)
         except TooLong:
             return ""
         return split_thoughts(reply)[1]

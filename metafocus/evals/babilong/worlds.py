@@ -64,7 +64,7 @@ class World:
                 inside = [o for o in names if o != name and name.lower() in o.lower()]
                 if inside or not re.fullmatch(r"[A-Za-z]+", name):
                     raise DataError(
-                        f"the name {name!r} is no plain word or stands inside {inside}: "
+                        f"the name {name!r} is not a plain word or is part of {inside}: "
                         "scorers could not tell them apart; rename it"
                     )
         verbs = list(chain(self.move, self.get, self.drop, self.give))

@@ -69,10 +69,13 @@ class HeadHook:
         return HeadHook, ()
 
 
-def read_hidden(head: nn.Module, run: Callable[[], Any], reader: Reader) -> Tensor:
+def read_hidden(
+    head: nn.Module, run: Callable[[], Any], reader: Reader = lambda head, hidden: hidden
+) -> Tensor:
     """Return what `reader(head, hidden)` makes of the input of `head` while `run()` runs.
 
-    Inside the reader the head has the weights of this run, swapped ones included.
+    By default that is the input itself. Inside the reader the head has the weights of this run,
+    swapped ones included.
 
     Raises:
         ProblemError: if the head is not called.
@@ -80,7 +83,7 @@ def read_hidden(head: nn.Module, run: Callable[[], Any], reader: Reader) -> Tens
     Example:
         >>> layer, head = nn.Linear(2, 3), nn.Linear(3, 9)
         >>> x = torch.ones(1, 4, 2)
-        >>> read_hidden(head, lambda: head(layer(x)), lambda head, hidden: hidden).shape
+        >>> read_hidden(head, lambda: head(layer(x))).shape
         torch.Size([1, 4, 3])
     """
     results: list[Tensor] = []

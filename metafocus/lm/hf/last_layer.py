@@ -104,8 +104,7 @@ def _agrees(model: nn.Module, found: LastLayer) -> bool:
 
 def _final(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     """Return what the head sees."""
-    head = heads.output_head(model)
-    return heads.read_hidden(head, lambda: model(**inputs), lambda head, hidden: hidden)
+    return heads.read_hidden(heads.output_head(model), lambda: model(**inputs))
 
 
 def _found(model: nn.Module) -> LastLayer | None:

@@ -89,9 +89,7 @@ def measured(model: nn.Module, head: nn.Module | None, expected: LogitHead) -> L
         logits: list[Tensor] = []
         try:
             with undone(head.register_forward_hook(replace).remove):
-                hidden = heads.read_hidden(
-                    head, lambda: logits.append(model(**inputs).logits), lambda head, hidden: hidden
-                )
+                hidden = heads.read_hidden(head, lambda: logits.append(model(**inputs).logits))
         except (RuntimeError, TypeError, ValueError, LookupError) as error:
             return f"it cannot run with one position for its head ({error})"
         if len(outputs) != 1:

@@ -133,7 +133,7 @@ def _pass(states: Tensor) -> Tensor:
 
 
 class _StandIn(nn.Module):
-    """Takes the place of a layer in its list; whatever else is asked of it, the layer answers."""
+    """Takes the place of a layer in its list, and has all other attributes of the layer."""
 
     def __init__(self, layer: nn.Module, function: Callable[[Tensor], Tensor]):
         super().__init__()
@@ -159,7 +159,7 @@ def _instead(
 
     layers = list(home.children())[chosen]
     if not torch.compiler.is_compiling() and Sharding.FSDP2 in sharding_of(home):
-        # The hooks of a sharded layer would gather weights that nobody uses.
+        # The hooks of a sharded layer would gather weights that are not used.
         table = child_table(home)
         names = list(table)[chosen]
         others = [_StandIn(layer, function) for layer in layers]

@@ -94,6 +94,4 @@ def _final_hidden(model: nn.Module, group: dist.ProcessGroup | None, ranks: int)
     inputs = model_inputs(
         model, (index + size // 2) % size, index, Spans(torch.zeros_like(index), index + 1), group
     )
-    return heads.read_hidden(
-        heads.output_head(model), lambda: model(**inputs), lambda head, hidden: hidden
-    )
+    return heads.read_hidden(heads.output_head(model), lambda: model(**inputs))

@@ -239,7 +239,9 @@ def test_a_run_that_was_stopped_goes_on(suite, tmp_path):
     """The files that have ended are not run again, unless code has changed."""
     ran, again = tmp_path / "ran", tmp_path / "again"
     noted = source("T1", f"claim(1); open({str(ran)!r}, 'a').write('a')")
-    stop = f"os.path.exists({str(again)!r}) or os.kill(os.getpid(), 2)"
+    # A background job of a shell starts with SIGINT ignored.
+    interrupt = "__import__('signal').signal(2, __import__('signal').default_int_handler)"
+    stop = f"os.path.exists({str(again)!r}) or ({interrupt}, os.kill(os.getpid(), 2))"
     folder = suite(a=noted, b=source("T2", f"{stop}; claim(2)"))
     with pytest.raises(KeyboardInterrupt):
         run_claims(folder, tmp_path / "running")

@@ -131,7 +131,7 @@ def test_matching() -> None:
         "model.layers.2.mlp.up_proj",
     )
     assert matching("lm_head")(build("Llama")) == ("lm_head",)
-    with pytest.raises(PlacementError, match="no regular expression"):
+    with pytest.raises(PlacementError, match="is not a regular expression"):
         matching("(")
 
 

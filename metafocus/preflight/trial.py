@@ -73,11 +73,7 @@ class Trial:
         writes = refused_writes("inner_loss", given, self.inner_loss)
         with self._draws("inner_loss"), writes as moved:
             with new_tensors() as made, self.swapped, recompute.searched() as inside:
-                try:
-                    value = evaluated(self.inner_loss, leaves, slow, data)
-                except RuntimeError:
-                    self._refuse_writes_to_leaves(given, fast, slow, data)
-                    raise
+                value = self._evaluated(given, leaves, fast, slow, data)
             if any(x.grad is not None for x in leaves.values()):
                 raise ProblemError(
                     "inner_loss calls backward(). Return the loss only: the solver takes its "
@@ -121,6 +117,15 @@ class Trial:
             self._judge(unused, [loss(fast)] if self.explicit else [], made, fast)
         if self.explicit and self._takes_steps(fast):
             self._update(self.solver.init(fast), fast, slow, data)
+
+    def _evaluated(
+        self, given: list[tuple[str, Tensor]], leaves: Params, fast: Params, slow: Params, data: Any
+    ) -> Tensor:
+        try:
+            return evaluated(self.inner_loss, leaves, slow, data)
+        except RuntimeError:
+            self._refuse_writes_to_leaves(given, fast, slow, data)
+            raise
 
     def _refuse_writes_to_leaves(self, given: list[tuple[str, Tensor]], *at: Any) -> None:
         """Raise for a loss that writes to its weights; torch refuses that where they are leaves."""

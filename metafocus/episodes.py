@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metafocus import params as pt
 from metafocus.errors import ProblemError
 from metafocus.torch_internals import pytree
 from metafocus.types import Episode
@@ -51,6 +52,12 @@ def stack_episodes(episodes: Sequence[Any]) -> Episode:
 def _stacked(*leaves: Any) -> Any:
     if all(isinstance(x, Tensor) for x in leaves):
         return torch.stack(leaves)
+    for name in pt.sealed(leaves[0]):
+        raise ProblemError(
+            f"episodes hold a {name}, which torch does not know as a container, so that its "
+            "tensors cannot be stacked. Pass a dict, list, tuple or NamedTuple of them "
+            "(`dict(batch)`, `vars(batch)`)."
+        )
     if not all(_alike(x, leaves[0]) for x in leaves):
         raise ProblemError(
             f"episodes hold different constants ({leaves[0]!r} in the first): make them tensors."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -83,6 +83,40 @@ def tensors(tree: Any) -> list[Tensor]:
 def leaves(tree: Any) -> list[Any]:
     """Return the leaves of a pytree; None is a leaf."""
     return pytree.tree_leaves(tree)
+
+
+def sealed(tree: Any) -> dict[str, list[Tensor]]:
+    """Return the tensors in leaves that torch does not know as containers, by the leaf's type.
+
+    Such are dataclasses, `UserDict`, `BatchEncoding`, subclasses of dict and list, and any object
+    with attributes. No derivative by these tensors can be found, and they cannot be stacked.
+
+    Example:
+        >>> from collections import UserDict
+        >>> sealed({"x": torch.ones(2), "batch": UserDict(y=torch.ones(1))})
+        {'UserDict': [tensor([1.])]}
+    """
+    found = {type(x).__name__: _inside(x, 3) for x in pytree.tree_leaves(tree)}
+    return {name: inside for name, inside in found.items() if inside}
+
+
+def _inside(x: Any, depth: int) -> list[Tensor]:
+    if isinstance(x, Tensor | str | bytes | type) or callable(x) or depth == 0:
+        return []
+    if isinstance(x, Mapping):
+        parts = list(x.values())
+    elif isinstance(x, list | tuple | set | frozenset):
+        parts = list(x)
+    else:
+        slots = getattr(type(x), "__slots__", ())
+        names = [*getattr(x, "__dict__", ()), *([slots] if isinstance(slots, str) else slots)]
+        parts = [getattr(x, name, None) for name in names]
+    leaves = [leaf for part in parts for leaf in pytree.tree_leaves(part)]
+    return [
+        t
+        for leaf in leaves
+        for t in ([leaf] if isinstance(leaf, Tensor) else _inside(leaf, depth - 1))
+    ]
 
 
 def partition(

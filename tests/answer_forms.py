@@ -38,6 +38,7 @@ FORMS: list[tuple[str, str | None, str]] = [
     ("### Answer\n\nC", "C", "the value stands below the heading"),
     ("**Final answer**\n\n**(B)** 3.2 m", "B", "the value stands below the heading"),
     ("Answer\uff1aC", "C", "a full-width colon"),
+    ("\u7b54\u6848\uff1a\uff23", "C", "a full-width letter"),
     ("\u7b54\u6848\uff1aC", "C", "the word in Chinese, which bilingual models use"),
     ("x\r\nAnswer: C\r\n", "C", "lines that end with CR LF"),
     ("**Answer:** A", "A", DECORATED),

@@ -287,7 +287,8 @@ def test_list_and_update(suite, tmp_path):
     folder = suite(a=source("T2", "claim(1)"), b=source("T3", "claim(1.5)"))
     code, text, _ = run(folder, "--list", "--only", "T3")
     assert (code, text) == (0, "T3  arXiv 1  T3 | holds\n")
-    assert run(folder, "--output_dir", out)[0] == 0
+    code, text, _ = run(folder, "--output_dir", out)
+    assert code == 0 and "the whole report: 2 claims: 2 reproduced." in text
 
     suite(b=source("T3", "claim(claim.full); assert False, 'no'"))
     words = (folder, "--output_dir", out, "--only", "T3", "--update", "--full")

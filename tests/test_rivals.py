@@ -7,9 +7,10 @@ import json
 import pytest
 import torch
 
-from benchmarks.rivals import harness, install, report
+from benchmarks.rivals import harness, install, report, worker
 from benchmarks.rivals.common import cast, flat
 from benchmarks.rivals.targets import Target, verdicts
+from benchmarks.rivals.workloads import w1
 
 
 def row(verdict="right", **values):
@@ -49,6 +50,16 @@ def test_a_wrong_rival_is_reported_as_wrong():
         "reference": "right", "good": "right", "off": "wrong", "short": "wrong", "broken": "wrong",
     }  # fmt: skip
     assert rows["off"]["error"] == pytest.approx(0.1)
+
+
+def test_a_worker_weighs_a_contender(tmp_path):
+    case = w1.cases(quick=True)[0]
+    torch.save(w1.data(case), tmp_path / "data.pt")
+    one = worker.Worker("by_hand")
+    (name, *_) = one.load("w1", case, str(tmp_path / "data.pt"), "float32")["names"]
+    found = one.peak(name)
+    weights = 4 * (40 + 40 + 40 * 40 + 40 + 40 + 1)
+    assert found["tensor_bytes"] > weights and found["process_bytes"] >= 0 and found["flop"] > 0
 
 
 def test_ours_must_not_be_wrong():

@@ -37,8 +37,8 @@ class Rival(NamedTuple):
 class Environment(NamedTuple):
     """What an environment holds."""
 
-    # transformers: the model of W5 is one of its own.
-    packages: tuple[str, ...] = ("torch", "numpy", "setuptools<81", "transformers")
+    # transformers: the model of W5 is one of its own. einops: metafocus measures the memory.
+    packages: tuple[str, ...] = ("torch", "numpy", "setuptools<81", "transformers", "einops")
     without: tuple[str, ...] = ()
     """Pins of constraints.txt that its rivals cannot live with."""
 
@@ -48,7 +48,7 @@ ENVIRONMENTS = {
     "common": Environment(),
     "boat": Environment(without=("numpy",)),
     # jaxopt has ended: newer versions of jax and joblib do not go with it and with benchopt 1.7.
-    "benchopt": Environment((*JAX, "numpy<2.3", "scikit-learn"), without=("numpy",)),
+    "benchopt": Environment((*JAX, "numpy<2.3", "scikit-learn", "einops"), without=("numpy",)),
 }
 RIVALS: dict[str, Rival] = {
     "higher": Rival("common", "higher==0.2.1"),

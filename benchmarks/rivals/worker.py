@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import importlib
-import importlib.util
 import json
 import os
 import sys
@@ -24,8 +23,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.rivals.common import Contenders, cast
-
-ROOT = Path(__file__).resolve().parents[2]
+from metafocus.comparison import memory
 
 
 class Worker:
@@ -69,32 +67,23 @@ class Worker:
         Asked of a fresh process whose allocator returns blocks at once. The call before it loads
         code; its memory has been given back.
         """
-        run, measure = self.runs[name], _measure()
+        run = self.runs[name]
         found = {"process_bytes": None, "tensor_bytes": None, "flop": None}
         try:
             if not counted:
                 raise NotImplementedError
             with FlopCounterMode(display=False) as counter:
-                found["tensor_bytes"] = measure.peak_bytes(run)[1]
+                found["tensor_bytes"] = memory.peak_bytes(run)[1]
             found["flop"] = counter.get_total_flops()
         except Exception:  # A dispatch mode does not go with everything that rivals do.
             run()
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-        before = measure.process_memory("VmRSS")
+        before = memory.process_memory("VmRSS")
         run()
-        found["process_bytes"] = measure.process_memory("VmHWM") - before
+        found["process_bytes"] = memory.process_memory("VmHWM") - before
         return found
-
-
-def _measure() -> Any:
-    # By file: the metafocus package needs more than torch.
-    spec = importlib.util.spec_from_file_location("measure", ROOT / "metafocus" / "measure.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from metafocus.autodiff.grad import refuse_inference_mode
 from metafocus.autodiff.safe_operators.swapping import Swapped, differentiable_once
 from metafocus.calls import note
 from metafocus.errors import ProblemError
-from metafocus.preflight.arguments import explained, refuse_hidden, unused_by
+from metafocus.preflight.arguments import explained, refuse_hidden, refuse_sealed, unused_by
 from metafocus.preflight.kernels import trust
 from metafocus.preflight.trial import Trial
 from metafocus.rng import kept
@@ -70,6 +70,8 @@ def preflight(
     data = streams.at(support, 0)
     for stream in streams.opaque(support) if explicit else ():
         refuse_hidden(stream, data if stream is support else stream.at(0))
+    if explicit:
+        refuse_sealed(data)
     at = pt.detach((start, outer, data))
     redraws = explicit if redraws is None else redraws
     trial = Trial(inner_loss, solver, explicit=explicit, twice=twice, redraws=redraws)

@@ -41,6 +41,22 @@ def refuse_hidden(support: Any, data: Any) -> None:
     )
 
 
+def refuse_sealed(data: Any) -> None:
+    """Raise if the data holds tensors in a container that an explicit estimator cannot open.
+
+    Raises:
+        ClosureError: naming the container.
+    """
+    for name, tensors in pt.sealed(data).items():
+        if any(is_tracked(x) or is_batched(x) for x in tensors):
+            raise ClosureError(
+                f"the support holds a {name}, which torch does not know as a container: this "
+                "estimator cannot see its tensors and would lose their derivative. Pass a dict, "
+                "list, tuple or NamedTuple of them (`dict(batch)`, `vars(batch)`), or use "
+                "Unrolled() without recompute."
+            )
+
+
 def evaluated(inner_loss: InnerLoss, fast: Params, slow: Params, data: Any) -> Tensor:
     """Return the loss; an error because of a name becomes one that says which names there are."""
     try:

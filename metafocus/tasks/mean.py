@@ -113,6 +113,7 @@ class _OverTasks:
 
     def _mean(self, outer: Params, episodes: Any) -> tuple[Tensor, Aux]:
         _refuse_unshared(episodes)
+        _refuse_sealed(episodes)
         tensors, rebuild = pt.partition(episodes)
         count = _task_count(tensors)
         size = size_of(self.chunk_size, count, self)
@@ -176,6 +177,17 @@ def _refuse_unshared(episodes: Any) -> None:
                 f"a stream of type {type(leaf).__name__} cannot be stacked over tasks. Wrap it as "
                 "mf.shared(stream) if all tasks share it, or stack mf.PerStep of each task."
             )
+
+
+def _refuse_sealed(episodes: Any) -> None:
+    """Raise for containers that are not taken apart: every task would see those of all tasks."""
+    parts = [x for x in pytree.tree_leaves(episodes) if not is_stream(x)]
+    for name in pt.sealed(parts):
+        raise ProblemError(
+            f"the episodes hold a {name}, which torch does not know as a container: every task "
+            "would see its tensors whole. Pass a dict, list, tuple or NamedTuple of them "
+            "(`dict(batch)`, `vars(batch)`)."
+        )
 
 
 def _task_count(tensors: list[Tensor]) -> int:

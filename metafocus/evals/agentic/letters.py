@@ -16,6 +16,8 @@ LETTERS = "ABCDEFGHIJ"
 _WRAPPED = re.compile(r"\\(?:text|textbf|textrm|textit|mathrm|mathbf|mathbb|bm)\s*\{([^{}]*)\}")
 _DECORATION = re.compile(r"[*_`$\"'\u2018\u2019\u201c\u201d]|</?(?:b|strong|i|em|p|br|span)\s*/?>")
 _PLAIN = str.maketrans("\uff1a\uff08\uff09\uff1d\u3010\u3011", ":()=[]")
+# Full-width letters, as Chinese input methods type them.
+_PLAIN |= {0xFF21 + i: letter for i, letter in enumerate(LETTERS)}
 
 _LEAD = (
     r"(?:(?:so|thus|hence|therefore)\b[\s,:]*)?(?:(?:the|my|our)\s+)?"

@@ -138,6 +138,17 @@ def test_gmres_has_the_smallest_residual_of_its_krylov_space(name, steps):
     assert_close(solved(mf.GMRES(steps), A, B), best, 1e-9)
 
 
+def test_conjugate_gradients_tell_rounding_from_a_residual_of_too_few_steps():
+    """In a half type: what two steps leave is expected, unless there is negative curvature."""
+    A, b = POSITIVE.to(torch.bfloat16), B.to(torch.bfloat16)
+    got, lost = mf.CG(2).with_residual(matvec_of(A), split(b))
+    assert (B - POSITIVE @ flat(got).double()).norm() > 0.3 * B.norm()
+    assert lost < 0.05  # a few units of 2^-8
+    got, lost = mf.CG(2).with_residual(matvec_of(-A), split(b))
+    left = (B + POSITIVE @ flat(got).double()).norm() / B.norm()
+    assert left > 0.3 and abs(lost - left) < 0.1 * left
+
+
 @pytest.mark.parametrize("steps", [1, 2, 9])
 def test_neumann_is_its_sum(steps):
     scale, want, term = 0.015, torch.zeros(DIM), 0.015 * B

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pickle
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metafocus import masks
 from metafocus.errors import DataError, ProblemError
-from metafocus.masks import Spans
+from metafocus.masks import Spans, entries
 from metafocus.masks.spans import windowed
 
 POLICIES = {
@@ -22,6 +22,20 @@ POLICIES = {
     "sliding_window_1": masks.sliding_window(1),
     "sliding_window_3": masks.sliding_window(3),
 }
+
+
+def test_a_check_on_cuda_is_queued():
+    """`refuse` asks a tensor of a GPU nothing; here the condition is one of the CPU."""
+
+    class OnCuda:
+        is_meta, is_cuda = False, True
+
+        def __init__(self, *rows: bool):
+            self.any = torch.tensor(rows).any
+
+    entries.refuse(cast(Tensor, OnCuda(False, False)), "a row is wrong")
+    with pytest.raises(RuntimeError, match="a row is wrong"):
+        entries.refuse(cast(Tensor, OnCuda(False, True)), "a row is wrong")
 
 
 def allowed(name: str, row: dict[str, list[int]], i: int, j: int) -> bool:

@@ -368,7 +368,7 @@ def test_the_report_says_what_the_numbers_say(ablation, tmp_path, gain, verdict)
     # In 1 of 2 steps of three runs the loss after the last step is above the one before: 2 > 1.5.
     assert "raised its loss in 3 of 6 training steps" in head
     assert "inner rate: 0.1 | not run" in page and "Not run so far" in page
-    assert (tmp_path / "figures" / "ablation" / "length.svg").exists()
+    assert (tmp_path / "figures" / "report" / "length.svg").exists()
 
 
 def test_few_seeds_decide_nothing_and_missing_cells_are_said(ablation, tmp_path):

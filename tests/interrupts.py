@@ -52,10 +52,6 @@ def of_a_block(frame) -> bool:
 
 def inside_a_block(frame) -> bool:
     """Return whether a block is being entered or left: code of the package's own, not a user's."""
-    # `try:` is an instruction that Python never interrupts. Where it is the first of a `with`
-    # block, the block's exit does not cover it.
-    if linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip() == "try:":
-        return True
     if of_a_block(frame):
         return True
     while (frame := frame.f_back) is not None:

@@ -138,7 +138,7 @@ def test_the_page_shows_the_tables_that_the_script_prints():
     model, page = load("examples/cost_model.py"), (ROOT / "docs" / "training_scale.md").read_text()
     for table in (model.table, model.memory_table, model.tasks_table):
         assert table() in page
-    words = " ".join(page.split())  # lines are broken in the text
+    words = " ".join(page.split())
     for letter, name in model.short_names().items():
         assert f"{letter}: {name}" in words
 
@@ -183,7 +183,9 @@ def test_each_fault_has_a_test_that_exists():
 def test_every_test_that_a_page_names_exists():
     missing = []
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        for file, test in re.findall(r"(test_\w+\.py)::(test_\w+)", page.read_text()):
+        # A log of what somebody typed names tests of their own.
+        text = "" if page.name == "first-hour.md" else page.read_text()
+        for file, test in re.findall(r"(test_\w+\.py)::(test_\w+)", text):
             # The suite of claims has a folder of its own.
             found = (path.relative_to(ROOT / "tests") for path in (ROOT / "tests").rglob(file))
             if not any(test in defined_in(str(path)) for path in found):

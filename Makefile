@@ -75,7 +75,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	@found=$$(PATH="$(CURDIR)/$(BIN):$$PATH" pyright --ignoreexternal --verifytypes metafocus) || \
-		{ echo "$$found"; exit 1; }; echo "$$found" | grep score
+		{ echo "$$found"; exit 1; }; echo "$$found" | grep score:
 
 docs: $(VENV)/.dev
 	$(BIN)/pip install -q -c constraints.txt -e '.[docs]'

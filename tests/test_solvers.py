@@ -23,7 +23,7 @@ from problems import (
 import metafocus as mf
 from metafocus.autodiff.guarded import safe_sqrt
 from metafocus.solvers.clipping import normalised
-from metafocus.solvers.descent import checked
+from metafocus.solvers.descent import checked, descend
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -33,6 +33,30 @@ def loss(fast, slow, data):
 
 
 PROBLEM = mf.Problem(loss, loss, lambda slow, support: {k: slow[k] for k in FAST})
+
+
+def test_a_loop_that_is_not_differentiated_keeps_no_graph_of_a_learned_rate():
+    rate = torch.tensor(0.1, requires_grad=True)
+
+    class Learned:
+        steps = 2
+
+        def init(self, params):
+            return {}
+
+        def update(self, params, grads, state, step, outer):
+            return {k: p - rate * grads[k] for k, p in params.items()}, {"sum": rate + step}
+
+    start = {"w": torch.ones(2)}
+    params, state, losses, kept = descend(
+        lambda fast, slow, data: (fast["w"] ** 2).sum(),
+        *(Learned(), start, {}, {}, None, range(2)),
+        differentiable=False,
+        path=(0, 1),
+    )
+    found = [params["w"], state["sum"], *losses, *(fast["w"] for fast in kept)]
+    assert len(found) == 6 and not any(x.requires_grad for x in found)
+
 
 # --- torch.optim -----------------------------------------------------------------------------
 

@@ -10,7 +10,10 @@ TITLE = "W6: a FocuSFT step against the official code"
 TEXT = """
 Qwen2 of 12 layers, hidden 256, two rows of 512 tokens of which a quarter are answers, K = 2, rank
 32, float32. The plain steps score the same answers without an inner loop, so their gradient is
-another one; the one with the same mask is this library's own, lean in the same places.
+another one; the one with the same mask is this library's own, lean in the same places. With
+checkpointing, our inner loop still keeps its activations where the memory of the machine allows it
+(`inner_checkpointing="auto"`), which costs memory and saves time. Times were measured while others
+computed (see *load*).
 """
 REFERENCE = "official"
 TOLERANCE = 1e-11  # the same products, summed in another order

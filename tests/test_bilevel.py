@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -496,3 +498,22 @@ def test_training_descends():
     closure()
     # LBFGS stops at a gradient of 1e-7.
     assert leaf["phi"].grad.norm() < 1e-5
+
+
+DEEP = """
+import torch, metafocus as mf
+def loss(fast, slow, x):
+    return ((torch.tanh(torch.tanh(x @ fast["a"]) @ fast["b"]) @ fast["c"] - 1) ** 2).mean()
+meta = mf.bilevel(mf.Problem(loss, loss), solver=mf.SGD(0.02, 7000), estimator=mf.Unrolled())
+outer = {"a": torch.ones(1, 2), "b": torch.eye(2), "c": torch.ones(2, 1)}
+x = torch.ones(3, 1)
+value, aux = meta({k: v.requires_grad_() for k, v in outer.items()}, mf.Episode(x, x))
+del value, aux
+print("freed")
+"""
+
+
+def test_a_graph_of_thousands_of_steps_is_freed():
+    """A first call that looked at each of its nodes would end the process here."""
+    done = subprocess.run([sys.executable, "-c", DEEP], capture_output=True, text=True, check=False)
+    assert done.stdout == "freed\n", (done.returncode, done.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +20,18 @@ def foreign_leaves(result: Tensor, own: Sequence[Tensor]) -> list[Tensor]:
     # Only the node of a leaf has a variable.
     found = [getattr(node, "variable", None) for node in _nodes([result])]
     return [leaf for leaf in found if leaf is not None and id(leaf) not in mine]
+
+
+def is_cut_off(result: Tensor, most: int = 2000) -> bool:
+    """Return whether a tensor of the tape depends on no leaf but those of the engine's own.
+
+    False for a graph of more than `most` nodes: in torch 2.13 a node that Python has looked at is
+    freed by a call inside the call that frees the node before it, so that thousands overflow the
+    stack.
+    """
+    nodes = list(islice(_nodes([result]), most + 1))
+    leaves = [leaf for node in nodes if (leaf := getattr(node, "variable", None)) is not None]
+    return len(nodes) <= most and all(hasattr(x, "engine_leaf") for x in leaves)
 
 
 def foreign_nodes(results: Iterable[Tensor]) -> list[str]:

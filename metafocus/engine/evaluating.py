@@ -10,8 +10,8 @@ from torch import Tensor
 
 from metafocus import params as pt
 from metafocus import streams
-from metafocus.autodiff.grad import reaches_another_leaf
 from metafocus.autodiff.safe_operators.swapping import Swapped
+from metafocus.autodiff.tape import is_cut_off
 from metafocus.calls import noting
 from metafocus.checks import check_finite
 from metafocus.engine.checked_parts import check_solution
@@ -99,7 +99,8 @@ class Evaluation:
         if self.uses.count < 2 and not compiling:
             self.uses.add()
         loss, metrics = self._outer_loss(ends, outer)
-        if first and torch.is_grad_enabled() and not transforming():
+        tied = any(x.requires_grad for x in start.values())
+        if first and not tied and torch.is_grad_enabled() and not transforming():
             self._refuse_nothing_flows(loss, given)
         return loss, Aux(pt.detach(solution.params), solution.losses.detach(), metrics)
 
@@ -137,7 +138,7 @@ class Evaluation:
             x.is_leaf and x.requires_grad and not hasattr(x, "engine_leaf") for x in outer.values()
         )
         # Torch itself refuses the backward pass of a loss without any graph.
-        if waiting and loss.requires_grad and not reaches_another_leaf(loss):
+        if waiting and loss.requires_grad and is_cut_off(loss):
             raise ProblemError(
                 f"the outer loss after {name_of(self.estimator)} depends on nothing in outer, so "
                 "loss.backward() would train nothing. Do not detach the slow weights in init "

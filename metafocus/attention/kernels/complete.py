@@ -84,10 +84,6 @@ def unfused(inputs: QKV, scaling: Scaling) -> TwiceKernel:
 def unchecked(inputs: QKV, scaling: Scaling) -> str | None:
     """Return why Triton's kernels are not used for tensors like these; None if they are.
 
-    Args:
-        inputs: Queries, keys and values.
-        scaling: The scale and the soft cap of the logits.
-
     Example:
         >>> x = torch.randn(1, 1, 3, 8)
         >>> unchecked(QKV(x, x, x), Scaling(1.0))

@@ -8,21 +8,13 @@ from metafocus.attention.kernels.kernel import QKV, Scaling
 from metafocus.attention.kernels.varlen import FlashAttn, Varlen, installed
 
 CPU_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
 CUDA_TYPES = (torch.bfloat16, torch.float16)
-
-
 LITTLE_SHARED_MEMORY = {(8, 6), (8, 9), (12, 0), (12, 1)}
 """Devices whose shared memory does not hold the gradient of a head larger than 192."""
 
 
 def unserved(inputs: QKV, scaling: Scaling) -> str | None:
     """Return why no fused kernel can serve tensors like these, whatever the spans; None if one can.
-
-    Args:
-        inputs: Queries, keys and values.
-        scaling: The scale and the soft cap of the logits.
 
     Example:
         >>> x = torch.randn(1, 1, 3, 8)

@@ -116,6 +116,17 @@ def refuse_parts(fast: dict[str, Any], outer: dict[str, Any]) -> None:
             )
 
 
+def refuse_mixed(who: str, fast: dict[str, Any], error: Exception) -> None:
+    """Raise for sharded fast weights, with which torch mixes no whole tensors."""
+    for name, value in fast.items():
+        if is_wrapper(value):
+            raise ProblemError(
+                f"{who} failed, and the fast weight {name!r} is a {type(value).__name__}: use "
+                "FirstOrder(), or Unrolled() or Implicit() with hvp=mf.hvp_reverse, or fast "
+                f"weights that each process holds whole. The failure: {error}"
+            ) from error
+
+
 def refuse_sharded_outer(outer: dict[str, Any]) -> None:
     """Raise for outer parameters that each process holds a part of."""
     found = [name for name, value in outer.items() if is_wrapper(value)]

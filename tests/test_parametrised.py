@@ -7,8 +7,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.utils import parametrizations
 
+import metafocus as mf
 from metafocus.errors import ProblemError
 from metafocus.sharding import Sharding, plain_names, sharding_of
 from metafocus.trainer.distributed import parametrise, whole_state
@@ -76,3 +78,34 @@ def test_parametrizations_of_its_own_are_refused(mesh, own):
 def test_parametrizations_of_its_own_are_no_shards():
     model = parametrizations.weight_norm(nn.Linear(3, 3))
     assert plain_names(model) == {} and sharding_of(model) == Sharding.NONE
+
+
+def loss(fast, slow, x):
+    w = fast["w"]
+    return ((x @ (w.full_tensor() if isinstance(w, DTensor) else w)).tanh() ** 2).mean()
+
+
+def gradient(weight, estimator):
+    meta = mf.bilevel(mf.Problem(loss, loss), solver=mf.SGD(0.5, 2), estimator=estimator)
+    x = torch.linspace(-1, 1, 12).reshape(3, 4)
+    meta({"w": weight}, mf.Episode(x, x))[0].backward()
+    return weight.grad
+
+
+# Two steps solve nothing: here the same biased gradient is wanted.
+@pytest.mark.filterwarnings("ignore::metafocus.errors.NotStationaryWarning")
+def test_fast_weights_that_are_sharded_are_exact_or_refused_in_words(mesh):
+    whole = torch.linspace(0, 1, 16).reshape(4, 4)
+
+    def sharded():
+        return distribute_tensor(whole, mesh, [Shard(0)]).requires_grad_()
+
+    for estimator in (mf.Unrolled(), mf.Unrolled(recompute=True), mf.Implicit(mf.CG(3))):
+        want = gradient(whole.clone().requires_grad_(), estimator)
+        got = gradient(sharded(), estimator).full_tensor()
+        # The same products on one process.
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+    refused = (mf.hvp_forward, mf.hvp_finite(1e-3))
+    for estimator in (*(mf.Unrolled(hvp=hvp) for hvp in refused), mf.EvoGrad(0.1)):
+        with pytest.raises(ProblemError, match=r"fast weight 'w' is a DTensor.*hvp_reverse"):
+            gradient(sharded(), estimator)

@@ -18,9 +18,9 @@ from metafocus import params as pt
 from metafocus.autodiff.grad import leaf_alias, pulled_through, value_and_grad, vjp
 from metafocus.autodiff.safe_operators.swapping import differentiable_once, differentiable_twice
 from metafocus.checks import function, positive
-from metafocus.errors import PrecisionWarning
+from metafocus.errors import PrecisionWarning, ProblemError
 from metafocus.rng import replayed
-from metafocus.torch_internals import tape_of_its_own, transforming, unwrap_dead
+from metafocus.torch_internals import is_wrapper, tape_of_its_own, transforming, unwrap_dead
 from metafocus.types import HVP, Params
 
 Product = Callable[[Params], tuple[Any, ...]]
@@ -129,6 +129,7 @@ def hvp_forward(loss: Callable[..., Tensor], fast: Params, *rest: Any) -> tuple[
         >>> product({"x": torch.ones(2)})[0]["x"]
         tensor([ 6., 12.])
     """
+    _refuse_sharded("hvp_forward", fast)
     # Forward mode refuses an expanded tensor, whose elements lie in one place.
     fast = {name: x.contiguous() for name, x in fast.items()}
     loss = replayed(loss, pt.tensors((fast, rest)))
@@ -151,6 +152,7 @@ class _Finite:
     def __call__(
         self, loss: Callable[..., Tensor], fast: Params, *rest: Any
     ) -> tuple[Params, Product]:
+        _refuse_sharded("hvp_finite", fast)
         loss = replayed(loss, pt.tensors((fast, rest)))
         # A half type holds too few digits for the difference of two gradients.
         (point, *others), like = _wide(loss, fast, *rest)
@@ -224,6 +226,16 @@ def _gradient(loss: Callable[..., Tensor], *primals: Any) -> tuple[Any, ...]:
         lambda p: loss(*rebuild(list(p.values()))), point, differentiable=True
     )
     return rebuild(list(grads.values()))
+
+
+def _refuse_sharded(who: str, fast: Params) -> None:
+    for name, x in fast.items():
+        if is_wrapper(x):
+            raise ProblemError(
+                f"the fast weight {name!r} is a {type(x).__name__}, and {who} mixes it with whole "
+                "tensors, which torch refuses. Use hvp=mf.hvp_reverse, or fast weights that each "
+                "process holds whole."
+            )
 
 
 def evaluated_for(hvp: HVP, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -22,7 +22,7 @@ from metafocus.preflight import explained, preflight, refuse_ignored_fast_weight
 from metafocus.preflight.described import note_parts
 from metafocus.preflight.rebuilt import Uses
 from metafocus.problem import Problem, check_params, refuse_empty
-from metafocus.sharding import local_parts, refuse_bare_ddp, refuse_parts
+from metafocus.sharding import local_parts, refuse_bare_ddp, refuse_mixed, refuse_parts
 from metafocus.torch_internals import transforming
 from metafocus.types import Aux, InnerLoss, Params, Solution, Solver
 
@@ -110,7 +110,11 @@ class Evaluation:
         """Return the solution, and what the outer loss is evaluated at."""
         args, steps = (inner_loss, self.solver, start, outer, support), self.solver.steps
         if self.path is None:
-            solution = self.estimator(*args)
+            try:
+                solution = self.estimator(*args)
+            except (AttributeError, RuntimeError) as error:
+                refuse_mixed(name_of(self.estimator), start, error)
+                raise
             check_solution(solution, start, self.estimator)
             return solution, [(None, solution.params, streams.at(query, max(steps - 1, 0)))]
         weights = path_weights(self.path, outer, steps)

@@ -254,8 +254,9 @@ def test_a_run_that_was_stopped_goes_on(suite, tmp_path):
     assert ran.read_text() == "aa"
 
 
-def test_folders_of_a_suite_keep_their_names(suite, tmp_path):
+def test_folders_of_a_suite_keep_their_names(suite, tmp_path, monkeypatch):
     folder = suite(a=source("T1", "claim(1)"))
+    monkeypatch.chdir(folder)  # Without a settings file, pytest's names begin where it is called.
     (folder / "inner").mkdir()
     (folder / "inner" / "test_b.py").write_text(HEAD + source("T2", "claim(2)"))
     report = run_claims(folder, tmp_path / "running", only=["T2"])

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from metafocus import params as pt
 from metafocus import streams
+from metafocus.autodiff.grad import reaches_another_leaf
 from metafocus.autodiff.safe_operators.swapping import Swapped
-from metafocus.autodiff.tape import is_cut_off
 from metafocus.calls import noting
 from metafocus.checks import check_finite
 from metafocus.engine.checked_parts import check_solution
@@ -142,7 +142,7 @@ class Evaluation:
             x.is_leaf and x.requires_grad and not hasattr(x, "engine_leaf") for x in outer.values()
         )
         # Torch itself refuses the backward pass of a loss without any graph.
-        if waiting and loss.requires_grad and is_cut_off(loss):
+        if waiting and loss.requires_grad and not reaches_another_leaf(loss):
             raise ProblemError(
                 f"the outer loss after {name_of(self.estimator)} depends on nothing in outer, so "
                 "loss.backward() would train nothing. Do not detach the slow weights in init "

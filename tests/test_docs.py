@@ -81,15 +81,12 @@ LENT = {"model", "loader", "optimizer", "tokenizer"}
 
 
 def borrowed(page):
-    """The names that the blocks of a page read before a block has bound them."""
+    """The names that the blocks of a page read, and that no block up to there binds."""
     bound, found = set(), set()
     for block in blocks(page):
-        names = list(ast.walk(ast.parse(block)))
-        read = {n.id for n in names if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
-        bound |= {n.id for n in names if isinstance(n, ast.Name)} - read
-        bound |= {n.arg for n in names if isinstance(n, ast.arg)}
-        found |= read - bound
-        bound |= {n.id for n in names if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        names = [n for n in ast.walk(ast.parse(block)) if isinstance(n, ast.Name)]
+        bound |= {n.id for n in names if isinstance(n.ctx, ast.Store)}
+        found |= {n.id for n in names if isinstance(n.ctx, ast.Load)} - bound
     return found & LENT
 
 

@@ -203,6 +203,15 @@ def test_parameters_of_several_types(tmp_path, first, rest, changes, text):
         trainer(model, tmp_path, **changes)
 
 
+def test_half_precision_that_would_do_nothing(tmp_path):
+    with says(
+        "fp16=True has no effect on a CPU, where accelerate neither casts nor scales: set "
+        "bf16=True, or train in float32.",
+        ProblemError,
+    ):
+        trainer(tiny(torch.float32), tmp_path, fp16=True)
+
+
 def test_frozen_parameters_may_be_narrow(tmp_path):
     """What is not trained may have another type, as in training an outer LoRA."""
     model = tiny(torch.float32)

@@ -81,6 +81,11 @@ def check_writable(args: TrainingArguments) -> None:
 
 def check_dtypes(model: nn.Module, args: TrainingArguments) -> None:
     """Raise if the trained parameters are of several types; warn if they are too narrow."""
+    if args.fp16 and args.device.type == "cpu":
+        raise ProblemError(
+            "fp16=True has no effect on a CPU, where accelerate neither casts nor scales: set "
+            "bf16=True, or train in float32."
+        )
     dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
     half = dtypes & {torch.float16, torch.bfloat16}
     if len(dtypes) > 1 or (half and args.fp16):

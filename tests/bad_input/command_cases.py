@@ -189,6 +189,15 @@ COMMANDS = [
         "pip install",
     ),
     (
+        "an optimiser whose package is missing",
+        'command("train --train_file stdlib --max_train_samples 4 --max_steps 1 --use_cpu true '
+        "--num_hidden_layers 2 --hidden_size 64 --report_to none --optim apollo_adamw "
+        '--optim_target_modules all-linear --output_dir {folder}/out")',
+        "Refused",
+        "install `apollo_torch`",
+        "pip install",
+    ),
+    (
         "no steps",
         'command("train --train_file stdlib --output_dir {folder}/out --max_steps 0")',
         "Refused",

@@ -189,6 +189,14 @@ COMMANDS = [
         "pip install",
     ),
     (
+        "one chat to leave out",
+        'command("attribute --train_file a.jsonl --query_file b.jsonl --model_name_or_path c '
+        '--output_dir {folder}/out --leave_one_out 1")',
+        "Refused",
+        "--leave_one_out 1: … for which one run says nothing",
+        "Give at least 2, or 0 for none",
+    ),
+    (
         "a length below zero",
         'command("eval --suite babilong --lengths -1k --output_dir {folder}/out")',
         "Refused",

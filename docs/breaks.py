@@ -1,6 +1,7 @@
 """A hook of mkdocs: code in tables may break after a dot, a slash, an underscore or a bracket.
 
 Without it a narrow cell breaks code in the middle of a word, or a table is wider than a phone.
+Numbers such as 1e-07 stay in one piece.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ def on_page_content(html: str, **_: Any) -> str:
 
 
 def _in_code(cell: str) -> str:
-    return re.sub(r"<code>[^<]*</code>", lambda code: _broken(code[0]), cell)
+    whole = re.sub(r"\d[\d.]*e-\d+(?![^<]*>)", r'<span class="number">\g<0></span>', cell)
+    return re.sub(r"<code>[^<]*</code>", lambda code: _broken(code[0]), whole)
 
 
 def _broken(code: str) -> str:

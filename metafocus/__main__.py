@@ -39,8 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             refuse_ranks(words[0])
         # Only a command that judges something returns a code of its own.
         return args.run(args) or 0
-    except (ValueError, OSError) as error:
-        # Ours are subclasses of the first; the second is a file or a disk.
+    except (ValueError, OSError, ImportError) as error:
+        # Ours are subclasses of the first; the second is a file or a disk; the third is a package
+        # that a setting needs.
         print("metafocus: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
 

@@ -149,8 +149,8 @@ def _resolved(
     near = [field for field in fields if field.rpartition(".")[2] == last]
     meant = f" Did you mean {near[0]!r}?" if near else ""
     raise ProblemError(
-        f"over: nothing has the field {axis!r}.{meant} Use tasks, or one of {', '.join(fields)}, also "
-        "with the name of an estimator in place of 'estimator'."
+        f"over: nothing has the field {axis!r}.{meant} Use tasks, or one of {', '.join(fields)}, "
+        "also with the name of an estimator in place of 'estimator'."
     )
 
 

@@ -50,7 +50,7 @@ def _has_all_derivatives(node: Any) -> bool:
 
 
 def _nodes(results: Iterable[Tensor]) -> set[Any]:
-    roots = {x.grad_fn for x in results if x.grad_fn is not None}
+    roots: set[Any] = {x.grad_fn for x in results if x.grad_fn is not None}
     found = _reached(roots)
     if len(found) > _MANY:
         for root in roots:

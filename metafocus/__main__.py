@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import metafocus
 from metafocus.cli import attribute, compare, doctor, evaluate, generate, profile, reproduce
-from metafocus.cli.parsing import Parser
+from metafocus.cli.parsing import Parser, suggestion
 from metafocus.cli.shares import refuse_ranks
 
 
@@ -24,6 +24,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     doctor.add_parser(commands, metafocus.__version__)
     words = list(sys.argv[1:] if argv is None else argv)
     try:
+        # Flags are looked at by argparse.
+        if words and words[0] not in commands.choices and words[0][:1] != "-":
+            meant = suggestion(words[0], commands.choices)
+            if meant is not None:
+                parser.error(f"unknown command {words[0]!r}, did you mean {meant}?")
         if words[:1] == ["train"]:
             from metafocus.cli import train
 

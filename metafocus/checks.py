@@ -48,6 +48,8 @@ def number(name: str, value: Any, *, error: type[ValueError] = ValueError) -> No
 
 def real(name: str, value: Any, note: str = "", *, error: type[ValueError] = ValueError) -> None:
     """Raise unless `value` can be compared with a number: a number of Python, NumPy or torch."""
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise error(f"{name} must be a number{note}, got a tensor of shape {list(value.shape)}.")
     if not isinstance(value, Real | Tensor):
         raise error(f"{name} must be a number{note}, got {value!r}.")
 

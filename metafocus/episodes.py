@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from metafocus.torch_internals import pytree
 from metafocus.types import Episode
 
 
-def stack_episodes(episodes: Sequence[Any]) -> Episode:
+def stack_episodes(episodes: Iterable[Any]) -> Episode:
     """Return many episodes as one, every tensor stacked on a new axis 0: for `mf.over_tasks`.
 
     Raises:
@@ -30,6 +30,12 @@ def stack_episodes(episodes: Sequence[Any]) -> Episode:
             "episodes is one mf.Episode, whose support and query would be stacked on each other: "
             "write mf.stack_episodes([episode])."
         )
+    if isinstance(episodes, Tensor) or not isinstance(episodes, Iterable):
+        raise ProblemError(
+            f"episodes must be a list of mf.Episode, got {type(episodes).__name__}: write "
+            "mf.stack_episodes([episode, ...])."
+        )
+    episodes = list(episodes)
     if not episodes:
         raise ProblemError("episodes is empty: there is nothing to stack.")
     # Plain pairs and mf.Episode have different structures as pytrees.

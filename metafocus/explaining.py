@@ -89,7 +89,7 @@ def explain(meta_loss: MetaLoss, outer: Params, episode: Any) -> Explanation:
         >>> found.topics["hypergradient"]
         ('not zero in 1 of 1 outer parameters',)
     """
-    function("meta_loss", meta_loss, META_LOSS)
+    function("meta_loss", meta_loss, META_LOSS, 2)
     found: dict[str, list[str]] = {topic: [] for topic in TOPICS}
     gradient: Params = {}
     try:

@@ -188,7 +188,8 @@ def proximal(inner_loss: InnerLoss, strength: float) -> InnerLoss:
 
     Raises:
         ValueError: if `strength` is negative.
-        ProblemError: at the first call, if a fast weight has no counterpart in `slow`.
+        ProblemError: if `inner_loss` is not a function; at the first call, if a fast weight has no
+            counterpart in `slow`.
 
     Example:
         >>> loss = proximal(lambda fast, slow, _: (fast["w"] ** 2).sum(), strength=2.0)
@@ -196,6 +197,7 @@ def proximal(inner_loss: InnerLoss, strength: float) -> InnerLoss:
         >>> loss(w, {"w": torch.tensor([0.0])}, None)
         tensor(2.)
     """
+    function("inner_loss", inner_loss, "(fast, slow, data) -> scalar", 3)
     not_negative("strength", strength)
 
     def loss(fast: Params, slow: Params, support: Any) -> Tensor:

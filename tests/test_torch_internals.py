@@ -705,6 +705,35 @@ def test_kernels_for_many_tensors():
     assert first.tolist() == [1.5, 2.0] and second.tolist() == [[1.0]]
 
 
+def test_grad_modes():
+    """`_set_grad_enabled`, `_set_fwd_grad_enabled`, `_is_fwd_grad_enabled`: no_grad, forward.
+
+    Without them hvp_forward differentiates what a loss computes under `no_grad()`.
+    """
+    seen = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Watch(), torch.no_grad():
+        pass
+    assert seen == [ti.set_grad_mode, ti.set_grad_mode]
+    modes = ti.GradModes()
+
+    def constant(x):
+        before = torch.is_grad_enabled()
+        modes.set(False)
+        y = x * 3
+        modes.set(before)
+        return y + x
+
+    one = torch.ones(())
+    assert torch.func.jvp(constant, (one,), (one,)) == (4, 1)
+    assert torch.is_grad_enabled()
+
+
 def test_weight_norm():
     """`_weight_norm`: its second derivative is silently wrong in torch, so it is swapped."""
     v, g = torch.randn(3, 2), torch.rand(3, 1)

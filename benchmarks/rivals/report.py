@@ -35,6 +35,17 @@ Time is CPU time on one thread, and the time of the clock on two; both ratios ar
 """
 
 
+def finding(folder: Path) -> str:
+    """Return in two sentences how many targets are met, and how far the others are missed."""
+    reports = [json.loads(path.read_text()) for path in sorted(folder.glob("rivals_*.json"))]
+    found = [v for report in reports for v in judge(report)]
+    missed = [v.value / v.target.at_most - 1 for v in found if v.value is not None and not v.met]
+    total = f"**{sum(v.met for v in found)} of {len(found)} targets are met.**"
+    if not missed:
+        return total
+    return f"{total} The largest miss is {max(missed):.0%}; the table of targets has all of them."
+
+
 def sections(
     folder: Path, figures: Path, link: str, after: Mapping[str, list[str]] = MappingProxyType({})
 ) -> list[str]:

@@ -19,6 +19,7 @@ from metafocus.algorithms.common import (
 from metafocus.algorithms.first_step import SingleLoop
 from metafocus.calls import attempted
 from metafocus.checks import positive, whole
+from metafocus.engine.checked_parts import check_problem
 from metafocus.problem import constants
 from metafocus.types import Params
 
@@ -82,6 +83,7 @@ class BOME(SingleLoop):
     inner_steps: int = 10
 
     def __post_init__(self) -> None:
+        check_problem(self.problem)
         positive("inner_lr", self.inner_lr)
         positive("fast_lr", self.fast_lr)
         positive("eta", self.eta)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from metafocus import params as pt
 from metafocus.calls import attempted, draws_from
-from metafocus.checks import positive, scalar, seeded, whole
+from metafocus.checks import function, positive, scalar, seeded, whole
+from metafocus.engine.outer_call import META_LOSS
 from metafocus.errors import NonFiniteError
 from metafocus.problem import check_params, constants, moving, refuse_empty
 from metafocus.rng import replayed
@@ -83,6 +84,7 @@ class Evolution:
     chunk_size: int | None = None
 
     def __post_init__(self) -> None:
+        function("meta_loss", self.meta_loss, META_LOSS, 2)
         check(self.sigma, self.pairs, self.chunk_size)
         seeded(self.generator)
 

@@ -20,6 +20,7 @@ from metafocus.algorithms.common import (
 from metafocus.algorithms.first_step import SingleLoop
 from metafocus.calls import attempted
 from metafocus.checks import positive, whole
+from metafocus.engine.checked_parts import check_problem
 from metafocus.problem import constants
 from metafocus.types import Params
 
@@ -86,6 +87,7 @@ class F2SA(SingleLoop):
     inner_steps: int = 1
 
     def __post_init__(self) -> None:
+        check_problem(self.problem)
         positive("inner_lr", self.inner_lr)
         positive("strength", self.strength)
         whole("inner_steps", self.inner_steps, 1)

@@ -21,6 +21,7 @@ from metafocus.algorithms.common import (
 from metafocus.algorithms.first_step import SingleLoop
 from metafocus.autodiff.hvp import differentiates_twice, hvp_reverse
 from metafocus.checks import positive, whole
+from metafocus.engine.checked_parts import check_problem
 from metafocus.episodes import as_episode
 from metafocus.errors import ProblemError
 from metafocus.problem import constants
@@ -39,6 +40,7 @@ class ImplicitSteps(SingleLoop):
     fresh: bool = False
 
     def __post_init__(self) -> None:
+        check_problem(self.problem)
         positive("inner_lr", self.inner_lr)
         positive("v_lr", self.v_lr)
         whole("inner_steps", self.inner_steps, 1)

@@ -20,6 +20,7 @@ from metafocus.algorithms.windows import Window, Windows
 from metafocus.calls import attempted
 from metafocus.checks import seeded
 from metafocus.episodes import as_episode
+from metafocus.errors import ProblemError
 from metafocus.problem import check_params, constants, moving
 from metafocus.types import Params
 
@@ -68,6 +69,11 @@ class Particles:
     chunk_size: int | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.windows, Windows):
+            raise ProblemError(
+                "windows must be mf.algorithms.Windows(problem, solver), got "
+                f"{type(self.windows).__name__}."
+            )
         check(self.sigma, self.pairs, self.chunk_size)
 
     def begin(self, outer: Params, support: Any) -> tuple[Window, Params]:

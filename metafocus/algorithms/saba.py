@@ -23,6 +23,7 @@ from metafocus.algorithms.first_step import SingleLoop
 from metafocus.autodiff.hvp import differentiates_twice, hvp_reverse
 from metafocus.calls import attempted
 from metafocus.checks import positive
+from metafocus.engine.checked_parts import check_problem
 from metafocus.episodes import as_episode
 from metafocus.errors import ProblemError
 from metafocus.problem import constants
@@ -113,6 +114,7 @@ class SABA(SingleLoop):
     hvp: HVP = hvp_reverse
 
     def __post_init__(self) -> None:
+        check_problem(self.problem)
         positive("inner_lr", self.inner_lr)
         positive("v_lr", self.v_lr)
 

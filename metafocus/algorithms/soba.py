@@ -20,6 +20,7 @@ from metafocus.algorithms.first_step import SingleLoop
 from metafocus.autodiff.hvp import differentiates_twice, hvp_reverse
 from metafocus.calls import attempted
 from metafocus.checks import positive
+from metafocus.engine.checked_parts import check_problem
 from metafocus.problem import constants
 from metafocus.types import HVP, Params
 
@@ -79,6 +80,7 @@ class SOBA(SingleLoop):
     hvp: HVP = hvp_reverse
 
     def __post_init__(self) -> None:
+        check_problem(self.problem)
         positive("inner_lr", self.inner_lr)
         positive("v_lr", self.v_lr)
 

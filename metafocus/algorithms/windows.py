@@ -16,6 +16,7 @@ from metafocus.autodiff.recompute import recompute
 from metafocus.autodiff.safe_operators.swapping import Swapped, differentiable_twice
 from metafocus.calls import attempted
 from metafocus.checks import check_finite, whole
+from metafocus.engine.checked_parts import check_problem, check_solver
 from metafocus.errors import ProblemError
 from metafocus.path import Path, path_weights, weighted
 from metafocus.preflight import preflight, try_outer_loss
@@ -137,6 +138,8 @@ class Windows:
     path: Path | None = None
 
     def __post_init__(self) -> None:
+        check_problem(self.problem)
+        check_solver(self.solver)
         whole("solver.steps", self.solver.steps, 1, note=" (the length of a window)")
         if not isinstance(self.recompute, bool):
             whole("recompute", self.recompute)

@@ -11,7 +11,7 @@ from torch import Tensor
 from metafocus import params as pt
 from metafocus.autodiff import grad as derivatives
 from metafocus.autodiff.recompute import recompute
-from metafocus.checks import whole
+from metafocus.checks import function, whole
 from metafocus.errors import ProblemError
 from metafocus.factories import picklable
 from metafocus.types import InnerLoss, Params
@@ -55,7 +55,8 @@ def micro_batches(
 
     Raises:
         ValueError: if `pieces` is not a positive integer.
-        ProblemError: at the call, if the tensors of the data have different sizes on axis 0.
+        ProblemError: if `loss` is not a function; at the call, if the tensors of the data have
+            different sizes on axis 0.
 
     Example:
         >>> def loss(fast, slow, x):
@@ -64,6 +65,7 @@ def micro_batches(
         >>> small({"w": torch.zeros(())}, {}, torch.arange(6.0))
         tensor(9.1667)
     """
+    function("loss", loss, "(fast, slow, data) -> scalar", 3)
     whole("pieces", pieces, 1)
 
     def accumulated(fast: Params, slow: Params, data: Any) -> Tensor:

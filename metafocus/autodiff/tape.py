@@ -8,11 +8,15 @@ from typing import Any
 
 from torch import Tensor
 
-from metafocus.torch_internals import created_first, forward_class
+from metafocus.torch_internals import created_first, forward_class, innermost
 
 
 def foreign_leaves(result: Tensor, own: Sequence[Tensor]) -> list[Tensor]:
-    """Return the leaves that a tensor of the tape depends on and that are not among `own`."""
+    """Return the leaves that a tensor of the tape depends on and that are not among `own`.
+
+    Under `vmap` the tape holds what the batched tensors wrap.
+    """
+    own = [*own, *map(innermost, own)]
     mine = {id(x) for x in own}
     if result.grad_fn is None:
         return [] if not result.requires_grad or id(result) in mine else [result]
@@ -46,7 +50,7 @@ def _has_all_derivatives(node: Any) -> bool:
 
 
 def _nodes(results: Iterable[Tensor]) -> set[Any]:
-    roots = {x.grad_fn for x in results if x.grad_fn is not None}
+    roots: set[Any] = {x.grad_fn for x in results if x.grad_fn is not None}
     found = _reached(roots)
     if len(found) > _MANY:
         for root in roots:

@@ -21,7 +21,7 @@ from metafocus.engine import MetaLoss
 from metafocus.engine.checked_parts import check_estimator
 from metafocus.errors import ProblemError
 from metafocus.estimators import Estimator
-from metafocus.problem import Problem, refuse_empty
+from metafocus.problem import Problem, check_params, refuse_empty
 from metafocus.types import Episode, Params, Solver
 
 
@@ -102,7 +102,13 @@ def compare(
     for name, value in (("repeats", repeats), ("seeds", seeds)):
         whole(name, value, 1)
     start = at_seed("outer", outer, 0)
+    check_params(start, "outer", "outer parameters")
     refuse_empty(start, "compare")
+    if not isinstance(others, Mapping | None):
+        raise ProblemError(
+            "others must be a dict of meta losses by name, such as {'mine': meta_loss}, got "
+            f"{type(others).__name__}."
+        )
     others = dict(others or {})
     _check_contenders(estimators, others)
     heading = title(reference, estimators, others, start)

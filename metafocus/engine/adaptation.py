@@ -7,7 +7,7 @@ from typing import Any
 
 from metafocus import params as pt
 from metafocus.calls import attempted
-from metafocus.checks import check_finite
+from metafocus.checks import check_finite, is_whole
 from metafocus.engine.checked_parts import check_problem, check_solver
 from metafocus.errors import ProblemError
 from metafocus.preflight import preflight
@@ -48,6 +48,10 @@ def adapt(
     check_problem(problem)
     check_solver(solver)
     check_params(outer, "outer", "outer parameters")
+    if not isinstance(path, list | tuple | range) or not all(map(is_whole, path)):
+        raise ProblemError(
+            f"path must be a list of numbers of inner steps, such as [0, 2], got {path!r}."
+        )
     if isinstance(support, Episode):
         raise ProblemError(
             "support must be the data of the inner loss, got an mf.Episode: pass episode.support."

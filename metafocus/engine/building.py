@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from metafocus.checks import function
 from metafocus.engine.checked_parts import check_parts
 from metafocus.engine.evaluating import Evaluation
 from metafocus.engine.outer_call import MetaLoss, outermost
@@ -71,6 +72,8 @@ def bilevel(
     check_parts(problem, solver, estimator)
     if path is not None:
         refuse_path(estimator, solver)
+        if callable(path):
+            function("path", path, "outer -> weights of the inner steps", 1)
     evaluate = Evaluation(problem, solver, estimator, path)
 
     def meta_loss(outer: Params, episode: Any) -> tuple[Tensor, Aux]:

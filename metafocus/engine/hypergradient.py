@@ -50,7 +50,7 @@ def hypergrad(meta_loss: MetaLoss) -> Callable[[Params, Any], tuple[Params, tupl
         >>> grads["w"]
         tensor([1.6000])
     """
-    function("meta_loss", meta_loss, META_LOSS)
+    function("meta_loss", meta_loss, META_LOSS, 2)
 
     @attempted
     def value_and_hypergrad(outer: Params, episode: Any) -> tuple[Params, tuple[Tensor, Aux]]:

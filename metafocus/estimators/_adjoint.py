@@ -9,6 +9,7 @@ from torch import Tensor
 
 from metafocus import params as pt
 from metafocus.autodiff.hvp import evaluated_for, hvp_reverse
+from metafocus.checks import function
 from metafocus.errors import ProblemError
 from metafocus.estimators.attached import Point, need_data
 from metafocus.estimators.watched import HESSIAN, Watched
@@ -55,6 +56,7 @@ def adjoint(
         >>> mf.adjoint(problem, outer, fast, None, {"w": torch.ones(2)}, solve=mf.CG(1))
         {'w': tensor([0.2500, 0.2500])}
     """
+    function("solve", solve, "(matvec, b) -> x, such as mf.CG(10)", 2)
     check_params(outer, "outer", "outer parameters")
     check_params(fast, "fast", "fast weights")
     check_params(cotangent, "cotangent", "its entries")

@@ -34,7 +34,8 @@ def best_size(
     """Return the size of segments with the smallest peak memory, by one step that is measured.
 
     `K / k` states and the graphs of `k` steps are kept at a time; their sum is smallest at
-    `k = sqrt(K * bytes of a state / bytes of a graph)`. Inside transforms: 1.
+    `k = sqrt(K * bytes of a state / bytes of a graph)`. Where it cannot be measured: 1, that is
+    inside transforms, and for a loss with `torch.func` in it, which refuses hooks on saved tensors.
     """
     if transforming() or not torch.is_grad_enabled():
         return 1
@@ -51,9 +52,12 @@ def best_size(
             graph[storage_key(storage)] = storage.nbytes()
         return x
 
-    with kept(inputs), torch.autograd.graph.saved_tensors_hooks(seen, lambda x: x):
-        # The results live until the graph is counted: memory that is freed is used again.
-        results = segment(loss, solver, one)(*rebuild(leaves))
+    try:
+        with kept(inputs), torch.autograd.graph.saved_tensors_hooks(seen, lambda x: x):
+            # The results live until the graph is counted: memory that is freed is used again.
+            results = segment(loss, solver, one)(*rebuild(leaves))
+    except RuntimeError:
+        return 1
     own = sum(x.untyped_storage().nbytes() for x in pt.tensors(at[:2]))
     size = math.sqrt(len(steps) * own / max(sum(graph.values()), 1))
     del results

@@ -15,10 +15,12 @@ from metafocus.autodiff.tape import foreign_leaves
 from metafocus.checks import scalar
 from metafocus.errors import ClosureError, ProblemError
 from metafocus.torch_internals import (
+    innermost,
     is_batched,
     is_tracked,
     pytree,
     raised_by_functional_call,
+    sole_vmap,
     tape_of_its_own,
     transforming,
 )
@@ -180,7 +182,8 @@ def refuse_closures(who: str, results: Iterable[Tensor], made: list[Tensor]) -> 
     """Raise if results of constants need a derivative: they come from a tensor closed over."""
     for x in results:
         # A loss may build a graph of its own, such as a gradient penalty.
-        if is_tracked(x) and (not x.requires_grad or foreign_leaves(x, made)):
+        tape = innermost(x) if sole_vmap() else x
+        if is_tracked(x) and (not tape.requires_grad or foreign_leaves(tape, made)):
             raise ClosureError(
                 f"{who} closes over a tensor that requires grad and is not in outer: this "
                 "estimator differentiates explicit tensors only and would treat it as a constant. "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from metafocus import params as pt
+from metafocus.checks import function
 from metafocus.errors import NonFiniteError, ProblemError, TransformError
 from metafocus.problem import check_params
 from metafocus.torch_internals import transforming
@@ -52,11 +53,8 @@ class Given:
     solution: Callable[[Params, Any], Params]
 
     def __post_init__(self) -> None:
-        if not callable(self.solution):
-            raise ProblemError(
-                "solution must be a function (slow, support) -> fast, got "
-                f"{type(self.solution).__name__}: write mf.Given(lambda slow, support: fast)."
-            )
+        form = "(slow, support) -> fast, such as mf.Given(lambda slow, support: ...)"
+        function("solution", self.solution, form, 2)
 
     @property
     def steps(self) -> int:

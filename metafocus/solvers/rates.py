@@ -27,7 +27,8 @@ class per_step:
             number, or a tensor that broadcasts against it).
 
     Raises:
-        ProblemError: at that step, if `fn` indexes a table that is too short.
+        ProblemError: if `fn` is not such a function; at that step, if `fn` indexes a table that is
+            too short.
 
     Example:
         >>> warm_up = SGD(per_step(lambda outer, t: 0.1 * min(1.0, (t + 1) / 3)), steps=5)
@@ -38,6 +39,9 @@ class per_step:
     """
 
     fn: Callable[[Params, int], float | Tensor | Params]
+
+    def __post_init__(self) -> None:
+        function("fn", self.fn, "(outer, step) -> rate", 2)
 
     def at(self, outer: Params, step: int) -> Any:
         """Return the rate of step number `step`, counted from 0."""
@@ -56,6 +60,8 @@ Rate = float | Callable[[Params], Tensor | Params] | per_step
 
 def check_settings(lr: Rate, steps: int, weight_decay: float, clip: Clip | None) -> None:
     """Raise for an argument of every optimiser that is out of its range."""
+    if isinstance(lr, type):
+        function("lr", lr, "of the outer parameters, or a number")
     if not callable(lr) and not isinstance(lr, per_step):
         real("lr", lr, " >= 0 or a function of the outer parameters")
         if not lr >= 0:

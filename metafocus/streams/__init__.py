@@ -54,7 +54,7 @@ class PerStep:
         first: the number of the step that slice 0 belongs to.
 
     Raises:
-        ProblemError: at the call, if there are fewer slices than inner steps.
+        ProblemError: at the call, if there are fewer slices than inner steps, or no tensors.
 
     Example:
         >>> batches = PerStep((torch.arange(6).reshape(3, 2), torch.tensor([0, 1, 0])))
@@ -77,6 +77,12 @@ class PerStep:
 
     def _sliced(self, step: int, take: Callable[[Tensor, int], Tensor]) -> Any:
         inputs, rebuild = pt.partition(self.tree)
+        if not inputs:
+            kinds = sorted({type(x).__name__ for x in pytree.tree_leaves(self.tree)})
+            raise ProblemError(
+                f"PerStep holds no tensors, and each step would see all of it: it holds {kinds}. "
+                "Pass tensors with a leading axis of steps, such as torch.tensor(x)."
+            )
         index = step - self.first
         short = [list(x.shape) for x in inputs if x.ndim == 0 or x.shape[0] <= index]
         if short or index < 0:

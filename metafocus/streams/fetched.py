@@ -11,7 +11,7 @@ import torch
 import torch.utils.data
 from torch import Tensor
 
-from metafocus.checks import seeded, whole
+from metafocus.checks import function, seeded, whole
 from metafocus.errors import ProblemError
 
 
@@ -30,8 +30,8 @@ class Batches:
 
     Raises:
         ValueError: if `steps` is not a positive integer.
-        ProblemError: if `rows` are no row numbers of `steps` batches, or beyond `size`; at the
-            call, for a step beyond the last one.
+        ProblemError: if `fetch` is not a function of one argument; if `rows` are no row numbers
+            of `steps` batches, or beyond `size`; at the call, for a step beyond the last one.
 
     Example:
         >>> Batches(lambda step: torch.full((2,), float(step)), steps=3).at(2)
@@ -44,6 +44,7 @@ class Batches:
     size: int | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        function("fetch", self.fetch, "step -> data", 1)
         whole("steps", self.steps, 1)
         if self.rows is not None:
             _check_rows(self.rows, self.steps, self.size)

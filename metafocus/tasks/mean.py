@@ -85,7 +85,7 @@ def over_tasks(
         >>> aux.params["w"].shape
         torch.Size([2, 1])
     """
-    function("meta_loss", meta_loss, META_LOSS)
+    function("meta_loss", meta_loss, META_LOSS, 2)
     for name, value, allowed in (
         ("how", how, ("vmap", "loop")),
         ("aux", aux, ("all", "losses")),

@@ -12,10 +12,12 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from metafocus.torch_internals.modes import (
+    GradModes,
     compiled_for_unknown,
     function_modes,
     leave_modes,
     mode_state,
+    set_grad_mode,
     without_function_modes,
     without_values,
 )
@@ -79,6 +81,7 @@ from metafocus.torch_internals.transforms import (
 )
 
 __all__ = [
+    "GradModes",
     "OwnTape",
     "TorchDispatchMode",
     "VmapLevel",
@@ -124,6 +127,7 @@ __all__ = [
     "refuse_nested_forward_mode",
     "runs_beside_ddp",
     "scaled",
+    "set_grad_mode",
     "sole_vmap",
     "storage_key",
     "swapped_weights",

@@ -11,6 +11,37 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from metafocus.torch_internals.transforms import forward_levels
+
+_GRAD: Any = torch._C
+set_grad_mode: Any = _GRAD._set_grad_enabled
+"""What `torch.no_grad` and `torch.enable_grad` call."""
+
+
+class GradModes:
+    """Sets grad mode, and inside forward mode its own switch too, which torch leaves on.
+
+    Blocks such as `torch.no_grad()` are left in the reverse order: a call that puts back what the
+    last one changed leaves its block.
+    """
+
+    def __init__(self) -> None:
+        self.entered: list[tuple[bool, bool, bool]] = []
+
+    def set(self, enabled: bool) -> None:
+        """Enter a block with or without derivatives, or leave one."""
+        if not forward_levels():
+            set_grad_mode(enabled)
+            return
+        before, forward = torch.is_grad_enabled(), _GRAD._is_fwd_grad_enabled()
+        set_grad_mode(enabled)
+        if self.entered and self.entered[-1][:2] == (enabled, before):
+            forward = self.entered.pop()[2]
+        else:
+            self.entered.append((before, enabled, forward))
+            forward = enabled
+        _GRAD._set_fwd_grad_enabled(forward)
+
 
 def function_modes() -> list[TorchFunctionMode]:
     """Return the modes that torch functions pass through, the innermost last."""

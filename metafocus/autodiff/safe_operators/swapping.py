@@ -12,7 +12,8 @@ table swapped, each only where the fused kernel would fail or, worse, be silentl
   constant; for the same reason already in the second, where `vmap` takes these formulas apart;
 * weight norm: silently wrong from the second derivative on;
 * embedding with a padding index: wrong under `vmap` inside a gradient of a gradient;
-* silu, mish, group norm, mse, huber and soft margin loss: no forward-mode formula.
+* silu, mish, group norm, mse, huber and soft margin loss: no forward-mode formula;
+* `no_grad()` and `.data`: what they cut off is cut off from forward mode and from every transform.
 
 First-order estimators do not use this mechanism and keep the fused kernels.
 """
@@ -122,8 +123,10 @@ _IN_FORWARD_MODE = {
     F.soft_margin_loss: in_float32(soft_margin_loss),
 }
 
+_READ_DATA: Any = Tensor.data.__get__  # pyright: ignore[reportAttributeAccessIssue]
+_CUT_OFF = {_READ_DATA, torch_internals.set_grad_mode}
 _TABLES = frozenset({Tensor.add_, Tensor.__float__, Tensor.requires_grad_}).union(
-    _ALWAYS, _WRONG, _WRONG_IN_TRANSFORMS, _IN_FORWARD_MODE
+    _ALWAYS, _WRONG, _WRONG_IN_TRANSFORMS, _IN_FORWARD_MODE, _CUT_OFF
 )
 
 
@@ -217,6 +220,7 @@ class Swapped(TorchFunctionMode):
         super().__init__()
         self.once = once
         self.needed: bool = False
+        self.modes: torch_internals.GradModes = torch_internals.GradModes()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # Every access to a tensor comes here: what is in no table must pass quickly.
@@ -229,6 +233,10 @@ class Swapped(TorchFunctionMode):
                 return float(args[0].item() + _counts_batches())
             elif func is Tensor.requires_grad_:
                 func = _requires_grad
+            elif func is torch_internals.set_grad_mode:
+                return self.modes.set(*args)
+            elif func == _READ_DATA:
+                func = Tensor.detach
             else:
                 self.needed |= _needed(func, args, kwargs)
                 composite = self._composite(func)

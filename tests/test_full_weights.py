@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -434,7 +435,7 @@ class Reader(nn.Module):
         self.child = nn.Linear(2, 2)
 
     def forward(self, x):
-        (child,) = self.children()
+        child: Any = next(self.children())
         return F.linear(x, child.weight)
 
 

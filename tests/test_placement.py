@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import nn
 
-from metafocus.adapters import all_linear, matching, top_layers
+from metafocus.adapters import LoRA, all_linear, matching, top_layers
 from metafocus.adapters.placement import adaptable, is_conv1d
 from metafocus.errors import PlacementError
 
@@ -145,3 +145,22 @@ def test_placements_are_values() -> None:
     assert a == b and hash(a) == hash(b) and pickle.loads(pickle.dumps(a)) == a
     assert repr(a) == "top_layers(fraction=0.5, names=('up',))"
     assert matching("x") == pickle.loads(pickle.dumps(matching("x")))
+
+
+class Fused(nn.Module):
+    """A layer of a user's own that multiplies by the weight itself, and asks for its type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.nn.functional.linear(x.to(self.down.weight.dtype), self.up.weight))
+
+
+def test_a_weight_that_a_users_own_layer_reads_itself():
+    """Hooks of `up` are never called: its fast weights did nothing, beside others that adapt."""
+    model = nn.Sequential(Fused())
+    assert all_linear(model) == ("0.down",)
+    with pytest.raises(PlacementError, match=r"names '0\.up', whose weight Sequential reads"):
+        LoRA(matching(r".*\.(up|down)")).modules(model)

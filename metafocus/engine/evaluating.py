@@ -160,9 +160,9 @@ class Evaluation:
                 if unused_by(loss, constants) != outer.keys():
                     return
         raise ProblemError(
-            "init detaches the slow weights and no loss reads them: the outer loss depends on nothing "
-            "in outer, so loss.backward() would train nothing. Do not detach the slow weights in init "
-            "(write v.clone(), not v.detach().clone()), or leave init out."
+            "init detaches the slow weights and no loss reads them: the outer loss depends on "
+            "nothing in outer, so loss.backward() would train nothing. Do not detach the slow "
+            "weights in init (write v.clone(), not v.detach().clone()), or leave init out."
         )
 
     def _refuse_nothing_flows(self, loss: Tensor, outer: Params) -> None:

@@ -201,5 +201,25 @@ def __getattr__(name: str) -> Any:
 
     # With name and obj, Python itself suggests the nearest name.
     raise AttributeError(
-        f"module 'metafocus' has no attribute {name!r}", name=name, obj=sys.modules[__name__]
+        f"module 'metafocus' has no attribute {name!r}{_meant(name)}",
+        name=name,
+        obj=sys.modules[__name__],
     )
+
+
+def _meant(name: str) -> str:
+    """Return where the name is in other letters or in another module, or an empty text."""
+    fewshot = [k for k, v in vars(recipes.fewshot).items() if callable(v)]
+    homes = {
+        "mf": __all__,
+        "mf.recipes": recipes.__all__,
+        "mf.recipes.fewshot": fewshot,
+        "mf.algorithms": algorithms.__all__,
+    }
+    same = [
+        (found != name, f": write {home}.{found}")
+        for home, known in homes.items()
+        for found in known
+        if found.lower() == name.lower()
+    ]
+    return min(same, default=(False, ""))[1]

@@ -220,6 +220,14 @@ def test_a_loader_is_refused_with_the_form_that_works():
     assert sorted(stream.at(0)) == ["index", "x", "y"]
 
 
+def test_a_list_of_batches_is_refused_with_the_form_that_works():
+    batches = [{"x": torch.ones(2)}, {"x": torch.zeros(2)}]
+    with pytest.raises(mf.errors.ProblemError, match=r"a list of 2 batches.*default_collate"):
+        mf.PerStep(batches)
+    stream = mf.PerStep(torch.utils.data.default_collate(batches))
+    assert torch.equal(stream.at(0)["x"], batches[0]["x"])
+
+
 @pytest.mark.parametrize("columns", [(torch.ones(3, 2), torch.ones(3)), {"x": torch.ones(3, 2)}])
 def test_columns_are_not_rows(columns):
     with pytest.raises(mf.errors.ProblemError, match=r"must be rows.*of columns.*TensorDataset"):

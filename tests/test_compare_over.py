@@ -101,6 +101,12 @@ def test_bad_axes(over, message):
         run(over)
 
 
+def test_a_field_that_lies_deeper_is_named():
+    estimators = {"implicit": mf.Implicit(mf.CG(2)), "full": mf.Unrolled()}
+    with pytest.raises(mf.errors.ProblemError, match=r"Did you mean 'estimator\.solve\.damping'\?"):
+        run({"damping": [0.1]}, estimators=estimators)
+
+
 def test_a_contender_that_does_not_follow_the_axis_is_refused():
     meta = mf.bilevel(PROBLEM, solver=mf.SGD(RATE, 2), estimator=mf.Unrolled())
     with pytest.raises(mf.errors.ProblemError, match="over changes steps, which others"):

@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 from commands import chat, training, write
 
+import metafocus as mf
+
 ROOT = Path(__file__).parent.parent
 LEAST = (3, 10)
 HEAVY = ["transformers", "peft", "accelerate", "safetensors", "matplotlib", "pandas", "sklearn"]
@@ -68,6 +70,20 @@ def test_importing_stays_within_its_budget():
 # --- the source --------------------------------------------------------------------------------
 
 SOURCES = sorted((ROOT / "metafocus").rglob("*.py"))
+
+
+@pytest.mark.parametrize(
+    ("name", "right"),
+    [
+        ("unrolled", "mf.Unrolled"),
+        ("focusft", "mf.recipes.focusft"),
+        ("MAML", "mf.recipes.fewshot.maml"),
+        ("evolution", "mf.algorithms.Evolution"),
+    ],
+)
+def test_a_name_that_is_elsewhere(name, right):
+    with pytest.raises(AttributeError, match=f"no attribute '{name}': write {right}$"):
+        getattr(mf, name)
 
 
 def test_the_oldest_python_can_read_every_file():

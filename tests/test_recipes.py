@@ -189,6 +189,11 @@ def test_chunks_cover_every_token_once():
     assert seen == list(range(23))
 
 
+def test_a_name_is_no_model():
+    with pytest.raises(ProblemError, match=r"model must be .*mf\.models\.load.*got 'smollm2'"):
+        mf.recipes.focusft("smollm2")  # pyright: ignore[reportArgumentType]
+
+
 def test_what_ttt_e2e_refuses():
     batch, both = sequence(), chat_batch()
     with pytest.raises(ProblemError, match=r"chunk must be an integer >= 1, got 0"):

@@ -145,9 +145,12 @@ def _resolved(
         return "", ""
     fields = [f"solver.{f}" for f in _fields(solver)]
     fields += sorted({f"estimator.{f}" for e in estimators.values() for f in _fields(e)})
+    last = axis.rpartition(".")[2]
+    near = [field for field in fields if field.rpartition(".")[2] == last]
+    meant = f" Did you mean {near[0]!r}?" if near else ""
     raise ProblemError(
-        f"over: nothing has the field {axis!r}. Use tasks, or one of {', '.join(fields)}, also "
-        "with the name of an estimator in place of 'estimator'."
+        f"over: nothing has the field {axis!r}.{meant} Use tasks, or one of {', '.join(fields)}, "
+        "also with the name of an estimator in place of 'estimator'."
     )
 
 

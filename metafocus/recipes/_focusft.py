@@ -187,6 +187,11 @@ def focusft(
     References:
         FocuSFT, arXiv 2605.09932.
     """
+    if not isinstance(model, nn.Module):
+        raise ProblemError(
+            "model must be a Hugging Face causal language model, such as "
+            f'mf.models.load("smollm2")[0], got {model!r:.80}.'
+        )
     chosen = estimator or FirstOrder()
     refuse_sharded(model, chosen)
     # What wraps an estimator, as the trainer does, holds it.

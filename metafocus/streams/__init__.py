@@ -54,7 +54,8 @@ class PerStep:
         first: the number of the step that slice 0 belongs to.
 
     Raises:
-        ProblemError: at the call, if there are fewer slices than inner steps, or no tensors.
+        ProblemError: for a list of batches; at the call, if there are fewer slices than inner
+            steps, or no tensors.
 
     Example:
         >>> batches = PerStep((torch.arange(6).reshape(3, 2), torch.tensor([0, 1, 0])))
@@ -64,6 +65,14 @@ class PerStep:
 
     tree: Any
     first: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.tree, list) and any(isinstance(x, dict | tuple) for x in self.tree):
+            raise ProblemError(
+                "PerStep takes one tree whose tensors have a leading axis of steps, got a list of "
+                f"{len(self.tree)} batches. Stack them: "
+                "mf.PerStep(torch.utils.data.default_collate(batches))."
+            )
 
     def at(self, step: int) -> Any:
         """Return slice `step` of every tensor."""

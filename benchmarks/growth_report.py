@@ -62,7 +62,8 @@ def cell(row: dict[str, Any] | None) -> str:
         return ""
     if "error" in row:
         return row["error"]
-    return f"{row['seconds']:.3g} s, {row['peak_bytes'] / 2**20:.3g} MB"
+    peak = row["peak_bytes"] / 2**20
+    return f"{row['seconds']:.3g} s, {f'{peak:.3g}' if peak >= 0.1 else '< 0.1'} MB"
 
 
 def overhead(rows: list[dict[str, Any]]) -> list[str]:

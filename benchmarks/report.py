@@ -13,11 +13,17 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
 FIGURES = ROOT / "docs/figures/benchmarks"
 LINK = "figures/benchmarks"
+OPENING = """
+This page compares metafocus with a loop of torch by hand and with other libraries. For each it says
+whether the gradient is right, and how much time and memory it takes. Then come long contexts,
+half precision, and what runs on a GPU.
+"""
 INTRODUCTION = """
-Written by `make benchmarks` from `benchmarks/results/`: `python -m benchmarks.rivals.install`, then
+The page is written by `make benchmarks` from `benchmarks/results/`:
+`python -m benchmarks.rivals.install`, then
 `python -m benchmarks.rivals`, `python -m benchmarks.rivals.w8` and the scripts named below make
-these files. All figures are of a CPU but those of two sections: one on a GPU, and one that models
-it. `make benchmarks-quick` compares ratios with the committed ones.
+these files. All numbers were measured on a CPU, except those of two sections: one was measured on a
+GPU, and one models a GPU. `make benchmarks-quick` compares ratios with the committed ones.
 """
 
 
@@ -28,7 +34,14 @@ def page() -> str:
         return json.loads((RESULTS / f"{name}.json").read_text())
 
     long = context.lines(read("attention"), read("long_context"), FIGURES, LINK)
-    lines = ["# Benchmarks", "", " ".join(INTRODUCTION.split())]
+    lines = ["# Benchmarks", "", f"{_flow(OPENING)} {report.finding(RESULTS)}", ""]
+    lines += [
+        f"![CPU time of MAML relative to torch by hand, by library]({LINK}/rivals_w1.svg)",
+        "",
+        "*MAML on 25 tasks: CPU time relative to a loop of torch by hand.*",
+        "",
+        _flow(INTRODUCTION),
+    ]
     lines += report.sections(RESULTS, FIGURES, LINK, {"w7": long})
     if (RESULTS / "w8.json").exists():
         lines += w8.section(read("w8"), FIGURES, LINK)
@@ -36,6 +49,10 @@ def page() -> str:
     lines += modelled.section(read("focusft_gpu"), read("roofline"))
     lines += half_precision.section(read("half_precision"))
     return "\n".join(lines) + "\n"
+
+
+def _flow(text: str) -> str:
+    return " ".join(text.split())
 
 
 def main() -> None:

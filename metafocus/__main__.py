@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import metafocus
 from metafocus.cli import attribute, compare, doctor, evaluate, generate, profile, reproduce
-from metafocus.cli.parsing import Parser
+from metafocus.cli.parsing import Parser, suggestion
 from metafocus.cli.shares import refuse_ranks
 
 
@@ -24,6 +24,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     doctor.add_parser(commands, metafocus.__version__)
     words = list(sys.argv[1:] if argv is None else argv)
     try:
+        # Flags are looked at by argparse.
+        if words and words[0] not in commands.choices and words[0][:1] != "-":
+            meant = suggestion(words[0], commands.choices)
+            if meant is not None:
+                parser.error(f"unknown command {words[0]!r}, did you mean {meant}?")
         if words[:1] == ["train"]:
             from metafocus.cli import train
 
@@ -34,8 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             refuse_ranks(words[0])
         # Only a command that judges something returns a code of its own.
         return args.run(args) or 0
-    except (ValueError, OSError) as error:
-        # Ours are subclasses of the first; the second is a file or a disk.
+    except (ValueError, OSError, ImportError) as error:
+        # Ours are subclasses of the first; the second is a file or a disk; the third is a package
+        # that a setting needs.
         print("metafocus: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ def replaced(path: str | Path) -> Iterator[Path]:
     After an exception the temporary file is removed, and what was at `path` stays.
     """
     path = Path(path)
-    # The number of the process: two of them may write the same file.
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    # Two processes may write the same file, and so may two threads of one.
+    part = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.part")
     try:
         yield part
         with part.open("rb") as file:

@@ -203,6 +203,87 @@ def test_parameters_of_several_types(tmp_path, first, rest, changes, text):
         trainer(model, tmp_path, **changes)
 
 
+def test_half_precision_that_would_do_nothing(tmp_path):
+    with says(
+        "fp16=True has no effect on a CPU, where accelerate neither casts nor scales: set "
+        "bf16=True, or train in float32.",
+        ProblemError,
+    ):
+        trainer(tiny(torch.float32), tmp_path, fp16=True)
+
+
+def test_a_best_metric_that_nobody_measures(tmp_path):
+    """transformers raises at the first evaluation, which may be hours later."""
+    best = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "eval_accuracy"}
+    held = {"heldout": SAMPLES[:2], **best}
+    with says(
+        "metric_for_best_model='eval_accuracy' is not measured: without compute_metrics there is "
+        "only 'loss'."
+    ):
+        trainer(tiny(), tmp_path, **held)
+    measured = trainer(tiny(), tmp_path, kept={"compute_metrics": lambda found: {}}, **held)
+    assert measured.args.metric_for_best_model == "eval_accuracy"
+    assert trainer(tiny(), tmp_path, **{**held, "metric_for_best_model": "loss"})
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "text"),
+    [
+        ("linear", {"a": 1}, "'a' is not one of its settings (none)"),
+        ("cosine", {"cycles": 2}, "'cycles' is not one of its settings (num_cycles)"),
+        # transformers itself ignores all settings of this one.
+        ("constant_with_warmup", {"min_lr": 0.1}, "'min_lr' is not one of its settings (none)"),
+        (
+            "warmup_stable_decay",
+            {},
+            "'num_decay_steps' is missing from its settings (num_decay_steps, num_stable_steps, "
+            "warmup_type, decay_type, min_lr_ratio, num_cycles)",
+        ),
+    ],
+)
+def test_settings_of_another_scheduler(tmp_path, kind, given, text):
+    with says(
+        f"lr_scheduler_kwargs={given} does not fit lr_scheduler_type='{kind}': {text}.", DataError
+    ):
+        trainer(tiny(), tmp_path, lr_scheduler_type=kind, lr_scheduler_kwargs=given)
+
+
+def test_settings_of_the_scheduler_arrive(tmp_path):
+    run = trainer(
+        tiny(), tmp_path, lr_scheduler_type="polynomial", lr_scheduler_kwargs={"power": 2.0}
+    )
+    run.train()
+    whole = 1e-2 * (1 - 1 / run.state.max_steps) ** 2
+    assert logged(run, "learning_rate")[1] == pytest.approx(whole, rel=1e-4)  # lr_end is 1e-7
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"save_strategy": "steps", "save_steps": 0}, "save_steps must be > 0, got 0"),
+        ({"save_strategy": "steps", "save_steps": -1}, "save_steps must be > 0, got -1"),
+        ({"eval_strategy": "steps", "eval_steps": 0}, "eval_steps must be > 0, got 0"),
+        ({"logging_steps": -2}, "logging_steps must be > 0, got -2"),
+        ({"save_total_limit": 0}, "save_total_limit must be >= 1, got 0"),
+        ({"max_steps": -5}, "max_steps must be >= 1, or -1 for num_train_epochs, got -5"),
+    ],
+    ids=str,
+)
+def test_numbers_below_one_that_would_mean_never(changes, text):
+    with pytest.raises(ProblemError, match=f"^{re.escape(text)}"):
+        arguments("run", **changes)
+
+
+def test_no_checkpoints_and_no_log_are_possible():
+    assert arguments("run", save_strategy="no", save_steps=0, logging_strategy="no")
+
+
+def test_settings_that_are_no_json():
+    start = re.escape("lr_scheduler_kwargs='{power: 2}' is not JSON: Expecting")
+    with pytest.raises(ProblemError, match=f"^{start}"):
+        arguments("run", lr_scheduler_kwargs="{power: 2}")
+
+
 def test_frozen_parameters_may_be_narrow(tmp_path):
     """What is not trained may have another type, as in training an outer LoRA."""
     model = tiny(torch.float32)

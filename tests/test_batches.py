@@ -220,6 +220,22 @@ def test_a_loader_is_refused_with_the_form_that_works():
     assert sorted(stream.at(0)) == ["index", "x", "y"]
 
 
+@pytest.mark.parametrize("columns", [(torch.ones(3, 2), torch.ones(3)), {"x": torch.ones(3, 2)}])
+def test_columns_are_not_rows(columns):
+    with pytest.raises(mf.errors.ProblemError, match=r"must be rows.*of columns.*TensorDataset"):
+        mf.Batches.from_dataset(columns, batch_size=1, steps=1, generator=seeded())
+
+
+def test_an_index_of_the_rows_own_is_not_overwritten():
+    def drawn(indices):
+        rows = [{"index": i} for i in indices]
+        return mf.Batches.from_dataset(rows, batch_size=2, steps=1, generator=seeded()).at(0)
+
+    assert sorted(drawn([0, 1])["index"].tolist()) == [0, 1]
+    with pytest.raises(mf.errors.ProblemError, match=r"an entry 'index' of its own, 8.*Rename"):
+        drawn([0, 8])
+
+
 def test_an_iterable_data_set_is_refused():
     class Lines(torch.utils.data.IterableDataset):
         def __len__(self):

@@ -501,19 +501,38 @@ def test_training_descends():
 
 
 DEEP = """
-import torch, metafocus as mf
+import metafocus as mf, torch
 def loss(fast, slow, x):
     return ((torch.tanh(torch.tanh(x @ fast["a"]) @ fast["b"]) @ fast["c"] - 1) ** 2).mean()
-meta = mf.bilevel(mf.Problem(loss, loss), solver=mf.SGD(0.02, 7000), estimator=mf.Unrolled())
+def recurrent(fast, slow, x):
+    x = x @ fast["a"]
+    for _ in range(20_000):
+        x = torch.tanh(x @ fast["b"])
+    return (x @ fast["c"]).mean()
 outer = {"a": torch.ones(1, 2), "b": torch.eye(2), "c": torch.ones(2, 1)}
-x = torch.ones(3, 1)
-value, aux = meta({k: v.requires_grad_() for k, v in outer.items()}, mf.Episode(x, x))
-del value, aux
-print("freed")
+outer = {k: v.requires_grad_() for k, v in outer.items()}
 """
+LONG = {
+    "steps": """
+meta = mf.bilevel(mf.Problem(loss, loss), solver=mf.SGD(0.02, 7000), estimator=mf.Unrolled())
+value, aux = meta(outer, mf.Episode(torch.ones(3, 1), torch.ones(3, 1)))
+""",
+    "steps of chunks": """
+meta = mf.bilevel(mf.Problem(loss, loss), solver=mf.SGD(0.02, 7000), estimator=mf.Unrolled())
+tasks = torch.ones(2, 3, 1)
+value, aux = mf.over_tasks(meta, how="loop")(outer, mf.Episode(tasks, tasks))
+""",
+    "one loss": """
+problem = mf.Problem(recurrent, recurrent)
+meta = mf.bilevel(problem, solver=mf.SGD(0.02, 1), estimator=mf.FirstOrder())
+value, aux = meta(outer, mf.Episode(torch.ones(3, 1), torch.ones(3, 1)))
+""",
+}
 
 
-def test_a_graph_of_thousands_of_steps_is_freed():
-    """A first call that looked at each of its nodes would end the process here."""
-    done = subprocess.run([sys.executable, "-c", DEEP], capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("graph", LONG)
+def test_a_long_graph_is_freed(graph):
+    """A graph whose nodes were looked at, and are freed in any other order, ends the process."""
+    code = DEEP + LONG[graph] + "value.backward(); del value, aux; print('freed')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout == "freed\n", (done.returncode, done.stderr)

@@ -62,6 +62,10 @@ VERDICTS = {
         BROKEN + source("T6", "claim(1)", arguments="claim, broken"),
         *("error", "AssertionError: training failed", {}),
     ),
+    "T7": (
+        source("T7", "claims(1)", arguments="claims"),
+        *("error", "there is no fixture 'claims'", {}),
+    ),
     "T8": (
         source("T8", "claim(1); assert False, 'no'", ", asserted=False"),
         *("error", "AssertionError: no", {"": 1}),
@@ -131,7 +135,7 @@ def test_verdicts(pytester, workers):
         assert row["docstring"] == "Tolerance: none."
     assert not report.holds and report.environment["threads"] >= 1
     assert " -v -p metafocus_claims --claims out/report.json" in report.settings["command"]
-    counts = "11 claims: 2 reproduced, 1 reported, 2 skipped, 4 error, 2 contradicted. "
+    counts = "12 claims: 2 reproduced, 1 reported, 2 skipped, 5 error, 2 contradicted. "
     done.stdout.fnmatch_lines(["*REPRODUCED*", "*REPORTED*", "*= claims =*", f"{counts}*"])
     text = (pytester.path / "out" / "report.md").read_text()
     assert text.splitlines()[2].startswith(f"**{counts}Contradicted: T10 (T10 \\| holds); T11 ")

@@ -243,6 +243,7 @@ def test_commands_share_their_flags(capsys, command):
     [
         ((), "required: COMMAND"),
         (("tune",), "invalid choice: 'tune'"),
+        (("tain",), "unknown command 'tain', did you mean train?"),
         (("profile",), "required: --output_dir"),
         (("eval",), "required: --suite"),
     ],

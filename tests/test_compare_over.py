@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from concurrent.futures import ThreadPoolExecutor
 
 import comparing
 import pytest
@@ -370,6 +371,27 @@ def test_a_cell_that_fails_says_so_and_is_tried_again(tmp_path, capsys):
     capsys.readouterr()
 
 
+def test_an_array_is_a_list_of_values():
+    found = run({"solver.lr": torch.tensor([0.25, 0.5])})
+    assert found.over == {"solver.lr": [0.25, 0.5]}
+    assert [plain(r) for r in found.rows] == [
+        plain(r) for r in run({"solver.lr": [0.25, 0.5]}).rows
+    ]
+
+
+def test_threads_give_the_same():
+    """Four threads want the same references at once."""
+    over = {"steps": [1, 2, 3]}
+    with ThreadPoolExecutor(4) as executor:
+        there = run(over, executor=executor)
+    assert [plain(r) for r in there.rows] == [plain(r) for r in run(over).rows]
+
+
+def test_a_number_is_no_executor():
+    with pytest.raises(mf.errors.ProblemError, match=r"executor must have submit.*got 4"):
+        run(executor=4)
+
+
 @pytest.mark.slow
 def test_an_executor_gives_the_same(tmp_path):
     others = {"soba": comparing.soba, "evolution": comparing.evolution}
@@ -418,6 +440,7 @@ def test_labels_of_points_do_not_overlap():
 def test_table_and_latex():
     found = run({"steps": STEPS}, at=outer, data=episode, seeds=3)
     table = found.table()
+    assert str(found) == table
     assert "±" in table and "over steps, 3 seeds" in table
     for name in {row["verdict"] for row in found.rows} - {"exact"}:
         assert advice(name) in table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import re
@@ -60,14 +61,12 @@ def test_blocks_run(page, tmp_path, monkeypatch):
         ]
     }
     Path("chats.jsonl").write_text((json.dumps(chat) + "\n") * 4)
-    model = build(dtype=torch.float32)
+    model = build(dtype=torch.float32, vocab_size=300)
     module = ModuleType(f"page_{page.stem}")
     # Dataclasses look their module up.
     monkeypatch.setitem(sys.modules, module.__name__, module)
     names = vars(module)
     names |= {
-        "torch": torch,
-        "mf": mf,
         "model": model,
         "loader": [chat_batch()],
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
@@ -76,6 +75,34 @@ def test_blocks_run(page, tmp_path, monkeypatch):
     for block in found:
         # Each block as a file of its own: without the flags of this one.
         exec(compile(block, str(page), "exec", dont_inherit=True), names)
+
+
+LENT = {"model", "loader", "optimizer", "tokenizer"}
+
+
+def borrowed(page):
+    """The names that the blocks of a page read, and that no block up to there binds."""
+    bound, found = set(), set()
+    for block in blocks(page):
+        names = [n for n in ast.walk(ast.parse(block)) if isinstance(n, ast.Name)]
+        bound |= {n.id for n in names if isinstance(n.ctx, ast.Store)}
+        found |= {n.id for n in names if isinstance(n.ctx, ast.Load)} - bound
+    return found & LENT
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_a_page_says_where_its_model_comes_from(page):
+    """A reader who copies a block must not meet a NameError without a word about it."""
+    text = page.read_text()
+    assert page.name == "models.md" or not borrowed(page) or "#batches-of-your-chats)" in text
+
+
+def test_borrowed_names(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("```python\nmodel(loader)\n```\n\n```python\nloader = []\nloader[0]\n```\n")
+    assert borrowed(page) == {"model", "loader"}
+    page.write_text("```python\nmodel = 1\n```\n\n```python\nmodel + 1\n```\n")
+    assert borrowed(page) == set()
 
 
 def test_contributed_estimator_is_first_order():
@@ -222,4 +249,8 @@ def test_code_in_tables_breaks_between_words():
     spec.loader.exec_module(module)
     html = "<p><code>a.b</code></p><td><code>a.b_c(d=&lt;e&gt;)</code> x.y</td>"
     want = "<p><code>a.b</code></p><td><code>a.<wbr>b_<wbr>c(<wbr>d=&lt;e&gt;)</code> x.y</td>"
+    assert module.on_page_content(html, page=None) == want
+    html = '<td>1e-07</td><p><code>--a_b</code> <a href="x--a">1e-07</a></p>'
+    kept = '<span class="whole">{}</span>'.format
+    want = f'<td>{kept("1e-07")}</td><p><code>{kept("--a_b")}</code> <a href="x--a">1e-07</a></p>'
     assert module.on_page_content(html, page=None) == want

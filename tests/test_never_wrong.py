@@ -303,6 +303,75 @@ def test_what_cannot_be_decided_is_refused_unless_trusted(kernel, dtype, why):
         assert mf.hypergrad(meta())(outer, mf.Episode(x, x))[0]["w"].isfinite().all()
 
 
+def slope_on_tape(kernel, w, x):
+    x = x.detach().requires_grad_()
+    return torch.autograd.grad(kernel.apply(w * x).sum(), x, create_graph=True)[0]
+
+
+def slope_in_transform(kernel, w, x):
+    return torch.func.grad(lambda y: kernel.apply(w * y).sum())(x)
+
+
+def slope_by_backward(kernel, w, x):
+    x = x.detach().requires_grad_()
+    kernel.apply(w * x).sum().backward(create_graph=True, inputs=[x])
+    return x.grad
+
+
+SLOPES = {"tape": slope_on_tape, "transform": slope_in_transform, "backward()": slope_by_backward}
+
+
+def slope_problem(slope, kernel, where):
+    """The loss `where` has a gradient penalty: of a kernel, by the data."""
+
+    def penalty(fast, slow, x):
+        return ((slope(kernel, fast["w"], x) - slow["c"]) ** 2).sum()
+
+    def plain(fast, slow, x):
+        return ((fast["w"] - slow["c"] * x) ** 2).sum()
+
+    losses = (penalty, plain) if where == "inner" else (plain, penalty)
+    return mf.Problem(*losses, init=lambda slow, support: {"w": slow["w"]})
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("estimator", [k for k in EVERY if k != "forward"])
+@pytest.mark.parametrize("where", ["inner", "outer"])
+def test_a_gradient_inside_a_loss_through_such_a_kernel_is_refused(where, estimator, way):
+    """Its own first derivative is lost, so estimators of first derivatives are no way out."""
+    problem = slope_problem(slope_in_transform, RawBackward, where)
+    meta = mf.bilevel(problem, solver=mf.SGD(0.01, STEPS), estimator=EVERY[estimator])
+    with pytest.raises(ProblemError, match=rf"{where}_loss takes a gradient through a kernel"):
+        WAYS[way](meta, OUTER, EPISODE)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
+@pytest.mark.parametrize("slope", SLOPES)
+@pytest.mark.parametrize("where", ["inner", "outer"])
+def test_every_way_to_take_a_gradient_inside_a_loss_is_seen(where, slope):
+    def built(kernel):
+        problem = slope_problem(SLOPES[slope], kernel, where)
+        return mf.bilevel(problem, solver=mf.SGD(0.01, STEPS), estimator=mf.FirstOrder())
+
+    with pytest.raises(ProblemError, match="takes a gradient through a kernel"):
+        by_hypergrad(built(RawBackward), OUTER, EPISODE)
+    with mf.trust():
+        by_hypergrad(built(RawBackward), OUTER, EPISODE)
+    assert flat(by_hypergrad(built(ExactFunction), OUTER, EPISODE)).isfinite().all()
+
+
+@pytest.mark.parametrize("where", ["inner", "outer"])
+def test_single_loops_and_windows_refuse_such_a_gradient(where):
+    problem = slope_problem(slope_in_transform, RawBackward, where)
+    outer = {k: v.clone().requires_grad_() for k, v in OUTER.items()}
+    windows = mf.algorithms.Windows(problem, solver=mf.SGD(0.05, steps=2))
+    with pytest.raises(ProblemError, match="takes a gradient through a kernel"):
+        windows.loss(outer, windows.init(outer, EPISODE.support), EPISODE)
+    soba = mf.algorithms.SOBA(problem, inner_lr=0.01, v_lr=0.01)
+    with pytest.raises(ProblemError, match="takes a gradient through a kernel"):
+        soba.step(outer, soba.init(outer, EPISODE.support), EPISODE)
+
+
 @pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch 2.13 and later")
 @pytest.mark.parametrize("way", ["backward", "hypergrad", "func.grad"])
 @pytest.mark.parametrize("estimator", TWICE)

@@ -376,6 +376,14 @@ def test_forward_class():
     assert ti.forward_class((2 * x).grad_fn) is None
 
 
+def test_created_first():
+    """`_sequence_nr`: the nodes of a long graph are freed from the last one on."""
+    x = torch.ones(1, requires_grad=True)
+    y = x.exp()
+    nodes = [y.sin().grad_fn, y.grad_fn, y.cos().grad_fn]
+    assert ti.created_first(nodes) == [nodes[1], nodes[0], nodes[2]]
+
+
 def test_is_view():
     """`_is_view`: outputs of attention kernels that are views refuse a tangent in forward mode."""
     x = torch.ones(2, 2)

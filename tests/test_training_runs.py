@@ -104,6 +104,15 @@ def test_retrained(at_once):
     assert_close(found.retrained(torch.ones(1, 24, dtype=F64))[0], found.losses, 1e-12)
 
 
+@pytest.mark.parametrize(
+    "weights", [torch.ones(24), torch.ones(2, 23), [[1.0] * 24]], ids=["one", "short", "list"]
+)
+def test_retraining_needs_a_weight_for_each_row(weights):
+    found = recipes.attribution(losses, start, stream(), QUERY, solver=SOLVER)
+    with pytest.raises(mf.errors.ProblemError, match=r"\[runs, 24\].*weights\[None\]"):
+        found.retrained(weights)
+
+
 def test_another_process_can_retrain():
     found = recipes.attribution(losses, start, stream(), QUERY, solver=SOLVER)
     weights = torch.rand(2, 24, generator=seeded(), dtype=F64)
@@ -125,6 +134,17 @@ def test_attribution_refuses_what_it_cannot_attribute():
         recipes.attribution(losses, start, mf.Batches(lambda t: t, 3), QUERY, solver=SOLVER)
     with pytest.raises(mf.errors.ProblemError, match=r"each of the 6 rows.*got shape \[\]"):
         recipes.attribution(lambda p, b: losses(p, b).mean(), start, stream(), QUERY, solver=SOLVER)
+    wrong = "start must be a function"
+    for given in (START, torch.nn.Linear(1, 1)):
+        with pytest.raises(mf.errors.ProblemError, match=wrong):
+            recipes.attribution(losses, given, stream(), QUERY, solver=SOLVER)
+    with pytest.raises(mf.errors.ProblemError, match=r"start\(\) must be a dict of tensors"):
+        recipes.attribution(losses, lambda: list(START), stream(), QUERY, solver=SOLVER)
+    with pytest.raises(mf.errors.ProblemError, match="losses must be a function"):
+        recipes.attribution(lambda f, s, b: 0, start, stream(), QUERY, solver=SOLVER)
+    with pytest.raises(mf.errors.ProblemError, match=r"FirstOrder\(\) passes no derivative"):
+        first = mf.FirstOrder()
+        recipes.attribution(losses, start, stream(), QUERY, solver=SOLVER, estimator=first)
     one_query = r"one value for each query, got shape \[\]"
 
     def mean(p, batch):

@@ -22,8 +22,9 @@ the ratio to the reference in each repetition, with quartiles; *wall* is the tim
 two threads the CPU time of both is counted, also while one spins and waits for the other. *process*
 is the growth of the peak RSS over one call in a fresh process whose allocator returns freed blocks;
 it is less than the need of a library that keeps its last graph. *tensors* is the peak of live
-tensors. *GFLOP* counts matrix products, attention and convolutions as torch does. *load* is the
-load average of this machine before and after. If it is above the number of threads, other programs
+tensors. *GFLOP* counts matrix products, attention and convolutions as torch does.
+Runs without a day are of 2026-11-28, on a slower machine of the same kind. *load* is the load
+average of this machine before and after. If it is above the number of threads, other programs
 ran at the same time: times are then noisy, those of the clock more than those of the CPU, and two
 threads wait for each other.
 """
@@ -32,6 +33,17 @@ A target is the ratio of what *ours* needs to what the other library needs. It i
 by the peak memory of a process. *fastest* is the rival with the right gradient and the least time.
 Time is CPU time on one thread, and the time of the clock on two; both ratios are shown.
 """
+
+
+def finding(folder: Path) -> str:
+    """Return in two sentences how many targets are met, and how far the others are missed."""
+    reports = [json.loads(path.read_text()) for path in sorted(folder.glob("rivals_*.json"))]
+    found = [v for report in reports for v in judge(report)]
+    missed = [v.value / v.target.at_most - 1 for v in found if v.value is not None and not v.met]
+    total = f"**{sum(v.met for v in found)} of {len(found)} targets are met.**"
+    if not missed:
+        return total
+    return f"{total} The largest miss is {max(missed):.0%}; the table of targets has all of them."
 
 
 def sections(
@@ -111,7 +123,8 @@ def section(report: dict[str, Any], figures: Path, link: str) -> list[str]:
     for run in report["runs"]:
         threads = "one thread" if run["threads"] == 1 else f"{run['threads']} threads"
         load = "" if "load" not in run else ", load " + " to ".join(f"{x:.1f}" for x in run["load"])
-        words = f"**{case_words(run['case'])}**, {threads}, {run['repeats']} repetitions{load}"
+        day = f", {run['day']}" if "day" in run else ""
+        words = f"**{case_words(run['case'])}**, {threads}, {run['repeats']} repetitions{load}{day}"
         lines += [words, "", *table(run), ""]
     return lines[:-1]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import tempfile
@@ -51,7 +52,8 @@ def main() -> None:
                         wanted = args.case.items() <= case.items()
                         if not wanted or (again and not promised(definition, case)):
                             continue
-                        about = {"case": case, "threads": threads, "repeats": repeats}
+                        day = datetime.date.today().isoformat()
+                        about = {"case": case, "threads": threads, "repeats": repeats, "day": day}
                         load = os.getloadavg()[0]
                         rows = race.run(case, repeats, memory)
                         about["load"] = [load, os.getloadavg()[0]]

@@ -50,7 +50,10 @@ class Verdict(NamedTuple):
         """Return "met", or by how much it is missed."""
         if self.value is None:
             return "not measured"
-        return "met" if self.met else f"missed by {self.value / self.target.at_most - 1:.1%}"
+        if self.met:
+            return "met"
+        by = self.value / self.target.at_most - 1
+        return f"missed by {by:.1%}" if by >= 5e-4 else "missed by less than 0.1%"
 
 
 def verdicts(target: Target, runs: list[dict[str, Any]]) -> list[Verdict]:

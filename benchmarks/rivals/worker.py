@@ -73,8 +73,9 @@ class Worker:
             if not counted:
                 raise NotImplementedError
             with FlopCounterMode(display=False) as counter:
-                found["tensor_bytes"] = memory.peak_bytes(run)[1]
+                run()
             found["flop"] = counter.get_total_flops()
+            found["tensor_bytes"] = memory.peak_bytes(run)[1]  # The counter would keep tensors.
         except Exception:  # A dispatch mode does not go with everything that rivals do.
             run()
         gc.collect()

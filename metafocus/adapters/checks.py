@@ -56,10 +56,13 @@ def placed(adapter: str, where: Any, model: nn.Module) -> dict[str, nn.Module]:
             )
     direct = [path for path in paths if read_directly(model, path)]
     if direct:
+        way = "leave it out (all_linear does)"
+        if direct[0].endswith(".base_layer"):
+            way = "place them elsewhere, or train an adapter that only adds, such as plain LoRA"
         raise PlacementError(
             f"{adapter}: {where!r} names {direct[0]!r}, whose weight {type(model).__name__} reads "
-            "without calling the module, so fast weights there would have no effect: leave it out "
-            "(all_linear does)"
+            "without calling the module, so fast weights there would have no effect, or a wrong "
+            f"one: {way}"
         )
     return {path: modules[path] for path in paths}
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -55,7 +56,8 @@ def read_directly(model: nn.Module, path: str) -> bool:
     """Return whether the forward pass of its parent may use a module's weight without calling it.
 
     Mamba's layers do this with their projections, in fused kernels or always. Hooks of the module
-    would have no effect there.
+    would have no effect there. Some adapters of PEFT do it with the layer that they wrap (HRA and
+    SHiRA multiply by a weight that they make of its weight, DoRA divides by its norm).
 
     Example:
         >>> read_directly(nn.Sequential(nn.Linear(2, 2)), "0")
@@ -65,7 +67,9 @@ def read_directly(model: nn.Module, path: str) -> bool:
         # Sources cannot be read there; the fast weights were made before.
         return False
     home, _, name = path.rpartition(".")
-    return name in _weights_read_by(type(model.get_submodule(home)))
+    parent: Any = model.get_submodule(home)
+    dora = name == "base_layer" and any(dict(getattr(parent, "use_dora", {})).values())
+    return dora or name in _weights_read_by(type(parent))
 
 
 @cache
@@ -73,7 +77,7 @@ def _weights_read_by(kind: type) -> frozenset[str]:
     found: set[str] = set()
     for base in kind.__mro__:
         # The layers of torch call no children, and sources of other libraries are not read.
-        if not base.__module__.startswith("transformers.models."):
+        if not base.__module__.startswith(("transformers.models.", "peft.tuners.")):
             continue
         for name, method in vars(base).items():
             if "forward" in name and callable(method):
@@ -82,11 +86,16 @@ def _weights_read_by(kind: type) -> frozenset[str]:
                 except (OSError, TypeError):
                     continue
                 found.update(_WEIGHT.findall(source))
+                if _BASE.search(source):
+                    found.add("base_layer")
     return frozenset(found)
 
 
 # This leaves out code that reads only a property of the weight.
-_WEIGHT = re.compile(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|size|ndim|is_\w+))")
+_PROPERTY = r"(?!\.(?:data\.)?(?:dtype|device|shape|size|ndim|requires_grad|is_\w+))"
+_WEIGHT = re.compile(rf"self\.(\w+)\.weight\b{_PROPERTY}")
+# How the layers of PEFT read the weight of the layer that they wrap.
+_BASE = re.compile(rf"self\.get_base_(?:weight\(\)|layer\(\)\.weight\b{_PROPERTY})")
 
 
 @dataclass(frozen=True)

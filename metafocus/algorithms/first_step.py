@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from metafocus.preflight import preflight, refuse_ignored_fast_weights
+from metafocus.preflight import preflight, try_outer_loss
 from metafocus.problem import Problem, constants
 from metafocus.solvers import SGD
 from metafocus.streams import is_stream
@@ -62,5 +62,5 @@ class SingleLoop:
             twice=twice,
         )
         with torch.enable_grad():
-            refuse_ignored_fast_weights(lambda f: self.problem.evaluate(f, outer, query)[0], fast)
+            try_outer_loss(lambda *at: self.problem.evaluate(*at)[0], fast, outer, query)
         self.checked.problem = self.problem

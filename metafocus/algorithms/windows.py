@@ -19,8 +19,8 @@ from metafocus.checks import check_finite, whole
 from metafocus.engine.checked_parts import check_problem, check_solver
 from metafocus.errors import ProblemError
 from metafocus.path import Path, path_weights, weighted
-from metafocus.preflight import preflight, refuse_ignored_fast_weights
-from metafocus.problem import Problem, check_params, constants
+from metafocus.preflight import preflight, try_outer_loss
+from metafocus.problem import Problem, check_params
 from metafocus.solvers.descent import segment, stacked
 from metafocus.torch_internals import pytree, transforming
 from metafocus.types import Aux, Params, Solver, State
@@ -208,8 +208,7 @@ class Windows:
             data = [streams.at(query, t) for t in steps]
             ends = list(zip(weights, kept, data, strict=True))
         if window.step == 0 and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            at, last = constants(outer), ends[-1][-1]
-            refuse_ignored_fast_weights(lambda f: self.problem.evaluate(f, at, last)[0], fast)
+            try_outer_loss(lambda *at: self.problem.evaluate(*at)[0], fast, outer, ends[-1][-1])
         with Swapped(once=True):
             loss, metrics = weighted(self.problem, ends, outer)
         fast, state = pt.detach(fast), _held(pt.detach(state))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from metafocus.torch_internals import forward_class, innermost
+from metafocus.torch_internals import created_first, forward_class, innermost
 
 
 def foreign_leaves(result: Tensor, own: Sequence[Tensor]) -> list[Tensor]:
@@ -22,20 +21,9 @@ def foreign_leaves(result: Tensor, own: Sequence[Tensor]) -> list[Tensor]:
     if result.grad_fn is None:
         return [] if not result.requires_grad or id(result) in mine else [result]
     # Only the node of a leaf has a variable.
-    found = [getattr(node, "variable", None) for node in _nodes([result])]
+    ends = (node for node in _nodes([result]) if not node.next_functions)
+    found = [getattr(node, "variable", None) for node in ends]
     return [leaf for leaf in found if leaf is not None and id(leaf) not in mine]
-
-
-def is_cut_off(result: Tensor, most: int = 2000) -> bool:
-    """Return whether a tensor of the tape depends on no leaf but those of the engine's own.
-
-    False for a graph of more than `most` nodes: in torch 2.13 a node that Python has looked at is
-    freed by a call inside the call that frees the node before it, so that thousands overflow the
-    stack.
-    """
-    nodes = list(islice(_nodes([result]), most + 1))
-    leaves = [leaf for node in nodes if (leaf := getattr(node, "variable", None)) is not None]
-    return len(nodes) <= most and all(hasattr(x, "engine_leaf") for x in leaves)
 
 
 def foreign_nodes(results: Iterable[Tensor]) -> list[str]:
@@ -61,12 +49,27 @@ def _has_all_derivatives(node: Any) -> bool:
     return bool(_ATEN_NODE.search(node.name()))
 
 
-def _nodes(results: Iterable[Tensor]) -> Iterator[Any]:
-    seen, pending = set(), [x.grad_fn for x in results if x.grad_fn is not None]
+def _nodes(results: Iterable[Tensor]) -> set[Any]:
+    roots: set[Any] = {x.grad_fn for x in results if x.grad_fn is not None}
+    found = _reached(roots)
+    if len(found) > _MANY:
+        for root in roots:
+            # A list is freed from its end on: each node before those that it leads to.
+            root.metadata["metafocus: freed"] = created_first(_reached({root}) - {root})
+    return found
+
+
+_MANY = 2000
+"""Since torch 2.13 a node that Python has looked at is freed by a call inside the call that frees
+the node before it. From some 10,000 nodes on that overflows the stack, so the end of a long graph
+keeps the others, in an order that frees them one by one."""
+
+
+def _reached(roots: set[Any]) -> set[Any]:
+    seen, pending = set(roots), list(roots)
     while pending:
-        node = pending.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        yield node
-        pending += [parent for parent, _ in node.next_functions if parent is not None]
+        for node, _ in pending.pop().next_functions:
+            if node is not None and node not in seen:
+                seen.add(node)
+                pending.append(node)
+    return seen

@@ -169,6 +169,11 @@ def _call(
         for path, cell in cells.items():
             ended(path, one_cell(fn, cell, path, *how))
         return
+    if not hasattr(executor, "submit"):
+        raise ProblemError(
+            f"executor must have submit(fn, *args), got {executor!r}. For four processes: "
+            "concurrent.futures.ProcessPoolExecutor(4)."
+        )
     futures = {
         path: executor.submit(one_cell, fn, cell, path, *how) for path, cell in cells.items()
     }

@@ -234,6 +234,8 @@ def _verdict(call: pytest.CallInfo[None], asserted: bool) -> tuple[str, str]:
     error = call.excinfo.value
     if isinstance(error, pytest.skip.Exception):
         return "skipped", str(error)
+    if isinstance(error, pytest.FixtureLookupError):
+        return "error", f"there is no fixture {error.argname!r}"
     failed = isinstance(error, AssertionError | pytest.fail.Exception)
     # A failure outside a test, or in a test that asserts nothing, is not a finding about the claim.
     contradicted = failed and asserted and call.when == "call"

@@ -99,6 +99,11 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Train, differentiate, write."""
     directory, store = options.directory(args.output_dir), _store(args.store)
+    if args.leave_one_out == 1:
+        raise DataError(
+            "--leave_one_out 1: the scores are compared by their ranks, for which one run says "
+            "nothing. Give at least 2, or 0 for none."
+        )
     train, query = (chats.read(name) for name in (args.train_file, args.query_file))
     if train is None or query is None:
         raise DataError(f"--train_file and --query_file are files of chats; {chats.STDLIB} is none")

@@ -119,7 +119,8 @@ def _checked(path: Path, name: str, value: Any, hint: Any) -> Any:
     if not fits:
         names = [_word(kind) for kind in (*_SCALARS, list, dict, type(None)) if kind in allowed]
         shown = f"{given!r:.40}" if type(given) in _SCALARS else _named(given)
-        raise DataError(f"{path}: {name} must be {' or '.join(names)}, got {shown}.")
+        way = _WAYS.get(type(given), "") if str in allowed else ""
+        raise DataError(f"{path}: {name} must be {' or '.join(names)}, got {shown}{way}.")
     return value
 
 
@@ -140,6 +141,10 @@ def _members(hint: Any) -> set[type]:
 
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 _MORE = {list: "a list", dict: "names and values", type(None): "null"}
+_WAYS = {
+    list: "; write one text, with a comma between two words",
+    dict: "; write one text in JSON, such as '{\"name\": 1}'",
+}
 
 
 def _word(kind: type) -> str:

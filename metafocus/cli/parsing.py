@@ -132,4 +132,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage and leaving."""
+        if message.endswith("expected one argument"):
+            flag = message.split()[1].rstrip(":").partition("/")[0]
+            message += f"; a value that begins with a minus is written {flag}=-VALUE"
         raise DataError(f"{message} (see {self.prog} --help)")

@@ -108,6 +108,8 @@ def _checked(over: Any) -> dict[str, list[Any]]:
     form = "over must be a dict of lists, such as {'solver.steps': [1, 2, 4]}"
     if not isinstance(over, Mapping):
         raise ProblemError(f"{form}, got {type(over).__name__}.")
+    # Arrays and tensors, such as np.linspace(...), become lists of Python's numbers.
+    over = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in over.items()}
     for axis, values in over.items():
         if isinstance(values, str) or not isinstance(values, Sequence) or not values:
             raise ProblemError(f"{form}; {axis!r} has {values!r}.")

@@ -77,6 +77,9 @@ class Comparison:
     over: dict[str, list[Any]] = field(default_factory=dict)
     setting: str = ""
 
+    def __str__(self) -> str:
+        return self.table()
+
     def table(self) -> str:
         """Return the rows as a table for a terminal, with what to do about each verdict."""
         from rich.console import Console

@@ -65,6 +65,8 @@ def as_chat(record: Mapping[str, Any]) -> dict[str, Any]:
     elif "text" in record or "input_ids" in record:
         return dict(record)
     else:
+        if record.keys() >= {"role", "content"}:
+            raise DataError('a single message: a record is a whole chat, {"messages": [...]}')
         names = ", ".join(map(str, record)) or "nothing"
         raise DataError(f"no messages, only {names}: {_HELP}")
     if record.get("system"):

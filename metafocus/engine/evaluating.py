@@ -10,15 +10,15 @@ from torch import Tensor
 
 from metafocus import params as pt
 from metafocus import streams
+from metafocus.autodiff.grad import reaches_another_leaf
 from metafocus.autodiff.safe_operators.swapping import Swapped
-from metafocus.autodiff.tape import is_cut_off
 from metafocus.calls import noting
 from metafocus.checks import check_finite
 from metafocus.engine.checked_parts import check_solution
 from metafocus.errors import ProblemError
 from metafocus.estimators import Estimator
 from metafocus.path import Path, name_of, path_weights, weighted
-from metafocus.preflight import explained, preflight, refuse_ignored_fast_weights
+from metafocus.preflight import explained, preflight, try_outer_loss
 from metafocus.preflight.arguments import unused_by
 from metafocus.preflight.described import note_parts
 from metafocus.preflight.rebuilt import Uses
@@ -133,11 +133,8 @@ class Evaluation:
 
     def _try_outer(self, end: End, outer: Params) -> None:
         _, fast, query = end
-        constants = pt.detach(outer)
         with explained("outer_loss", fast, query, "query"):
-            refuse_ignored_fast_weights(
-                lambda f: self.problem.evaluate(f, constants, query)[0], fast
-            )
+            try_outer_loss(lambda *at: self.problem.evaluate(*at)[0], fast, outer, query)
 
     def _refuse_cut_off_copies(
         self, start: Params, outer: Params, support: Any, query: Any
@@ -171,7 +168,7 @@ class Evaluation:
             x.is_leaf and x.requires_grad and not hasattr(x, "engine_leaf") for x in outer.values()
         )
         # Torch itself refuses the backward pass of a loss without any graph.
-        if waiting and loss.requires_grad and is_cut_off(loss):
+        if waiting and loss.requires_grad and not reaches_another_leaf(loss):
             raise ProblemError(
                 f"the outer loss after {name_of(self.estimator)} depends on nothing in outer, so "
                 "loss.backward() would train nothing. Do not detach the slow weights in init "

@@ -1,8 +1,8 @@
 """One trial of a bilevel problem that finds an ill-posed one before it goes wrong.
 
 `arguments` asks what the loss reads and closes over, `writes` what it changes outside, `draws` from
-which generators it draws, `kernels` whether its second derivative exists; `trial` runs the loss and
-one update once for all of them.
+which generators it draws, `kernels` whether its second derivative exists, `own_gradients` which
+kernels it differentiates itself; `trial` runs the loss and one update once for all of them.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from metafocus.autodiff.safe_operators.swapping import Swapped, differentiable_o
 from metafocus.calls import note
 from metafocus.errors import ProblemError
 from metafocus.preflight.arguments import explained, refuse_hidden, refuse_sealed, unused_by
-from metafocus.preflight.kernels import trust
-from metafocus.preflight.trial import Trial
+from metafocus.preflight.kernels import refuse_lost_first_derivatives, trust
+from metafocus.preflight.own_gradients import differentiated_inside
+from metafocus.preflight.trial import Trial, first_task
 from metafocus.rng import kept
-from metafocus.torch_internals import transforming
+from metafocus.torch_internals import outside_transforms, transforming
 from metafocus.types import InnerLoss, Params, Solver
 
-__all__ = ["explained", "preflight", "refuse_ignored_fast_weights", "trust"]
+__all__ = ["explained", "preflight", "trust", "try_outer_loss"]
 
 
 def preflight(
@@ -87,13 +88,29 @@ def preflight(
     return inner_loss
 
 
-def refuse_ignored_fast_weights(outer_loss: Any, fast: Params) -> None:
-    """Raise if an outer loss depends on none of the fast weights."""
-    point = pt.detach(fast)
+def try_outer_loss(outer_loss: InnerLoss, fast: Params, slow: Params, query: Any) -> None:
+    """Raise if an outer loss depends on none of the fast weights, or loses a derivative.
+
+    Args:
+        outer_loss: `(fast, slow, query) -> scalar`.
+        fast: the fast weights after the inner loop.
+        slow: the slow weights.
+        query: what the outer loss sees.
+
+    Raises:
+        ProblemError: saying which.
+    """
+    point, slow = pt.detach(fast), pt.detach(slow)
     if not point:
         return
-    with kept(point.values()), Swapped(once=True):
-        unused = unused_by(outer_loss, point)
+    with kept(point.values()):
+        # What counts batches of batch norm looks at its caller, so it comes first.
+        with differentiated_inside() as kernels, Swapped(once=True):
+            unused = unused_by(lambda f: outer_loss(f, slow, query), point)
+        if kernels:
+            with outside_transforms(), Swapped(once=True):
+                point, slow, query = first_task((point, slow, query))
+                refuse_lost_first_derivatives("outer_loss", outer_loss, point, slow, query, kernels)
     if unused == set(point):
         raise ProblemError(
             f"outer_loss depends on none of the fast weights {sorted(point)}: the inner loop would "

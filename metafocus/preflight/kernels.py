@@ -3,7 +3,8 @@
 The backward pass of a custom Function may return values without a graph, as Triton and CUDA
 kernels do. A second derivative through it is then lost without an error. The graph of the loss is
 searched for nodes that are not ATen's own. Only if there are any, one product with the second
-derivative is compared with a central difference of the gradient.
+derivative is compared with a central difference of the gradient. A loss that takes a gradient
+through such nodes itself loses a first derivative: that is compared with a difference of the loss.
 """
 
 from __future__ import annotations
@@ -84,16 +85,73 @@ def refuse_lost_second_derivatives(
     names = _search(loss, fast, inputs) if kernels is None else kernels
     if not names:
         return
-    verdict = _compared(loss, fast, inputs)
+
+    def derivative(point: Params, along: Params) -> list[Tensor]:
+        return _flat(hvp_reverse(loss, point, inputs)[1](along))
+
+    def difference(point: Params, along: Params, step: float) -> list[Tensor]:
+        return _flat(hvp_finite(step)(loss, point, inputs)[1](along))
+
+    verdict = _compared(fast, inputs, derivative, difference)
     if verdict is None:
         note("custom kernels", "their second derivatives agree with a central difference")
         return
     raise ProblemError(
         f"{who} runs a kernel whose second derivative {verdict}: {', '.join(names)}. Use a "
         "composite of ordinary torch operators in its place, or an estimator of first derivatives "
-        "(hvp=mf.hvp_finite(), mf.FirstOrder(), mf.Penalty)."
-        + (" If you know that it is right: with mf.trust()." if "checked" in verdict else "")
+        f"(hvp=mf.hvp_finite(), mf.FirstOrder(), mf.Penalty).{_way_out(verdict)}"
     )
+
+
+def refuse_lost_first_derivatives(
+    who: str, loss: InnerLoss, fast: Params, slow: Params, data: Any, kernels: set[str]
+) -> None:
+    """Raise if a first derivative of a loss that differentiates kernels itself is lost in them.
+
+    Args:
+        who: the name of the loss.
+        loss: `(fast, slow, data) -> scalar`.
+        fast: constants, as all arguments.
+        slow: the slow weights.
+        data: what the loss sees.
+        kernels: their names.
+
+    Raises:
+        ProblemError: naming the kernels.
+    """
+    if _TRUSTED.get():
+        return
+    again = replayed(loss, pt.tensors((fast, slow, data)))
+    weights = {k: x for k, x in slow.items() if pt.is_differentiable(x)}
+    sideways = _random(weights, torch.Generator().manual_seed(1))
+
+    def value(point: Params, along: Params, ahead: Any, aside: Any) -> Tensor:
+        moved = {**slow, **pt.add(weights, sideways, aside)}
+        return again(pt.add(point, along, ahead), moved, data)
+
+    def derivative(point: Params, along: Params) -> list[Tensor]:
+        with torch.enable_grad():
+            far = [torch.zeros((), requires_grad=True) for _ in range(2)]
+            found = torch.autograd.grad(value(point, along, *far), far, materialize_grads=True)
+        return list(found)
+
+    def difference(point: Params, along: Params, step: float) -> list[Tensor]:
+        ways = [(step, 0.0), (0.0, step)]
+        with torch.enable_grad():  # The loss differentiates.
+            pairs = [[value(point, along, s * x, s * y) for s in (1, -1)] for x, y in ways]
+        return [(ahead - behind).detach() / (2 * step) for ahead, behind in pairs]
+
+    verdict = _compared(fast, [*slow.values()], derivative, difference)
+    if verdict is not None:
+        raise ProblemError(
+            f"{who} takes a gradient through a kernel, and its own derivative, which needs the "
+            f"kernel's second one, {verdict}: {', '.join(sorted(kernels))}. Use a composite of "
+            f"ordinary torch operators in its place.{_way_out(verdict)}"
+        )
+
+
+def _way_out(verdict: str) -> str:
+    return " If you know that it is right: with mf.trust()." if "checked" in verdict else ""
 
 
 def _search(loss: Callable[..., Tensor], fast: Params, inputs: list[Tensor]) -> list[str]:
@@ -104,8 +162,13 @@ def _search(loss: Callable[..., Tensor], fast: Params, inputs: list[Tensor]) -> 
     return sorted({*foreign_nodes([value]), *inside})
 
 
-def _compared(loss: Callable[..., Tensor], fast: Params, inputs: list[Tensor]) -> str | None:
-    """Return what is wrong with the second derivative, or None."""
+def _compared(
+    fast: Params,
+    inputs: list[Tensor],
+    derivative: Callable[[Params, Params], list[Tensor]],
+    difference: Callable[[Params, Params, float], list[Tensor]],
+) -> str | None:
+    """Return what is wrong with a derivative along a direction, or None."""
     dtypes = {x.dtype for x in (*fast.values(), *inputs)}
     if dtypes & {torch.float16, torch.bfloat16}:
         return "cannot be checked in half precision"
@@ -117,9 +180,8 @@ def _compared(loss: Callable[..., Tensor], fast: Params, inputs: list[Tensor]) -
             size = float(pt.norm(point).clamp(min=1.0))
             steps = [size * eps ** (1 / p) for p in (2, 3, 4)]
             try:
-                _, product = hvp_reverse(loss, point, inputs)
-                found = _flat(product(along))
-                slopes = [_flat(hvp_finite(h)(loss, point, inputs)[1](along)) for h in steps]
+                found = derivative(point, along)
+                slopes = [difference(point, along, step) for step in steps]
             except (RuntimeError, NotImplementedError) as error:
                 return f"does not exist ({error})"
             # The loss may be defined near the start only.

@@ -23,7 +23,11 @@ from metafocus.preflight.arguments import (
     unused_in,
 )
 from metafocus.preflight.draws import refused_draws
-from metafocus.preflight.kernels import refuse_lost_second_derivatives
+from metafocus.preflight.kernels import (
+    refuse_lost_first_derivatives,
+    refuse_lost_second_derivatives,
+)
+from metafocus.preflight.own_gradients import differentiated_inside
 from metafocus.preflight.writes import hidden_state, refused_writes
 from metafocus.rng import replayed
 from metafocus.solvers import Given
@@ -72,14 +76,19 @@ class Trial:
         again = replayed(self.inner_loss, pt.tensors((fast, slow, data)))
         writes = refused_writes("inner_loss", given, self.inner_loss)
         with self._draws("inner_loss"), writes as moved:
-            with new_tensors() as made, self.swapped, recompute.searched() as inside:
+            with (
+                new_tensors() as made,
+                differentiated_inside() as hidden,
+                self.swapped,
+                recompute.searched() as inside,
+            ):
                 value = self._evaluated(given, leaves, fast, slow, data)
             if any(x.grad is not None for x in leaves.values()):
                 raise ProblemError(
                     "inner_loss calls backward(). Return the loss only: the solver takes its "
                     "gradient."
                 )
-            kernels = sorted({*foreign_nodes([value]), *inside})
+            kernels = sorted({*foreign_nodes([value]), *inside, *hidden})
             self._judge(unused_in(value, leaves), [value], [*made, *leaves.values()], fast)
         states = [*moved.tensors, *(moved.numbers if self.redraws else ())]
         if states:
@@ -91,6 +100,8 @@ class Trial:
             with self._draws("the solver"), refused_writes("solver.update", given, self.solver):
                 self._update(state, fast, slow, data)
         note("custom kernels", ", ".join(kernels) or "none in the graph of the inner loss")
+        if hidden:
+            refuse_lost_first_derivatives("inner_loss", self.inner_loss, fast, slow, data, hidden)
         if self.twice and kernels:
             refuse_lost_second_derivatives("inner_loss", self.inner_loss, fast, slow, data, kernels)
 
@@ -98,7 +109,7 @@ class Trial:
         """Try inside transforms: the first task as if there were none, then what they hide."""
         try:
             with outside_transforms():
-                self.on_tape(*_plain((fast, slow, data)))
+                self.on_tape(*first_task((fast, slow, data)))
             alone = True
         except MetafocusError:
             raise
@@ -177,7 +188,8 @@ def _check_update(after: Any, point: Params) -> None:
         )
 
 
-def _plain(tree: Any) -> Any:
+def first_task(tree: Any) -> Any:
+    """Return detached tensors, and of a batch of tasks those of the first one."""
     inputs, rebuild = pt.partition(tree)
     return rebuild([plain(x).detach() for x in inputs])
 

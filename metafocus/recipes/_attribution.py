@@ -12,13 +12,13 @@ from torch import Tensor
 
 from metafocus import params as pt
 from metafocus.autodiff import stores
-from metafocus.checks import positive
+from metafocus.checks import function, positive
 from metafocus.comparison.smooth import Smoothness, smoothness
 from metafocus.errors import NotSmoothWarning, NotStationaryWarning, ProblemError
 from metafocus.estimators import Implicit, Unrolled
 from metafocus.linear import CG
 from metafocus.preflight import preflight
-from metafocus.problem import Problem
+from metafocus.problem import Problem, check_params
 from metafocus.solvers import Given, solve_inner
 from metafocus.streams import Batches, PerStep, Zipped, zipped
 from metafocus.types import Episode, Estimator, LinearSolver, Params, Solver
@@ -76,6 +76,11 @@ class Retraining:
         batch, weight = data
         return (weight * _each(self.losses(fast, batch), weight)).mean()
 
+    def rows(self) -> int:
+        """Return how many rows the data set has."""
+        assert self.train.rows is not None
+        return int(self.train.rows.max()) + 1 if self.train.size is None else self.train.size
+
     def stream(self, weight: Tensor) -> Zipped:
         """Return the batches with the weights of their rows."""
         assert self.train.rows is not None
@@ -83,6 +88,13 @@ class Retraining:
 
     def __call__(self, weights: Tensor) -> Tensor:
         """Return the losses `[runs, queries]` after training with weights `[runs, rows]`."""
+        least = self.rows()
+        if not isinstance(weights, Tensor) or weights.ndim != 2 or weights.shape[1] != least:
+            got = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+            raise ProblemError(
+                f"weights must be a tensor [runs, {least}], one row for each run and one weight "
+                f"for each row of the data, got {got}. For a single run: weights[None]."
+            )
         if self.at_once == 1:
             return torch.stack([self._one(weight) for weight in weights])
         return torch.func.vmap(self._one, chunk_size=self.at_once)(weights)
@@ -150,19 +162,26 @@ def attribution(
             f"train must know the rows of its batches, got {type(train).__name__}. Use "
             "mf.Batches.from_dataset, or mf.Batches(fetch, steps, rows)."
         )
+    function("losses", losses, "(params, batch) -> [rows]", 2)
+    function("start", start, "() -> params, such as lambda: weights", 0)
     first = start()
-    size = int(train.rows.max()) + 1 if train.size is None else train.size
+    check_params(first, "start()", "weights")
     like = next(iter(first.values()))
     asked = losses if query_losses is None else query_losses
     training = Retraining(losses, pt.detach(first), train, solver, asked, query, runs_at_once)
     inner, stream = training.inner, training.stream
 
-    weight = like.new_ones(size).requires_grad_()
+    weight = like.new_ones(training.rows()).requires_grad_()
     with torch.enable_grad():
         how = Unrolled(store=stores.device()) if estimator is None else estimator
         data, slow = stream(weight), {"weight": weight}
         ready = preflight(inner, solver, first, slow, data, explicit=True, twice=True)
         solution = how(ready, solver, pt.detach(first), slow, data)
+        if not any(v.requires_grad for v in solution.params.values()):
+            raise ProblemError(
+                f"estimator {how} passes no derivative by the weights of the examples, so there "
+                "are no scores. Leave estimator out, or pass mf.Unrolled(...)."
+            )
         # The queries one by one, which costs no more; their way through the run together.
         ends = {k: v.detach().requires_grad_() for k, v in solution.params.items()}
         found = _of_queries(asked(ends, query))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,6 +106,13 @@ class Batches:
                 f"{type(dataset).__name__}: steps are rebuilt, so rows are read again by number. "
                 "Write an iterable data set to a list or a file first."
             )
+        if isinstance(dataset, Mapping) or _are_columns(dataset):
+            raise ProblemError(
+                "dataset must be rows, such as a list of dicts, got "
+                f"a {type(dataset).__name__} of columns: write "
+                "torch.utils.data.TensorDataset(x, y), or "
+                '[{"x": a, "y": b} for a, b in zip(x, y)].'
+            )
         if not len(dataset):
             raise ProblemError("dataset is empty: there are no rows to draw batches from.")
         epochs = math.ceil(steps * batch_size / len(dataset))
@@ -130,8 +137,22 @@ class _Fetch:
         return self.gather([_numbered(row, i) for row, i in zip(found, chosen, strict=True)])
 
 
+def _are_columns(dataset: Any) -> bool:
+    """Return whether data are `(x, y)`, a tuple of tensors with as many rows each."""
+    if not isinstance(dataset, tuple) or not all(isinstance(x, Tensor) for x in dataset):
+        return False
+    return bool(dataset) and all(x.ndim and len(x) == len(dataset[0]) for x in dataset)
+
+
 def _numbered(row: Any, index: int) -> Any:
-    return {**row, "index": index} if isinstance(row, dict) else (index, row)
+    if not isinstance(row, dict):
+        return index, row
+    if "index" in row and not (isinstance(row["index"], int) and row["index"] == index):
+        raise ProblemError(
+            f"row {index} of dataset has an entry 'index' of its own, {row['index']!r}, where the "
+            "number of the row would go. Rename the entry."
+        )
+    return {**row, "index": index}
 
 
 def _check_rows(rows: Tensor, steps: int, size: int | None) -> None:

@@ -95,16 +95,13 @@ class Chunks:
         if self.tasks.how == "vmap":
             return self.tasks.several(outer, part, self.rebuild)
         try:
-            loss, aux = self.tasks.one(outer, self.rebuild([x[0] for x in part]))
+            return self.tasks.one(outer, self.rebuild([x[0] for x in part]))
         except NonFiniteError as error:
             raise NonFiniteError(f"Task {first}: {error}") from error
-        return loss, pytree.tree_map(lambda x: x.unsqueeze(0) if isinstance(x, Tensor) else x, aux)
 
     def _store(self, aux: Any, first: int) -> None:
         metrics = aux.metrics if isinstance(aux, Aux) else {}
         if first == 0:
-            self.spec = pytree.tree_structure(aux)
-            self.leaves = [self._room(x) for x in pytree.tree_leaves(aux)]
             self.names = list(metrics)
         odd = sorted(set(metrics) ^ set(self.names))
         if odd:
@@ -115,6 +112,10 @@ class Chunks:
         if metrics:
             aux = aux._replace(metrics={k: metrics[k] for k in self.names})
         leaves, spec = pytree.tree_flatten(aux)
+        if self.tasks.how == "loop":
+            leaves = [x.unsqueeze(0) if isinstance(x, Tensor) else x for x in leaves]
+        if first == 0:
+            self.spec, self.leaves = spec, [self._room(x) for x in leaves]
         if spec != self.spec:
             raise ProblemError(
                 f"task {first} returned other fast weights than task 0: {spec} and {self.spec}. "

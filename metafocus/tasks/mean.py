@@ -18,6 +18,7 @@ from metafocus.engine import META_LOSS, MetaLoss
 from metafocus.engine.outer_call import outermost
 from metafocus.errors import ProblemError, TransformError
 from metafocus.parallel.collectives import Group
+from metafocus.problem import check_params
 from metafocus.streams import Shared, is_stream
 from metafocus.tasks.chunks import Chunks, size_of
 from metafocus.tasks.group_mean import over_ranks
@@ -109,6 +110,7 @@ class _OverTasks:
     group: Group = None
 
     def __call__(self, outer: Params, episodes: Any) -> tuple[Tensor, Aux]:
+        check_params(outer, "outer", "outer parameters")
         return outermost(over_ranks(self._mean, self.group), outer, episodes)
 
     def _mean(self, outer: Params, episodes: Any) -> tuple[Tensor, Aux]:

@@ -39,6 +39,7 @@ from metafocus.torch_internals.modules import (
 from metafocus.torch_internals.tensors import (
     assert_later,
     constant_when_compiled,
+    created_first,
     cudnn,
     cudnn_backward,
     flash_cpu,
@@ -88,6 +89,7 @@ __all__ = [
     "child_table",
     "compiled_for_unknown",
     "constant_when_compiled",
+    "created_first",
     "cudnn",
     "cudnn_backward",
     "differentiated_again",

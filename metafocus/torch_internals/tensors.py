@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,11 @@ def moved_by(tensors: Sequence[Tensor], by: float, others: Sequence[Tensor]) -> 
 def forward_class(node: Any) -> type | None:
     """Return the custom Function that a node of the tape belongs to; None for a node of ATen."""
     return getattr(type(node), "_forward_cls", None)
+
+
+def created_first(nodes: Iterable[Any]) -> list[Any]:
+    """Return nodes of the tape in the order in which they were created."""
+    return sorted(nodes, key=lambda node: node._sequence_nr())
 
 
 def keeps_graph() -> bool:

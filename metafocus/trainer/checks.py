@@ -6,30 +6,42 @@ import os
 import tempfile
 import warnings
 from collections.abc import Mapping
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 from metafocus.data import Collator
 from metafocus.errors import DataError, ProblemError
 from metafocus.files import check_utf8, unwritable
 from metafocus.trainer.batch import most_positions
-from metafocus.trainer.config import refuse_parallel
+from metafocus.trainer.refusals import refuse_parallel
+
+# What transformers itself passes to the function that makes a scheduler.
+_OF_EVERY_SCHEDULER = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
 
 
-def check_supported(args: TrainingArguments, compute_loss_func: Any = None) -> None:
-    """Raise for an argument of the Trainer that would have no effect here, or a wrong one."""
+def check_supported(args: TrainingArguments, given: Mapping[str, Any]) -> None:
+    """Raise for an argument of the Trainer that would have no effect here, or a wrong one.
+
+    Args:
+        args: the settings.
+        given: the Trainer's other arguments, by name.
+    """
     refuse_parallel(args, os.environ)
+    _check_scheduler(args)
+    _check_best_metric(args, given)
     reasons = {
         "label_smoothing_factor": (
             args.label_smoothing_factor,
             "the loss is the plain cross entropy of the answers; set it to 0",
         ),
         "compute_loss_func": (
-            compute_loss_func,
+            given.get("compute_loss_func"),
             "the loss is the meta-loss; pass meta_loss_factory instead",
         ),
         # Of trl's SFTConfig.
@@ -45,6 +57,38 @@ def check_supported(args: TrainingArguments, compute_loss_func: Any = None) -> N
     for name, (value, reason) in reasons.items():
         if value:
             raise ProblemError(f"{name}={value!r} is not supported by FocusTrainer: {reason}.")
+
+
+def _check_scheduler(args: TrainingArguments) -> None:
+    """Raise for settings that the scheduler of the learning rate does not take, or wants."""
+    kind = SchedulerType(args.lr_scheduler_type)
+    parameters = signature(TYPE_TO_SCHEDULER_FUNCTION[kind]).parameters
+    own = {name: p for name, p in parameters.items() if name not in _OF_EVERY_SCHEDULER}
+    given = args.lr_scheduler_kwargs or {}
+    if not isinstance(given, Mapping):
+        raise DataError(f"lr_scheduler_kwargs={given!r} is not a dict: pass names and values.")
+    if any(p.kind is Parameter.VAR_KEYWORD for p in own.values()):
+        return
+    wrong = [name for name in given if name not in own]
+    wanted = [name for name, p in own.items() if p.default is Parameter.empty and name not in given]
+    if wrong or wanted:
+        problem = f"{wrong[0]!r} is not one of" if wrong else f"{wanted[0]!r} is missing from"
+        raise DataError(
+            f"lr_scheduler_kwargs={given!r} does not fit lr_scheduler_type={kind.value!r}: "
+            f"{problem} its settings ({', '.join(own) or 'none'})."
+        )
+
+
+def _check_best_metric(args: TrainingArguments, given: Mapping[str, Any]) -> None:
+    """Raise for a best metric that is not measured; transformers does at the first evaluation."""
+    name = args.metric_for_best_model
+    if name is None or name.removeprefix("eval_") == "loss" or args.eval_strategy == "no":
+        return
+    if not given.get("compute_metrics") and not isinstance(given.get("eval_dataset"), Mapping):
+        raise DataError(
+            f"metric_for_best_model={name!r} is not measured: without compute_metrics there is "
+            "only 'loss'."
+        )
 
 
 def check_columns(args: TrainingArguments, collator: Any) -> None:
@@ -81,6 +125,11 @@ def check_writable(args: TrainingArguments) -> None:
 
 def check_dtypes(model: nn.Module, args: TrainingArguments) -> None:
     """Raise if the trained parameters are of several types; warn if they are too narrow."""
+    if args.fp16 and args.device.type == "cpu":
+        raise ProblemError(
+            "fp16=True has no effect on a CPU, where accelerate neither casts nor scales: set "
+            "bf16=True, or train in float32."
+        )
     dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
     half = dtypes & {torch.float16, torch.bfloat16}
     if len(dtypes) > 1 or (half and args.fp16):

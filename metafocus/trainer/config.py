@@ -21,44 +21,13 @@ from metafocus.masks import MaskPolicy
 from metafocus.solvers import SGD, clip_per_tensor
 from metafocus.trainer.names import ESTIMATORS, MASKS, TOKENS, named
 from metafocus.trainer.peft import BelowPeft, is_peft
-
-NO_DEEPSPEED = (
-    "{} is not supported by FocusTrainer: DeepSpeed's engine must run the forward pass itself; "
-    "use DDP, fsdp with version 2, or --sharding parametrised."
-)
-
-
-def refuse_parallel(args: Any, environment: Any) -> None:
-    """Raise for a way of spreading a model that would not train what it should.
-
-    Args:
-        args: `transformers.TrainingArguments`.
-        environment: such as `os.environ`, through which accelerate's launcher gives its settings.
-    """
-    if environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        source = "ACCELERATE_USE_DEEPSPEED=true (accelerate's configuration file or launcher)"
-        raise ProblemError(NO_DEEPSPEED.format(source))
-    for given, name in ((args.deepspeed, "deepspeed"), (_plugin(args), "deepspeed_plugin")):
-        if given:
-            raise ProblemError(NO_DEEPSPEED.format(f"{name}={given!r}"))
-    parallelism = getattr(args, "parallelism_config", None)
-    size = getattr(parallelism, "cp_size", None) or environment.get("PARALLELISM_CONFIG_CP_SIZE")
-    if int(size or 1) > 1:
-        raise ProblemError(
-            f"accelerate's context parallelism (cp_size={size}) replaces every mask by a causal "
-            "one, so bidirectional context would be lost without an error: set cp_size=1 "
-            "(PARALLELISM_CONFIG_CP_SIZE)."
-        )
+from metafocus.trainer.refusals import check_json, check_numbers, refuse_parallel
 
 
 def _read_switch(args: Any) -> None:
     # A file says `true` where a command line has the flag alone.
     if str(args.fsdp).lower() in ("true", "false"):
         args.fsdp = str(args.fsdp).lower() == "true" or None
-
-
-def _plugin(args: Any) -> Any:
-    return getattr(args, "deepspeed_plugin", None)
 
 
 def described(default: Any, text: str) -> Any:
@@ -240,23 +209,8 @@ class FocusArguments(FocusOptions, TrainingArguments):
         # Before transformers, which would look for the packages first.
         refuse_parallel(self, os.environ)
         _read_switch(self)
-        for name in ("learning_rate", "weight_decay", "max_grad_norm"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ProblemError(
-                    f"{name} must be a finite number >= 0, got {getattr(self, name)}."
-                )
-        for name in (
-            "per_device_train_batch_size",
-            "per_device_eval_batch_size",
-            "gradient_accumulation_steps",
-        ):
-            if getattr(self, name) < 1:
-                raise ProblemError(f"{name} must be >= 1, got {getattr(self, name)}.")
-        if self.max_steps == 0 or (self.max_steps < 0 and not self.num_train_epochs > 0):
-            raise ProblemError(
-                f"nothing to train: max_steps={self.max_steps} and num_train_epochs="
-                f"{self.num_train_epochs}. Give max_steps >= 1, or -1 and num_train_epochs > 0."
-            )
+        check_json(self)
+        check_numbers(self)
         if self.use_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             # transformers passes ddp_timeout on for accelerators only.
             wait = timedelta(seconds=self.ddp_timeout)

@@ -75,7 +75,7 @@ class FocusMixin(ReliableMixin):
         **kwargs: Any,
     ):
         if args is not None:
-            checks.check_supported(args, kwargs.get("compute_loss_func"))
+            checks.check_supported(args, kwargs)
             checks.check_writable(args)
         checks.check_router(model)
         own = args if isinstance(args, FocusOptions) else FocusOptions()

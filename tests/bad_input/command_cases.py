@@ -189,6 +189,30 @@ COMMANDS = [
         "pip install",
     ),
     (
+        "one chat to leave out",
+        'command("attribute --train_file a.jsonl --query_file b.jsonl --model_name_or_path c '
+        '--output_dir {folder}/out --leave_one_out 1")',
+        "Refused",
+        "--leave_one_out 1: … for which one run says nothing",
+        "Give at least 2, or 0 for none",
+    ),
+    (
+        "a length below zero",
+        'command("eval --suite babilong --lengths -1k --output_dir {folder}/out")',
+        "Refused",
+        "argument --lengths: expected one argument",
+        "a value that begins with a minus is written --lengths=-VALUE",
+    ),
+    (
+        "an optimiser whose package is missing",
+        'command("train --train_file stdlib --max_train_samples 4 --max_steps 1 --use_cpu true '
+        "--num_hidden_layers 2 --hidden_size 64 --report_to none --optim apollo_adamw "
+        '--optim_target_modules all-linear --output_dir {folder}/out")',
+        "Refused",
+        "install `apollo_torch`",
+        "pip install",
+    ),
+    (
         "no steps",
         'command("train --train_file stdlib --output_dir {folder}/out --max_steps 0")',
         "Refused",

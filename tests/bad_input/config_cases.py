@@ -183,7 +183,14 @@ CONFIGURATION = [
         'config("lora_modules: [up_proj]")',
         "DataError",
         "FOLDER/run.yaml: lora_modules … got a list",
-        "must be text",
+        "write one text, with a comma between two words",
+    ),
+    (
+        "a text that is a mapping",
+        'config("chat_template_kwargs: {enable_thinking: false}")',
+        "DataError",
+        "FOLDER/run.yaml: chat_template_kwargs … got names and values",
+        "write one text in JSON",
     ),
     (
         "inner steps below zero",

@@ -271,8 +271,8 @@ DATA = [
         "a record is a message",
         "data.encode_chats(chat, tokenizer())",
         "DataError",
-        "record 0: no messages, only role, content",
-        "give each record messages (role and content)",
+        "record 0: a single message",
+        'a record is a whole chat, {"messages": [...]}',
     ),
     (
         "no records",

@@ -19,6 +19,13 @@ ENGINE = [
         "From a module: mf.trainable(module)",
     ),
     (
+        "outer of several tasks is a module",
+        "mf.over_tasks(meta_loss())(nn.Linear(2, 2), stacked)",
+        "ProblemError",
+        "outer must be a dict of tensors … got Linear",
+        "From a module: mf.trainable(module)",
+    ),
+    (
         "outer holds integers",
         'hypergrad(outer={"w": torch.ones(2, dtype=torch.int64)})',
         "ProblemError",

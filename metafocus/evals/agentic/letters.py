@@ -14,7 +14,9 @@ LETTERS = "ABCDEFGHIJ"
 
 # Emphasis, quotes and the LaTeX around a letter say nothing about it.
 _WRAPPED = re.compile(r"\\(?:text|textbf|textrm|textit|mathrm|mathbf|mathbb|bm)\s*\{([^{}]*)\}")
-_DECORATION = re.compile(r"[*_`$\"'\u2018\u2019\u201c\u201d]|</?(?:b|strong|i|em|p|br|span)\s*/?>")
+_DECORATION = re.compile(
+    r"[*_`$\"'\u2018\u2019\u201c\u201d\u00ab\u00bb\u200b\ufeff]|</?(?:b|strong|i|em|p|br|span)\s*/?>"
+)
 _PLAIN = str.maketrans("\uff1a\uff08\uff09\uff1d\u3010\u3011", ":()=[]")
 # Full-width letters, as Chinese input methods type them.
 _PLAIN |= {0xFF21 + i: letter for i, letter in enumerate(LETTERS)}
@@ -55,10 +57,11 @@ _REFUSED = re.compile(
     r"all)\b",
     re.IGNORECASE,
 )
-# "C or D", "C, D", "C/D", "C-D", "C and D": more than one letter is named.
+# "C or D", "C, D", "C/D", "C-D", "C D", "C or none": more than one letter is named, or none.
 _OTHER = re.compile(
-    r"[)\]}>\s]*(?:(?:[/&|+]|\band\b)\s*(?:(?:option|choice)\s+)?[(\[{]*[A-J](?![A-Za-z0-9])"
-    r"|,\s*(?:(?:option|choice)\s+)?[(\[{]*[A-J][)\]}]*(?=\W*$|\s*,|\s+(?:and|or)\b)"
+    r"\s+[A-J](?=\W*$)|[)\]}>\s]*(?:(?:[/&|+]|\band\b)\s*(?:(?:option|choice)\s+)?[(\[{]*[A-J](?![A-Za-z0-9])"
+    r"|\bor\s+(?:none|neither)\b"
+    r"|[,;]\s*(?:(?:option|choice)\s+)?[(\[{]*[A-J][)\]}]*(?=\W*$|\s*,|\s+(?:and|or)\b)"
     r"|(?:(?!\b(?:because|since|as|while|but|not)\b)(?:[^.\n]|\.(?=\d)))*?\bor\b"
     r"[^.\n]*?(?<![A-Za-z0-9])[A-J](?![A-Za-z0-9])"
     r"|[\-\u2013\u2014][(\[{]*[A-J](?![A-Za-z0-9]))",

@@ -349,7 +349,7 @@ ENGINE = [
         "mf.Given({'w': torch.zeros(2)})",
         "ProblemError",
         "solution … got dict",
-        "write mf.Given(lambda slow, support: fast)",
+        "such as mf.Given(lambda slow, support: ...)",
     ),
     (
         "learning rate below zero",

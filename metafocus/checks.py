@@ -50,7 +50,7 @@ def real(name: str, value: Any, note: str = "", *, error: type[ValueError] = Val
     """Raise unless `value` can be compared with a number: a number of Python, NumPy or torch."""
     if isinstance(value, Tensor) and value.numel() != 1:
         raise error(f"{name} must be a number{note}, got a tensor of shape {list(value.shape)}.")
-    if not isinstance(value, Real | Tensor):
+    if not isinstance(value, Real | Tensor) or isinstance(value, bool):
         raise error(f"{name} must be a number{note}, got {value!r}.")
 
 

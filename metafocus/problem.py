@@ -197,7 +197,7 @@ def proximal(inner_loss: InnerLoss, strength: float) -> InnerLoss:
         >>> loss(w, {"w": torch.tensor([0.0])}, None)
         tensor(2.)
     """
-    function("inner_loss", inner_loss, "(fast, slow, data) -> scalar", 3)
+    function("inner_loss", inner_loss, "(fast, slow, data) -> scalar")
     not_negative("strength", strength)
 
     def loss(fast: Params, slow: Params, support: Any) -> Tensor:

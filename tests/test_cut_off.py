@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import metafocus as mf
+from metafocus.errors import ProblemError
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -143,3 +144,51 @@ def lower_by_hand(f, d):
     for _ in range(STEPS):
         u = u - 0.1 * (2 * (u - f["w"] * d.mean(0)) + 4 * u**3)
     return validation_of_u({"u": u}, {}, d)
+
+
+EVERY = {
+    **EXACT,
+    "first": mf.FirstOrder(),
+    "implicit": mf.Implicit(mf.CG(3)),
+    "penalty": mf.Penalty(10.0),
+    "evograd": mf.EvoGrad(0.1),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", EVERY)
+def test_an_init_that_detaches_what_nothing_else_reads_is_refused(name, way):
+    def loss(f, s, d):
+        return validation({"w": f["w"] * f["a"] * f["b"]}, s, d)
+
+    def detached(slow, support):
+        return {k: v.detach().clone() for k, v in slow.items()}
+
+    solver = mf.SGD(0.01, STEPS)
+    cut = mf.Problem(loss, loss, init=detached)
+    with pytest.raises(ProblemError, match="init detaches the slow weights"):
+        WAYS[way](mf.bilevel(cut, solver=solver, estimator=EVERY[name]))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_init_may_detach_what_a_loss_reads(way):
+    def loss(f, s, d):
+        return validation({"w": f["w"] * f["a"] * f["b"]}, s, d)
+
+    def detached(slow, support):
+        return {k: v.detach().clone() for k, v in slow.items()}
+
+    pulled = mf.Problem(mf.proximal(loss, 2.0), loss, init=detached)
+    grads = WAYS[way](mf.bilevel(pulled, solver=mf.SGD(0.01, STEPS), estimator=mf.Unrolled()))
+    assert all(bool((g != 0).all()) for g in grads.values())
+
+
+def test_data_on_another_device_are_named():
+    outer, x, xq = outer_and_data()
+    meta = mf.bilevel(
+        mf.Problem(data_read, validation, init=lambda slow, support: {"w": slow["w"]}),
+        solver=mf.SGD(0.1, STEPS),
+        estimator=mf.Unrolled(),
+    )
+    with pytest.raises(ProblemError, match="the support is on meta where the fast weights are on"):
+        mf.hypergrad(meta)(outer, mf.Episode(x.to("meta"), xq))

@@ -922,7 +922,7 @@ def test_a_mistake_gets_one_clear_sentence(name):
 
 
 def test_given_a_dict_is_refused():
-    with pytest.raises(ProblemError, match=r"must be a function .*got dict.*mf\.Given\(lambda"):
+    with pytest.raises(ProblemError, match=r"must be a function .*mf\.Given\(lambda.*got dict"):
         mf.Given({"w": torch.zeros(1)})
 
 

@@ -19,11 +19,13 @@ from metafocus.errors import ProblemError
 from metafocus.estimators import Estimator
 from metafocus.path import Path, name_of, path_weights, weighted
 from metafocus.preflight import explained, preflight, try_outer_loss
+from metafocus.preflight.arguments import unused_by
 from metafocus.preflight.described import note_parts
 from metafocus.preflight.rebuilt import Uses
 from metafocus.problem import Problem, check_params, refuse_empty
+from metafocus.rng import kept
 from metafocus.sharding import local_parts, refuse_bare_ddp, refuse_mixed, refuse_parts
-from metafocus.torch_internals import transforming
+from metafocus.torch_internals import innermost, is_tracked, outside_transforms, transforming
 from metafocus.types import Aux, InnerLoss, Params, Solution, Solver
 
 End = tuple[Any, Params, Any]
@@ -78,6 +80,7 @@ class Evaluation:
         if first:
             if torch.is_grad_enabled():
                 refuse_bare_ddp(given)
+                self._refuse_cut_off_copies(start, outer, support, query)
             inner_loss = preflight(
                 problem.inner_loss,
                 self.solver,
@@ -133,6 +136,32 @@ class Evaluation:
         with explained("outer_loss", fast, query, "query"):
             try_outer_loss(lambda *at: self.problem.evaluate(*at)[0], fast, outer, query)
 
+    def _refuse_cut_off_copies(
+        self, start: Params, outer: Params, support: Any, query: Any
+    ) -> None:
+        """Raise if `init` detached the slow weights, and no loss reads them otherwise."""
+        seen = [*start.values(), *pt.tensors((support, query))]
+        if start.keys() != outer.keys() or any(map(is_tracked, seen)):
+            return
+        with outside_transforms():
+            copied = all(_equal(v, outer[k]) for k, v in start.items())
+        if not start or not copied or not all(map(is_tracked, outer.values())):
+            return
+        fast, constants = pt.detach(start), pt.detach(outer)
+        last = max(self.solver.steps - 1, 0)
+        with kept(pt.tensors((start, support, query))):
+            for loss in (
+                lambda o: self.problem.inner_loss(fast, o, streams.at(support, 0)),
+                lambda o: self.problem.evaluate(fast, o, streams.at(query, last))[0],
+            ):
+                if unused_by(loss, constants) != outer.keys():
+                    return
+        raise ProblemError(
+            "init detaches the slow weights and no loss reads them: the outer loss depends on "
+            "nothing in outer, so loss.backward() would train nothing. Do not detach the slow "
+            "weights in init (write v.clone(), not v.detach().clone()), or leave init out."
+        )
+
     def _refuse_nothing_flows(self, loss: Tensor, outer: Params) -> None:
         """Raise if parameters of the user's require grad and the loss depends on none."""
         waiting = any(
@@ -155,3 +184,8 @@ class Evaluation:
         if not transforming():
             self.outer_needs_swaps = swapped.needed
         return found
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    a, b = innermost(a), innermost(b)
+    return a.shape == b.shape and bool(torch.equal(a, b))

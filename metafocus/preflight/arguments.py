@@ -112,6 +112,12 @@ def _odd_data(fast: Params, data: Any, half: str) -> str | None:
         return f"the {half} holds lists of numbers: pass tensors, such as torch.tensor(x)"
     kinds = {x.dtype for x in leaves if isinstance(x, Tensor) and x.is_floating_point()}
     types = {x.dtype for x in fast.values()}
+    places, homes = (
+        {x.device for x in some if isinstance(x, Tensor)} for some in (leaves, fast.values())
+    )
+    if places and homes and not places & homes:
+        a, b = (" and ".join(sorted(map(str, some))) for some in (places, homes))
+        return f"the {half} is on {a} where the fast weights are on {b}: move it, as in x.to({b!r})"
     if kinds and types and not kinds & types:
         a, b = (" and ".join(sorted(map(str, some))) for some in (kinds, types))
         return f"the {half} is {a} where the fast weights are {b}: convert one, as in x.to({b})"

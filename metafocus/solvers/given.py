@@ -53,7 +53,7 @@ class Given:
     solution: Callable[[Params, Any], Params]
 
     def __post_init__(self) -> None:
-        form = "(slow, support) -> fast, such as mf.Given(lambda slow, support: ...)"
+        form = "(slow, support) -> fast: write mf.Given(lambda slow, support: fast)"
         function("solution", self.solution, form, 2)
 
     @property

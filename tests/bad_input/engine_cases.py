@@ -349,7 +349,7 @@ ENGINE = [
         "mf.Given({'w': torch.zeros(2)})",
         "ProblemError",
         "solution … got dict",
-        "such as mf.Given(lambda slow, support: ...)",
+        "write mf.Given(lambda slow, support: fast)",
     ),
     (
         "learning rate below zero",

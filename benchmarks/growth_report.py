@@ -63,7 +63,7 @@ def cell(row: dict[str, Any] | None) -> str:
     if "error" in row:
         return row["error"]
     peak = row["peak_bytes"] / 2**20
-    return f"{row['seconds']:.3g} s, {f'{peak:.3g}' if peak >= 0.1 else '< 0.1'} MB"
+    return f"{row['seconds']:.3g} s, {f'{peak:.3g}' if peak >= 0.1 else '<0.1'} MB"
 
 
 def overhead(rows: list[dict[str, Any]]) -> list[str]:

@@ -30,16 +30,17 @@ class GradModes:
 
     def set(self, enabled: bool) -> None:
         """Enter a block with or without derivatives, or leave one."""
-        if not forward_levels():
-            set_grad_mode(enabled)
-            return
         before, forward = torch.is_grad_enabled(), _GRAD._is_fwd_grad_enabled()
         set_grad_mode(enabled)
+        if not forward_levels() or (enabled and before):
+            return
         if self.entered and self.entered[-1][:2] == (enabled, before):
             forward = self.entered.pop()[2]
         else:
+            # Torch itself switches it off while a custom Function runs.
+            switched_off_here = bool(self.entered)
             self.entered.append((before, enabled, forward))
-            forward = enabled
+            forward = enabled and (forward or switched_off_here)
         _GRAD._set_fwd_grad_enabled(forward)
 
 

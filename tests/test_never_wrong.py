@@ -360,6 +360,31 @@ def test_every_way_to_take_a_gradient_inside_a_loss_is_seen(where, slope):
     assert flat(by_hypergrad(built(ExactFunction), OUTER, EPISODE)).isfinite().all()
 
 
+def by_data(fast, slow, x):
+    """What is lost is the derivative by the data alone."""
+    return (slope_in_transform(RawBackward, 1.0, x) * fast["w"]).sum()
+
+
+def in_recomputed(fast, slow, x):
+    def cubes(y):
+        return mf.recompute(lambda z: RawBackward.apply(z).sum(), fast["w"] * y)
+
+    return (torch.func.grad(cubes)(x) ** 2).sum()
+
+
+@pytest.mark.parametrize("penalty", [by_data, in_recomputed])
+@pytest.mark.parametrize("where", ["inner", "outer"])
+def test_a_gradient_by_the_data_or_in_a_recomputed_function_is_seen(where, penalty):
+    def plain(fast, slow, x):
+        return ((fast["w"] - slow["c"] * x) ** 2).sum()
+
+    losses = (penalty, plain) if where == "inner" else (plain, penalty)
+    problem = mf.Problem(*losses, init=lambda slow, support: {"w": slow["w"]})
+    meta = mf.bilevel(problem, solver=mf.SGD(0.01, STEPS), estimator=mf.FirstOrder())
+    with pytest.raises(ProblemError, match="takes a gradient through a kernel"):
+        by_hypergrad(meta, OUTER, EPISODE)
+
+
 @pytest.mark.parametrize("where", ["inner", "outer"])
 def test_single_loops_and_windows_refuse_such_a_gradient(where):
     problem = slope_problem(slope_in_transform, RawBackward, where)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from metafocus import params as pt
 from metafocus import streams
@@ -19,7 +20,7 @@ from metafocus.calls import note
 from metafocus.errors import ProblemError
 from metafocus.preflight.arguments import explained, refuse_hidden, refuse_sealed, unused_by
 from metafocus.preflight.kernels import refuse_lost_first_derivatives, trust
-from metafocus.preflight.own_gradients import differentiated_inside
+from metafocus.preflight.own_gradients import OwnGradients
 from metafocus.preflight.trial import Trial, first_task
 from metafocus.rng import kept
 from metafocus.torch_internals import outside_transforms, transforming
@@ -103,14 +104,19 @@ def try_outer_loss(outer_loss: InnerLoss, fast: Params, slow: Params, query: Any
     point, slow = pt.detach(fast), pt.detach(slow)
     if not point:
         return
+    own = OwnGradients()
+
+    def watched(f: Params) -> Tensor:
+        # What counts the batches of batch norm looks at its caller, so it comes first.
+        with own, Swapped(once=True):
+            return outer_loss(f, slow, query)
+
     with kept(point.values()):
-        # What counts batches of batch norm looks at its caller, so it comes first.
-        with differentiated_inside() as kernels, Swapped(once=True):
-            unused = unused_by(lambda f: outer_loss(f, slow, query), point)
-        if kernels:
+        unused = unused_by(watched, point)
+        if own.kernels:
             with outside_transforms(), Swapped(once=True):
                 point, slow, query = first_task((point, slow, query))
-                refuse_lost_first_derivatives("outer_loss", outer_loss, point, slow, query, kernels)
+                refuse_lost_first_derivatives("outer_loss", outer_loss, point, slow, query, own)
     if unused == set(point):
         raise ProblemError(
             f"outer_loss depends on none of the fast weights {sorted(point)}: the inner loop would "

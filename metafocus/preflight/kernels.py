@@ -23,6 +23,7 @@ from metafocus.autodiff.hvp import evaluated_for, hvp_finite, hvp_reverse
 from metafocus.autodiff.tape import foreign_nodes
 from metafocus.calls import Scoped, note
 from metafocus.errors import ProblemError
+from metafocus.preflight.own_gradients import OwnGradients
 from metafocus.rng import replayed
 from metafocus.types import InnerLoss, Params
 
@@ -104,7 +105,7 @@ def refuse_lost_second_derivatives(
 
 
 def refuse_lost_first_derivatives(
-    who: str, loss: InnerLoss, fast: Params, slow: Params, data: Any, kernels: set[str]
+    who: str, loss: InnerLoss, fast: Params, slow: Params, data: Any, own: OwnGradients
 ) -> None:
     """Raise if a first derivative of a loss that differentiates kernels itself is lost in them.
 
@@ -114,20 +115,23 @@ def refuse_lost_first_derivatives(
         fast: constants, as all arguments.
         slow: the slow weights.
         data: what the loss sees.
-        kernels: their names.
+        own: what it differentiates.
 
     Raises:
         ProblemError: naming the kernels.
     """
-    if _TRUSTED.get():
+    if _TRUSTED.get() or not own.kernels:
         return
+    moving = slow if own.detaches else (slow, data)
+    inputs, rebuild = pt.partition(moving, pt.is_differentiable)
+    given = dict(zip(map(str, range(len(inputs))), inputs, strict=True))
+    sideways = _random(given, torch.Generator().manual_seed(1))
     again = replayed(loss, pt.tensors((fast, slow, data)))
-    weights = {k: x for k, x in slow.items() if pt.is_differentiable(x)}
-    sideways = _random(weights, torch.Generator().manual_seed(1))
 
     def value(point: Params, along: Params, ahead: Any, aside: Any) -> Tensor:
-        moved = {**slow, **pt.add(weights, sideways, aside)}
-        return again(pt.add(point, along, ahead), moved, data)
+        moved = rebuild([*pt.add(given, sideways, aside).values()])
+        rest = (moved, data) if own.detaches else moved
+        return again(pt.add(point, along, ahead), *rest)
 
     def derivative(point: Params, along: Params) -> list[Tensor]:
         with torch.enable_grad():
@@ -141,11 +145,11 @@ def refuse_lost_first_derivatives(
             pairs = [[value(point, along, s * x, s * y) for s in (1, -1)] for x, y in ways]
         return [(ahead - behind).detach() / (2 * step) for ahead, behind in pairs]
 
-    verdict = _compared(fast, [*slow.values()], derivative, difference)
+    verdict = _compared(fast, inputs, derivative, difference)
     if verdict is not None:
         raise ProblemError(
             f"{who} takes a gradient through a kernel, and its own derivative, which needs the "
-            f"kernel's second one, {verdict}: {', '.join(sorted(kernels))}. Use a composite of "
+            f"kernel's second one, {verdict}: {', '.join(sorted(own.kernels))}. Use a composite of "
             f"ordinary torch operators in its place.{_way_out(verdict)}"
         )
 

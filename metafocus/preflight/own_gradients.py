@@ -6,8 +6,6 @@ backward pass without a graph loses a term of the loss's first derivative, witho
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,21 +16,24 @@ from metafocus import params as pt
 from metafocus.autodiff.tape import foreign_nodes
 
 _BACKWARD = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
+_DETACHING = (Tensor.detach, torch.detach)
 
 
-class _Searched(TorchFunctionMode):
+class OwnGradients(TorchFunctionMode):
+    """Watches a loss in a `with` block.
+
+    Attributes:
+        kernels: the names of the custom kernels that it differentiates itself.
+        detaches: whether it detaches anything; then it may cut off the data on purpose.
+    """
+
     def __init__(self) -> None:
         super().__init__()
-        self.names: set[str] = set()
+        self.kernels: set[str] = set()
+        self.detaches: bool = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.detaches = self.detaches or func in _DETACHING
         if func in _BACKWARD and (kwargs or {}).get("create_graph"):
-            self.names.update(foreign_nodes(pt.tensors(args[0])))
+            self.kernels.update(foreign_nodes(pt.tensors(args[0])))
         return func(*args, **(kwargs or {}))
-
-
-@contextlib.contextmanager
-def differentiated_inside() -> Iterator[set[str]]:
-    """Collect the names of custom kernels that a loss differentiates itself, in a `with` block."""
-    with _Searched() as mode:
-        yield mode.names

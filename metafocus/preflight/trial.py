@@ -27,7 +27,7 @@ from metafocus.preflight.kernels import (
     refuse_lost_first_derivatives,
     refuse_lost_second_derivatives,
 )
-from metafocus.preflight.own_gradients import differentiated_inside
+from metafocus.preflight.own_gradients import OwnGradients
 from metafocus.preflight.writes import hidden_state, refused_writes
 from metafocus.rng import replayed
 from metafocus.solvers import Given
@@ -76,19 +76,15 @@ class Trial:
         again = replayed(self.inner_loss, pt.tensors((fast, slow, data)))
         writes = refused_writes("inner_loss", given, self.inner_loss)
         with self._draws("inner_loss"), writes as moved:
-            with (
-                new_tensors() as made,
-                differentiated_inside() as hidden,
-                self.swapped,
-                recompute.searched() as inside,
-            ):
+            searched = recompute.searched()
+            with new_tensors() as made, OwnGradients() as own, self.swapped, searched as inside:
                 value = self._evaluated(given, leaves, fast, slow, data)
             if any(x.grad is not None for x in leaves.values()):
                 raise ProblemError(
                     "inner_loss calls backward(). Return the loss only: the solver takes its "
                     "gradient."
                 )
-            kernels = sorted({*foreign_nodes([value]), *inside, *hidden})
+            kernels = sorted({*foreign_nodes([value]), *inside, *own.kernels})
             self._judge(unused_in(value, leaves), [value], [*made, *leaves.values()], fast)
         states = [*moved.tensors, *(moved.numbers if self.redraws else ())]
         if states:
@@ -100,8 +96,7 @@ class Trial:
             with self._draws("the solver"), refused_writes("solver.update", given, self.solver):
                 self._update(state, fast, slow, data)
         note("custom kernels", ", ".join(kernels) or "none in the graph of the inner loss")
-        if hidden:
-            refuse_lost_first_derivatives("inner_loss", self.inner_loss, fast, slow, data, hidden)
+        refuse_lost_first_derivatives("inner_loss", self.inner_loss, fast, slow, data, own)
         if self.twice and kernels:
             refuse_lost_second_derivatives("inner_loss", self.inner_loss, fast, slow, data, kernels)
 

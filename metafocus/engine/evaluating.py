@@ -21,6 +21,7 @@ from metafocus.path import Path, name_of, path_weights, weighted
 from metafocus.preflight import explained, preflight, try_outer_loss
 from metafocus.preflight.arguments import unused_by
 from metafocus.preflight.described import note_parts
+from metafocus.preflight.own_gradients import on_tape_only
 from metafocus.preflight.rebuilt import Uses
 from metafocus.problem import Problem, check_params, refuse_empty
 from metafocus.rng import kept
@@ -61,6 +62,7 @@ class Evaluation:
         self.inner_loss: InnerLoss | None = None
         self.outer_tried: bool = False
         self.outer_needs_swaps: bool = True
+        self.weighted: Callable[..., tuple[Tensor, dict[str, Tensor]]] = weighted
 
     def __call__(self, outer: Params, episode: Any) -> tuple[Tensor, Aux]:
         """Evaluate the outer loss after adaptation."""
@@ -134,7 +136,8 @@ class Evaluation:
     def _try_outer(self, end: End, outer: Params) -> None:
         _, fast, query = end
         with explained("outer_loss", fast, query, "query"):
-            try_outer_loss(lambda *at: self.problem.evaluate(*at)[0], fast, outer, query)
+            if try_outer_loss(lambda *at: self.problem.evaluate(*at)[0], fast, outer, query):
+                self.weighted = on_tape_only("outer_loss", weighted)
 
     def _refuse_cut_off_copies(
         self, start: Params, outer: Params, support: Any, query: Any
@@ -178,9 +181,9 @@ class Evaluation:
     def _outer_loss(self, ends: list[End], outer: Params) -> tuple[Tensor, dict[str, Tensor]]:
         # A mode costs at every operator: outside transforms only a loss that needs it has one.
         if not self.outer_needs_swaps and not transforming():
-            return weighted(self.problem, ends, outer)
+            return self.weighted(self.problem, ends, outer)
         with Swapped(once=True) as swapped:
-            found = weighted(self.problem, ends, outer)
+            found = self.weighted(self.problem, ends, outer)
         if not transforming():
             self.outer_needs_swaps = swapped.needed
         return found

@@ -1,12 +1,13 @@
 """One trial of a bilevel problem that finds an ill-posed one before it goes wrong.
 
 `arguments` asks what the loss reads and closes over, `writes` what it changes outside, `draws` from
-which generators it draws, `kernels` whether its second derivative exists, `own_gradients` which
-kernels it differentiates itself; `trial` runs the loss and one update once for all of them.
+which generators it draws, `kernels` whether its second derivative exists, `own_gradients` what
+it does with gradients itself; `trial` runs the loss and one update once for all of them.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from metafocus.calls import note
 from metafocus.errors import ProblemError
 from metafocus.preflight.arguments import explained, refuse_hidden, refuse_sealed, unused_by
 from metafocus.preflight.kernels import refuse_lost_first_derivatives, trust
-from metafocus.preflight.own_gradients import OwnGradients
+from metafocus.preflight.own_gradients import OwnGradients, on_tape_only
 from metafocus.preflight.trial import Trial, first_task
 from metafocus.rng import kept
 from metafocus.torch_internals import outside_transforms, transforming
@@ -82,6 +83,8 @@ def preflight(
             trial.in_transforms(*at)
         else:
             trial.on_tape(*at)
+    if trial.own.hooked:
+        inner_loss = on_tape_only("inner_loss", inner_loss)
     note("preflight", "one evaluation, one gradient and one update on constants: nothing refused")
     if trial.swapped.needed:
         note("preflight", "the loss needs swapped operators even for first derivatives")
@@ -89,7 +92,7 @@ def preflight(
     return inner_loss
 
 
-def try_outer_loss(outer_loss: InnerLoss, fast: Params, slow: Params, query: Any) -> None:
+def try_outer_loss(outer_loss: InnerLoss, fast: Params, slow: Params, query: Any) -> bool:
     """Raise if an outer loss depends on none of the fast weights, or loses a derivative.
 
     Args:
@@ -98,21 +101,29 @@ def try_outer_loss(outer_loss: InnerLoss, fast: Params, slow: Params, query: Any
         slow: the slow weights.
         query: what the outer loss sees.
 
+    Returns:
+        Whether a hook in the loss changes a gradient.
+
     Raises:
         ProblemError: saying which.
     """
     point, slow = pt.detach(fast), pt.detach(slow)
     if not point:
-        return
+        return False
     own = OwnGradients()
 
-    def watched(f: Params) -> Tensor:
+    def watched(f: Params, slow: Params = slow, query: Any = query) -> Tensor:
         # What counts the batches of batch norm looks at its caller, so it comes first.
         with own, Swapped(once=True):
             return outer_loss(f, slow, query)
 
     with kept(point.values()):
         unused = unused_by(watched, point)
+        if transforming():
+            # A transform runs no hooks. A loss that closes over its tensors cannot run outside.
+            with suppress(Exception), outside_transforms():
+                first, *rest = first_task((point, slow, query))
+                unused_by(lambda f: watched(f, *rest), first)
         if own.kernels:
             with outside_transforms(), Swapped(once=True):
                 point, slow, query = first_task((point, slow, query))
@@ -123,3 +134,4 @@ def try_outer_loss(outer_loss: InnerLoss, fast: Params, slow: Params, query: Any
             "change nothing. Use fast in it, as in torch.func.functional_call(net, fast, (x,)); "
             "net(x) sees the weights before the adaptation."
         )
+    return own.hooked

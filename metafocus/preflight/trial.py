@@ -27,7 +27,7 @@ from metafocus.preflight.kernels import (
     refuse_lost_first_derivatives,
     refuse_lost_second_derivatives,
 )
-from metafocus.preflight.own_gradients import OwnGradients
+from metafocus.preflight.own_gradients import OwnGradients, hooked
 from metafocus.preflight.writes import hidden_state, refused_writes
 from metafocus.rng import replayed
 from metafocus.solvers import Given
@@ -48,6 +48,7 @@ class Trial:
 
     Attributes:
         swapped: the block in which the loss ran.
+        own: what the loss does with gradients itself.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Trial:
         self.redraws = redraws
         self.own_rule: Any = getattr(solver, "direction", None)
         self.swapped: Swapped = Swapped(once=True)
+        self.own: OwnGradients = OwnGradients()
 
     def on_tape(self, fast: Params, slow: Params, data: Any) -> None:
         """Try outside transforms: one evaluation for all checks."""
@@ -77,7 +79,7 @@ class Trial:
         writes = refused_writes("inner_loss", given, self.inner_loss)
         with self._draws("inner_loss"), writes as moved:
             searched = recompute.searched()
-            with new_tensors() as made, OwnGradients() as own, self.swapped, searched as inside:
+            with new_tensors() as made, self.own as own, self.swapped, searched as inside:
                 value = self._evaluated(given, leaves, fast, slow, data)
             if any(x.grad is not None for x in leaves.values()):
                 raise ProblemError(
@@ -86,6 +88,8 @@ class Trial:
                 )
             kernels = sorted({*foreign_nodes([value]), *inside, *own.kernels})
             self._judge(unused_in(value, leaves), [value], [*made, *leaves.values()], fast)
+            if own.hooked and self.explicit:
+                raise hooked("inner_loss", "which the products of this estimator do not follow")
         states = [*moved.tensors, *(moved.numbers if self.redraws else ())]
         if states:
             with self._draws("inner_loss"), Swapped(once=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from benchmarks import gpu, half_precision, modelled
+from benchmarks import before, gpu, half_precision, modelled
 from benchmarks.rivals import context, report
 from benchmarks.rivals.w8 import report as w8
 
@@ -45,6 +45,7 @@ def page() -> str:
     lines += report.sections(RESULTS, FIGURES, LINK, {"w7": long})
     if (RESULTS / "w8.json").exists():
         lines += w8.section(read("w8"), FIGURES, LINK)
+    lines += before.section(read("before"))
     lines += gpu.section(read("focusft_gpu"), read("attention_gpu"))
     lines += modelled.section(read("focusft_gpu"), read("roofline"))
     lines += half_precision.section(read("half_precision"))

@@ -49,14 +49,22 @@ class Failure(Exception):
 class Worker:
     """A contender file in a process of its own."""
 
-    def __init__(self, name: str, facts: dict[str, Any], threads: int, *, malloc: bool = False):
+    def __init__(
+        self,
+        name: str,
+        facts: dict[str, Any],
+        threads: int,
+        *,
+        malloc: bool = False,
+        root: Path = ROOT,
+    ):
         settings = {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
         settings |= MALLOC if malloc else KEEPING
-        paths = [str(ROOT), *([facts["path"]] if facts.get("path") else [])]
+        paths = [str(root), *([facts["path"]] if facts.get("path") else [])]
         self.log = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
             [facts["python"], "-m", "benchmarks.rivals.worker", name, str(threads)],
-            cwd=ROOT,
+            cwd=root,
             env={**os.environ, **settings, "PYTHONPATH": os.pathsep.join(paths)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -138,7 +138,8 @@ def is_frozen(value: Tensor) -> bool:
     Under transforms this checks the parameter itself, inside the wrappers.
     """
     value = innermost(value)
-    return isinstance(value, nn.Parameter) and not value.requires_grad
+    # In this order: torch answers the other question in Python.
+    return not value.requires_grad and isinstance(value, nn.Parameter)
 
 
 def moving(outer: Params) -> Params:
@@ -223,6 +224,8 @@ def check_params(params: Any, source: str, noun: str) -> None:
             " From a module: mf.trainable(module)."
         )
     for name, value in params.items():
+        if isinstance(name, str) and isinstance(value, Tensor) and value.is_floating_point():
+            continue
         if not isinstance(name, str):
             raise ProblemError(
                 f"{source} holds the key {name!r} of type {type(name).__name__}; names are texts."
@@ -237,8 +240,7 @@ def check_params(params: Any, source: str, noun: str) -> None:
                 "torch.view_as_real(x), and write torch.view_as_complex(x) in the losses. Data may "
                 "be complex."
             )
-        if not value.is_floating_point():
-            raise ProblemError(
-                f"{source} holds {name!r} of dtype {value.dtype}; only floating-point tensors can"
-                " be differentiated. Close over integer tensors, or put them into the episode."
-            )
+        raise ProblemError(
+            f"{source} holds {name!r} of dtype {value.dtype}; only floating-point tensors can"
+            " be differentiated. Close over integer tensors, or put them into the episode."
+        )

@@ -22,7 +22,7 @@ from metafocus.problem import check_params
 from metafocus.streams import Shared, is_stream
 from metafocus.tasks.chunks import Chunks, size_of
 from metafocus.tasks.group_mean import over_ranks
-from metafocus.torch_internals import pytree, transforming
+from metafocus.torch_internals import transforming
 from metafocus.types import Aux, Params
 
 
@@ -114,9 +114,8 @@ class _OverTasks:
         return outermost(over_ranks(self._mean, self.group), outer, episodes)
 
     def _mean(self, outer: Params, episodes: Any) -> tuple[Tensor, Aux]:
-        _refuse_unshared(episodes)
-        _refuse_sealed(episodes)
         tensors, rebuild = pt.partition(episodes)
+        _refuse_whole([x for x in pt.leaves(episodes) if not isinstance(x, Tensor)])
         count = _task_count(tensors)
         size = size_of(self.chunk_size, count, self)
         chunks = f"{math.ceil(count / size)} chunks of at most {size}"
@@ -172,19 +171,15 @@ class _OverTasks:
         return aux
 
 
-def _refuse_unshared(episodes: Any) -> None:
-    for leaf in pytree.tree_leaves(episodes):
-        if is_stream(leaf) and not isinstance(leaf, Shared):
+def _refuse_whole(parts: list[Any]) -> None:
+    """Raise for streams and containers that are not taken apart: tasks would see those of all."""
+    for stream in filter(is_stream, parts):
+        if not isinstance(stream, Shared):
             raise ProblemError(
-                f"a stream of type {type(leaf).__name__} cannot be stacked over tasks. Wrap it as "
-                "mf.shared(stream) if all tasks share it, or stack mf.PerStep of each task."
+                f"a stream of type {type(stream).__name__} cannot be stacked over tasks. Wrap it "
+                "as mf.shared(stream) if all tasks share it, or stack mf.PerStep of each task."
             )
-
-
-def _refuse_sealed(episodes: Any) -> None:
-    """Raise for containers that are not taken apart: every task would see those of all tasks."""
-    parts = [x for x in pytree.tree_leaves(episodes) if not is_stream(x)]
-    for name in pt.sealed(parts):
+    for name in pt.sealed([x for x in parts if not is_stream(x)]):
         raise ProblemError(
             f"the episodes hold a {name}, which torch does not know as a container: every task "
             "would see its tensors whole. Pass a dict, list, tuple or NamedTuple of them "

@@ -606,3 +606,35 @@ def test_a_bad_task_is_named(how):
     episodes = mf.Episode(mf.PerStep((x, y, index)), CASE.episodes.query)
     with pytest.raises(mf.errors.NonFiniteError, match=r"[Tt]ask 3.*step 1"):
         value_and_grads(mf.over_tasks(meta_of(), **HOWS[how]), episodes=episodes)
+
+
+class Net(torch.nn.Module):
+    """A recurrent one, or one that looks at a value."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.kind = kind
+        self.rnn = torch.nn.GRU(1, 2) if kind == "GRU" else torch.nn.Linear(1, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.rnn(x.unsqueeze(0))
+        if self.kind == "GRU":
+            return y[0].sum(-1)
+        large = y.sum().item() > 0 if self.kind == "item" else y.sum() > 0
+        return y.sum(-1) if large else -y.sum(-1)
+
+
+@pytest.mark.parametrize("kind", ["GRU", "item", "branch"])
+def test_what_vmap_cannot_do_runs_task_by_task(kind):
+    net = Net(kind)
+
+    def loss(fast, slow, x):
+        return (torch.func.functional_call(net, fast, (x,)) ** 2).mean()
+
+    meta = mf.bilevel(mf.Problem(loss, loss), solver=mf.SGD(0.1, 1), estimator=mf.Unrolled())
+    tasks, outer = mf.Episode(torch.ones(3, 4, 1), torch.ones(3, 4, 1)), mf.trainable(net)
+    with pytest.raises(mf.errors.TransformError, match=r'several tasks at once.*how="loop"'):
+        mf.over_tasks(meta)(outer, tasks)
+    value, _ = mf.over_tasks(meta, how="loop")(outer, tasks)
+    value.backward()
+    assert all(x.grad is not None and x.grad.isfinite().all() for x in outer.values())

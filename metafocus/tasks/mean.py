@@ -25,6 +25,13 @@ from metafocus.tasks.group_mean import over_ranks
 from metafocus.torch_internals import transforming
 from metafocus.types import Aux, Params
 
+_VMAP_CANNOT = (
+    "Batching rule not implemented",
+    ".item() on a Tensor",
+    "data-dependent control flow",
+)
+"""What torch says of a loss that `vmap` cannot run."""
+
 
 def over_tasks(
     meta_loss: MetaLoss,
@@ -70,7 +77,8 @@ def over_tasks(
             that is neither stacked nor shared; if tasks return different metrics; on every rank
             of a group if one has no tasks, for sharded weights, which have a mean of their own,
             and for a tensor that requires grad and is in no argument.
-        TransformError: if a loss draws random numbers and `randomness` is "error".
+        TransformError: if a loss draws random numbers and `randomness` is "error", or does what
+            torch's vmap cannot.
         NonFiniteError: outside transforms, naming the task.
 
     Example:
@@ -149,14 +157,19 @@ class _OverTasks:
         try:
             losses, aux = several(*tensors)
         except RuntimeError as error:
-            # Only the text tells this error from others; if torch changes it, it is shown as it is.
-            if self.randomness != "error" or "called random operation" not in str(error):
-                raise
-            raise TransformError(
-                "a loss draws random numbers, as dropout does, and over_tasks must know whether "
-                'tasks share them. Pass randomness="different" for numbers of its own for each '
-                'task, or randomness="same".'
-            ) from error
+            # Only the text tells these errors from others; if torch changes it, it is shown as is.
+            if self.randomness == "error" and "called random operation" in str(error):
+                raise TransformError(
+                    "a loss draws random numbers, as dropout does, and over_tasks must know "
+                    'whether tasks share them. Pass randomness="different" for numbers of its own '
+                    'for each task, or randomness="same".'
+                ) from error
+            if any(words in str(error) for words in _VMAP_CANNOT):
+                raise TransformError(
+                    "a loss does what torch cannot do for several tasks at once (nn.LSTM, .item() "
+                    f'and branches on values are such): {error} Pass how="loop".'
+                ) from error
+            raise
         return losses.mean(), aux
 
     def one(self, outer: Params, episode: Any) -> tuple[Tensor, Aux]:

@@ -116,13 +116,14 @@ def test_estimators_of_explicit_tensors_refuse_them(estimator):
         mf.hypergrad(meta_of(*sides(True)["inner"], estimator))(OUTER, EPISODE)
 
 
+@pytest.mark.parametrize("hook", [lambda g: None, lambda g: g], ids=["nothing", "what is given"])
 @pytest.mark.parametrize("side", ["inner", "outer"])
 @pytest.mark.parametrize("way", WAYS)
-def test_hooks_that_only_look_are_let_through(way, side):
+def test_hooks_that_only_look_are_let_through(way, side, hook):
     def loss(fast, slow, x):
         z = fast["w"] * slow["s"]
         if z.requires_grad:
-            z.register_hook(lambda g: None)
+            z.register_hook(hook)
         return ((torch.tanh(z) - x) ** 2).sum()
 
     losses = (loss, plain) if side == "inner" else (plain, loss)

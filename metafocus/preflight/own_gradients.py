@@ -53,7 +53,8 @@ class OwnGradients(TorchFunctionMode):
         @functools.wraps(hook)
         def watched(gradient: Tensor) -> Tensor | None:
             changed = hook(gradient)
-            self.hooked = self.hooked or changed is not None
+            # Sharded models have hooks that return what they are given.
+            self.hooked |= changed is not None and changed is not gradient
             return changed
 
         return watched

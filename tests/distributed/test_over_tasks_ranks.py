@@ -29,8 +29,9 @@ def results(tmp_path_factory):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_gradient_is_that_of_all_tasks(results, name):
     want = pool.load(name.split(", ")[0], results, "alone")
-    # Ten steps of CG amplify rounding, and a loop rounds otherwise than vmap.
-    tolerance = 1e-6 if name.startswith("implicit, loop") else 1e-13
+    # Ten steps of CG amplify rounding, and fewer tasks at once are rounded otherwise (1e-9 on some
+    # machines). A wrong share of a rank's tasks would be an error of some percent.
+    tolerance = 1e-6 if name.startswith("implicit") else 1e-13
     for rank in (0, 1):
         found = pool.load(name, results, rank)
         assert "error" not in found, found
